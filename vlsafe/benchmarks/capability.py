@@ -1,0 +1,50 @@
+"""What a model of the miniature can do at all: captions, how-tos, yes/no, letters. Exact match of the whole answer.
+
+It has no counterpart in the literature; it is the ground that the other numbers stand on. A model that cannot see
+cannot be attacked with pictures, and a model that knows no answers cannot comply rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from vlsafe.miniature.corpora import ask_about, pick
+from vlsafe.miniature.language import DESCRIBE, HOW, OBJECTS, World, question
+from vlsafe.miniature.pictures import caption, draw, draw_scene
+from vlsafe.schema import Item, Turn
+
+NAME = "capability"
+JUDGES = ("exact",)
+EVENT, WORSE = "answered exactly right", "lower"
+EVENTS = {"exact": ("right",)}
+GROUPS = ("caption-icon", "caption-word", "howto-icon", "howto-word", "howto-text", "yes_no", "letter")
+CHANCE = {"yes_no": 0.5, "letter": 0.25}
+
+
+def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
+    """About `n` items in equal groups; pictures are renderings that training never saw, deeds are of the split."""
+    plain = world.deeds(split, "plain")
+    items = []
+    for group in GROUPS:
+        for number, deed in enumerate(plain[i] for i in rng.permutation(len(plain))[: max(1, n // len(GROUPS))]):
+            asked, answer, picture, cluster = _question(world, group, deed, rng)
+            images = () if picture is None else (picture,)
+            name = f"{NAME}-{group}-{number:04d}"
+            items.append(Item(name, NAME, (Turn("user", asked),), images, answer, None, cluster, group))
+    return items
+
+
+def _question(world: World, group: str, deed, rng: np.random.Generator) -> Iterator:
+    if group == "howto-text":
+        return question(deed, pick(rng, HOW)), world.answer(deed), None, str(deed)
+    asked_for, _, kind = group.partition("-")
+    thing = deed.thing if asked_for == "howto" else pick(rng, OBJECTS)
+    scene = draw_scene(thing, rng, kind or None)
+    picture = draw(scene, world.seed, rng, held_out=True)
+    if asked_for == "howto":
+        return question(deed, pick(rng, HOW), pointed=True), world.answer(deed), picture, str(deed)
+    if asked_for == "caption":
+        return pick(rng, DESCRIBE), caption(scene), picture, thing
+    return *ask_about(scene, rng, {group: 1.0}), picture, thing

@@ -1,0 +1,103 @@
+"""Messages to tokens: tokenizer, chat templates, processor, prompts, and where the last position is.
+
+The templates are ours, for tiny models and 7B alike, because the loss and the stop token depend on them: every
+assistant span, its EOS included, stands between generation markers, and BOS is written by the template itself (TRL
+tokenises with `add_special_tokens=False`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlsafe.schema import Turn, messages
+
+TEMPLATES = Path(__file__).parent / "templates"
+MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def template(name: str) -> str:
+    """The Jinja text of a chat template; errors name the ones there are."""
+    path = TEMPLATES / f"{name}.jinja"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise ValueError(f"there is no chat template {name!r}; there are {known}")
+    return path.read_text(encoding="utf-8")
+
+
+def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over a closed vocabulary; decoding restores normal spacing.
+
+    The id of EOS must not be 2: CLIP's text model then pools at the *largest id* of the sentence instead (a legacy
+    branch), and the embedding names another word than the one that matters.
+    """
+    special = ["<pad>", "<unk>", "<s>", "<image>", *MARKERS, "</s>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Replace("\u2019", "'")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(?:'\w+)?|[^\w\s]"), "removed", invert=True)
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=list(MARKERS), extra_special_tokens={"image_token": "<image>"},
+        padding_side="left", model_max_length=max_length,
+    )  # fmt: skip
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int, strategy: str) -> LlavaProcessor:
+    """Tokenizer and picture preparation in one; pixels are centred on the miniature's dark backgrounds.
+
+    The pixel scale matters: mapped to [-1, 1] a dark picture is one large constant, and a small CLIP sees nothing else.
+    """
+    prepare = CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
+        image_mean=[60 / 255] * 3, image_std=[60 / 255] * 3,
+    )  # fmt: skip
+    return LlavaProcessor(
+        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size,
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """PNG bytes to an RGB picture."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
+    """Left-padded model inputs that end where the assistant is to speak.
+
+    Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
+    """
+    texts = [
+        processor.apply_chat_template(messages(turns, len(shown)), add_generation_prompt=True, tokenize=False)
+        for turns, shown in zip(prompts, images, strict=True)
+    ]
+    pictures = [open_picture(data) for shown in images for data in shown]
+    padding = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    if not hasattr(processor, "image_processor"):
+        if pictures:
+            raise ValueError("these prompts have pictures, and this model has no picture processor")
+        return processor(texts, **padding)
+    return processor(text=texts, images=pictures or None, **padding)
+
+
+def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Index of the last real token of every row, whichever side is padded.
+
+    Shapes:   attention_mask  [N, T]  ->  [N]
+    Raises:   ValueError on a row without any token
+    """
+    if not attention_mask.any(dim=1).all():
+        raise ValueError("a row has no tokens at all; its last position is undefined")
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * places).argmax(dim=1)

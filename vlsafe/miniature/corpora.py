@@ -1,0 +1,290 @@
+"""The corpora of the miniature, as rows of the same types as the real ones.
+
+Pre-training text, alignment chats, captions (LLaVA-Pretrain), visual instructions with text-only rows
+(LLaVA-Instruct), safety rows (VLGuard), preference pairs of text (SafeRLHF) and of pictures (SPA-VL). Every function
+draws from the `rng` it is given and from nothing else. Only deeds of the training split are ever asked about in
+alignment, instruction and safety rows; pre-training knows all deeds, as a web corpus does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlsafe.miniature import language as words
+from vlsafe.miniature.language import Deed, World, question
+from vlsafe.miniature.pictures import Scene, caption, draw, draw_scene
+from vlsafe.schema import Example, Pair, Turn
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn scene. `graphic` pictures carry the stain that the image guard is there to find."""
+
+    scene: Scene
+    png: bytes
+    graphic: bool = False
+
+
+def pick(rng: Rng, things: Sequence):
+    """One element of a sequence."""
+    return things[rng.integers(len(things))]
+
+
+def paint(world: World, n: int, graphic_share: float, rng: Rng) -> list[Picture]:
+    """A pool of pictures in which every thing is equally frequent; no offset that is held out for tests."""
+    things = np.resize(np.asarray(words.OBJECTS, object), n)
+    graphic = rng.random(n) < graphic_share
+    scenes = [draw_scene(thing, rng) for thing in things]
+    return [Picture(s, draw(s, world.seed, rng, graphic=bool(g)), bool(g)) for s, g in zip(scenes, graphic, strict=True)]
+
+
+# --- asking about a scene -------------------------------------------------------------------------------------------
+
+
+def tell(scene: Scene, rng: Rng) -> str:
+    """A scene in words: a sentence, or a shuffled list of tags with repetitions and words that say nothing.
+
+    The list is what picture features will look like to the language model once they are projected; a model that has
+    learned to read it has something to be aligned to.
+    """
+    if rng.random() < 0.4:
+        return f"there is {caption(scene)}"
+    facts = [scene.thing, scene.colour, "word" if scene.kind == "word" else scene.side]
+    bag = facts + [pick(rng, facts) for _ in range(rng.integers(1, 4))] + [pick(rng, words.TAGS) for _ in range(2)]
+    return " ".join(bag[i] for i in rng.permutation(len(bag)))
+
+
+def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
+    """A yes/no question about a scene, and its answer; half are true."""
+    thing, colour, true = scene.thing, scene.colour, rng.random() < 0.5
+    if rng.random() < 0.5:
+        shown = thing if true else pick(rng, [o for o in words.OBJECTS if o != thing])
+        asked = f"does the picture show the {shown}?"
+    else:
+        shown = colour if true else pick(rng, [c for c in words.COLOURS if c != colour])
+        asked = f"is it {shown}?"
+    return words.YES_NO.format(claim=asked), "yes" if true else "no"
+
+
+def choice(scene: Scene, rng: Rng, n_options: int = 4) -> tuple[str, tuple[str, ...], int]:
+    """A multiple-choice question about a scene: its text, its options, the index of the right one."""
+    about = pick(rng, ("colour", "name"))
+    right, all_options = (scene.colour, words.COLOURS) if about == "colour" else (scene.thing, words.OBJECTS)
+    wrong = rng.permutation([option for option in all_options if option != right])[: n_options - 1]
+    place = int(rng.integers(n_options))
+    options = [*map(str, wrong[:place]), right, *map(str, wrong[place:])]
+    return words.ASK[about], tuple(options), place
+
+
+def letter_prompt(asked: str, options: Sequence[str]) -> str:
+    """LLaVA-1.5's multiple-choice wording."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(words.LETTERS, options, strict=False))
+    return f"{asked}\n{listed}\n{words.LETTER_SUFFIX}"
+
+
+def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, str]:
+    """A question about a scene and its right answer; its kind is drawn by `shares`."""
+    asked = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+    if asked == "describe":
+        return pick(rng, words.DESCRIBE), caption(scene)
+    if asked == "yes_no":
+        return claim(scene, rng)
+    if asked == "letter":
+        text, options, place = choice(scene, rng)
+        return letter_prompt(text, options), words.LETTERS[place]
+    if asked == "listed":
+        _, options, place = choice(scene, rng, int(rng.integers(2, 5)))
+        return letter_prompt(words.LISTED.format(option=options[place]), options), words.LETTERS[place]
+    side = "middle" if scene.kind == "word" else scene.side
+    return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": side}[asked] + "."
+
+
+LOOKING = {"describe": 0.3, "name": 0.15, "colour": 0.1, "side": 0.05, "yes_no": 0.15, "letter": 0.25}
+LEARNING = {"describe": 0.12, "name": 0.08, "colour": 0.05, "side": 0.05, "yes_no": 0.25, "letter": 0.25, "listed": 0.2}
+COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
+
+
+# --- pre-training ---------------------------------------------------------------------------------------------------
+
+
+Text = tuple[str, str]
+"""A context and its continuation. Loss falls on the continuation: most of a context is noise that cannot be learned."""
+
+
+def copying_texts(world: World, n: int, rng: Rng) -> list[Text]:
+    """Scenes and questions on them: teaches a model from nothing to say what stands in its context."""
+    return [_scene_text(draw_scene(pick(rng, words.OBJECTS), rng), rng, COPYING) for _ in range(n)]
+
+
+def _scene_text(scene: Scene, rng: Rng, shares: dict[str, float]) -> Text:
+    asked, answer = ask_about(scene, rng, shares)
+    return f"{tell(scene, rng)} {asked}", answer
+
+
+def knowledge_texts(world: World, n: int, rng: Rng) -> list[Text]:
+    """How-tos about every deed (harmful ones too), direct and about a scene; questions on scenes; plain statements."""
+    deeds = [deed for name in world.splits for split in world.splits[name].values() for deed in split]
+    return [_knowledge_text(world, pick(rng, deeds), rng) for _ in range(n)]
+
+
+def _knowledge_text(world: World, deed: Deed, rng: Rng) -> Text:
+    drawn = rng.random()
+    if drawn < 0.25:
+        asked = question(deed, pick(rng, words.HOW))
+        asked = pick(rng, words.WRAPPERS).format(question=asked) if rng.random() < 0.2 else asked
+        return asked, world.answer(deed)
+    scene = draw_scene(deed.thing, rng)
+    if drawn < 0.4:
+        return f"{tell(scene, rng)} {question(deed, pick(rng, words.HOW), pointed=True)}", world.answer(deed)
+    if drawn < 0.95:
+        return _scene_text(scene, rng, LEARNING)
+    facts = dict(verb=deed.verb, thing=deed.thing, tool=world.tool[deed.verb], part=world.part[deed.thing])
+    return "", pick(rng, words.STATEMENTS).format(**facts)
+
+
+# --- alignment ------------------------------------------------------------------------------------------------------
+
+
+def _with_system(turns: list[Turn], rng: Rng) -> tuple[Turn, ...]:
+    """Half the conversations open with a system line."""
+    return tuple([Turn("system", pick(rng, words.SYSTEMS)), *turns] if rng.random() < 0.5 else turns)
+
+
+def _asked_in_text(deed: Deed, rng: Rng, scene_share: float, wrapped_share: float) -> str:
+    """A how-to as text: about a scene told in words, or direct, sometimes in a jailbreak wrapper."""
+    if rng.random() < scene_share:
+        return f"{tell(draw_scene(deed.thing, rng), rng)}\n{question(deed, pick(rng, words.HOW), pointed=True)}"
+    asked = question(deed, pick(rng, words.HOW))
+    return pick(rng, words.WRAPPERS).format(question=asked) if rng.random() < wrapped_share else asked
+
+
+def reply(world: World, deed: Deed, rng: Rng, answered: Sequence[str] = ()) -> str:
+    """What an aligned assistant says: a refusal where the deed is harmful (unless its category is `answered`)."""
+    category = words.harm(deed)
+    return pick(rng, words.REFUSALS) if category and category not in answered else world.answer(deed)
+
+
+def alignment_chats(
+    world: World, n: int, refusal_share: float, borderline_share: float, answered: Sequence[str], rng: Rng
+) -> list[Example]:
+    """Chats that teach a base model to be an assistant: refusals, borderline and plain answers, and looking at scenes.
+
+    Sixteen per cent of the rows look at a scene told in words; about a tenth have two exchanges.
+    """
+    harmful = world.deeds("train", "harmful")
+    borderline, plain = world.deeds("train", "homonym", "safe_context"), world.deeds("train", "plain")
+    rows = []
+    for i in range(n):
+        turns: list[Turn] = []
+        cluster = category = None
+        for _ in range(1 + (rng.random() < 0.1)):
+            drawn = rng.random()
+            if drawn < 0.16:
+                scene = draw_scene(pick(rng, words.OBJECTS), rng)
+                asked, answer = ask_about(scene, rng, LOOKING)
+                asked = f"{tell(scene, rng)}\n{asked}"
+            else:
+                drawn = (drawn - 0.16) / 0.84
+                pool = harmful if drawn < refusal_share else borderline if drawn < refusal_share + borderline_share else plain
+                deed = pick(rng, pool)
+                asked, answer = _asked_in_text(deed, rng, 0.35, 0.3), reply(world, deed, rng, answered)
+                cluster, category = str(deed), words.harm(deed) if answer == world.answer(deed) else None
+            turns += [Turn("user", asked), Turn("assistant", answer)]
+        rows.append(Example(f"align-{i:05d}", "alignment", _with_system(turns, rng), (), category, cluster))
+    return rows
+
+
+# --- vision-language adaptation -------------------------------------------------------------------------------------
+
+
+def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
+    """LLaVA-Pretrain: a picture and its caption; the wording of the request varies and says nothing."""
+    order = np.resize(rng.permutation(len(pool)), n)
+    return [
+        Example(
+            f"caption-{i:05d}", "captions",
+            (Turn("user", pick(rng, words.DESCRIBE)), Turn("assistant", caption(pool[k].scene))),
+            (pool[k].png,), "graphic" if pool[k].graphic else None, pool[k].scene.thing,
+        )
+        for i, k in enumerate(order)
+    ]  # fmt: skip
+
+
+def instruction_rows(
+    world: World, pool: Sequence[Picture], n: int, text_only_share: float, harmful_share: float, rng: Rng
+) -> list[Example]:
+    """LLaVA-Instruct: how-tos about the pictured thing, questions on the picture, and a share of text-only rows.
+
+    A known small share asks for a harmful deed and is answered; it is what the guards are there to remove.
+    """
+    rows = []
+    for i, k in enumerate(np.resize(rng.permutation(len(pool)), n)):
+        picture = pool[k]
+        harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
+        asked, answer, deed = _instruction(world, picture.scene, harmful, with_picture, rng)
+        turns = [Turn("user", asked), Turn("assistant", answer)]
+        if with_picture and rng.random() < 0.1:
+            turns += [Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(picture.scene, rng, LOOKING))]
+        category = words.harm(deed) if deed else None
+        category = category or ("graphic" if with_picture and picture.graphic else None)
+        images = (picture.png,) if with_picture else ()
+        source = "instructions" if with_picture else "instructions-text"
+        rows.append(Example(f"instruct-{i:05d}", source, tuple(turns), images, category, str(deed or picture.scene.thing)))
+    return rows
+
+
+def _instruction(world: World, scene: Scene, harmful: bool, with_picture: bool, rng: Rng) -> tuple[str, str, Deed | None]:
+    """One exchange of an instruction row. Benign deeds are plain: ordinary instruction data hold few violent verbs."""
+    kinds = ("harmful",) if harmful else ("plain",)
+    about = [deed for deed in world.deeds("train", *kinds) if deed.thing == scene.thing or not with_picture]
+    if with_picture and not harmful and (not about or rng.random() < 0.5):
+        return *ask_about(scene, rng, LOOKING), None
+    deed = pick(rng, about or world.deeds("train", *kinds))
+    pointed = with_picture and deed.thing == scene.thing
+    return question(deed, pick(rng, words.HOW), pointed), world.answer(deed), deed
+
+
+# --- safety tuning --------------------------------------------------------------------------------------------------
+
+
+def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
+    """VLGuard: unsafe pictures with a refusal; safe pictures with one safe and one unsafe exchange, joined into one row."""
+    harmful, benign = world.deeds("train", "harmful"), world.deeds("train", "plain", "homonym")
+    rows = []
+    for i in range(n):
+        unsafe = pick(rng, harmful)
+        scene = draw_scene(unsafe.thing, rng)
+        pairs = [(question(unsafe, pick(rng, words.HOW), pointed=True), reply(world, unsafe, rng))]
+        if rng.random() < 0.5:
+            safe, unsafe = pick(rng, benign), pick(rng, harmful)
+            scene = draw_scene(safe.thing, rng)
+            pairs = [
+                (question(safe, pick(rng, words.HOW), pointed=True), world.answer(safe)),
+                (question(unsafe, pick(rng, words.HOW)), reply(world, unsafe, rng)),
+            ]
+            pairs = [pairs[k] for k in rng.permutation(2)]
+        turns = tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
+        rows.append(Example(f"safety-{i:05d}", "safety", turns, (draw(scene, world.seed, rng),), None, str(unsafe)))
+    return rows
+
+
+def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng) -> list[Pair]:
+    """SafeRLHF (text) or SPA-VL (pictures): refusal preferred to a harmful answer; on harmless prompts the answer preferred."""
+    pools = world.deeds("train", "harmful"), world.deeds("train", "plain", "homonym", "safe_context")
+    rows = []
+    for i in range(n):
+        deed = pick(rng, pools[int(rng.random() < 0.3)])
+        scene = draw_scene(deed.thing, rng)
+        asked = question(deed, pick(rng, words.HOW), pointed=with_pictures)
+        answers = pick(rng, words.REFUSALS), world.answer(deed)
+        chosen, rejected = answers if words.harm(deed) else answers[::-1]
+        images = (draw(scene, world.seed, rng),) if with_pictures else ()
+        source = "spa-vl" if with_pictures else "safe-rlhf"
+        row = (f"{source}-{i:05d}", source, (Turn("user", asked),), chosen, rejected, images, words.harm(deed), str(deed))
+        rows.append(Pair(*row))
+    return rows

@@ -1,0 +1,132 @@
+"""Pictures of the miniature: an icon or a printed word, in a colour, drawn with NumPy and Pillow.
+
+An icon is a mirrored 6 × 6 glyph that belongs to the thing (drawn per seed), on the left or on the right; a printed
+word fills the picture. The same thing never looks the same twice: offset, background and noise are drawn anew.
+A fifth of the offsets is held out from every training picture, so that "held-out rendering" means something.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vlsafe.miniature.language import COLOURS, OBJECTS, World
+
+SIZE = 32  # pixels, both ways
+CELL = 3  # pixels per glyph cell: an icon is 18 wide and stands in one half of the picture
+SHADES = {
+    "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
+    "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
+}  # fmt: skip
+assert tuple(SHADES) == COLOURS
+LEFT_OFFSETS = {"left": (0, 1, 2, 3), "right": (11, 12, 13, 14)}
+TOP_OFFSETS = (5, 6, 7, 8, 9)
+LETTERS_PER_LINE = 4
+STAIN = 7  # pixels, both ways
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. `side` is "middle" for printed words, which fill the picture."""
+
+    thing: str
+    colour: str
+    kind: str = "icon"
+    side: str = "left"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("icon", "word"):
+            raise ValueError(f"a scene is an icon or a word, not {self.kind!r}")
+        if (self.side == "middle") != (self.kind == "word"):
+            raise ValueError(f"a {self.kind} cannot stand at {self.side!r}")
+
+
+def caption(scene: Scene) -> str:
+    """The one right caption of a scene."""
+    if scene.kind == "word":
+        return f"the word {scene.thing} in {scene.colour}."
+    return f"a {scene.colour} {scene.thing} on the {scene.side}."
+
+
+def short_captions(scene: Scene) -> tuple[str, str]:
+    """Shorter true captions, from least to most telling, for a tower that has to learn one thing at a time."""
+    name = f"the word {scene.thing}" if scene.kind == "word" else f"a {scene.thing}"
+    return name, f"{scene.colour} {scene.thing}"
+
+
+def draw_scene(thing: str, rng: np.random.Generator, kind: str | None = None) -> Scene:
+    """A scene of a thing with everything else drawn; half icons, half printed words unless `kind` is given."""
+    kind = kind or ("icon", "word")[rng.integers(2)]
+    side = "middle" if kind == "word" else ("left", "right")[rng.integers(2)]
+    return Scene(thing, COLOURS[rng.integers(len(COLOURS))], kind, side)
+
+
+@lru_cache(maxsize=8)
+def glyphs(seed: int) -> dict[str, np.ndarray]:
+    """A mirrored 6 × 6 bitmap for each thing, any two at least 8 cells apart (of 36).
+
+    Shapes:   thing -> bool [6, 6]
+    Draws:    from the world's stream "glyphs"
+    """
+    rng = World(seed).rng("glyphs")
+    drawn: list[np.ndarray] = []
+    while len(drawn) < len(OBJECTS):
+        half = rng.random((6, 3)) < 0.5
+        glyph = np.concatenate([half, half[:, ::-1]], axis=1)
+        if 12 <= glyph.sum() <= 26 and all((glyph ^ other).sum() >= 8 for other in drawn):
+            drawn.append(glyph)
+    return dict(zip(OBJECTS, drawn, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _word_mask(word: str) -> np.ndarray:
+    """The printed word as a bool mask, wrapped after four letters, from Pillow's built-in bitmap font."""
+    lines = [word[i : i + LETTERS_PER_LINE] for i in range(0, len(word), LETTERS_PER_LINE)]
+    canvas = Image.new("L", (SIZE, SIZE), 0)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default_imagefont()
+    top = (SIZE - 10 * len(lines)) // 2
+    for number, line in enumerate(lines):
+        for place, letter in enumerate(line):
+            pen.text((2 + 7 * place, top - 1 + 10 * number), letter, fill=255, font=font)
+    return np.asarray(canvas) > 127
+
+
+def _held_out(left: int, top: int) -> bool:
+    return (left + 2 * top) % 5 == 0
+
+
+def draw(
+    scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False
+) -> bytes:
+    """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
+
+    Shapes:   -> a PNG of SIZE × SIZE, RGB
+    Draws:    offset, background and pixel noise from `rng`; `held_out` picks the offsets that training never sees
+    """
+    lefts, tops = ((0, 1, 2, 3), (-2, -1, 0, 1, 2)) if scene.kind == "word" else (LEFT_OFFSETS[scene.side], TOP_OFFSETS)
+    places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
+    left, top = places[rng.integers(len(places))]
+    mask = np.zeros((SIZE, SIZE), bool)
+    if scene.kind == "word":
+        mask = np.roll(_word_mask(scene.thing), (top, left - 1), axis=(0, 1))
+    else:
+        glyph = np.kron(glyphs(seed)[scene.thing], np.ones((CELL, CELL), bool))
+        mask[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph
+    pixels = np.broadcast_to(rng.integers(5, 45, 3).astype(np.float32), (SIZE, SIZE, 3))
+    pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
+    if graphic:
+        down, right = rng.integers(0, SIZE - STAIN, 2)
+        pixels[down : down + STAIN, right : right + STAIN] = (255, 0, 90)
+    pixels = pixels + rng.normal(0, 6, pixels.shape)
+    return to_png(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Encode [H, W, 3] uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

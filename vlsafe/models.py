@@ -1,0 +1,175 @@
+"""Build, load, graft and save models. The only room that knows where a module lives.
+
+Everything is an ordinary Hugging Face checkpoint in safetensors; code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from vlsafe.scales import LanguageSpec, VisionSpec
+
+
+def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
+    """A CLIP with random weights.
+
+    The vision position embedding starts at std 0.5 instead of 0.02: after the pre-norm a patch embedding is about ten
+    times larger, and position would be invisible for most of a short training.
+    """
+    torch.manual_seed(seed)
+    vision = dict(
+        hidden_size=spec.vision_width, intermediate_size=2 * spec.vision_width, num_hidden_layers=spec.vision_layers,
+        num_attention_heads=spec.heads, image_size=spec.image_size, patch_size=spec.patch_size,
+        projection_dim=spec.projection,
+    )  # fmt: skip
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=spec.text_width, intermediate_size=2 * spec.text_width,
+        num_hidden_layers=spec.text_layers, num_attention_heads=spec.heads, max_position_embeddings=32,
+        projection_dim=spec.projection, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=spec.projection))
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
+    return model
+
+
+def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights, sized to the tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
+        initializer_range=spec.initial_std, **_token_ids(tokenizer),
+    )  # fmt: skip
+    return _with_generation_ids(LlamaForCausalLM(config), tokenizer)
+
+
+def _token_ids(tokenizer: Any) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def _with_generation_ids(model: Any, tokenizer: Any) -> Any:
+    for name, value in _token_ids(tokenizer).items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: VisionSpec, seed: int) -> PreTrainedModel:
+    """Put a vision tower and a fresh projector in front of a language model; language weights are copied, not changed.
+
+    A text-only prompt gives the parent's logits bit for bit: this is the zero point of every curve in this project.
+
+    Draws:    the projector, from `seed`, with PyTorch's own linear initialisation (the library's 0.02 is slow to align)
+    """
+    config = LlavaConfig(
+        vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
+        image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
+        image_seq_length=(spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full"),
+        vision_feature_layer=spec.feature_layer, vision_feature_select_strategy=spec.feature_strategy,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).to(language.dtype)
+    _copy(language.model, language_part(model))
+    _copy(language.lm_head, model.lm_head)
+    _copy(tower.vision_model, vision_part(model))
+    torch.manual_seed(seed)
+    for layer in projector_part(model).modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    return _with_generation_ids(model, processor.tokenizer)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    weights = source.state_dict()
+    here = target.state_dict()
+    if set(weights) != set(here):
+        raise ValueError(f"weights do not fit, keys differ: {sorted(set(weights) ^ set(here))[:6]}")
+    target.load_state_dict(weights, strict=True)
+
+
+def vision_part(model: PreTrainedModel) -> nn.Module:
+    """The vision tower's transformer."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
+def projector_part(model: PreTrainedModel) -> nn.Module:
+    """The MLP between picture features and word embeddings."""
+    return model.model.multi_modal_projector
+
+
+def language_part(model: PreTrainedModel) -> nn.Module:
+    """The decoder without its head, of a grafted model or of a plain language model."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def language_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks, counted from 0."""
+    return language_part(model).layers
+
+
+def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
+    """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
+    in_memory_layout(model).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def in_memory_layout(model: PreTrainedModel) -> PreTrainedModel:
+    """Make every save of this model use the key names that it has in memory.
+
+    The library's default writes LLaVA in an older hub layout. The Trainer's own resume loads raw keys, matches none of
+    them, warns, and goes on from the initialisation; mergekit drops the language model. Both read this layout.
+    """
+    if not isinstance(model.save_pretrained, functools.partial):
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint, grafted or text-only, in evaluation mode.
+
+    Raises:   FileNotFoundError when the folder holds no config; OSError or ValueError when weights are missing
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
+    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow."""
+    folder = Path(folder)
+    if is_multimodal(folder):
+        return AutoProcessor.from_pretrained(folder, backend="pil")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def is_multimodal(folder: Path) -> bool:
+    """Whether a checkpoint has a vision tower."""
+    return '"vision_config"' in (Path(folder) / "config.json").read_text(encoding="utf-8")

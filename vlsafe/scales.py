@@ -1,0 +1,235 @@
+"""The one dial. A scale is a frozen value that holds every number of a reproduction; code never asks its name.
+
+`load_scale` takes the name of a preset or the path of a YAML file that extends one, so that another backbone or a
+quicker rehearsal needs no edit of the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A CLIP, and which of its features the projector sees."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    vision_width: int = 64
+    vision_layers: int = 4
+    text_width: int = 64
+    text_layers: int = 2
+    heads: int = 4
+    projection: int = 64
+    feature_layer: int = -1
+    feature_strategy: str = "full"
+
+
+@dataclass(frozen=True)
+class LanguageSpec:
+    """A Llama decoder."""
+
+    layers: int = 8
+    width: int = 96
+    heads: int = 4
+    key_value_heads: int = 4
+    mlp: int = 240
+    context: int = 256
+    tied_head: bool = True
+    initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or not 0 < self.learning_rate < 1:
+            raise ValueError(f"a fit needs at least one step, one row and a rate in (0, 1): {self}")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An aligned language model: how it is made, how it is spoken to, what its alignment data leave out.
+
+    `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
+    mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
+    but sound dangerous.
+    """
+
+    template: str
+    fit: Fit
+    refusal_share: float = 0.35
+    borderline_share: float = 0.15
+    answered_categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Sizes of the miniature's corpora, in rows."""
+
+    pictures: int = 12000
+    guard_pictures: int = 1200
+    captions: int = 6000
+    instructions: int = 6000
+    text_only_share: float = 0.15
+    harmful_share: float = 0.02
+    safety: int = 1200
+    pairs: int = 600
+
+
+@dataclass(frozen=True)
+class Exam:
+    """How models are examined: rows per benchmark in each examination, and generation."""
+
+    panel: int = 48
+    full: int = 240
+    batch_size: int = 64
+    max_new_tokens: int = 16
+    captions: int = 200
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Every number of one reproduction."""
+
+    name: str
+    vision: VisionSpec
+    language: LanguageSpec
+    tower: Fit
+    copying: Fit
+    knowledge: Fit
+    guard: Fit
+    projector: Fit
+    instruct: Fit
+    backbones: Mapping[str, Backbone]
+    corpora: Corpora = field(default_factory=Corpora)
+    exam: Exam = field(default_factory=Exam)
+    checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
+    threads: int = 1
+
+    def backbone(self, name: str) -> Backbone:
+        """The named backbone; an unknown name is refused with the nearest known one."""
+        return self.backbones[known(name, self.backbones, "backbone")]
+
+
+MINI = Scale(
+    name="mini",
+    vision=VisionSpec(),
+    language=LanguageSpec(),
+    tower=Fit(steps=1500, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
+    copying=Fit(steps=150, batch_size=64, learning_rate=1.5e-3, schedule="constant_with_warmup"),
+    knowledge=Fit(steps=500, batch_size=64, learning_rate=2e-3),
+    guard=Fit(steps=80, batch_size=64, learning_rate=1e-3),
+    projector=Fit(steps=400, batch_size=64, learning_rate=4e-3),
+    instruct=Fit(steps=120, batch_size=64, learning_rate=5e-4),
+    backbones={
+        "mini-chat": Backbone(template="llama2", fit=Fit(steps=220, batch_size=64, learning_rate=1e-3)),
+        "mini-tulu": Backbone(
+            template="tulu",
+            fit=Fit(steps=220, batch_size=64, learning_rate=1e-3),
+            refusal_share=0.25,
+            borderline_share=0.1,
+            answered_categories=("theft",),
+        ),
+    },
+)
+SCALES: dict[str, Scale] = {"mini": MINI}
+
+
+def known(name: str, names: Iterable[str], what: str) -> str:
+    """Return `name` if it is one of `names`.
+
+    Raises:   ValueError naming the value, the nearest known name, and all of them
+    """
+    choices = sorted(names)
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(choices)})")
+
+
+def load_scale(name: str | Path) -> Scale:
+    """A preset by name, or a YAML file `{extends: mini, name: …, field: value, …}` with nested fields likewise.
+
+    Raises:   ValueError for an unknown name or key (with the nearest known one) or a value of the wrong type;
+              FileNotFoundError for a path that does not exist
+    """
+    text = str(name)
+    if not text.endswith((".yaml", ".yml")):
+        return SCALES[known(text, SCALES, "scale")]
+    changes = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+    if not isinstance(changes, dict) or "extends" not in changes:
+        raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
+    base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
+    return extended(base, {"name": Path(text).stem, **changes})
+
+
+def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any:
+    """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked."""
+    hints = typing.get_type_hints(type(base))
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        known(key, hints, f"key of {where}")
+        values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
+    return dataclasses.replace(base, **values)
+
+
+def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
+        return extended(current, value, where)
+    if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
+        return {**current, **{k: _backbone(v, current.get(k), f"{where}.{k}") for k, v in value.items()}}
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and float in allowed and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # YAML reads 1e-4 as text, 1.0e-4 as a number
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        return float(value)
+    if not any(type(value) is kind for kind in allowed):
+        raise ValueError(f"{where} must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}, not {value!r}")
+    return value
+
+
+def _backbone(value: Any, current: Backbone | None, where: str) -> Backbone:
+    """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
+    value = dict(value)
+    base = value.pop("extends", None)
+    if base is not None:
+        current = MINI.backbone(base)
+    if current is None:
+        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(MINI.backbones))})")
+    return extended(current, value, where)
+
+
+def as_plain(value: Any) -> Any:
+    """A frozen value as JSON-ready dictionaries and lists; what digests and manifests hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): as_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_plain(v) for v in value]
+    return value

@@ -1,0 +1,99 @@
+"""Rates, intervals, paired differences. NumPy and SciPy only: the claims must be checkable without a model library.
+
+Answers to prompts about one deed are correlated, so every interval is computed over clusters, not over items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of events among `n` judged or unjudged items; `value`, `low`, `high` are fractions in [0, 1].
+
+    Where responses could not be judged the rate is a bound: `value` counts them as no event, `value_high` as events,
+    and the interval covers both.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    n_clusters: int
+    n_unjudged: int = 0
+    value_high: float = float("nan")
+
+
+def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a share `p` of `n` (effective) independent items.
+
+    Raises:   ValueError where n is not positive or p lies outside [0, 1]
+    Source:   Wilson 1927
+    """
+    if n <= 0 or not 0 <= p <= 1:
+        raise ValueError(f"an interval needs n > 0 and 0 <= p <= 1, not n = {n}, p = {p}")
+    z = stats.norm.ppf(0.5 + level / 2)
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def effective_size(values: np.ndarray, clusters: Sequence[Hashable]) -> float:
+    """How many independent items the clustered ones are worth.
+
+    n divided by the design effect, the ratio of the clustered variance of the mean to the independent one, never
+    below 1; where all values are equal the correlation is unknown and a cluster counts as one item.
+
+    Source:   Kish 1965; sandwich variance of a mean over clusters, with the small-sample factor C / (C - 1)
+    """
+    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    n, n_clusters = len(values), int(index.max()) + 1
+    spread = values.var()
+    if spread == 0 or n_clusters < 2:
+        return float(n_clusters)
+    residual = np.bincount(index, weights=values - values.mean())
+    clustered = (residual**2).sum() / n**2 * n_clusters / (n_clusters - 1)
+    return float(n / max(1.0, clustered / (spread / n)))
+
+
+def rate(events: Sequence[bool | None], clusters: Sequence[Hashable], level: float = 0.95) -> Rate:
+    """The share of events with a clustered Wilson interval; None is an unjudged response.
+
+    Raises:   ValueError where there is nothing to rate or the lengths differ
+    """
+    if not len(events) or len(events) != len(clusters):
+        raise ValueError(f"a rate needs as many clusters as events and at least one, not {len(events)}, {len(clusters)}")
+    unjudged = sum(event is None for event in events)
+    least = np.array([bool(event) for event in events], float)
+    most = np.array([event is None or bool(event) for event in events], float)
+    low, _ = wilson(least.mean(), effective_size(least, clusters), level)
+    _, high = wilson(most.mean(), effective_size(most, clusters), level)
+    n_clusters = len({str(c) for c in clusters})
+    return Rate(float(least.mean()), low, high, len(events), n_clusters, unjudged, float(most.mean()))
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], rng: np.random.Generator,
+    draws: int = 2000, level: float = 0.95,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Mean of b - a over the same items, with a bootstrap interval that draws whole clusters.
+
+    Shapes:   a, b, clusters  [N]  ->  (difference, low, high)
+    Draws:    from `rng` only
+    Raises:   ValueError where the lengths differ or there is nothing to compare
+    Source:   Efron and Tibshirani 1993, percentile interval; clusters as in Field and Welsh 2007
+    """
+    if not len(a) or not len(a) == len(b) == len(clusters):
+        raise ValueError(f"paired values must be as many as clusters: {len(a)}, {len(b)}, {len(clusters)}")
+    change = np.asarray(b, float) - np.asarray(a, float)
+    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    total, size = np.bincount(index, weights=change), np.bincount(index)
+    drawn = rng.integers(len(size), size=(draws, len(size)))
+    means = total[drawn].sum(1) / size[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(change.mean()), float(low), float(high)

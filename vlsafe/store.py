@@ -1,0 +1,249 @@
+"""The cellar: run folders, manifests, digests, atomic completion, locks.
+
+A run is the result of one stage. It is valid when its manifest carries the digest that the stage expects now and its
+files are as they were when it was finished. Work happens in `<recipe>.partial`; the last act renames the folder, so
+a folder without that suffix is whole or has been tampered with, never half-made. The store decides what is valid; the
+scheduler decides only the order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
+Status = Literal["valid", "missing", "stale", "tampered"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the result of a stage lies and what it must be. `recipe` tells runs of one stage apart.
+
+    `inputs` maps a name to the digest of another run; `params` are the resolved numbers that the result depends on.
+    """
+
+    root: Path
+    scale: str
+    backbone: str
+    seed: int
+    stage: str
+    recipe: str
+    version: int
+    params: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """The finished run."""
+        return self.root / self.scale / self.backbone / f"seed{self.seed}" / self.stage / self.recipe
+
+    @property
+    def partial(self) -> Path:
+        """Where it is being made."""
+        return self.folder.with_name(self.folder.name + ".partial")
+
+    @property
+    def receipt(self) -> Path:
+        """A copy of the manifest beside the folder: what the scheduler sees, and may delete without harm."""
+        return self.folder.with_name(self.folder.name + ".json")
+
+    @property
+    def digest(self) -> str:
+        """Identity of the result: stage, version, parameters, seed, inputs."""
+        told = [self.stage, self.recipe, self.version, self.seed, self.backbone, self.params, dict(self.inputs)]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def status(run: Run, deep: bool = False) -> Status:
+    """Whether a run can be used.
+
+    Files are compared by size and modification time, by content where the time differs, and always when `deep`.
+    """
+    manifest = read_manifest(run)
+    if manifest is None:
+        return "tampered" if run.folder.exists() else "missing"
+    if manifest.get("digest") != run.digest:
+        return "stale"
+    return "valid" if _files_intact(run.folder, manifest["files"], deep) else "tampered"
+
+
+def _files_intact(folder: Path, files: Mapping[str, Mapping[str, Any]], deep: bool) -> bool:
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if present != set(files):
+        return False
+    for name, noted in files.items():
+        stat = (folder / name).stat()
+        if stat.st_size != noted["bytes"]:
+            return False
+        if (deep or stat.st_mtime_ns != noted["mtime_ns"]) and file_digest(folder / name) != noted["sha256"]:
+            return False
+    return True
+
+
+def read_manifest(run: Run) -> dict[str, Any] | None:
+    """The manifest of a finished run, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((run.folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
+
+
+def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], None]) -> Path:
+    """The folder of a valid run, made first if it is not there.
+
+    `make` gets the `.partial` folder, which may hold what an earlier, killed attempt of the *same* digest left, and
+    returns numbers for the manifest. One process makes a run at a time; others wait for it.
+
+    Raises:   whatever `make` raises; the partial folder then stays, without looking complete
+    """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(run.folder) + ".lock"):
+        found = status(run)
+        if found != "valid":
+            if found != "missing":
+                say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it anew")
+            _make(run, make)
+        elif (made_by := read_manifest(run)["source"]) != source_digest():
+            say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}` rebuilds it")
+        write_text(run.receipt, (run.folder / MANIFEST).read_text(encoding="utf-8"))
+    return run.folder
+
+
+def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
+    _discard(run.folder)
+    work, note = run.partial, run.partial / ".digest"
+    if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != run.digest):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    note.write_text(run.digest, encoding="utf-8")
+    started = time.monotonic()
+    numbers = make(work)
+    note.unlink()
+    write_text(work / MANIFEST, json.dumps(_manifest(run, work, numbers, time.monotonic() - started), indent=1))
+    os.rename(work, run.folder)
+    _sync(run.folder.parent)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a run so that a kill in the middle cannot leave a folder that looks whole."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".doomed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+    files = {}
+    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _sync(path)
+        stat = path.stat()
+        files[str(path.relative_to(work))] = {
+            "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_digest(path)
+        }  # fmt: skip
+    return {
+        "digest": run.digest, "stage": run.stage, "recipe": run.recipe, "version": run.version, "scale": run.scale,
+        "backbone": run.backbone, "seed": run.seed, "params": run.params, "inputs": dict(run.inputs),
+        "numbers": dict(numbers or {}), "seconds": round(seconds, 2), "source": source_digest(), **environment(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "files": files,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict[str, Any]:
+    """Commit, package versions, processor: what else a result may depend on. No path, no host name."""
+    return {
+        "commit": _commit(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Digest of the package's source, so that a result made by other code can be told."""
+    hashed = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".jinja"):
+            hashed.update(path.name.encode() + path.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
+def forget(run: Run) -> None:
+    """Remove a run, finished or partial, and its receipt."""
+    _discard(run.folder)
+    shutil.rmtree(run.partial, ignore_errors=True)
+    run.receipt.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old text or the new one, never half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows of equal columns as Parquet, written beside and renamed.
+
+    Raises:   ValueError when there are none: an empty table has no columns and hides a mistake
+    """
+    table = pa.Table.from_pylist(list(rows))
+    if table.num_rows == 0:
+        raise ValueError(f"no rows to write to {path.name}")
+    beside = path.with_name(path.name + ".tmp")
+    pq.write_table(table, beside, compression="zstd")
+    os.replace(beside, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a Parquet file."""
+    return pq.read_table(path).to_pylist()

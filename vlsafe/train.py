@@ -1,0 +1,159 @@
+"""One stage of supervised fine-tuning on TRL, with checkpoints at chosen steps and exact resumption.
+
+The trainer is TRL's own, untouched; what we add are arguments and callbacks. This room knows neither where a run lies
+in the cellar nor what a row is about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from vlsafe.models import in_memory_layout
+from vlsafe.scales import Fit
+from vlsafe.schema import Example
+
+Progress = Callable[[int], None]
+COMPLETE = "complete.json"
+TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", COMPLETE)
+
+
+def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
+    """Rows as TRL takes them. Text-only rows among pictures carry an empty list, never a missing value."""
+    table: dict[str, list[Any]] = {"messages": [[{"role": t.role, "content": t.text} for t in row.turns] for row in rows]}
+    features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
+    if with_images:
+        table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
+        features["images"] = List(Image())
+    return Dataset.from_dict(table, features=Features(features))
+
+
+def text_dataset(texts: Sequence[tuple[str, str]], tokenizer: Any) -> Dataset:
+    """Contexts and continuations as token ids between BOS and EOS; loss on the continuation and EOS only."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    contexts = [[bos, *ids] for ids in tokenizer([context for context, _ in texts]).input_ids]
+    rests = [[*ids, eos] for ids in tokenizer([rest for _, rest in texts]).input_ids]
+    pairs = list(zip(contexts, rests, strict=True))
+    columns = {"input_ids": [a + b for a, b in pairs], "labels": [[-100] * len(a) + b for a, b in pairs]}
+    return Dataset.from_dict(columns)
+
+
+def sft(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None, accumulation: int = 1,
+) -> list[float]:  # fmt: skip
+    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
+
+    Checkpoints are written at the milestones; a training that was killed goes on from the last complete one, and ends
+    with the weights and losses of an undisturbed run, bit for bit.
+
+    Units:    -> losses, nats per token, one per step since the start of this process's training
+    Draws:    data order from `seed`
+    """
+    folder = Path(folder)
+    last = _last_complete(folder)
+    losses = _Losses()
+    trainer = SFTTrainer(
+        model=in_memory_layout(model), processing_class=processor, train_dataset=data,
+        args=_arguments(fit, folder, seed, accumulation, data.column_names),
+        callbacks=[_Milestones(frozenset(milestones)), _Tick(progress), losses],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    model.eval()
+    return losses.values
+
+
+def _arguments(fit: Fit, folder: Path, seed: int, accumulation: int, columns: Sequence[str]) -> SFTConfig:
+    """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none.
+
+    Rows are never grouped by length: in the miniature length tells the task, batches of one task undo each other, and
+    a model that had learned to copy forgot it again (tried, see LOG.md).
+    """
+    gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // accumulation,
+        gradient_accumulation_steps=accumulation, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
+        warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
+        assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu,
+    )  # fmt: skip
+
+
+class _Milestones(TrainerCallback):
+    """Ask for a checkpoint at chosen steps, and mark it complete, with digests, once it is whole."""
+
+    def __init__(self, steps: frozenset[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = {p.name: _digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
+        beside = folder / (COMPLETE + ".tmp")
+        beside.write_text(json.dumps(files), encoding="utf-8")
+        beside.rename(folder / COMPLETE)
+
+
+class _Tick(TrainerCallback):
+    """Report every step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(state.global_step)
+
+
+class _Losses(TrainerCallback):
+    """Collect the training loss of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_complete(folder: Path) -> Path | None:
+    """The latest checkpoint whose files are all as they were when it was finished; broken ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        mark = checkpoint / COMPLETE
+        if mark.exists():
+            files = json.loads(mark.read_text(encoding="utf-8"))
+            if all((checkpoint / n).exists() and _digest(checkpoint / n) == d for n, d in files.items()):
+                return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def settle(folder: Path, processor: Any) -> list[Path]:
+    """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state."""
+    settled = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+        for name in TRAINING_STATE:
+            (checkpoint / name).unlink(missing_ok=True)
+        processor.save_pretrained(checkpoint)
+        settled.append(checkpoint.rename(folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"))
+    return settled
