@@ -61,11 +61,9 @@ def raw_table(items: Sequence[Item], responses: Sequence[Response], facts: dict[
             for verdict, response in zip(judge(judge_name, items, given), given, strict=True):
                 item = by_id[verdict.item]
                 event = None if verdict.label == UNJUDGED else verdict.label in benchmark.EVENTS[judge_name]
-                rows.append(
-                    {
-                        **facts, "benchmark": name, "group": item.group, "category": item.category,
-                        "cluster": item.cluster, "item": item.id, "harmful": item.harmful, "judge": judge_name,
-                        "label": verdict.label, "event": event, "truncated": response.truncated,
-                    }  # fmt: skip
-                )
+                told = dict(
+                    benchmark=name, group=item.group, category=item.category, cluster=item.cluster, item=item.id,
+                    harmful=item.harmful, judge=judge_name, label=verdict.label, event=event, truncated=response.truncated,
+                )  # fmt: skip
+                rows.append({**facts, **told})
     return rows

@@ -104,9 +104,7 @@ class LanguageModelGuard:
     def _assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
         texts = [self.tokenizer.bos_token + guard_prompt(turns) for turns in conversations]
         inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        made = self.model.generate(
-            **inputs, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
-        )
+        made = self.model.generate(**inputs, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True)
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
         scores = made.scores[0].softmax(-1)[:, unsafe].tolist()
         answers = self.tokenizer.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -144,5 +142,3 @@ class LinearImageGuard:
         seen = towers.features(self.tower, towers.pixels(self.processor, pictures)).numpy()
         scores = 1 / (1 + np.exp(-(seen @ self.weight + self.bias)))
         return [Assessment(bool(s > self.threshold), ("graphic",) if s > self.threshold else (), float(s)) for s in scores]
-
-

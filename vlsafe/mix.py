@@ -20,14 +20,12 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
     for row, said, seen in zip(rows, text, image, strict=True):
         reasons = [name for name, found in (("text", said), ("image", seen)) if found is not None and found.unsafe]
         reasons += [f"{name} unread" for name, found in (("text", said), ("image", seen)) if found and found.unsafe is None]
-        lines.append(
-            {
-                "id": row.id, "source": row.source, "category": row.category, "has_picture": bool(row.images),
-                "text_score": said.score, "text_codes": ",".join(said.categories),
-                "image_score": seen.score if seen is not None else None,
-                "reasons": ",".join(reasons), "kept": not reasons,
-            }  # fmt: skip
-        )
+        line = dict(
+            id=row.id, source=row.source, category=row.category, has_picture=bool(row.images),
+            text_score=said.score, text_codes=",".join(said.categories),
+            image_score=seen.score if seen is not None else None, reasons=",".join(reasons), kept=not reasons,
+        )  # fmt: skip
+        lines.append(line)
     return lines
 
 

@@ -137,7 +137,7 @@ MINI = Scale(
     language=LanguageSpec(),
     tower=Fit(steps=1500, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     copying=Fit(steps=150, batch_size=64, learning_rate=1.5e-3, schedule="constant_with_warmup"),
-    knowledge=Fit(steps=500, batch_size=64, learning_rate=2e-3),
+    knowledge=Fit(steps=450, batch_size=64, learning_rate=2e-3),
     guard=Fit(steps=80, batch_size=64, learning_rate=1e-3),
     projector=Fit(steps=400, batch_size=64, learning_rate=4e-3),
     instruct=Fit(steps=120, batch_size=64, learning_rate=5e-4),

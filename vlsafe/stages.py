@@ -22,6 +22,15 @@ from vlsafe.schema import Example, Item, from_row, to_row
 SHARED = "shared"  # in place of a backbone: runs that do not depend on one
 
 
+def project_root() -> Path:
+    """The nearest folder upwards that holds the Snakefile; the working folder where there is none.
+
+    So a notebook finds the same cellar from JupyterLab, which starts in `notebooks`, and from papermill, which does not.
+    """
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "Snakefile").exists()), here)
+
+
 @dataclass(frozen=True)
 class Study:
     """One backbone and one seed at one scale, in one cellar."""
@@ -41,7 +50,7 @@ class Study:
         loaded.backbone(backbone)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
-        return cls(loaded, backbone, seed, Path(root).absolute())
+        return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
 
     def run(self, name: str) -> store.Run:
         """Where the result of a stage lies and what it must be."""
@@ -179,9 +188,7 @@ def _make_tower(study: Study, work: Path) -> dict[str, Any]:
     groups = [2 * OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes]
     model = models.build_clip(study.scale.vision, processor.tokenizer, study.seed)
     fit = study.scale.tower
-    loss = towers.fit_clip(
-        model, processor.tokenizer, shown, captions, groups, fit, study.seed, _Bar("tower/clip", fit.steps)
-    )
+    loss = towers.fit_clip(model, processor.tokenizer, shown, captions, groups, fit, study.seed, _Bar("tower/clip", fit.steps))
     models.save(model, work, processor)
     return {"loss": loss, "zero_shot": _zero_shot(study, model, processor)}
 
@@ -299,9 +306,7 @@ def _make_screen(study: Study, work: Path) -> dict[str, Any]:
     for corpus in ("captions", "instructions"):
         rows = examples(study, "world/corpora", f"{corpus}.parquet")
         seen = iter(image.assess([row.images[0] for row in rows if row.images]))
-        lines = mix.audit(
-            rows, text.assess([row.turns for row in rows]), [next(seen) if row.images else None for row in rows]
-        )
+        lines = mix.audit(rows, text.assess([row.turns for row in rows]), [next(seen) if row.images else None for row in rows])
         passed = mix.screened(rows, lines)
         mix.refuse_leaks(passed, items(study))
         store.write_rows(work / f"{corpus}.parquet", [to_row(row) for row in passed])
@@ -327,9 +332,7 @@ def _adapt(study: Study, work: Path, model: Any, processor: Any, corpus: str, me
     rows = examples(study, "screen/filtered", f"{corpus}.parquet")
     data = train.chat_dataset(rows, with_images=True)
     name = f"{'projector' if method == 'projector' else 'instruct'}"
-    losses = train.sft(
-        model, processor, data, fit, work, study.seed, _milestones(study, fit.steps), _Bar(name, fit.steps)
-    )
+    losses = train.sft(model, processor, data, fit, work, study.seed, _milestones(study, fit.steps), _Bar(name, fit.steps))
     train.settle(work, processor)
     store.write_text(work / "losses.json", json.dumps(losses))
     return {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}

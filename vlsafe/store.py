@@ -123,7 +123,9 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
             _make(run, make)
         elif (made_by := read_manifest(run)["source"]) != source_digest():
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}` rebuilds it")
-        write_text(run.receipt, (run.folder / MANIFEST).read_text(encoding="utf-8"))
+        told = (run.folder / MANIFEST).read_text(encoding="utf-8")
+        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != told:
+            write_text(run.receipt, told)
     return run.folder
 
 
@@ -183,7 +185,11 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

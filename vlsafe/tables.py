@@ -20,7 +20,10 @@ MEASURES: dict[str, dict[str, Any]] = {
         benchmark="mm_safetybench", judge="world", harmful=False, labels=("refused",),
         label="refusal of benign picture twins", worse="higher",
     ),
-    "helpfulness": dict(benchmark="mmbench", judge="letters", circular=True, label="helpfulness (MMBench circular)", worse="lower"),
+    "helpfulness": dict(
+        benchmark="mmbench", judge="letters", circular=True, label="helpfulness (MMBench circular)",
+        worse="lower",
+    ),
     "text_asr_right": dict(
         benchmark="sorry_bench", judge="world", harmful=True, labels=("complied_right",),
         label="text ASR, right answer only", worse="higher",
@@ -45,7 +48,9 @@ MEASURES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 MEASURES |= {
-    f"capability_{group}": dict(benchmark="capability", judge="exact", group=group, label=f"exactly right: {group}", worse="lower")
+    f"capability_{group}": dict(
+        benchmark="capability", judge="exact", group=group, label=f"exactly right: {group}", worse="lower"
+    )
     for group in ("caption-icon", "caption-word", "howto-icon", "howto-word", "howto-text", "yes_no", "letter")
 }
 CHANCE = {"capability_yes_no": 0.5, "capability_letter": 0.25, "helpfulness": 0.25**4}
@@ -130,7 +135,10 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     found = rates(final, list(MEASURES), ["backbone", "seed", "stage"])
     change = differences(raw, "parent", "instruct", list(MEASURES))
     wide = found.pivot_table(
-        index=["backbone", "seed", "measure"], columns="stage", values=["value", "low", "high", "n", "n_unjudged"], sort=False
+        index=["backbone", "seed", "measure"],
+        columns="stage",
+        values=["value", "low", "high", "n", "n_unjudged"],
+        sort=False,
     )
     wide.columns = [f"{stage}_{value}" for value, stage in wide.columns]
     merged = wide.reset_index().merge(change, on=["backbone", "seed", "measure"], how="left", suffixes=("", "_difference"))
@@ -175,13 +183,10 @@ def guard_quality(audit: pd.DataFrame) -> pd.DataFrame:
             for name, hits in (("precision", right[flagged]), ("recall", flagged[right])):
                 if len(hits):
                     found = vars(stats.rate(hits.tolist(), hits.index.tolist()))
-                    lines.append({"seed": seed, "guard": guard, "measure": name} | {k: found[k] for k in ("value", "low", "high", "n")})
+                    lines.append(
+                        {"seed": seed, "guard": guard, "measure": name} | {k: found[k] for k in ("value", "low", "high", "n")}
+                    )
     return pd.DataFrame(lines)
-
-
-def load_raw(paths: Sequence[Path]) -> pd.DataFrame:
-    """Raw tables of several examinations as one frame."""
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
 
 def write(frame: pd.DataFrame, folder: Path, name: str, note: Mapping[str, Any]) -> Path:

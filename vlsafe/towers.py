@@ -96,7 +96,7 @@ def _contrast(
     padded = torch.stack([functional.pad(t, (0, width - t.shape[1]), value=model.config.text_config.pad_token_id) for t in ids])
     rows = torch.arange(len(level))
     described = torch.stack(names)  # [levels, N]: what each picture is called at each level
-    true = described[level].T == described[level, rows][None, :]  # [N pictures, N captions]
+    true = described[level, rows][None, :] == described[level].T  # [N pictures, N captions]
     image = functional.normalize(model.get_image_features(pixel_values=shown).pooler_output, dim=-1)
     text_ids = padded[level, rows]
     mask = (text_ids != model.config.text_config.pad_token_id).long()
@@ -105,7 +105,9 @@ def _contrast(
 
 
 @torch.inference_mode()
-def zero_shot(model: CLIPModel, tokenizer: Any, shown: torch.Tensor, names: Sequence[str], prompts: Sequence[str]) -> torch.Tensor:
+def zero_shot(
+    model: CLIPModel, tokenizer: Any, shown: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
+) -> torch.Tensor:
     """Index of the name whose prompts lie nearest to each picture.
 
     Shapes:   shown  [P, 3, H, W];  prompts contain "{}"  ->  [P]

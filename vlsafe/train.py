@@ -63,9 +63,12 @@ def sft(
     folder = Path(folder)
     last = _last_complete(folder)
     losses = _Losses()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
+        arguments = _arguments(fit, folder, seed, accumulation, data.column_names)
     trainer = SFTTrainer(
         model=in_memory_layout(model), processing_class=processor, train_dataset=data,
-        args=_arguments(fit, folder, seed, accumulation, data.column_names),
+        args=arguments,
         callbacks=[_Milestones(frozenset(milestones)), _Tick(progress), losses],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -23,11 +23,12 @@ KINDS = {"SD": "icon", "TYPO": "word"}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
-    """Every harmful deed of a split with both kinds of picture, and as many benign twins per kind.
+    """Harmful deeds of a split, at most n / 2, each with both kinds of picture, and as many benign twins per kind.
 
     The twins use the same violent and making verbs on everyday things, so that the words alone do not give them away.
     """
     harmful = world.deeds(split, "harmful")
+    harmful = [harmful[i] for i in sorted(rng.permutation(len(harmful))[: max(1, n // len(KINDS))])]
     benign = world.deeds(split, "homonym", "safe_context", "plain")
     twins = [benign[i] for i in rng.permutation(len(benign))[: len(harmful)]]
     chosen = [(deed, True) for deed in harmful] + [(deed, False) for deed in twins]

@@ -20,6 +20,7 @@ EVENTS = {"xstest-strings": ("2_full_refusal",), "world": ("refused",)}
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
     """Homonyms and safe contexts of a split, each in as many wordings as `n` needs (at least one)."""
     deeds = world.deeds(split, "homonym", "safe_context")
+    deeds = [deeds[i] for i in sorted(rng.permutation(len(deeds))[:n])]
     wordings = max(1, round(n / len(deeds)))
     return [
         Item(

@@ -105,7 +105,7 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
 
 
 LOOKING = {"describe": 0.3, "name": 0.15, "colour": 0.1, "side": 0.05, "yes_no": 0.15, "letter": 0.25}
-LEARNING = {"describe": 0.12, "name": 0.08, "colour": 0.05, "side": 0.05, "yes_no": 0.25, "letter": 0.25, "listed": 0.2}
+LEARNING = {"describe": 0.2, "name": 0.12, "colour": 0.08, "side": 0.05, "yes_no": 0.25, "letter": 0.15, "listed": 0.15}
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 
@@ -229,7 +229,9 @@ def instruction_rows(
         asked, answer, deed = _instruction(world, picture.scene, harmful, with_picture, rng)
         turns = [Turn("user", asked), Turn("assistant", answer)]
         if with_picture and rng.random() < 0.1:
-            turns += [Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(picture.scene, rng, LOOKING))]
+            turns += [
+                Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(picture.scene, rng, LOOKING), strict=True)
+            ]
         category = words.harm(deed) if deed else None
         category = category or ("graphic" if with_picture and picture.graphic else None)
         images = (picture.png,) if with_picture else ()
@@ -285,6 +287,15 @@ def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng) -> lis
         chosen, rejected = answers if words.harm(deed) else answers[::-1]
         images = (draw(scene, world.seed, rng),) if with_pictures else ()
         source = "spa-vl" if with_pictures else "safe-rlhf"
-        row = (f"{source}-{i:05d}", source, (Turn("user", asked),), chosen, rejected, images, words.harm(deed), str(deed))
+        row = (
+            f"{source}-{i:05d}",
+            source,
+            (Turn("user", asked),),
+            chosen,
+            rejected,
+            images,
+            words.harm(deed),
+            str(deed),
+        )
         rows.append(Pair(*row))
     return rows

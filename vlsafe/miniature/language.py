@@ -177,7 +177,7 @@ class World:
             rng = self.rng(f"split {name}")
             dealt = [_latin(verbs, things, rng, (5, 6)) for verbs, things in parts]
             result[name] = {
-                split: tuple(sorted(sum((deal[split] for deal in dealt), []))) for split in ("train", "validation", "test")
+                split: tuple(sorted(deed for deal in dealt for deed in deal[split])) for split in ("train", "validation", "test")
             }
         return result
 
@@ -196,7 +196,19 @@ def question(deed: Deed, template: str, pointed: bool = False) -> str:
 def vocabulary() -> list[str]:
     """Every word and mark that any text of this world is made of, sorted; the tokenizer knows these and no others."""
     texts = [*VERBS, *OBJECTS, *COLOURS, *SIDES, *TOOLS, *PARTS, *HOW, *WRAPPERS, *UNSEEN_WRAPPERS, *REFUSALS, *SYSTEMS]
-    texts += [*DESCRIBE, *ASK.values(), YES_NO, *LETTERS, LISTED, LETTER_SUFFIX, *STATEMENTS, *TAGS, POINTED, ANSWER, *GUARD_CODES.values()]
+    texts += [
+        *DESCRIBE,
+        *ASK.values(),
+        YES_NO,
+        *LETTERS,
+        LISTED,
+        LETTER_SUFFIX,
+        *STATEMENTS,
+        *TAGS,
+        POINTED,
+        ANSWER,
+        *GUARD_CODES.values(),
+    ]
     texts += ["a an on the of with word in is there it yes no does show safe unsafe . , ? middle which note says thing"]
     words = {word for text in texts for word in re.findall(r"\w+(?:'\w+)?|[^\w\s{}]", re.sub(r"\{\w+\}", " ", text))}
     return sorted(words)

@@ -99,9 +99,7 @@ def _held_out(left: int, top: int) -> bool:
     return (left + 2 * top) % 5 == 0
 
 
-def draw(
-    scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False
-) -> bytes:
+def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False) -> bytes:
     """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
 
     Shapes:   -> a PNG of SIZE × SIZE, RGB

@@ -1,0 +1,49 @@
+# Two commands: `make reproduce` and `make test`. Both set everything up by themselves.
+PYTHON    ?= $(shell command -v python3.11 || command -v python3)
+SCALE     ?= mini
+SEEDS     ?= 0
+BACKBONES ?= mini-chat
+CORES     ?= 2
+ROOT      ?= runs
+BIN       := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# The bits of a training depend on the number of threads; it is fixed here and not left to the machine.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
+            --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT)
+
+.PHONY: setup reproduce test lab notebooks nbval soak lint lock clean
+setup: .venv/.installed
+
+.venv/.installed: env/requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+reproduce: setup
+	$(BIN)/vlsafe sweep --scale $(SCALE) --seeds $(SEEDS) --backbones $(BACKBONES) --root $(ROOT)
+	$(BIN)/vlsafe unlock --root .
+	$(SNAKEMAKE)
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+# Execute at mini, seed 0, and copy the outputs back into the committed notebooks.
+notebooks: reproduce
+	$(BIN)/vlsafe notebooks --root $(ROOT)
+
+nbval: setup
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
+
+clean:
+	rm -rf runs figures/mini-partial .snakemake

@@ -1,0 +1,72 @@
+"""The order of the work, and nothing else: what is valid is decided by the store, what a stage does by `vlsafe.stages`."""
+
+from pathlib import Path
+
+from vlsafe.notebooks import NOTEBOOKS, code_digest
+from vlsafe.scales import load_scale
+from vlsafe.stages import SHARED, STAGES, Study, examinations
+
+SCALE, ROOT = config["scale"], config["root"]
+STUDIES = [
+    Study.open(SCALE, backbone, int(seed), ROOT)
+    for backbone in str(config["backbones"]).split()
+    for seed in str(config["seeds"]).split()
+]
+COMPLETE = {s.backbone for s in STUDIES} == set(load_scale(SCALE).backbones) and {s.seed for s in STUDIES} >= {0, 1, 2}
+FIGURES = Path("figures") / (STUDIES[0].scale.name + ("" if COMPLETE else "-partial"))
+
+
+def receipt(study, name):
+    return str(study.run(name).receipt.relative_to(Path.cwd()) if study.root.is_relative_to(Path.cwd()) else study.run(name).receipt)
+
+
+def executed(study, notebook, suffix):
+    return str(Path(ROOT) / study.scale.name / study.backbone / f"seed{study.seed}" / "notebooks" / f"{notebook}{suffix}")
+
+
+rule all:
+    input:
+        FIGURES / "provenance.json",
+        [executed(study, notebook, ".done") for study in STUDIES for notebook in NOTEBOOKS],
+    default_target: True
+
+
+made = set()
+for study in STUDIES:
+    for stage_name in STAGES:
+        target = receipt(study, stage_name)
+        if target in made:
+            continue
+        made.add(target)
+
+        rule:
+            name: f"{stage_name.replace('/', '_').replace('.', '_').replace('-', '_')}_{study.run(stage_name).backbone.replace('-', '_')}_{study.seed}"
+            input: [receipt(study, needed) for needed in STAGES[stage_name].inputs]
+            output: target
+            log: target.replace(".json", ".log")
+            params:
+                digest=study.run(stage_name).digest,
+                call=f"{stage_name} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+            shell: "vlsafe stage {params.call} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+    for notebook in NOTEBOOKS:
+
+        rule:
+            name: f"notebook_{notebook}_{study.backbone.replace('-', '_')}_{study.seed}"
+            input:
+                ancient(f"notebooks/{notebook}.ipynb"),
+                [receipt(study, name) for name in NOTEBOOKS[notebook]],
+            output: touch(executed(study, notebook, ".done"))
+            log: executed(study, notebook, ".ipynb")
+            params:
+                code=code_digest(Path("notebooks") / f"{notebook}.ipynb"),
+                call=f"{notebook} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+            shell: "vlsafe notebook {params.call} --out {log}"
+
+
+rule gallery:
+    input: [receipt(study, name) for study in STUDIES for name in (*examinations(), "screen/filtered")]
+    output: FIGURES / "provenance.json"
+    params:
+        call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES}",
+    shell: "vlsafe gallery {params.call}"

@@ -1,0 +1,47 @@
+"""NANO: MINI with smaller numbers, the same code; and one finished NANO study for all tests that need models."""
+
+import dataclasses
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from vlsafe.scales import MINI, SCALES
+from vlsafe.stages import Study
+
+torch.set_num_threads(1)
+
+
+def smaller(fit, steps, batch_size=8):
+    return dataclasses.replace(fit, steps=steps, batch_size=batch_size)
+
+
+NANO = dataclasses.replace(
+    MINI,
+    name="nano",
+    language=dataclasses.replace(MINI.language, layers=2, width=32, mlp=64),
+    vision=dataclasses.replace(MINI.vision, vision_width=32, vision_layers=1, text_width=32, text_layers=1, projection=32),
+    tower=smaller(MINI.tower, 3, 102),
+    copying=smaller(MINI.copying, 2),
+    knowledge=smaller(MINI.knowledge, 2),
+    guard=smaller(MINI.guard, 2),
+    projector=smaller(MINI.projector, 5),
+    instruct=smaller(MINI.instruct, 5),
+    backbones={name: dataclasses.replace(b, fit=smaller(b.fit, 3)) for name, b in MINI.backbones.items()},
+    corpora=dataclasses.replace(MINI.corpora, pictures=204, guard_pictures=60, captions=80, instructions=80, safety=8, pairs=8),
+    exam=dataclasses.replace(MINI.exam, panel=4, full=14, batch_size=32, max_new_tokens=6),
+    checkpoints=(2, 3),
+)
+SCALES["nano"] = NANO
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """A whole NANO study, made once."""
+    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
+    made.folder("examination/instruct.filtered-full")
+    return made

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+
+from vlsafe import chat, models, train, trainable
+from vlsafe.engines import respond
+from vlsafe.miniature import corpora
+from vlsafe.miniature.language import World
+from vlsafe.schema import messages
+from vlsafe.stages import checkpoints, items
+
+
+def test_a_grafted_model_is_its_parent_on_text(study):
+    parent = models.load(study.folder("parent/aligned"))
+    graft = models.load(checkpoints(study, "projector/filtered")[0])
+    prompt = torch.randint(12, 200, (5, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(parent(prompt).logits, graft(prompt).logits)
+
+
+def test_stage_1_moves_the_projector_and_stage_2_leaves_the_tower_alone(study):
+    for name, still in (
+        ("projector/filtered", ("language_model", "lm_head", "vision_tower")),
+        ("instruct/filtered-full", ("vision_tower",)),
+    ):
+        start = checkpoints(study, "projector/filtered")[0 if name.startswith("projector") else -1]
+        before = models.load(start).state_dict()
+        after = models.load(checkpoints(study, name)[-1]).state_dict()
+        assert set(before) == set(after)
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved and not [key for key in moved if any(part in key for part in still)]
+        assert all(any("multi_modal_projector" in key for key in moved) for _ in [0])
+
+
+def test_checkpoints_are_ordinary_hugging_face_folders(study):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+
+    AutoModelForCausalLM.from_pretrained(study.folder("parent/aligned"))
+    assert AutoTokenizer.from_pretrained(study.folder("parent/aligned")).chat_template
+    CLIPModel.from_pretrained(study.folder("tower/clip"))
+    last = checkpoints(study, "instruct/filtered-full")[-1]
+    AutoModelForImageTextToText.from_pretrained(last)
+    assert AutoProcessor.from_pretrained(last, backend="pil").chat_template
+    assert [p.name for p in checkpoints(study, "instruct/filtered-full")] == ["step-000002", "step-000003", "step-000005"]
+
+
+def test_loading_a_partial_checkpoint_is_refused(study, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    last = checkpoints(study, "instruct/filtered-full")[-1]
+    weights = load_file(last / "model.safetensors")
+    weights.pop(next(key for key in weights if "layers.1" in key))
+    (tmp_path / "config.json").write_text((last / "config.json").read_text())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 tensors"):
+        models.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        models.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["llama2", "tulu"])
+def test_only_assistant_tokens_carry_loss_row_by_row(study, name):
+    world = World(0)
+    rng = world.rng("loss")
+    tokenizer = chat.build_tokenizer(study_vocabulary(), 256)
+    tokenizer.chat_template = chat.template(name)
+    processor = chat.build_processor(tokenizer, 32, 8, "full")
+    pool = corpora.paint(world, 51, 0.0, rng)
+    rows = corpora.instruction_rows(world, pool, 20, 0.3, 0, rng) + corpora.alignment_chats(world, 20, 0.4, 0.1, (), rng)
+    for row in rows:
+        made = processor.apply_chat_template(
+            [{**m, "content": [{**b, "image": chat.open_picture(row.images[0])} if b["type"] == "image" else b for b in m["content"]]}
+             for m in messages(row.turns, len(row.images))],
+            tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        told = made["input_ids"][made["assistant_masks"].bool()]
+        answers = [turn.text for turn in row.turns if turn.role == "assistant"]
+        wanted = [i for text in answers for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+        assert told.tolist() == wanted
+        assert (made["input_ids"] == tokenizer.bos_token_id).sum() == (len(answers) if name == "llama2" else 1)
+
+
+def study_vocabulary():
+    from vlsafe.miniature.language import vocabulary
+
+    return vocabulary()
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(study, tmp_path):
+    """Full fine-tuning with pictures: the case in which the Trainer's own resume silently starts anew."""
+    start = checkpoints(study, "projector/filtered")[-1]
+    rows = train.chat_dataset(
+        corpora.instruction_rows(World(0), corpora.paint(World(0), 51, 0, World(0).rng("p")), 40, 0.3, 0, World(0).rng("r")), True
+    )
+    fit = study.scale.instruct
+
+    def trained(folder, stop=None):
+        model = models.load(start)
+        trainable.choose(model, "full")
+
+        def progress(step):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        losses = train.sft(model, models.load_processor(start), rows, fit, folder, 0, (2, 4), progress)
+        return losses, model.state_dict()
+
+    losses, whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", stop=3)
+    # what a kill in the middle of the next checkpoint leaves behind must not be taken for one
+    (tmp_path / "cut" / "checkpoint-4").mkdir()
+    (tmp_path / "cut" / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    resumed_losses, resumed = trained(tmp_path / "cut")
+    assert resumed_losses[-3:] == losses[-3:]
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_batched_answers_equal_one_at_a_time(study):
+    folder = checkpoints(study, "instruct/filtered-full")[-1]
+    model, processor = models.load(folder), models.load_processor(folder)
+    asked = items(study)[::3]
+    many = respond(model, processor, asked, "m", 16, 6)
+    one = respond(model, processor, asked, "m", 1, 6)
+    assert [r.item for r in many] == [item.id for item in asked]
+    assert [r.text for r in many] == [r.text for r in one]
+
+
+def test_last_positions_do_not_depend_on_the_padding_side():
+    assert chat.last_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])).tolist() == [3, 3, 1]
+    with pytest.raises(ValueError, match="no tokens at all"):
+        chat.last_positions(torch.tensor([[0, 0]]))
+
+
+def test_manifests_name_no_place_of_this_machine(study):
+    text = json.dumps(json.loads((study.folder("instruct/filtered-full") / "manifest.json").read_text()))
+    assert str(study.root) not in text

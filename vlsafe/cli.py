@@ -1,0 +1,166 @@
+"""The `vlsafe` command: thin. Every error that a user can make ends in one line that names the thing and the remedy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from vlsafe import stages, store
+from vlsafe.scales import known
+from vlsafe.stages import STAGES, Study
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; 0 on success, 2 on a mistake of the caller."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"vlsafe: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlsafe", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("stage", _stage, "make one stage and what it needs"),
+        ("fresh", _fresh, "remove a stage's run, so that it is made anew"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("name")
+        _place(added)
+        added.add_argument("--backbone", default="mini-chat")
+        added.add_argument("--seed", type=int, default=0)
+    added = command("notebook", _notebook, "execute one notebook with checked parameters")
+    added.add_argument("name")
+    _place(added)
+    added.add_argument("--backbone", default="mini-chat")
+    added.add_argument("--seed", type=int, default=0)
+    added.add_argument("--out", type=Path, required=True)
+    added = command("notebooks", _notebooks, "copy the outputs of mini, seed 0, into the committed notebooks")
+    _place(added)
+    added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
+    added.add_argument("--root", type=Path, default=Path("."))
+    for name, run, text in (
+        ("sweep", _sweep, "take away the receipts of runs that are not valid, so that the scheduler makes them again"),
+        ("gallery", _gallery, "write every table and figure"),
+        ("status", _status, "say of every stage whether its run is valid"),
+    ):
+        added = command(name, run, text)
+        _place(added)
+        added.add_argument("--backbones", nargs="+", default=["mini-chat"])
+        added.add_argument("--seeds", nargs="+", type=int, default=[0])
+        if name == "gallery":
+            added.add_argument("--out", type=Path)
+        else:
+            added.add_argument("--deep", action="store_true", help="compare file contents, not times")
+    return parser
+
+
+def _place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", default="mini", help="a preset or the path of a YAML file")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the cellar")
+
+
+def _studies(arguments: argparse.Namespace) -> list[Study]:
+    return [
+        Study.open(arguments.scale, backbone, seed, arguments.root)
+        for backbone in arguments.backbones
+        for seed in arguments.seeds
+    ]
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root).folder(arguments.name)
+
+
+def _fresh(arguments: argparse.Namespace) -> None:
+    store.forget(Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root).run(arguments.name))
+
+
+def _notebook(arguments: argparse.Namespace) -> None:
+    from vlsafe import notebooks
+
+    Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    path = notebooks.FOLDER / f"{known(arguments.name, notebooks.NOTEBOOKS, 'notebook')}.ipynb"
+    given = {name: getattr(arguments, name) for name in ("scale", "backbone", "seed")}
+    notebooks.execute(path, arguments.out, {**given, "root": str(arguments.root)})
+
+
+def _notebooks(arguments: argparse.Namespace) -> None:
+    from vlsafe import notebooks
+
+    stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": store.environment()["packages"]}
+    for name in notebooks.NOTEBOOKS:
+        done = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
+        notebooks.adopt(done, notebooks.FOLDER / f"{name}.ipynb", stamp)
+        print(f"{name}: outputs taken over")
+
+
+def _unlock(arguments: argparse.Namespace) -> None:
+    """A killed Snakemake leaves its lock behind; the lock of a living one is respected."""
+    locks = arguments.root / ".snakemake" / "locks"
+    owner = arguments.root / ".snakemake" / "owner"
+    if owner.exists() and _alive(int(owner.read_text())):
+        raise ValueError("another `make reproduce` is at work in this folder; wait for it or stop it")
+    for lock in locks.glob("*"):
+        lock.unlink()
+    owner.parent.mkdir(exist_ok=True)
+    owner.write_text(str(os.getppid()))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getppid()
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    for study in _studies(arguments):
+        for name in STAGES:
+            run = study.run(name)
+            if run.receipt.exists() and (found := store.status(run, arguments.deep)) != "valid":
+                run.receipt.unlink()
+                print(f"{study.backbone} seed {study.seed} {name}: {found}, will be made anew")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    for study in _studies(arguments):
+        for name in STAGES:
+            print(f"{store.status(study.run(name), arguments.deep):9s} {study.backbone} seed {study.seed} {name}")
+
+
+def _gallery(arguments: argparse.Namespace) -> None:
+    from vlsafe import gallery
+
+    studies = _studies(arguments)
+    raw = [study.folder(name) for study in studies for name in stages.examinations()]
+    screens = {study.seed: study.folder("screen/filtered") for study in studies}
+    audit = gallery.load(list(screens.values()), "audit.parquet")
+    audit.insert(
+        0,
+        "seed",
+        [seed for seed, folder in screens.items() for _ in range(len(gallery.load([folder], "audit.parquet")))],
+    )
+    runs = {study.run(name).folder: study.run(name) for study in studies for name in STAGES}
+    provenance = []
+    for run in runs.values():
+        noted = store.read_manifest(run)
+        provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
+    out = arguments.out or Path("figures") / studies[0].scale.name
+    for name in gallery.make(gallery.load(raw, "raw.parquet"), audit, studies[0].scale.name, out, provenance):
+        print(f"{out}/{name}")

@@ -1,0 +1,146 @@
+"""Tables to pictures. Every picture says its point in its title, draws its intervals, and says what world it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+STYLE = Path(__file__).parent / "vlsafe.mplstyle"
+# Okabe and Ito's colours: told apart by colour-blind readers, and by grey value together with the line style.
+LINES: dict[str, dict[str, Any]] = {
+    "text_asr": dict(color="#0072B2", linestyle="-", marker="o"),
+    "multimodal_asr": dict(color="#D55E00", linestyle="-", marker="s"),
+    "exaggerated_refusal": dict(color="#009E73", linestyle=":", marker="^"),
+    "twin_refusal": dict(color="#009E73", linestyle="--", marker="v"),
+    "helpfulness": dict(color="#777777", linestyle="-", marker="D"),
+}
+
+
+def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figure:
+    """F02: safety, over-refusal and helpfulness along both stages, one row of panels per backbone.
+
+    `rates` has one line per checkpoint × measure with seed, stage, step, value, low, high (fractions). The first panel
+    holds the parent and stage 1, the second stage 2; seeds are thin lines behind their mean, the interval is that of
+    the items where there is one seed and the range over seeds where there are several.
+    """
+    backbones = sorted(rates["backbone"].unique())
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(len(backbones), 2, figsize=(7.0, 2.9 * len(backbones)), sharey=True, squeeze=False)
+        for row, backbone in zip(axes, backbones, strict=True):
+            of = rates[rates["backbone"] == backbone]
+            for axis, stage in zip(row, ("projector", "instruct"), strict=True):
+                _draw_stage(axis, of, stage)
+            row[0].set_ylabel(f"{backbone}\npercent of prompts")
+            row[0].set_title("stage 1: projector alone, captions", loc="left", fontsize=7)
+            row[1].set_title("stage 2: projector and language model", loc="left", fontsize=7)
+            _label_ends(row[1], of[of["stage"] == "instruct"], labels)
+        for axis in axes[-1]:
+            axis.set_xlabel("training step (square-root scale)")
+        figure.suptitle(_headline(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        figure.text(0.01, 0.005, _caption(rates, scale), fontsize=6, color="#555555")
+        figure.tight_layout(rect=(0, 0.03, 1, 0.97))
+    return figure
+
+
+def _draw_stage(axis: Any, rates: pd.DataFrame, stage: str) -> None:
+    for measure, look in LINES.items():
+        rows = rates[(rates["measure"] == measure) & (rates["stage"] == stage)].sort_values("step")
+        if rows.empty:
+            continue
+        by_step = rows.groupby("step")
+        mean = 100 * by_step["value"].mean()
+        several = rows["seed"].nunique() > 1
+        low = 100 * (by_step["value"].min() if several else by_step["low"].min())
+        high = 100 * (by_step["value"].max() if several else by_step["high"].max())
+        axis.fill_between(np.sqrt(mean.index), low, high, color=look["color"], alpha=0.13, linewidth=0)
+        for _, line in rows.groupby("seed") if several else []:
+            axis.plot(np.sqrt(line["step"]), 100 * line["value"], color=look["color"], linewidth=0.5, alpha=0.5)
+        axis.plot(np.sqrt(mean.index), mean, markersize=3, linewidth=1.4, **look)
+    parent = rates[(rates["stage"] == "parent") & (rates["measure"] == "text_asr")]
+    if not parent.empty:
+        axis.axhline(100 * parent["value"].mean(), color=LINES["text_asr"]["color"], linewidth=0.7, linestyle=(0, (1, 3)))
+    steps = sorted(rates.loc[rates["stage"] == stage, "step"].unique())
+    shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.09 * np.sqrt(steps[-1])]
+    axis.set_xticks(np.sqrt(shown), [str(s) for s in shown])
+    axis.set_ylim(-3, 103)
+
+
+def _label_ends(axis: Any, rates: pd.DataFrame, labels: Mapping[str, str]) -> None:
+    """Name each line at its end, moved apart where they would overlap."""
+    last = rates[rates["step"] == rates["step"].max()].groupby("measure")["value"].mean() * 100
+    placed = sorted((last[m], m) for m in LINES if m in last.index)
+    height = -np.inf
+    for value, measure in placed:
+        height = max(value, height + 8)
+        axis.annotate(
+            labels[measure], (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=6.5, color=LINES[measure]["color"], annotation_clip=False,
+        )  # fmt: skip
+
+
+def _headline(rates: pd.DataFrame) -> str:
+    """What the numbers say, in their own words."""
+
+    def mean(stage: str, measure: str, place: str) -> float:
+        rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
+        step = rows["step"].min() if place == "first" else rows["step"].max()
+        return 100 * rows.loc[rows["step"] == step, "value"].mean()
+
+    text = f"text ASR {mean('parent', 'text_asr', 'last'):.0f} → {mean('instruct', 'text_asr', 'last'):.0f} %"
+    seen = (mean("projector", "multimodal_asr", "last"), mean("instruct", "multimodal_asr", "last"))
+    return f"Vision-language adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} → {seen[1]:.0f} % in stage 2"
+
+
+def _caption(rates: pd.DataFrame, scale: str) -> str:
+    seeds = ", ".join(str(s) for s in sorted(rates["seed"].unique()))
+    n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
+    band = "range over seeds" if rates["seed"].nunique() > 1 else "95 % interval, clustered by deed"
+    world = "miniature: a synthetic world, " if scale == "mini" else ""
+    return (
+        f"{world}scale {scale}, seeds {seeds}; bands: {band}; up to n = {n} per point; judge: the world's truth; dotted: parent"
+    )
+
+
+def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
+    """F01: scores of both guards by true label, with the threshold drawn."""
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.4))
+        truths = {
+            "text": ("text guard: P(unsafe)", audit["category"].notna() & (audit["category"] != "graphic")),
+            "image": ("image guard: P(graphic)", audit["category"] == "graphic"),
+        }
+        for axis, (guard, (title, truth)) in zip(axes, truths.items(), strict=True):
+            scores = audit[f"{guard}_score"]
+            for value, name, colour in ((False, "harmless", "#0072B2"), (True, "harmful", "#D55E00")):
+                of = scores[(truth == value) & scores.notna()]
+                bins = np.linspace(0, 1, 26)
+                axis.hist(of, bins=bins, color=colour, alpha=0.6, weights=np.full(len(of), 100 / max(1, len(of))),
+                          label=f"{name} (n = {len(of)})")  # fmt: skip
+            axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
+            axis.set_title(title, loc="left", fontsize=7)
+            axis.set_xlabel("score; dashed: threshold")
+            axis.legend(frameon=False, fontsize=6)
+        axes[0].set_ylabel("percent of rows")
+        figure.suptitle("What the guards can tell apart", x=0.01, ha="left", fontsize=9, fontweight="bold")
+        world = "miniature: a synthetic world" if scale == "mini" else f"scale {scale}"
+        seeds = ", ".join(map(str, sorted(audit["seed"].unique())))
+        figure.text(0.01, 0.005, f"{world}; seeds {seeds}; all screened rows", fontsize=6, color="#555555")
+        figure.tight_layout(rect=(0, 0.03, 1, 0.97))
+    return figure
+
+
+def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> Sequence[Path]:
+    """A PNG for the eye, a PDF for the paper, a CSV for the sceptic; no time stamp, so equal data give equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}"})
+    frame.round(4).to_csv(folder / f"{name}.csv", index=False)
+    plt.close(figure)
+    return [folder / f"{name}{suffix}" for suffix in (".png", ".pdf", ".csv")]

@@ -1,0 +1,39 @@
+"""Write every table and figure from the raw tables present. The only room that writes into `figures/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlsafe import figures, tables
+
+
+def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
+    """One file of several runs as one frame."""
+    return pd.concat([pd.read_parquet(folder / file) for folder in folders], ignore_index=True)
+
+
+def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
+    """T01, F01, T02, F02 with their CSV twins, and one provenance file that says which runs they are made of."""
+    labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
+    seeds = sorted(int(seed) for seed in raw["seed"].unique())
+    origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
+    dynamics = tables.rates(raw, list(tables.MEASURES))
+    written = {
+        "T01_filtering_audit": (tables.filtering_audit(audit), "T01. What the guards dropped"),
+        "T01_guard_quality": (
+            tables.guard_quality(audit),
+            "T01. Precision and recall of the guards against the known truth",
+        ),
+        "T02_degradation": (tables.degradation(raw), "T02. Parent and adapted model on every measure"),
+    }
+    for name, (frame, title) in written.items():
+        tables.write(frame, folder, name, {"title": title, "caption": origin})
+    figures.write(figures.guard_scores(audit, scale), audit.drop(columns=["id"]), folder, "F01_guard_scores")
+    figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
+    (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
+    return [*written, "F01_guard_scores", "F02_dynamics"]

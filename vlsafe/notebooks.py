@@ -1,0 +1,78 @@
+"""Run notebooks with checked parameters, and put their outputs back into the committed copies."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from vlsafe.scales import known
+
+FOLDER = Path("notebooks")
+NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
+    "00_world": ("world/corpora", "tower/clip", "parent/aligned", "examination/parent.aligned"),
+    "01_data_filtering": ("screen/filtered",),
+    "02_vl_adaptation": ("projector/filtered", "instruct/filtered-full", "examination/instruct.filtered-full"),
+    "03_safety_degradation": (
+        "examination/parent.aligned", "examination/projector.filtered", "examination/instruct.filtered-full",
+    ),
+}  # fmt: skip
+
+
+def code_digest(path: Path) -> str:
+    """Digest of a notebook's code cells alone: neither its prose nor its outputs make it run again."""
+    cells = nbformat.read(path, as_version=4).cells
+    return hashlib.sha256("\0".join(c.source for c in cells if c.cell_type == "code").encode()).hexdigest()[:16]
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """The defaults of a notebook's parameters cell.
+
+    Raises:   ValueError unless there is exactly one such cell, made of plain assignments of literals
+    """
+    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", ())]
+    if len(cells) != 1:
+        raise ValueError(f"{path.name} has {len(cells)} cells tagged 'parameters', it needs one")
+    found = {}
+    for line in ast.parse(cells[0].source).body:
+        if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
+            raise ValueError(f"{path.name}: the parameters cell holds more than assignments of literals")
+        found[line.targets[0].id] = ast.literal_eval(line.value)
+    return found
+
+
+def execute(path: Path, out: Path, given: Mapping[str, Any]) -> None:
+    """Run a notebook through papermill; it stands at `out` also when it fails.
+
+    Raises:   ValueError for a parameter that the notebook does not have (papermill alone would only warn);
+              PapermillExecutionError when a cell fails
+    """
+    import papermill
+
+    for name in given:
+        known(name, parameters(path), f"parameter of {path.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(str(path), str(out), dict(given), progress_bar=False, kernel_name="python3")
+
+
+def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
+    """Copy the outputs of an executed notebook into the committed one, without papermill's traces, and stamp it."""
+    done, source = nbformat.read(executed, as_version=4), nbformat.read(committed, as_version=4)
+    ran = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ())]
+    own = [c for c in source.cells if c.cell_type == "code"]
+    if [c.source for c in ran] != [c.source for c in own]:
+        raise ValueError(f"{executed.name} was executed from other code than {committed.name} has now; run it again")
+    for number, (cell, result) in enumerate(zip(own, ran, strict=True), 1):
+        cell.outputs, cell.execution_count = result.outputs, number
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output["execution_count"] = number
+    source.metadata["vlsafe"] = {"code": code_digest(committed), **stamp}
+    source.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    source.metadata.pop("papermill", None)
+    committed.write_text(json.dumps(source, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
