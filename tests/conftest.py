@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlsafe.scales import MINI, SCALES
-from vlsafe.stages import Study
+from vlsafe.stages import Study, examinations
 
 torch.set_num_threads(1)
 
@@ -28,7 +28,7 @@ NANO = dataclasses.replace(
     tower=smaller(MINI.tower, 3, 102),
     copying=smaller(MINI.copying, 2),
     knowledge=smaller(MINI.knowledge, 2),
-    guard=smaller(MINI.guard, 2),
+    guard=dataclasses.replace(smaller(MINI.guard, 80, 16), learning_rate=5e-3),
     projector=smaller(MINI.projector, 5),
     instruct=smaller(MINI.instruct, 5),
     backbones={name: dataclasses.replace(b, fit=smaller(b.fit, 3)) for name, b in MINI.backbones.items()},
@@ -43,5 +43,6 @@ SCALES["nano"] = NANO
 def study(tmp_path_factory):
     """A whole NANO study, made once."""
     made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
-    made.folder("examination/instruct.filtered-full")
+    for name in examinations():
+        made.folder(name)
     return made

@@ -18,8 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel
 
 from vlsafe import towers
-from vlsafe.miniature.corpora import pick, reply
-from vlsafe.miniature.language import GUARD_CODES, HOW, REFUSALS, World, harm, question
+from vlsafe.miniature.corpora import LOOKING, ask_about, pick, reply
+from vlsafe.miniature.language import GUARD_CODES, HOW, REFUSALS, Deed, World, harm, question
+from vlsafe.miniature.pictures import draw_scene
 from vlsafe.schema import Turn
 
 
@@ -66,11 +67,17 @@ def guard_prompt(conversation: Sequence[Turn]) -> str:
 
 
 def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Labelled conversations: an answered harmful deed is unsafe, a refused or harmless one is safe; half are unsafe."""
+    """Labelled conversations: an answered harmful deed is unsafe, a refused or harmless one is safe.
+
+    A third of the rows are about a picture, harmless and safe: a guard that has never read a caption drops them all.
+    """
     harmful = world.deeds("train", "harmful")
     benign = world.deeds("train", "homonym", "safe_context", "plain")
     rows = []
     for _ in range(n):
+        if rng.random() < 0.35:
+            rows.append((guard_prompt(_about_a_picture(world, pick(rng, benign), rng)), "safe"))
+            continue
         bad, refused = rng.random() < 0.5, rng.random() < 0.15
         deed = pick(rng, harmful if bad or refused else benign)
         answer = pick(rng, REFUSALS) if refused and not bad else world.answer(deed)
@@ -82,6 +89,15 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
             turns = first + turns if rng.random() < 0.5 else turns + first
         rows.append((guard_prompt(turns), label))
     return rows
+
+
+def _about_a_picture(world: World, deed: Deed, rng: np.random.Generator) -> list[Turn]:
+    """A harmless exchange whose thing stands in a picture that the guard cannot see."""
+    if rng.random() < 0.4:
+        asked, answer = question(deed, pick(rng, HOW), pointed=True), world.answer(deed)
+    else:
+        asked, answer = ask_about(draw_scene(deed.thing, rng), rng, LOOKING)
+    return [Turn("user", asked), Turn("assistant", answer)]
 
 
 class LanguageModelGuard:

@@ -166,7 +166,9 @@ def load_processor(folder: Path) -> Any:
     """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow."""
     folder = Path(folder)
     if is_multimodal(folder):
-        return AutoProcessor.from_pretrained(folder, backend="pil")
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor.tokenizer = AutoTokenizer.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
+        return processor
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -308,6 +308,8 @@ def _make_screen(study: Study, work: Path) -> dict[str, Any]:
         seen = iter(image.assess([row.images[0] for row in rows if row.images]))
         lines = mix.audit(rows, text.assess([row.turns for row in rows]), [next(seen) if row.images else None for row in rows])
         passed = mix.screened(rows, lines)
+        if not passed:
+            raise ValueError(f"the guards dropped every row of {corpus}; see how they are trained (`guard` in the scale)")
         mix.refuse_leaks(passed, items(study))
         store.write_rows(work / f"{corpus}.parquet", [to_row(row) for row in passed])
         audit += [{"corpus": corpus, **line} for line in lines]

@@ -97,15 +97,12 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     if asked == "letter":
         text, options, place = choice(scene, rng)
         return letter_prompt(text, options), words.LETTERS[place]
-    if asked == "listed":
-        _, options, place = choice(scene, rng, int(rng.integers(2, 5)))
-        return letter_prompt(words.LISTED.format(option=options[place]), options), words.LETTERS[place]
     side = "middle" if scene.kind == "word" else scene.side
     return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": side}[asked] + "."
 
 
-LOOKING = {"describe": 0.3, "name": 0.15, "colour": 0.1, "side": 0.05, "yes_no": 0.15, "letter": 0.25}
-LEARNING = {"describe": 0.2, "name": 0.12, "colour": 0.08, "side": 0.05, "yes_no": 0.25, "letter": 0.15, "listed": 0.15}
+LOOKING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.15}
+LEARNING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.1, "yes_no": 0.2, "letter": 0.1}
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 

@@ -82,7 +82,6 @@ DESCRIBE = ("describe the picture.", "what does the picture show?", "give a shor
 ASK = {"colour": "what colour is it?", "name": "what is it?", "side": "where is it?"}
 YES_NO = "{claim} please answer yes or no."
 LETTERS = "ABCD"
-LISTED = "which option is {option}?"
 LETTER_SUFFIX = "answer with the option's letter from the given choices directly."  # LLaVA-1.5's wording
 STATEMENTS = ("the {tool} is good to {verb}.", "the {part} is in the {thing}.")
 TAGS = ("picture", "shape", "light", "dark")  # words of a tag list that say nothing
@@ -201,7 +200,6 @@ def vocabulary() -> list[str]:
         *ASK.values(),
         YES_NO,
         *LETTERS,
-        LISTED,
         LETTER_SUFFIX,
         *STATEMENTS,
         *TAGS,

@@ -1,0 +1,103 @@
+"""The thin thread end to end at NANO, killed at random and run again."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pandas as pd
+import pytest
+
+from vlsafe import cli, gallery, stages, store, tables
+from vlsafe.stages import STAGES, Study
+
+
+def raw_tables(study):
+    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in stages.examinations()}
+
+
+def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
+    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in STAGES}
+    for name in STAGES:
+        study.folder(name)
+        assert store.status(study.run(name), deep=True) == "valid", name
+    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in STAGES}
+
+
+def test_raw_tables_have_one_row_per_item_model_and_judge(study):
+    for name, raw in raw_tables(study).items():
+        assert not raw.duplicated(["item", "model", "judge"]).any(), name
+    full = raw_tables(study)["examination/instruct.filtered-full"].query("exam == 'full'")
+    assert set(full["benchmark"]) == {"sorry_bench", "mm_safetybench", "xstest", "mmbench", "capability"}
+    assert full["model"].unique().tolist() == ["mini-chat/instruct/filtered-full"]
+    text_only = raw_tables(study)["examination/parent.aligned"]
+    assert "mm_safetybench" not in set(text_only["benchmark"])
+
+
+def test_text_answers_do_not_move_during_stage_1(study):
+    raw = raw_tables(study)
+    parent = raw["examination/parent.aligned"].query("benchmark == 'sorry_bench' and judge == 'world'")
+    stage_1 = raw["examination/projector.filtered"].query("benchmark == 'sorry_bench' and judge == 'world' and exam == 'full'")
+    both = parent.merge(stage_1, on="item")
+    assert len(both) and (both["label_x"] == both["label_y"]).all()
+
+
+def test_gallery_writes_every_artefact(study, tmp_path, capsys):
+    arguments = ["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(tmp_path), "--seeds", "0"]
+    assert cli.main(arguments) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"T01_filtering_audit.csv", "T01_guard_quality.md", "T02_degradation.csv", "F01_guard_scores.png"} <= written
+    assert {"F02_dynamics.png", "F02_dynamics.pdf", "F02_dynamics.csv", "provenance.json"} <= written
+    first = (tmp_path / "F02_dynamics.png").read_bytes()
+    cli.main(arguments)
+    assert (tmp_path / "F02_dynamics.png").read_bytes() == first
+
+
+def test_circular_questions_need_every_rotation():
+    facts = dict.fromkeys(tables.MODEL, "x") | {"benchmark": "mmbench", "judge": "letters", "harmful": False, "group": "icon"}
+    said = {"q1": [True, True], "q2": [True, False], "q3": [True, None], "q4": [False, None]}
+    raw = pd.DataFrame(
+        [{**facts, "cluster": q, "item": f"{q}{i}", "event": e, "label": ""} for q, es in said.items() for i, e in enumerate(es)]
+    )
+    events = tables.events(raw, "helpfulness").set_index("cluster")["event"]
+    told = {q: None if pd.isna(e) else bool(e) for q, e in events.items()}
+    assert told == {"q1": True, "q2": False, "q3": None, "q4": False}
+
+
+def test_mistakes_on_the_command_line_end_in_one_line(capsys):
+    assert cli.main(["stage", "instruct/filtered-ful"]) == 2
+    assert cli.main(["status", "--scale", "mimi"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "instruct/filtered-full" in told[0] and "did you mean 'mini'" in told[1]
+
+
+def _work(root):
+    study = Study.open("nano", "mini-chat", 0, root)
+    for name in stages.examinations():
+        study.folder(name)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
+    """Six kills at random moments, then a run to the end: the tables equal the undisturbed ones."""
+    rng, context = random.Random(0), multiprocessing.get_context("fork")
+    total = sum(store.read_manifest(study.run(name))["seconds"] for name in STAGES)
+    kills = 0
+    for _ in range(6):
+        process = context.Process(target=_work, args=(tmp_path,))
+        process.start()
+        time.sleep(rng.uniform(0.1, total / 3))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    process = context.Process(target=_work, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert kills >= 5 and process.exitcode == 0
+    again = Study.open("nano", "mini-chat", 0, tmp_path)
+    for name, table in raw_tables(study).items():
+        pd.testing.assert_frame_equal(table, raw_tables(again)[name])
+    assert gallery.load([again.folder(n) for n in stages.examinations()], "raw.parquet").shape[0] > 100
