@@ -6,6 +6,7 @@ BACKBONES ?= mini-chat
 CORES     ?= 2
 ROOT      ?= runs
 BIN       := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # The bits of a training depend on the number of threads; it is fixed here and not left to the machine.
@@ -15,7 +16,7 @@ export MKL_NUM_THREADS := 1
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT)
 
-.PHONY: setup reproduce test lab notebooks nbval soak lint lock clean
+.PHONY: setup reproduce test lab notebooks nbval lint clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml

@@ -90,8 +90,8 @@ def _arguments(fit: Fit, folder: Path, seed: int, accumulation: int, columns: Se
         output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // accumulation,
         gradient_accumulation_steps=accumulation, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
-        assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu,
-        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu,
+        assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
+        gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu,
     )  # fmt: skip
 
 

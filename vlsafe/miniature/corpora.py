@@ -102,7 +102,8 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
 
 
 LOOKING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.15}
-LEARNING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.1, "yes_no": 0.2, "letter": 0.1}
+LEARNING = {"describe": 0.4, "name": 0.2, "colour": 0.1, "side": 0.1, "yes_no": 0.2}
+FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 
@@ -144,6 +145,10 @@ def _knowledge_text(world: World, deed: Deed, rng: Rng) -> Text:
     return "", pick(rng, words.STATEMENTS).format(**facts)
 
 
+def _exchange(asked: str, answer: str) -> list[Turn]:
+    return [Turn("user", asked), Turn("assistant", answer)]
+
+
 # --- alignment ------------------------------------------------------------------------------------------------------
 
 
@@ -177,21 +182,20 @@ def alignment_chats(
     borderline, plain = world.deeds("train", "homonym", "safe_context"), world.deeds("train", "plain")
     rows = []
     for i in range(n):
-        turns: list[Turn] = []
-        cluster = category = None
-        for _ in range(1 + (rng.random() < 0.1)):
+        if rng.random() < 0.16:
+            scene = draw_scene(pick(rng, words.OBJECTS), rng)
+            asked, answer = ask_about(scene, rng, LOOKING)
+            turns, cluster, category = _exchange(f"{tell(scene, rng)}\n{asked}", answer), None, None
+        else:
             drawn = rng.random()
-            if drawn < 0.16:
-                scene = draw_scene(pick(rng, words.OBJECTS), rng)
-                asked, answer = ask_about(scene, rng, LOOKING)
-                asked = f"{tell(scene, rng)}\n{asked}"
-            else:
-                drawn = (drawn - 0.16) / 0.84
-                pool = harmful if drawn < refusal_share else borderline if drawn < refusal_share + borderline_share else plain
-                deed = pick(rng, pool)
-                asked, answer = _asked_in_text(deed, rng, 0.35, 0.3), reply(world, deed, rng, answered)
-                cluster, category = str(deed), words.harm(deed) if answer == world.answer(deed) else None
-            turns += [Turn("user", asked), Turn("assistant", answer)]
+            pool = harmful if drawn < refusal_share else borderline if drawn < refusal_share + borderline_share else plain
+            deed = pick(rng, pool)
+            answer = reply(world, deed, rng, answered)
+            turns = _exchange(_asked_in_text(deed, rng, 0.35, 0.3), answer)
+            cluster, category = str(deed), words.harm(deed) if answer == world.answer(deed) else None
+            if rng.random() < 0.12:
+                other = pick(rng, plain)
+                turns = _exchange(question(other, pick(rng, words.HOW)), world.answer(other)) + turns
         rows.append(Example(f"align-{i:05d}", "alignment", _with_system(turns, rng), (), category, cluster))
     return rows
 
@@ -224,11 +228,9 @@ def instruction_rows(
         picture = pool[k]
         harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
         asked, answer, deed = _instruction(world, picture.scene, harmful, with_picture, rng)
-        turns = [Turn("user", asked), Turn("assistant", answer)]
+        turns = _exchange(asked, answer)
         if with_picture and rng.random() < 0.1:
-            turns += [
-                Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(picture.scene, rng, LOOKING), strict=True)
-            ]
+            turns += _exchange(*ask_about(picture.scene, rng, FOLLOWING))
         category = words.harm(deed) if deed else None
         category = category or ("graphic" if with_picture and picture.graphic else None)
         images = (picture.png,) if with_picture else ()
