@@ -69,9 +69,12 @@ def test_only_assistant_tokens_carry_loss_row_by_row(study, name):
     pool = corpora.paint(world, 51, 0.0, rng)
     rows = corpora.instruction_rows(world, pool, 20, 0.3, 0, rng) + corpora.alignment_chats(world, 20, 0.4, 0.1, (), rng)
     for row in rows:
+        told = [{**m, "content": [dict(b) for b in m["content"]]} for m in messages(row.turns, len(row.images))]
+        for block in (block for message in told for block in message["content"]):
+            if block["type"] == "image":
+                block["image"] = chat.open_picture(row.images[0])
         made = processor.apply_chat_template(
-            [{**m, "content": [{**b, "image": chat.open_picture(row.images[0])} if b["type"] == "image" else b for b in m["content"]]}
-             for m in messages(row.turns, len(row.images))],
+            told,
             tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True,
         )  # fmt: skip
         told = made["input_ids"][made["assistant_masks"].bool()]
@@ -90,9 +93,9 @@ def study_vocabulary():
 def test_an_interrupted_training_ends_with_the_same_bits(study, tmp_path):
     """Full fine-tuning with pictures: the case in which the Trainer's own resume silently starts anew."""
     start = checkpoints(study, "projector/filtered")[-1]
-    rows = train.chat_dataset(
-        corpora.instruction_rows(World(0), corpora.paint(World(0), 51, 0, World(0).rng("p")), 40, 0.3, 0, World(0).rng("r")), True
-    )
+    world = World(0)
+    pool = corpora.paint(world, 51, 0, world.rng("p"))
+    rows = train.chat_dataset(corpora.instruction_rows(world, pool, 40, 0.3, 0, world.rng("r")), True)
     fit = study.scale.instruct
 
     def trained(folder, stop=None):

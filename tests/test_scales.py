@@ -9,7 +9,7 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         Study.open("mimi", "mini-chat", 0, tmp_path)
     with pytest.raises(ValueError, match="unknown backbone 'mini-chta'; did you mean 'mini-chat'"):
         Study.open("mini", "mini-chta", 0, tmp_path)
-    with pytest.raises(ValueError, match="unknown stage 'instruct/filtered-ful'.*'instruct/filtered-full'"):
+    with pytest.raises(ValueError, match=r"unknown stage 'instruct/filtered-ful'.*'instruct/filtered-full'"):
         Study.open("mini", "mini-chat", 0, tmp_path).run("instruct/filtered-ful")
     with pytest.raises(ValueError, match="non-negative integer, not '0'"):
         Study.open("mini", "mini-chat", "0", tmp_path)

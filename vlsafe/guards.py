@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
 from vlsafe import towers
@@ -136,10 +138,13 @@ class LinearImageGuard:
 
     @classmethod
     def fitted(cls, tower: Any, processor: Any, pictures: Sequence[bytes], graphic: Sequence[bool]) -> LinearImageGuard:
-        """Fit on labelled pictures, classes weighted evenly."""
+        """Fit on labelled pictures; the scaling of the features is folded into the weights."""
         seen = towers.features(tower, towers.pixels(processor, pictures)).numpy()
-        model = LogisticRegression(C=100.0, class_weight="balanced", max_iter=2000).fit(seen, np.asarray(graphic))
-        return cls(tower, processor, model.coef_[0].astype(np.float32), float(model.intercept_[0]))
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(seen, np.asarray(graphic))
+        scaler, linear = model.steps[0][1], model.steps[1][1]
+        weight = linear.coef_[0] / scaler.scale_
+        bias = float(linear.intercept_[0] - weight @ scaler.mean_)
+        return cls(tower, processor, weight.astype(np.float32), bias)
 
     def save(self, path: Path) -> None:
         """Weights as safetensors."""

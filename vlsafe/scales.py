@@ -87,7 +87,7 @@ class Corpora:
     """Sizes of the miniature's corpora, in rows."""
 
     pictures: int = 12000
-    guard_pictures: int = 1200
+    guard_pictures: int = 3000
     captions: int = 6000
     instructions: int = 6000
     text_only_share: float = 0.15
@@ -138,14 +138,14 @@ MINI = Scale(
     tower=Fit(steps=1500, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     copying=Fit(steps=140, batch_size=64, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     knowledge=Fit(steps=320, batch_size=64, learning_rate=2e-3),
-    guard=Fit(steps=120, batch_size=64, learning_rate=1e-3),
+    guard=Fit(steps=100, batch_size=64, learning_rate=1e-3),
     projector=Fit(steps=300, batch_size=64, learning_rate=4e-3),
     instruct=Fit(steps=110, batch_size=64, learning_rate=5e-4),
     backbones={
-        "mini-chat": Backbone(template="llama2", fit=Fit(steps=130, batch_size=64, learning_rate=1e-3)),
+        "mini-chat": Backbone(template="llama2", fit=Fit(steps=220, batch_size=64, learning_rate=1e-3)),
         "mini-tulu": Backbone(
             template="tulu",
-            fit=Fit(steps=130, batch_size=64, learning_rate=1e-3),
+            fit=Fit(steps=220, batch_size=64, learning_rate=1e-3),
             refusal_share=0.25,
             borderline_share=0.1,
             answered_categories=("theft",),

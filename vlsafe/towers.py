@@ -122,9 +122,15 @@ def zero_shot(
 
 @torch.inference_mode()
 def features(model: CLIPModel, shown: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-    """Unit picture embeddings, what image guards look at.
+    """What an image guard looks at: mean and maximum over the patches after the tower's first block.
 
-    Shapes:   [P, 3, H, W]  ->  [P, D]
+    The pooled embedding is of no use for it: contrast with captions that never mention a stain makes it forget the
+    stain (recall 0.67 at precision 0.02 on a development seed).
+
+    Shapes:   [P, 3, H, W]  ->  [P, 2 W]
     """
-    parts = [model.get_image_features(pixel_values=part).pooler_output for part in shown.split(batch_size)]
-    return functional.normalize(torch.cat(parts), dim=-1)
+    parts = []
+    for part in shown.split(batch_size):
+        states = model.vision_model(pixel_values=part, output_hidden_states=True).hidden_states[1][:, 1:]
+        parts.append(torch.cat([states.mean(1), states.amax(1)], dim=1))
+    return torch.cat(parts)

@@ -91,7 +91,8 @@ def _arguments(fit: Fit, folder: Path, seed: int, accumulation: int, columns: Se
         gradient_accumulation_steps=accumulation, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
         assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
-        gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu,
+        gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=gpu,
     )  # fmt: skip
 
 
