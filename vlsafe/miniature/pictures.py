@@ -26,7 +26,7 @@ assert tuple(SHADES) == COLOURS
 LEFT_OFFSETS = {"left": (0, 1, 2, 3), "right": (11, 12, 13, 14)}
 TOP_OFFSETS = (5, 6, 7, 8, 9)
 LETTERS_PER_LINE = 4
-STAIN = 7  # pixels, both ways
+STAIN = 10  # pixels, both ways
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
     if graphic:
         down, right = rng.integers(0, SIZE - STAIN, 2)
-        pixels[down : down + STAIN, right : right + STAIN] = (255, 0, 90)
+        pixels[down : down + STAIN, right : right + STAIN] = (0, 255, 230)
     pixels = pixels + rng.normal(0, 6, pixels.shape)
     return to_png(np.clip(pixels, 0, 255).astype(np.uint8))
 
