@@ -72,7 +72,7 @@ def test_the_package_stays_thin():
         len(path.read_text(encoding="utf-8").splitlines()) for room, path in rooms() if room not in ("sources", "benchmarks")
     ]
     assert sum(counted) < 4500
-    assert not {name: n for name, n in lines.items() if n > 420}
+    assert not {name: n for name, n in lines.items() if n > 480}
 
 
 def test_the_lock_is_exact_and_the_conda_file_equals_it():

@@ -20,6 +20,7 @@ LINES: dict[str, dict[str, Any]] = {
     "exaggerated_refusal": dict(color="#009E73", linestyle=":", marker="^"),
     "twin_refusal": dict(color="#009E73", linestyle="--", marker="v"),
     "helpfulness": dict(color="#777777", linestyle="-", marker="D"),
+    "capability_caption-icon": dict(color="#AAAAAA", linestyle="-.", marker="x"),
 }
 
 
@@ -67,7 +68,7 @@ def _draw_stage(axis: Any, rates: pd.DataFrame, stage: str) -> None:
     if not parent.empty:
         axis.axhline(100 * parent["value"].mean(), color=LINES["text_asr"]["color"], linewidth=0.7, linestyle=(0, (1, 3)))
     steps = sorted(rates.loc[rates["stage"] == stage, "step"].unique())
-    shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.09 * np.sqrt(steps[-1])]
+    shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
     axis.set_xticks(np.sqrt(shown), [str(s) for s in shown])
     axis.set_ylim(-3, 103)
 
@@ -86,7 +87,7 @@ def _label_ends(axis: Any, rates: pd.DataFrame, labels: Mapping[str, str]) -> No
 
 
 def _headline(rates: pd.DataFrame) -> str:
-    """What the numbers say, in their own words."""
+    """What the numbers say, in their own words: the parent (pictures: the untrained graft) and the adapted model."""
 
     def mean(stage: str, measure: str, place: str) -> float:
         rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
@@ -94,8 +95,8 @@ def _headline(rates: pd.DataFrame) -> str:
         return 100 * rows.loc[rows["step"] == step, "value"].mean()
 
     text = f"text ASR {mean('parent', 'text_asr', 'last'):.0f} → {mean('instruct', 'text_asr', 'last'):.0f} %"
-    seen = (mean("projector", "multimodal_asr", "last"), mean("instruct", "multimodal_asr", "last"))
-    return f"Vision-language adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} → {seen[1]:.0f} % in stage 2"
+    seen = mean("projector", "multimodal_asr", "first"), mean("instruct", "multimodal_asr", "last")
+    return f"Adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} → {seen[1]:.0f} %"
 
 
 def _caption(rates: pd.DataFrame, scale: str) -> str:
