@@ -47,6 +47,7 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
         figure.suptitle(_headline(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
         figure.text(0.01, 0.005, _caption(rates, scale), fontsize=6, color="#555555")
         figure.tight_layout(rect=(0, 0.03, 1, 0.97))
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
 
 
@@ -134,6 +135,7 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
         seeds = ", ".join(map(str, sorted(audit["seed"].unique())))
         figure.text(0.01, 0.005, f"{world}; seeds {seeds}; all screened rows", fontsize=6, color="#555555")
         figure.tight_layout(rect=(0, 0.03, 1, 0.97))
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
 
 
@@ -143,5 +145,4 @@ def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> Seque
     figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}"})
     frame.round(4).to_csv(folder / f"{name}.csv", index=False)
-    plt.close(figure)
     return [folder / f"{name}{suffix}" for suffix in (".png", ".pdf", ".csv")]
