@@ -6,7 +6,6 @@ in the cellar nor what a row is about.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from vlsafe.models import in_memory_layout
 from vlsafe.scales import Fit
 from vlsafe.schema import Example
+from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
 COMPLETE = "complete.json"
@@ -107,10 +107,8 @@ class _Milestones(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = {p.name: _digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
-        beside = folder / (COMPLETE + ".tmp")
-        beside.write_text(json.dumps(files), encoding="utf-8")
-        beside.rename(folder / COMPLETE)
+        files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
+        write_text(folder / COMPLETE, json.dumps(files))
 
 
 class _Tick(TrainerCallback):
@@ -134,11 +132,6 @@ class _Losses(TrainerCallback):
             self.values.append(logs["loss"])
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _last_complete(folder: Path) -> Path | None:
     """The latest checkpoint whose files are all as they were when it was finished; broken ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -146,7 +139,7 @@ def _last_complete(folder: Path) -> Path | None:
         mark = checkpoint / COMPLETE
         if mark.exists():
             files = json.loads(mark.read_text(encoding="utf-8"))
-            if all((checkpoint / n).exists() and _digest(checkpoint / n) == d for n, d in files.items()):
+            if all((checkpoint / n).exists() and file_digest(checkpoint / n) == d for n, d in files.items()):
                 return checkpoint
         shutil.rmtree(checkpoint)
     return None
