@@ -97,7 +97,7 @@ def _headline(rates: pd.DataFrame) -> str:
 
     text = f"text ASR {mean('parent', 'text_asr', 'last'):.0f} → {mean('instruct', 'text_asr', 'last'):.0f} %"
     seen = mean("projector", "multimodal_asr", "first"), mean("instruct", "multimodal_asr", "last")
-    return f"Adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} → {seen[1]:.0f} %"
+    return f"Adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} (untrained graft) → {seen[1]:.0f} %"
 
 
 def _caption(rates: pd.DataFrame, scale: str) -> str:

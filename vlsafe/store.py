@@ -122,7 +122,7 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
                 say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it anew")
             _make(run, make)
         elif (made_by := read_manifest(run)["source"]) != source_digest():
-            say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}` rebuilds it")
+            say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
         told = (run.folder / MANIFEST).read_text(encoding="utf-8")
         if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != told:
             write_text(run.receipt, told)

@@ -20,7 +20,6 @@ JUDGES = ("exact",)
 EVENT, WORSE = "answered exactly right", "lower"
 EVENTS = {"exact": ("right",)}
 GROUPS = ("caption-icon", "caption-word", "howto-icon", "howto-word", "howto-text", "yes_no", "letter")
-CHANCE = {"yes_no": 0.5, "letter": 0.25}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
