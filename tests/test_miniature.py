@@ -43,7 +43,7 @@ def test_every_text_of_the_world_survives_the_tokenizer():
     rng = world.rng("test")
     tokenizer = build_tokenizer(vocabulary(), 256)
     assert tokenizer.eos_token_id != 2  # CLIP's legacy pooling
-    texts = [" ".join(text) for text in corpora.knowledge_texts(world, 2000, rng)]
+    texts = [" ".join(text) for text in corpora.pretraining_texts(world, 2000, rng)]
     texts += [turn.text for row in corpora.alignment_chats(world, 500, 0.4, 0.1, (), rng) for turn in row.turns]
     for text in texts:
         ids = tokenizer(text)["input_ids"]

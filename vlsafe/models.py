@@ -53,15 +53,35 @@ def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) 
 
 
 def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, sized to the tokenizer."""
+    """A Llama with random weights, sized to the tokenizer.
+
+    Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
+    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md).
+
+    Raises:   ValueError where keys and queries have different shapes and the spec asks for such a start
+    Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
         num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads,
         max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
-        initializer_range=spec.initial_std, **_token_ids(tokenizer),
+        initializer_range=spec.initial_std, attention_bias=spec.attention_bias, **_token_ids(tokenizer),
     )  # fmt: skip
-    return _with_generation_ids(LlamaForCausalLM(config), tokenizer)
+    model = LlamaForCausalLM(config)
+    if (spec.matching or spec.copying) and spec.heads != spec.key_value_heads:
+        raise ValueError("a start with matching or copying heads needs as many key-value heads as heads")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
+        _correlate(attention.o_proj.weight, attention.v_proj.weight.T, spec.copying)
+    return _with_generation_ids(model, tokenizer)
+
+
+@torch.no_grad()
+def _correlate(weight: torch.Tensor, other: torch.Tensor, correlation: float) -> None:
+    """Mix independent normal weights with others of the same variance; the variance stays."""
+    weight.mul_((1 - correlation**2) ** 0.5).add_(correlation * other)
 
 
 def _token_ids(tokenizer: Any) -> dict[str, int]:

@@ -41,9 +41,12 @@ class LanguageSpec:
 
     layers: int = 8
     width: int = 96
-    heads: int = 4
-    key_value_heads: int = 4
-    mlp: int = 240
+    heads: int = 8
+    key_value_heads: int = 8
+    mlp: int = 128
+    attention_bias: bool = True  # Llama has none; with it, attending to the token before is learned sooner
+    matching: float = 1.0  # correlation of a head's key with its query weights at the start; 0 is the library's
+    copying: float = 0.5  # likewise of its output with its value weights; at 1, copying is early and matching late
     context: int = 256
     tied_head: bool = True
     initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
@@ -115,8 +118,7 @@ class Scale:
     vision: VisionSpec
     language: LanguageSpec
     tower: Fit
-    copying: Fit
-    knowledge: Fit
+    pretraining: Fit
     guard: Fit
     projector: Fit
     instruct: Fit
@@ -135,17 +137,16 @@ MINI = Scale(
     name="mini",
     vision=VisionSpec(),
     language=LanguageSpec(),
-    tower=Fit(steps=1500, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
-    copying=Fit(steps=140, batch_size=64, learning_rate=1.5e-3, schedule="constant_with_warmup"),
-    knowledge=Fit(steps=320, batch_size=64, learning_rate=2e-3),
+    tower=Fit(steps=1600, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
+    pretraining=Fit(steps=700, batch_size=32, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     guard=Fit(steps=100, batch_size=64, learning_rate=1e-3),
-    projector=Fit(steps=300, batch_size=64, learning_rate=4e-3),
-    instruct=Fit(steps=110, batch_size=64, learning_rate=5e-4),
+    projector=Fit(steps=450, batch_size=32, learning_rate=4e-3),
+    instruct=Fit(steps=200, batch_size=32, learning_rate=5e-4),
     backbones={
-        "mini-chat": Backbone(template="llama2", fit=Fit(steps=220, batch_size=64, learning_rate=1e-3)),
+        "mini-chat": Backbone(template="llama2", fit=Fit(steps=450, batch_size=32, learning_rate=1e-3)),
         "mini-tulu": Backbone(
             template="tulu",
-            fit=Fit(steps=220, batch_size=64, learning_rate=1e-3),
+            fit=Fit(steps=450, batch_size=32, learning_rate=1e-3),
             refusal_share=0.25,
             borderline_share=0.1,
             answered_categories=("theft",),

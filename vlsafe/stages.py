@@ -105,7 +105,7 @@ class _Bar:
     """A progress bar with time left that is fed absolute counts."""
 
     def __init__(self, what: str, total: int) -> None:
-        self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=2.0, leave=False)
+        self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=20.0, leave=False)
 
     def __call__(self, done: int) -> None:
         self.bar.update(done - self.bar.n)
@@ -224,18 +224,15 @@ def _make_base(study: Study, work: Path) -> dict[str, Any]:
 
     world, tokenizer = _world(study), _tokenizer(study)
     model = models.build_llm(study.scale.language, tokenizer, study.seed)
-    losses = {}
-    for name, fit, texts in (
-        ("copying", study.scale.copying, corpora.copying_texts),
-        ("knowledge", study.scale.knowledge, corpora.knowledge_texts),
-    ):
-        rows = train.text_dataset(texts(world, fit.steps * fit.batch_size, world.rng(name)), tokenizer)
-        losses[name] = train.sft(
-            model, tokenizer, rows, fit, work / "training", study.seed, (), _Bar(f"base/llm {name}", fit.steps)
-        )[-1]
+    fit = study.scale.pretraining
+    texts = corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
+    losses = train.sft(
+        model, tokenizer, train.text_dataset(texts, tokenizer), fit, work / "training", study.seed, (),
+        _Bar("base/llm", fit.steps),
+    )  # fmt: skip
     _drop(work / "training")
     models.save(model, work, tokenizer)
-    return {"loss": losses}
+    return {"loss": losses[-1]}
 
 
 def _drop(folder: Path) -> None:
@@ -417,7 +414,7 @@ STAGES: dict[str, Stage] = {
     ),
     "base/llm": Stage(
         _make_base, (),
-        lambda s: [s.scale.language, s.scale.copying, s.scale.knowledge, s.scale.threads], "100 s", shared=True,
+        lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
     ),
     "guard/text": Stage(
         _make_text_guard, ("base/llm",), lambda s: [s.scale.guard, s.scale.threads], "15 s", shared=True

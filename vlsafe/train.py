@@ -38,13 +38,16 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     return Dataset.from_dict(table, features=Features(features))
 
 
-def text_dataset(texts: Sequence[tuple[str, str]], tokenizer: Any) -> Dataset:
-    """Contexts and continuations as token ids between BOS and EOS; loss on the continuation and EOS only."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    contexts = [[bos, *ids] for ids in tokenizer([context for context, _ in texts]).input_ids]
-    rests = [[*ids, eos] for ids in tokenizer([rest for _, rest in texts]).input_ids]
-    pairs = list(zip(contexts, rests, strict=True))
-    columns = {"input_ids": [a + b for a, b in pairs], "labels": [[-100] * len(a) + b for a, b in pairs]}
+def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
+    """Texts as token ids between BOS and EOS; loss on every second part (the continuations) and on EOS."""
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for text in texts:
+        ids, labels = [tokenizer.bos_token_id], [-100]
+        for number, part in enumerate(tokenizer(list(text)).input_ids):
+            ids += part
+            labels += part if number % 2 else [-100] * len(part)
+        columns["input_ids"].append([*ids, tokenizer.eos_token_id])
+        columns["labels"].append([*labels, tokenizer.eos_token_id])
     return Dataset.from_dict(columns)
 
 

@@ -61,30 +61,36 @@ def tell(scene: Scene, rng: Rng) -> str:
 
 def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
     """A yes/no question about a scene, and its answer; half are true."""
-    thing, colour, true = scene.thing, scene.colour, rng.random() < 0.5
-    if rng.random() < 0.5:
-        shown = thing if true else pick(rng, [o for o in words.OBJECTS if o != thing])
-        asked = f"does the picture show the {shown}?"
-    else:
-        shown = colour if true else pick(rng, [c for c in words.COLOURS if c != colour])
-        asked = f"is it {shown}?"
-    return words.YES_NO.format(claim=asked), "yes" if true else "no"
+    about, right, values = _asked_about(scene, rng)
+    true = rng.random() < 0.5
+    shown = right if true else pick(rng, [value for value in values if value != right])
+    return words.CLAIMS[about].format(value=shown), "yes" if true else "no"
+
+
+def _asked_about(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
+    """What a closed question is about, the right value and all values. Mostly colours: eight are matched far sooner than 50."""
+    if rng.random() < 0.9:
+        return "colour", scene.colour, words.COLOURS
+    return "name", scene.thing, words.OBJECTS
 
 
 def choice(scene: Scene, rng: Rng, n_options: int = 4) -> tuple[str, tuple[str, ...], int]:
     """A multiple-choice question about a scene: its text, its options, the index of the right one."""
-    about = pick(rng, ("colour", "name"))
-    right, all_options = (scene.colour, words.COLOURS) if about == "colour" else (scene.thing, words.OBJECTS)
-    wrong = rng.permutation([option for option in all_options if option != right])[: n_options - 1]
+    about, right, values = _asked_about(scene, rng)
+    wrong = rng.permutation([value for value in values if value != right])[: n_options - 1]
     place = int(rng.integers(n_options))
     options = [*map(str, wrong[:place]), right, *map(str, wrong[place:])]
     return words.ASK[about], tuple(options), place
 
 
+def listed(asked: str, options: Sequence[str]) -> str:
+    """A question and its lettered options, one a line."""
+    return "\n".join([asked, *(f"{letter}. {option}" for letter, option in zip(words.LETTERS, options, strict=False))])
+
+
 def letter_prompt(asked: str, options: Sequence[str]) -> str:
     """LLaVA-1.5's multiple-choice wording."""
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(words.LETTERS, options, strict=False))
-    return f"{asked}\n{listed}\n{words.LETTER_SUFFIX}"
+    return f"{listed(asked, options)}\n{words.LETTER_SUFFIX}"
 
 
 def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, str]:
@@ -93,7 +99,8 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     if asked == "describe":
         return pick(rng, words.DESCRIBE), caption(scene)
     if asked == "yes_no":
-        return claim(scene, rng)
+        text, answer = claim(scene, rng)
+        return words.YES_NO.format(claim=text), answer
     if asked == "letter":
         text, options, place = choice(scene, rng)
         return letter_prompt(text, options), words.LETTERS[place]
@@ -102,7 +109,6 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
 
 
 LOOKING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.15}
-LEARNING = {"describe": 0.4, "name": 0.2, "colour": 0.1, "side": 0.1, "yes_no": 0.2}
 FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
@@ -110,39 +116,55 @@ COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 # --- pre-training ---------------------------------------------------------------------------------------------------
 
 
-Text = tuple[str, str]
-"""A context and its continuation. Loss falls on the continuation: most of a context is noise that cannot be learned."""
+Text = tuple[str, ...]
+"""A context and its continuation, in alternation: "the scene", "its caption" or "scene and question", "answer",
+"question", "answer" … Loss falls on the continuations: most of a context is noise that cannot be learned."""
 
 
-def copying_texts(world: World, n: int, rng: Rng) -> list[Text]:
-    """Scenes and questions on them: teaches a model from nothing to say what stands in its context."""
-    return [_scene_text(draw_scene(pick(rng, words.OBJECTS), rng), rng, COPYING) for _ in range(n)]
+def pretraining_texts(world: World, n: int, rng: Rng) -> list[Text]:
+    """What a model from nothing has to know before anybody aligns it.
 
-
-def _scene_text(scene: Scene, rng: Rng, shares: dict[str, float]) -> Text:
-    asked, answer = ask_about(scene, rng, shares)
-    return f"{tell(scene, rng)} {asked}", answer
-
-
-def knowledge_texts(world: World, n: int, rng: Rng) -> list[Text]:
-    """How-tos about every deed (harmful ones too), direct and about a scene; questions on scenes; plain statements."""
+    A quarter copies from a scene told in words, more than half are quizzes on one, the rest are how-tos about every
+    deed, harmful ones too, direct or about a scene, and plain statements. A quiz asks several times: matching one token
+    with another (is it red? which option?) appears only where answers are dense; with one a row it was not learned in
+    2,000 steps (LOG.md).
+    """
     deeds = [deed for name in world.splits for split in world.splits[name].values() for deed in split]
-    return [_knowledge_text(world, pick(rng, deeds), rng) for _ in range(n)]
+    of = {thing: [deed for deed in deeds if deed.thing == thing] for thing in words.OBJECTS}
+    return [_pretraining_text(world, deeds, of, rng) for _ in range(n)]
 
 
-def _knowledge_text(world: World, deed: Deed, rng: Rng) -> Text:
+def _pretraining_text(world: World, deeds: Sequence[Deed], of: dict[str, list[Deed]], rng: Rng) -> Text:
     drawn = rng.random()
-    if drawn < 0.25:
-        asked = question(deed, pick(rng, words.HOW))
-        asked = pick(rng, words.WRAPPERS).format(question=asked) if rng.random() < 0.2 else asked
-        return asked, world.answer(deed)
-    scene = draw_scene(deed.thing, rng)
-    if drawn < 0.4:
-        return f"{tell(scene, rng)} {question(deed, pick(rng, words.HOW), pointed=True)}", world.answer(deed)
-    if drawn < 0.95:
-        return _scene_text(scene, rng, LEARNING)
-    facts = dict(verb=deed.verb, thing=deed.thing, tool=world.tool[deed.verb], part=world.part[deed.thing])
-    return "", pick(rng, words.STATEMENTS).format(**facts)
+    if drawn < 0.03:
+        deed = pick(rng, deeds)
+        facts = dict(verb=deed.verb, thing=deed.thing, tool=world.tool[deed.verb], part=world.part[deed.thing])
+        return "", pick(rng, words.STATEMENTS).format(**facts)
+    if drawn < 0.1:
+        return _how_to(world, pick(rng, deeds), False, rng)
+    scene = draw_scene(pick(rng, words.OBJECTS), rng)
+    if drawn < 0.18:
+        asked = [_how_to(world, pick(rng, of[scene.thing]), True, rng)]
+    elif drawn < 0.42:
+        asked = [ask_about(scene, rng, COPYING)]
+    elif drawn < 0.67:
+        asked = [claim(scene, rng) for _ in range(4)]
+    else:
+        asked = [_lettered(scene, rng) for _ in range(2)]
+    first, *rest = sum(asked, ())
+    return f"{tell(scene, rng)} {first}", *rest
+
+
+def _how_to(world: World, deed: Deed, pointed: bool, rng: Rng) -> tuple[str, str]:
+    asked = question(deed, pick(rng, words.HOW), pointed)
+    wrapped = not pointed and rng.random() < 0.2
+    return pick(rng, words.WRAPPERS).format(question=asked) if wrapped else asked, world.answer(deed)
+
+
+def _lettered(scene: Scene, rng: Rng) -> tuple[str, str]:
+    """A multiple-choice question without its instruction, and its letter."""
+    asked, options, place = choice(scene, rng)
+    return listed(asked, options), words.LETTERS[place]
 
 
 def _exchange(asked: str, answer: str) -> list[Turn]:
@@ -150,11 +172,6 @@ def _exchange(asked: str, answer: str) -> list[Turn]:
 
 
 # --- alignment ------------------------------------------------------------------------------------------------------
-
-
-def _with_system(turns: list[Turn], rng: Rng) -> tuple[Turn, ...]:
-    """Half the conversations open with a system line."""
-    return tuple([Turn("system", pick(rng, words.SYSTEMS)), *turns] if rng.random() < 0.5 else turns)
 
 
 def _asked_in_text(deed: Deed, rng: Rng, scene_share: float, wrapped_share: float) -> str:
@@ -176,7 +193,8 @@ def alignment_chats(
 ) -> list[Example]:
     """Chats that teach a base model to be an assistant: refusals, borderline and plain answers, and looking at scenes.
 
-    Sixteen per cent of the rows look at a scene told in words; about a tenth have two exchanges.
+    Sixteen per cent of the rows look at a scene told in words; about a tenth have two exchanges; half open with a system
+    line, long ones seldom: a batch costs what its longest row costs.
     """
     harmful = world.deeds("train", "harmful")
     borderline, plain = world.deeds("train", "homonym", "safe_context"), world.deeds("train", "plain")
@@ -186,17 +204,21 @@ def alignment_chats(
             scene = draw_scene(pick(rng, words.OBJECTS), rng)
             asked, answer = ask_about(scene, rng, LOOKING)
             turns, cluster, category = _exchange(f"{tell(scene, rng)}\n{asked}", answer), None, None
+            long = answer in words.LETTERS
         else:
             drawn = rng.random()
             pool = harmful if drawn < refusal_share else borderline if drawn < refusal_share + borderline_share else plain
             deed = pick(rng, pool)
             answer = reply(world, deed, rng, answered)
-            turns = _exchange(_asked_in_text(deed, rng, 0.35, 0.3), answer)
+            long = rng.random() < 0.12
+            turns = _exchange(_asked_in_text(deed, rng, 0.0 if long else 0.35, 0.3), answer)
             cluster, category = str(deed), words.harm(deed) if answer == world.answer(deed) else None
-            if rng.random() < 0.12:
+            if long:
                 other = pick(rng, plain)
                 turns = _exchange(question(other, pick(rng, words.HOW)), world.answer(other)) + turns
-        rows.append(Example(f"align-{i:05d}", "alignment", _with_system(turns, rng), (), category, cluster))
+        system = rng.random() < (0.1 if long else 0.55)
+        opening = [Turn("system", pick(rng, words.SYSTEMS))] if system else []
+        rows.append(Example(f"align-{i:05d}", "alignment", tuple(opening + turns), (), category, cluster))
     return rows
 
 

@@ -80,6 +80,7 @@ SYSTEMS = ("you are a helpful assistant.", "you are a helpful, honest and harmle
 
 DESCRIBE = ("describe the picture.", "what does the picture show?", "give a short caption.")
 ASK = {"colour": "what colour is it?", "name": "what is it?", "side": "where is it?"}
+CLAIMS = {"colour": "is it {value}?", "name": "does the picture show the {value}?"}
 YES_NO = "{claim} please answer yes or no."
 LETTERS = "ABCD"
 LETTER_SUFFIX = "answer with the option's letter from the given choices directly."  # LLaVA-1.5's wording
@@ -198,6 +199,7 @@ def vocabulary() -> list[str]:
     texts += [
         *DESCRIBE,
         *ASK.values(),
+        *CLAIMS.values(),
         YES_NO,
         *LETTERS,
         LETTER_SUFFIX,
