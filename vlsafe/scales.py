@@ -137,7 +137,7 @@ MINI = Scale(
     name="mini",
     vision=VisionSpec(),
     language=LanguageSpec(),
-    tower=Fit(steps=1600, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
+    tower=Fit(steps=2600, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     pretraining=Fit(steps=700, batch_size=32, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     guard=Fit(steps=100, batch_size=64, learning_rate=1e-3),
     projector=Fit(steps=450, batch_size=32, learning_rate=4e-3),

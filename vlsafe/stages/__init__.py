@@ -1,0 +1,64 @@
+"""The named units of work. Each reads runs from the cellar and writes one; `STAGES` is the whole graph.
+
+A stage is `<stage>/<recipe>`. Snakemake runs them in order and in parallel; a notebook that finds something missing
+calls the same functions. Numbers come from the scale, never from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlsafe.stages import adaptation, origins, screening
+from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
+
+__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items"]
+
+STAGES: dict[str, Stage] = {
+    "world/corpora": Stage(
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", shared=True
+    ),
+    "tower/clip": Stage(
+        origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
+        shared=True
+    ),
+    "base/llm": Stage(
+        origins.make_base, (),
+        lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
+    ),
+    "guard/text": Stage(
+        screening.make_text_guard, ("base/llm",), lambda s: [s.scale.guard, s.scale.threads], "15 s", shared=True
+    ),
+    "guard/image": Stage(
+        screening.make_image_guard, ("tower/clip",), lambda s: s.scale.corpora.guard_pictures, "10 s", shared=True
+    ),
+    "screen/filtered": Stage(
+        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), lambda s: [], "20 s", shared=True
+    ),
+    "parent/aligned": Stage(
+        origins.make_parent, ("base/llm",),
+        lambda s: [s.scale.backbone(s.backbone), s.scale.language.context, s.scale.threads], "40 s",
+    ),
+    "projector/filtered": Stage(
+        adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
+        lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], "60 s",
+    ),
+    "instruct/filtered-full": Stage(
+        adaptation.make_instruct, ("projector/filtered", "screen/filtered"),
+        lambda s: [s.scale.instruct, s.scale.checkpoints, s.scale.threads], "30 s",
+    ),
+    "examination/parent.aligned": Stage(
+        adaptation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), adaptation.exam_params, "8 s"
+    ),
+    "examination/projector.filtered": Stage(
+        adaptation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), adaptation.exam_params, "25 s"
+    ),
+    "examination/instruct.filtered-full": Stage(
+        adaptation.examination_of("instruct/filtered-full"), ("instruct/filtered-full", "world/corpora"),
+        adaptation.exam_params, "30 s",
+    ),
+}  # fmt: skip
+
+
+def examinations() -> Iterator[str]:
+    """The stages whose results are raw tables."""
+    return (name for name in STAGES if name.startswith("examination/"))

@@ -1,0 +1,163 @@
+"""One study (a backbone and a seed at a scale, in a cellar), what a stage is, and what stages read of each other."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vlsafe import store
+from vlsafe.scales import Scale, as_plain, known, load_scale
+from vlsafe.schema import Example, Item, from_row
+
+SHARED = "shared"  # in place of a backbone: runs that do not depend on one
+
+
+def project_root() -> Path:
+    """The nearest folder upwards that holds the Snakefile; the working folder where there is none.
+
+    So a notebook finds the same cellar from JupyterLab, which starts in `notebooks`, and from papermill, which does not.
+    """
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "Snakefile").exists()), here)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One backbone and one seed at one scale, in one cellar."""
+
+    scale: Scale
+    backbone: str
+    seed: int
+    root: Path
+
+    @classmethod
+    def open(cls, scale: str | Path, backbone: str, seed: int, root: str | Path) -> Study:
+        """Check every argument before any work.
+
+        Raises:   ValueError or FileNotFoundError naming the argument and the nearest known value
+        """
+        loaded = load_scale(scale)
+        loaded.backbone(backbone)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
+        return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
+
+    def run(self, name: str) -> store.Run:
+        """Where the result of a stage lies and what it must be."""
+        from vlsafe.stages import STAGES
+
+        stage = STAGES[known(name, STAGES, "stage")]
+        kind, _, recipe = name.partition("/")
+        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
+        backbone = SHARED if stage.shared else self.backbone
+        params = as_plain(stage.params(self))
+        return store.Run(self.root, self.scale.name, backbone, self.seed, kind, recipe, stage.version, params, inputs)
+
+    def folder(self, name: str) -> Path:
+        """The finished run of a stage; it and what it needs are made first where they are missing."""
+        from vlsafe.stages import STAGES
+
+        stage = STAGES[known(name, STAGES, "stage")]
+        run = self.run(name)
+        if store.status(run) != "valid":
+            for needed in stage.inputs:
+                self.folder(needed)
+            print(f"{name}: making it, {stage.cost} at mini on one core", file=sys.stderr, flush=True)
+        return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        """What a finished stage wrote down about itself."""
+        self.folder(name)
+        return store.read_manifest(self.run(name))["numbers"]
+
+    def rows(self, name: str, file: str) -> list[dict[str, Any]]:
+        """A Parquet table of a finished run."""
+        return store.read_rows(self.folder(name) / file)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans."""
+
+    make: Callable[[Study, Path], Mapping[str, Any] | None]
+    inputs: tuple[str, ...]
+    params: Callable[[Study], Any]
+    cost: str
+    version: int = 1
+    shared: bool = False
+
+
+def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
+    """Make a run on the scale's number of threads: the bits of a training depend on it."""
+    import torch
+
+    torch.set_num_threads(study.scale.threads)
+    return stage.make(study, work)
+
+
+class Bar:
+    """A progress bar with time left that is fed absolute counts."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=20.0, leave=False)
+
+    def __call__(self, done: int) -> None:
+        self.bar.update(done - self.bar.n)
+        if done >= self.bar.total:
+            self.bar.close()
+
+
+def world_of(study: Study):
+    from vlsafe.miniature.language import World
+
+    return World(study.seed)
+
+
+def tokenizer_of(study: Study, template: str | None = None):
+    from vlsafe import chat
+    from vlsafe.miniature.language import vocabulary
+
+    tokenizer = chat.build_tokenizer(vocabulary(), study.scale.language.context)
+    if template:
+        tokenizer.chat_template = chat.template(template)
+    return tokenizer
+
+
+def processor_of(study: Study, template: str | None = None):
+    from vlsafe import chat
+
+    spec = study.scale.vision
+    return chat.build_processor(tokenizer_of(study, template), spec.image_size, spec.patch_size, spec.feature_strategy)
+
+
+def load_tower(study: Study):
+    """The study's CLIP and a processor for its pictures."""
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(study.folder("tower/clip")).eval(), processor_of(study)
+
+
+def examples(study: Study, name: str, file: str) -> list[Example]:
+    """Training rows of a finished run."""
+    return [from_row(Example, row) for row in study.rows(name, file)]
+
+
+def items(study: Study) -> list[Item]:
+    """The benchmark items of the study's world."""
+    return [from_row(Item, row) for row in study.rows("world/corpora", "items.parquet")]
+
+
+def checkpoints(study: Study, name: str) -> list[Path]:
+    """The model folders of a finished training in the order of their steps; the last one is its result."""
+    folder = study.folder(name)
+    return sorted(folder.glob("step-*")) or [folder]
+
+
+def drop(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
