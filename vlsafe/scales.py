@@ -54,7 +54,10 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class Fit:
-    """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate."""
+    """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate.
+
+    The rows of a step are split by length into `micro_batches`, whose gradients are added up.
+    """
 
     steps: int
     batch_size: int
@@ -63,10 +66,11 @@ class Fit:
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_length: int | None = None
+    micro_batches: int = 2
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not 0 < self.learning_rate < 1:
-            raise ValueError(f"a fit needs at least one step, one row and a rate in (0, 1): {self}")
+        if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
+            raise ValueError(f"a fit needs at least one step, one row per micro-batch and a rate in (0, 1): {self}")
 
 
 @dataclass(frozen=True)

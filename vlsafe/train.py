@@ -25,13 +25,16 @@ from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
 COMPLETE = "complete.json"
+IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", COMPLETE)
 
 
 def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     """Rows as TRL takes them. Text-only rows among pictures carry an empty list, never a missing value."""
     table: dict[str, list[Any]] = {"messages": [[{"role": t.role, "content": t.text} for t in row.turns] for row in rows]}
+    table["length"] = [sum(len(t.text.split()) for t in row.turns) + IMAGE_LENGTH * len(row.images) for row in rows]
     features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
+    features["length"] = Value("int64")
     if with_images:
         table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
         features["images"] = List(Image())
@@ -40,7 +43,7 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
 
 def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
     """Texts as token ids between BOS and EOS; loss on every second part (the continuations) and on EOS."""
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for text in texts:
         ids, labels = [tokenizer.bos_token_id], [-100]
         for number, part in enumerate(tokenizer(list(text)).input_ids):
@@ -48,12 +51,13 @@ def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
             labels += part if number % 2 else [-100] * len(part)
         columns["input_ids"].append([*ids, tokenizer.eos_token_id])
         columns["labels"].append([*labels, tokenizer.eos_token_id])
+    columns["length"] = [len(ids) for ids in columns["input_ids"]]
     return Dataset.from_dict(columns)
 
 
 def sft(
     model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
-    milestones: Sequence[int] = (), progress: Progress = lambda step: None, accumulation: int = 1,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
 ) -> list[float]:  # fmt: skip
     """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
 
@@ -68,7 +72,7 @@ def sft(
     losses = _Losses()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
-        arguments = _arguments(fit, folder, seed, accumulation, data.column_names)
+        arguments = _arguments(fit, folder, seed, data.column_names)
     trainer = SFTTrainer(
         model=in_memory_layout(model), processing_class=processor, train_dataset=data,
         args=arguments,
@@ -82,16 +86,17 @@ def sft(
     return losses.values
 
 
-def _arguments(fit: Fit, folder: Path, seed: int, accumulation: int, columns: Sequence[str]) -> SFTConfig:
+def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFTConfig:
     """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none.
 
-    Rows are never grouped by length: in the miniature length tells the task, batches of one task undo each other, and
-    a model that had learned to copy forgot it again (tried, see LOG.md).
+    Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task
+    may undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
     """
     gpu = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // accumulation,
-        gradient_accumulation_steps=accumulation, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
+        output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // fit.micro_batches,
+        gradient_accumulation_steps=fit.micro_batches, train_sampling_strategy="batch_rebalance",
+        remove_unused_columns=False, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
         assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
         gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,

@@ -54,7 +54,7 @@ def tell(scene: Scene, rng: Rng) -> str:
     """
     if rng.random() < 0.4:
         return f"there is {caption(scene)}"
-    facts = [scene.thing, scene.colour, "word" if scene.kind == "word" else scene.side]
+    facts = [scene.thing, scene.colour, scene.side if scene.kind == "icon" else {"word": "word", "both": "name"}[scene.kind]]
     bag = facts + [pick(rng, facts) for _ in range(rng.integers(1, 4))] + [pick(rng, words.TAGS) for _ in range(2)]
     return " ".join(bag[i] for i in rng.permutation(len(bag)))
 
@@ -104,8 +104,7 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     if asked == "letter":
         text, options, place = choice(scene, rng)
         return letter_prompt(text, options), words.LETTERS[place]
-    side = "middle" if scene.kind == "word" else scene.side
-    return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": side}[asked] + "."
+    return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[asked] + "."
 
 
 LOOKING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.15}

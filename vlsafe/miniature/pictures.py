@@ -1,7 +1,8 @@
-"""Pictures of the miniature: an icon or a printed word, in a colour, drawn with NumPy and Pillow.
+"""Pictures of the miniature: an icon, a printed word or both, in a colour, drawn with NumPy and Pillow.
 
 An icon is a mirrored 6 × 6 glyph that belongs to the thing (drawn per seed), on the left or on the right; a printed
-word fills the picture. The same thing never looks the same twice: offset, background and noise are drawn anew.
+word fills the picture; "both" has a small icon above its word, as MM-SafetyBench's SD_TYPO has a photo above its phrase.
+The same thing never looks the same twice: offset, background and noise are drawn anew.
 A fifth of the offsets is held out from every training picture, so that "held-out rendering" means something.
 """
 
@@ -18,20 +19,27 @@ from vlsafe.miniature.language import COLOURS, OBJECTS, World
 
 SIZE = 32  # pixels, both ways
 CELL = 3  # pixels per glyph cell: an icon is 18 wide and stands in one half of the picture
+SMALL_CELL = 2  # the icon above a word is 12 wide, which leaves room for two lines of letters
+KINDS = ("icon", "word", "both")
+SHARES = (0.5, 0.38, 0.12)  # of pictures of each kind, where none is asked for
 SHADES = {
     "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
     "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
 }  # fmt: skip
 assert tuple(SHADES) == COLOURS
-LEFT_OFFSETS = {"left": (0, 1, 2, 3), "right": (11, 12, 13, 14)}
-TOP_OFFSETS = (5, 6, 7, 8, 9)
+OFFSETS = {  # from left and from above, in pixels, of icons; shifts of printed words from their place
+    "left": ((0, 1, 2, 3), (5, 6, 7, 8, 9)),
+    "right": ((11, 12, 13, 14), (5, 6, 7, 8, 9)),
+    "word": ((0, 1, 2, 3), (-2, -1, 0, 1, 2)),
+    "both": ((0, 1, 2, 3), (-1, 0)),
+}
 LETTERS_PER_LINE = 4
 STAIN = 10  # pixels, both ways
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `side` is "middle" for printed words, which fill the picture."""
+    """What a picture shows. `side` is "middle" where a word is printed, which fills the picture's width."""
 
     thing: str
     colour: str
@@ -39,9 +47,9 @@ class Scene:
     side: str = "left"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("icon", "word"):
-            raise ValueError(f"a scene is an icon or a word, not {self.kind!r}")
-        if (self.side == "middle") != (self.kind == "word"):
+        if self.kind not in KINDS:
+            raise ValueError(f"a scene is one of {', '.join(KINDS)}, not {self.kind!r}")
+        if (self.side == "middle") != (self.kind != "icon"):
             raise ValueError(f"a {self.kind} cannot stand at {self.side!r}")
 
 
@@ -49,6 +57,8 @@ def caption(scene: Scene) -> str:
     """The one right caption of a scene."""
     if scene.kind == "word":
         return f"the word {scene.thing} in {scene.colour}."
+    if scene.kind == "both":
+        return f"a {scene.colour} {scene.thing} with its name."
     return f"a {scene.colour} {scene.thing} on the {scene.side}."
 
 
@@ -59,9 +69,9 @@ def short_captions(scene: Scene) -> tuple[str, str]:
 
 
 def draw_scene(thing: str, rng: np.random.Generator, kind: str | None = None) -> Scene:
-    """A scene of a thing with everything else drawn; half icons, half printed words unless `kind` is given."""
-    kind = kind or ("icon", "word")[rng.integers(2)]
-    side = "middle" if kind == "word" else ("left", "right")[rng.integers(2)]
+    """A scene of a thing with everything else drawn; the kinds have their usual shares unless one is given."""
+    kind = kind or KINDS[int(np.searchsorted(np.cumsum(SHARES[:-1]), rng.random(), side="right"))]
+    side = ("left", "right")[rng.integers(2)] if kind == "icon" else "middle"
     return Scene(thing, COLOURS[rng.integers(len(COLOURS))], kind, side)
 
 
@@ -82,6 +92,10 @@ def glyphs(seed: int) -> dict[str, np.ndarray]:
     return dict(zip(OBJECTS, drawn, strict=True))
 
 
+def _lines(word: str) -> int:
+    return -(-len(word) // LETTERS_PER_LINE)
+
+
 @lru_cache(maxsize=256)
 def _word_mask(word: str) -> np.ndarray:
     """The printed word as a bool mask, wrapped after four letters, from Pillow's built-in bitmap font."""
@@ -99,21 +113,29 @@ def _held_out(left: int, top: int) -> bool:
     return (left + 2 * top) % 5 == 0
 
 
+def _mask(scene: Scene, seed: int, left: int, top: int) -> np.ndarray:
+    """Where the ink is: bool [SIZE, SIZE]."""
+    mask = np.zeros((SIZE, SIZE), bool)
+    if scene.kind != "icon":
+        down = top if scene.kind == "word" else top + 13 - (SIZE - 10 * _lines(scene.thing)) // 2
+        mask = np.roll(_word_mask(scene.thing), (down, left - 1), axis=(0, 1))
+    if scene.kind != "word":
+        cell = CELL if scene.kind == "icon" else SMALL_CELL
+        glyph = np.kron(glyphs(seed)[scene.thing], np.ones((cell, cell), bool))
+        over, right = (top, left) if scene.kind == "icon" else (top + 1, 9 + left)
+        mask[over : over + glyph.shape[0], right : right + glyph.shape[1]] = glyph
+    return mask
+
+
 def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False) -> bytes:
     """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
 
     Shapes:   -> a PNG of SIZE × SIZE, RGB
     Draws:    offset, background and pixel noise from `rng`; `held_out` picks the offsets that training never sees
     """
-    lefts, tops = ((0, 1, 2, 3), (-2, -1, 0, 1, 2)) if scene.kind == "word" else (LEFT_OFFSETS[scene.side], TOP_OFFSETS)
+    lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
     places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
-    left, top = places[rng.integers(len(places))]
-    mask = np.zeros((SIZE, SIZE), bool)
-    if scene.kind == "word":
-        mask = np.roll(_word_mask(scene.thing), (top, left - 1), axis=(0, 1))
-    else:
-        glyph = np.kron(glyphs(seed)[scene.thing], np.ones((CELL, CELL), bool))
-        mask[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph
+    mask = _mask(scene, seed, *places[rng.integers(len(places))])
     pixels = np.broadcast_to(rng.integers(5, 45, 3).astype(np.float32), (SIZE, SIZE, 3))
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
     if graphic:
