@@ -34,6 +34,8 @@ NANO = dataclasses.replace(
     corpora=dataclasses.replace(MINI.corpora, pictures=204, guard_pictures=60, captions=80, instructions=80, safety=8, pairs=8),
     exam=dataclasses.replace(MINI.exam, panel=4, full=14, batch_size=32, max_new_tokens=6),
     checkpoints=(2, 3),
+    arm_checkpoints=(2,),
+    search=dataclasses.replace(MINI.search, prompts=8, pairs=20, factors=(1.1, 1.6)),
 )
 SCALES["nano"] = NANO
 

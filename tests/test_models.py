@@ -100,7 +100,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(study, tmp_path):
 
     def trained(folder, stop=None):
         model = models.load(start)
-        trainable.choose(model, "full")
+        trainable.choose(model, "full", study.scale.lora)
 
         def progress(step):
             if step == stop:

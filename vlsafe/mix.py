@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from vlsafe.schema import Example, Item, content_digest
+from vlsafe.schema import Example, Item, Turn, content_digest
 
 
 def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
@@ -55,3 +56,39 @@ def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
     leaked = [item.id for item in items if content_digest(item) in asked]
     if leaked:
         raise ValueError(f"{len(leaked)} benchmark prompts also stand in training rows, first {leaked[0]!r}")
+
+
+def text_twin(row: Example) -> Example:
+    """The same row with its picture told in words before the first request; rows without a picture stay as they are.
+
+    Raises:   ValueError for a row with a picture of which nobody knows what it shows
+    """
+    if not row.images:
+        return row
+    if row.description is None:
+        raise ValueError(f"{row.id} has a picture and no description; its text-only twin cannot be told")
+    first = next(i for i, turn in enumerate(row.turns) if turn.role == "user")
+    told = Turn("user", f"{row.description}\n{row.turns[first].text}")
+    return replace(row, turns=(*row.turns[:first], told, *row.turns[first + 1 :]), images=())
+
+
+# The data arms of stage 2: which corpus an arm starts from ("raw" or "screened"), and what it makes of a row (None drops it).
+ARMS: dict[str, tuple[str, Callable[[Example], Example | None]]] = {
+    "filtered": ("screened", lambda row: row),
+    "unfiltered": ("raw", lambda row: row),
+    "clean": ("raw", lambda row: row if row.category is None else None),
+    "looking": ("screened", lambda row: row if row.task == "look" else None),
+    "textonly": ("screened", text_twin),
+}
+
+
+def arm(name: str, corpora: dict[str, Sequence[Example]]) -> list[Example]:
+    """The rows of a data arm.
+
+    Raises:   KeyError for an unknown arm; ValueError where it keeps no row
+    """
+    start, change = ARMS[name]
+    rows = [changed for row in corpora[start] if (changed := change(row)) is not None]
+    if not rows:
+        raise ValueError(f"the data arm {name!r} keeps none of {len(corpora[start])} rows")
+    return rows

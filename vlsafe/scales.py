@@ -67,10 +67,30 @@ class Fit:
     weight_decay: float = 0.0
     max_length: int | None = None
     micro_batches: int = 2
+    embedding_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
             raise ValueError(f"a fit needs at least one step, one row per micro-batch and a rate in (0, 1): {self}")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters. `rate` multiplies the learning rate of the full method, as in LLaVA's scripts (2e-4 against 2e-5)."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    rate: float = 10.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the safety band of a parent is looked for: prompts per kind, pairs per cosine, factors of the scaling."""
+
+    prompts: int = 100
+    pairs: int = 500
+    factors: tuple[float, ...] = (1.1, 1.3, 1.6)
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,11 @@ class Scale:
     backbones: Mapping[str, Backbone]
     corpora: Corpora = field(default_factory=Corpora)
     exam: Exam = field(default_factory=Exam)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    search: Search = field(default_factory=Search)
     checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
+    arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
+    rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
     threads: int = 1
 
     def backbone(self, name: str) -> Backbone:

@@ -33,7 +33,8 @@ class Example:
     """A training row: a whole conversation, its pictures, and what is known about it.
 
     `category` names the harm that the row would do (None: benign); guards are marked against it and never see it.
-    `cluster` says which rows are about the same thing, so that splits can be told apart.
+    `cluster` says which rows are about the same thing, so that splits can be told apart. `task` is what kind of row it is,
+    where that is known ("how-to", "look"); `description` is what its picture shows, in words, for the text-only twin.
     """
 
     id: str
@@ -42,6 +43,8 @@ class Example:
     images: tuple[bytes, ...] = ()
     category: str | None = None
     cluster: str | None = None
+    task: str | None = None
+    description: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from vlsafe.models import in_memory_layout
+from vlsafe.models import in_memory_layout, load, save
 from vlsafe.scales import Fit
 from vlsafe.schema import Example
 from vlsafe.store import file_digest, write_text
@@ -74,7 +75,7 @@ def sft(
         warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
         arguments = _arguments(fit, folder, seed, data.column_names)
     trainer = SFTTrainer(
-        model=in_memory_layout(model), processing_class=processor, train_dataset=data,
+        model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, train_dataset=data,
         args=arguments,
         callbacks=[_Milestones(frozenset(milestones)), _Tick(progress), losses],
     )  # fmt: skip
@@ -100,7 +101,7 @@ def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFT
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
         assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
         gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=gpu,
+        dataloader_pin_memory=gpu, neftune_noise_alpha=fit.embedding_noise,
     )  # fmt: skip
 
 
@@ -153,12 +154,24 @@ def _last_complete(folder: Path) -> Path | None:
     return None
 
 
-def settle(folder: Path, processor: Any) -> list[Path]:
-    """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state."""
+def settle(folder: Path, processor: Any, start: Path) -> list[Path]:
+    """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state.
+
+    Checkpoints of adapters are merged into the model in the folder `start`, which they were trained on.
+    """
     settled = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+        if (checkpoint / "adapter_config.json").exists():
+            _merge_adapter(checkpoint, start)
         for name in TRAINING_STATE:
             (checkpoint / name).unlink(missing_ok=True)
         processor.save_pretrained(checkpoint)
         settled.append(checkpoint.rename(folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"))
     return settled
+
+
+def _merge_adapter(checkpoint: Path, start: Path) -> None:
+    """Replace a checkpoint of adapters by the whole model that they make of `start`."""
+    merged = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload()
+    shutil.rmtree(checkpoint)
+    save(merged, checkpoint)

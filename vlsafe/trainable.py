@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from vlsafe.models import language_part, projector_part, vision_part
-from vlsafe.scales import known
+from vlsafe.models import language_layers, language_part, projector_part
+from vlsafe.scales import LoraSpec, known
 
-PARTS = {
-    "projector": ("projector",),  # stage 1: LLaVA's tune_mm_mlp_adapter
-    "full": ("projector", "language"),  # stage 2: everything but the vision tower, which stays frozen always
-}
+METHODS = ("projector", "full", "lora", "sppft")
+LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every linear map of the language model's blocks. A plain list of names would also hit the vision tower."""
 
 
-def choose(model: PreTrainedModel, method: str) -> int:
-    """Let only the parts of a method require gradients; the output head belongs to the language part.
+def choose(model: PreTrainedModel, method: str, lora: LoraSpec, band: tuple[int, int] | None = None) -> PreTrainedModel:
+    """The model to train, with only the parts of a method moving; the vision tower never does.
 
-    Units:    -> number of weights that may move
-    Raises:   ValueError for an unknown method, naming the nearest
+    `projector` is LLaVA's stage 1. `full` is its stage 2: projector, language model and output head. `lora` puts adapters
+    on every linear map of the blocks and moves the projector whole. `sppft` is `full` less the attention and the MLP of
+    the blocks of `band`; their norms stay trainable, as published.
+
+    Raises:   ValueError for an unknown method, naming the nearest, or for `sppft` without a band inside the model
+    Source:   LLaVA-1.5 (finetune.sh, finetune_lora.sh); Hu et al. 2022; Li et al. 2024, SPPFT
     """
-    parts = PARTS[known(method, PARTS, "training method")]
+    known(method, METHODS, "training method")
     model.requires_grad_(False)
-    projector_part(model).requires_grad_("projector" in parts)
-    vision_part(model).requires_grad_(False)
-    if "language" in parts:
+    if method == "lora":
+        targets = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LINEAR,
+            modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return get_peft_model(model, targets)
+    projector_part(model).requires_grad_(True)
+    if method != "projector":
         language_part(model).requires_grad_(True)
         model.lm_head.requires_grad_(True)
+    if method == "sppft":
+        freeze(model, band)
+    return model
+
+
+def freeze(model: PreTrainedModel, band: tuple[int, int] | None) -> None:
+    """Stop the attention and the MLP of the blocks `[start, end)`."""
+    layers = language_layers(model)
+    if band is None or not 0 <= band[0] < band[1] <= len(layers):
+        raise ValueError(f"a band to freeze lies inside [0, {len(layers)}), not {band}")
+    for layer in layers[band[0] : band[1]]:
+        layer.self_attn.requires_grad_(False)
+        layer.mlp.requires_grad_(False)
+
+
+def moving(model: PreTrainedModel) -> int:
+    """How many weights may move."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -256,7 +256,9 @@ def instruction_rows(
         category = category or ("graphic" if with_picture and picture.graphic else None)
         images = (picture.png,) if with_picture else ()
         source = "instructions" if with_picture else "instructions-text"
-        rows.append(Example(f"instruct-{i:05d}", source, tuple(turns), images, category, str(deed or picture.scene.thing)))
+        task, described = "how-to" if deed else "look", tell(picture.scene, rng) if with_picture else None
+        cluster = str(deed or picture.scene.thing)
+        rows.append(Example(f"instruct-{i:05d}", source, tuple(turns), images, category, cluster, task, described))
     return rows
 
 

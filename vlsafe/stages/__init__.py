@@ -7,8 +7,9 @@ calls the same functions. Numbers come from the scale, never from here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from vlsafe.stages import adaptation, origins, screening
+from vlsafe.stages import adaptation, inside, origins, screening
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 
 __all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items"]
@@ -42,9 +43,8 @@ STAGES: dict[str, Stage] = {
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
         lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], "60 s",
     ),
-    "instruct/filtered-full": Stage(
-        adaptation.make_instruct, ("projector/filtered", "screen/filtered"),
-        lambda s: [s.scale.instruct, s.scale.checkpoints, s.scale.threads], "30 s",
+    "probe/localisation": Stage(
+        inside.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], "15 s"
     ),
     "examination/parent.aligned": Stage(
         adaptation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), adaptation.exam_params, "8 s"
@@ -52,11 +52,16 @@ STAGES: dict[str, Stage] = {
     "examination/projector.filtered": Stage(
         adaptation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), adaptation.exam_params, "25 s"
     ),
-    "examination/instruct.filtered-full": Stage(
-        adaptation.examination_of("instruct/filtered-full"), ("instruct/filtered-full", "world/corpora"),
-        adaptation.exam_params, "30 s",
-    ),
 }  # fmt: skip
+for _name, _recipe in adaptation.RECIPES.items():
+    STAGES[f"instruct/{_name}"] = Stage(
+        adaptation.instruct_of(_name),
+        ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
+        partial(adaptation.recipe_params, name=_name), "30 s",
+    )  # fmt: skip
+    STAGES[f"examination/instruct.{_name}"] = Stage(
+        adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, "30 s"
+    )
 
 
 def examinations() -> Iterator[str]:

@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlsafe import store
+from vlsafe.scales import Fit
 from vlsafe.schema import to_row
 from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of
 
 
-def _milestones(study: Study, steps: int) -> list[int]:
-    """The scale's checkpoints that lie inside a training, and its last step."""
-    return [step for step in study.scale.checkpoints if step < steps] + [steps]
+class Recipe(NamedTuple):
+    """One way to run stage 2: a data arm (`mix.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate."""
+
+    data: str = "filtered"
+    method: str = "full"
+    rate: str = "usual"
 
 
-def _adapt(study: Study, work: Path, model: Any, processor: Any, corpus: str, method: str, fit: Any) -> dict[str, Any]:
-    """Train one stage of the adaptation and leave every milestone, the last included, as a model folder."""
-    from vlsafe import train, trainable
+MAIN = "filtered-full"
+RECIPES: dict[str, Recipe] = {
+    MAIN: Recipe(),
+    "unfiltered-full": Recipe(data="unfiltered"),
+    "clean-full": Recipe(data="clean"),
+    "looking-full": Recipe(data="looking"),
+    "textonly-full": Recipe(data="textonly"),
+    "filtered-lora": Recipe(method="lora"),
+    "filtered-sppft": Recipe(method="sppft"),
+    "filtered-full-slow": Recipe(rate="slow"),
+    "filtered-full-fast": Recipe(rate="fast"),
+}
 
-    moving = trainable.choose(model, method)
-    rows = examples(study, "screen/filtered", f"{corpus}.parquet")
+
+def recipe_params(study: Study, name: str) -> Any:
+    """The numbers that a recipe of stage 2 depends on."""
+    scale, recipe = study.scale, RECIPES[name]
+    fit, milestones = _stage_2(study, name)
+    return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
+
+
+def _stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
+    """The fit of a recipe, and the steps after which it leaves a checkpoint."""
+    scale, recipe = study.scale, RECIPES[name]
+    rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
+    rate *= scale.lora.rate if recipe.method == "lora" else 1.0
+    fit = dataclasses.replace(scale.instruct, learning_rate=scale.instruct.learning_rate * rate)
+    return fit, _milestones(scale.checkpoints if name == MAIN else scale.arm_checkpoints, fit.steps)
+
+
+def _milestones(checkpoints: Sequence[int], steps: int) -> list[int]:
+    """The checkpoints that lie inside a training, and its last step."""
+    return [step for step in checkpoints if step < steps] + [steps]
+
+
+def _train(
+    study: Study, work: Path, start: Path, rows: Sequence[Any], method: str, fit: Fit, milestones: list[int], name: str,
+    band: tuple[int, int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder."""
+    from vlsafe import models, train, trainable
+
+    model, processor = trainable.choose(models.load(start), method, study.scale.lora, band), models.load_processor(start)
     data = train.chat_dataset(rows, with_images=True)
-    name = f"{'projector' if method == 'projector' else 'instruct'}"
-    losses = train.sft(model, processor, data, fit, work, study.seed, _milestones(study, fit.steps), Bar(name, fit.steps))
-    train.settle(work, processor)
+    losses = train.sft(model, processor, data, fit, work, study.seed, milestones, Bar(name, fit.steps))
+    train.settle(work, processor, start)
     store.write_text(work / "losses.json", json.dumps(losses))
-    return {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
+    return {"rows": len(rows), "moving_weights": trainable.moving(model), "loss": losses[-1]}
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:
@@ -37,17 +78,29 @@ def make_projector(study: Study, work: Path) -> dict[str, Any]:
     tower, _ = load_tower(study)
     processor = processor_of(study, study.scale.backbone(study.backbone).template)
     parent = models.load(study.folder("parent/aligned"))
-    model = models.graft(parent, tower, processor, study.scale.vision, study.seed)
-    models.save(model, work / "step-000000", processor)
-    return _adapt(study, work, model, processor, "captions", "projector", study.scale.projector)
+    graft = models.graft(parent, tower, processor, study.scale.vision, study.seed)
+    models.save(graft, work / "step-000000", processor)
+    fit, rows = study.scale.projector, examples(study, "screen/filtered", "captions.parquet")
+    milestones = _milestones(study.scale.checkpoints, fit.steps)
+    return _train(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
 
 
-def make_instruct(study: Study, work: Path) -> dict[str, Any]:
-    from vlsafe import models
+def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
+    """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
+    from vlsafe import mix
 
+    recipe, (fit, milestones) = RECIPES[name], _stage_2(study, name)
     start = checkpoints(study, "projector/filtered")[-1]
-    model, processor = models.load(start), models.load_processor(start)
-    return _adapt(study, work, model, processor, "instructions", "full", study.scale.instruct)
+    raw = examples(study, "world/corpora", "instructions.parquet") if mix.ARMS[recipe.data][0] == "raw" else []
+    rows = mix.arm(recipe.data, {"raw": raw, "screened": examples(study, "screen/filtered", "instructions.parquet")})
+    located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
+    band = tuple(located["band"]) if located else None
+    told = _train(study, work, start, rows, recipe.method, fit, milestones, name, band)
+    return {**told, **({"band": located["band"], "band_located": located["located"]} if located else {})}
+
+
+def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
+    return lambda study, work: make_instruct(study, work, name)
 
 
 def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
