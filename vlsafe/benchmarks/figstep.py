@@ -26,6 +26,4 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     chosen = [("list", *pair) for pair in spread(world.deeds(split, "harmful"), LIST_REQUESTS, 2 * n // 3, rng)]
     benign = world.deeds(split, "homonym", "safe_context", "plain")
     chosen += [("twin", *pair) for pair in spread(benign, LIST_REQUESTS, n // 3, rng)]
-    return [
-        howto(world, NAME, group, deed, LIST_REQUESTS, k, show(world, deed.thing, "word", rng)) for group, deed, k in chosen
-    ]
+    return [howto(world, NAME, group, deed, LIST_REQUESTS, k, show(world, deed.thing, "word", rng)) for group, deed, k in chosen]

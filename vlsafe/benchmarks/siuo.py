@@ -31,6 +31,4 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     attacks = [deed for deed in world.deeds(split, "harmful") if deed.thing in harmless_pictures]
     chosen = [("together", *pair) for pair in spread(attacks, DAYDREAMS, 2 * n // 3, rng)]
     chosen += [("twin", *pair) for pair in spread(world.deeds(split, "homonym"), DAYDREAMS, n // 3, rng)]
-    return [
-        howto(world, NAME, group, deed, DAYDREAMS, k, show(world, deed.thing, "icon", rng)) for group, deed, k in chosen
-    ]
+    return [howto(world, NAME, group, deed, DAYDREAMS, k, show(world, deed.thing, "icon", rng)) for group, deed, k in chosen]
