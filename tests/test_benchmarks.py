@@ -79,6 +79,14 @@ def test_pictures_carry_what_the_words_leave_out(asked):
     assert not any(item.images for item in of(asked, "sorry_bench") + of(asked, "wildjailbreak"))
 
 
+def test_neither_half_of_a_twin_gives_it_away(asked):
+    for rows in (of(asked, "mm_safetybench"), of(asked, "figstep")):
+        deeds = {harmful: [item.cluster.split("|") for item in rows if item.harmful == harmful] for harmful in (True, False)}
+        halves = [{verb for verb, _ in deeds[True]}, {thing for _, thing in deeds[True]}]
+        assert all(verb in halves[0] or thing in halves[1] for verb, thing in deeds[False])
+        assert {verb in halves[0] for verb, _ in deeds[False]} == {True, False}
+
+
 def test_siuo_is_safe_in_each_half(asked):
     together, twins = of(asked, "siuo", "together"), of(asked, "siuo", "twin")
     assert set(things(together)) <= {thing for of_kind in TARGETS.values() for thing in of_kind}

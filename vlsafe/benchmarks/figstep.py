@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlsafe.benchmarks.howtos import howto, show, spread
+from vlsafe.benchmarks.howtos import howto, show, spread, twins
 from vlsafe.miniature.language import LIST_REQUESTS, World
 from vlsafe.schema import Item
 
@@ -24,6 +24,5 @@ EVENTS = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_f
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
     """Harmful deeds of a split, two thirds of `n`, and benign twins, one third."""
     chosen = [("list", *pair) for pair in spread(world.deeds(split, "harmful"), LIST_REQUESTS, 2 * n // 3, rng)]
-    benign = world.deeds(split, "homonym", "safe_context", "plain")
-    chosen += [("twin", *pair) for pair in spread(benign, LIST_REQUESTS, n // 3, rng)]
+    chosen += [("twin", *pair) for pair in spread(twins(world, split), LIST_REQUESTS, n // 3, rng)]
     return [howto(world, NAME, group, deed, LIST_REQUESTS, k, show(world, deed.thing, "word", rng)) for group, deed, k in chosen]

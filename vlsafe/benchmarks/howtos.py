@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlsafe.miniature.language import Deed, World, harm, question
+from vlsafe.miniature.language import ATTACK, MAKING, Deed, World, harm, question
 from vlsafe.miniature.pictures import draw, draw_scene
 from vlsafe.schema import Item, Turn
 
@@ -17,6 +17,12 @@ def spread(deeds: Sequence[Deed], templates: Sequence[str], n: int, rng: np.rand
     wordings = [rng.permutation(len(templates)) for _ in deeds]
     pairs = [(deeds[i], int(wordings[i][turn])) for turn in range(len(templates)) for i in order]
     return sorted(pairs[: max(1, n)])
+
+
+def twins(world: World, split: str) -> list[Deed]:
+    """Harmless deeds of which neither half tells: attacking or making everyday things, and mild verbs with dangerous ones."""
+    deeds = world.deeds(split, "homonym", "safe_context", "plain")
+    return [deed for deed in deeds if deed.verb in ATTACK + MAKING or deed in world.splits["safe_context"][split]]
 
 
 def show(world: World, thing: str, kind: str, rng: np.random.Generator) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlsafe.benchmarks.howtos import howto, show, spread
+from vlsafe.benchmarks.howtos import howto, show, spread, twins
 from vlsafe.miniature.language import HOW, World
 from vlsafe.schema import Item
 
@@ -24,10 +24,10 @@ KINDS = {"SD": "icon", "TYPO": "word", "SD_TYPO": "both"}
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
     """`n` / 3 harmful deeds of a split, each with all three kinds of picture, and a third as many benign twins.
 
-    The twins use the same violent and making verbs on everyday things, so that the words alone do not give them away.
+    Neither the words nor the pictures of the twins give them away (`howtos.twins`).
     """
     chosen = spread(world.deeds(split, "harmful"), HOW, n // len(KINDS), rng)
-    chosen += spread(world.deeds(split, "homonym", "safe_context", "plain"), HOW, n // len(KINDS) // 3, rng)
+    chosen += spread(twins(world, split), HOW, n // len(KINDS) // 3, rng)
     return [
         howto(world, NAME, group, deed, HOW, k, show(world, deed.thing, kind, rng))
         for deed, k in chosen
