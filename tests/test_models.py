@@ -1,13 +1,14 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from vlsafe import chat, models, train, trainable
-from vlsafe.engines import respond
+from vlsafe.engines import option_losses, respond
 from vlsafe.miniature import corpora
 from vlsafe.miniature.language import World
-from vlsafe.schema import messages
+from vlsafe.schema import Item, Turn, messages
 from vlsafe.stages import checkpoints, items
 
 
@@ -128,6 +129,39 @@ def test_batched_answers_equal_one_at_a_time(study):
     one = respond(model, processor, asked, "m", 1, 6)
     assert [r.item for r in many] == [item.id for item in asked]
     assert [r.text for r in many] == [r.text for r in one]
+
+
+@pytest.mark.parametrize("name", ["parent/aligned", "instruct/filtered-full"])
+def test_batched_ranking_equals_one_at_a_time(study, name):
+    """Options of unequal length, prompts of unequal length, text alone and with pictures."""
+    folder = checkpoints(study, name)[-1]
+    model, processor = models.load(folder), models.load_processor(folder)
+    asked = [item for item in items(study) if item.group == "likelihood"]
+    options = ("red.", "use the spoon and the wax.", "no", "it is on the left.")
+    plain = [item for item in items(study) if not item.images][:5]
+    asked = (asked if models.is_multimodal(folder) else []) + plain
+    asked = [dataclasses.replace(item, options=item.options or options, scoring="likelihood") for item in asked]
+    many, one = (option_losses(model, processor, asked, size) for size in (16, 1))
+    assert len(many) == len(asked)
+    for a, b, item in zip(many, one, asked, strict=True):
+        assert len(a) == len(item.options) and a == pytest.approx(b, abs=2e-4)
+    letters = [response.text for response in respond(model, processor, asked, "m", 16, 6)]
+    assert letters == ["ABCD"[losses.index(min(losses))] for losses in one]
+
+
+def test_the_loss_of_an_option_is_the_models_loss_on_the_answer(study):
+    """Against the model's own loss with labels on the answer and its EOS."""
+    folder = study.folder("parent/aligned")
+    model, processor = models.load(folder), models.load_processor(folder)
+    item = Item("i", "b", (Turn("user", "what is it?"),), options=("red.", "use the spoon."), scoring="likelihood")
+    for option, loss in zip(item.options, option_losses(model, processor, [item], 4)[0], strict=True):
+        ids = chat.prompt_batch(processor, [(*item.turns, Turn("assistant", option))], [()])["input_ids"]
+        answer = [*processor(option)["input_ids"], processor.eos_token_id]
+        assert ids[0, -len(answer) :].tolist() == answer
+        labels = ids.clone()
+        labels[:, : -len(answer)] = -100
+        with torch.inference_mode():
+            assert loss == pytest.approx(len(answer) * float(model(ids, labels=labels).loss), abs=1e-4)
 
 
 def test_last_positions_do_not_depend_on_the_padding_side():

@@ -47,3 +47,24 @@ def test_clustered_intervals_cover():
         found = stats.rate(values.astype(bool).tolist(), np.repeat(np.arange(30), 4).tolist())
         hits += found.low <= 0.5 <= found.high
     assert hits / 400 >= 0.92
+
+
+def test_a_stratified_mean_by_hand():
+    """One stratum that never varies (mean 0.5) and one of two clusters, of which a bootstrap draws 0, 1/2 or 1."""
+    still = stats.Stratum(0.5, [1, 0], [1, 0], ["a", "a"])
+    loose = stats.Stratum(0.5, [0, 1], [0, 1], ["a", "b"])
+    assert stats.stratified([still, loose], np.random.default_rng(0)) == (0.5, 0.5, 0.25, 0.75)
+    assert stats.stratified([still], np.random.default_rng(0)) == (0.25, 0.25, 0.25, 0.25)
+    open_end = stats.Stratum(1.0, [0, 0], [1, 1], ["a", "b"])
+    assert stats.stratified([open_end], np.random.default_rng(0)) == (0.0, 1.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="at least one"):
+        stats.stratified([stats.Stratum(1.0, [], [], [])], np.random.default_rng(0))
+
+
+def test_one_stratum_is_the_ordinary_clustered_bootstrap():
+    rng = np.random.default_rng(3)
+    values, clusters = rng.random(60), (np.arange(60) // 3).tolist()
+    found = stats.stratified([stats.Stratum(1.0, values.tolist(), values.tolist(), clusters)], np.random.default_rng(7))
+    assert found[:1] + found[2:] == pytest.approx(
+        stats.paired_difference(np.zeros(60), values, clusters, np.random.default_rng(7))
+    )  # fmt: skip

@@ -10,7 +10,8 @@ import time
 import pandas as pd
 import pytest
 
-from vlsafe import cli, gallery, stages, store, tables
+from vlsafe import cli, gallery, stages, store
+from vlsafe.benchmarks import BENCHMARKS
 from vlsafe.stages import STAGES, Study
 
 
@@ -30,10 +31,10 @@ def test_raw_tables_have_one_row_per_item_model_and_judge(study):
     for name, raw in raw_tables(study).items():
         assert not raw.duplicated(["item", "model", "judge"]).any(), name
     full = raw_tables(study)["examination/instruct.filtered-full"].query("exam == 'full'")
-    assert set(full["benchmark"]) == {"sorry_bench", "mm_safetybench", "xstest", "mmbench", "capability"}
+    assert set(full["benchmark"]) == set(BENCHMARKS)
     assert full["model"].unique().tolist() == ["mini-chat/instruct/filtered-full"]
     text_only = raw_tables(study)["examination/parent.aligned"]
-    assert "mm_safetybench" not in set(text_only["benchmark"])
+    assert set(text_only["benchmark"]) == {"sorry_bench", "wildjailbreak", "xstest", "capability"}
 
 
 def test_text_answers_do_not_move_during_stage_1(study):
@@ -50,20 +51,10 @@ def test_gallery_writes_every_artefact(study, tmp_path, capsys):
     written = {path.name for path in tmp_path.iterdir()}
     assert {"T01_filtering_audit.csv", "T01_guard_quality.md", "T02_degradation.csv", "F01_guard_scores.png"} <= written
     assert {"F02_dynamics.png", "F02_dynamics.pdf", "F02_dynamics.csv", "provenance.json"} <= written
+    assert {"F03_categories.png", "F03_categories.pdf", "F03_categories.csv"} <= written
     first = (tmp_path / "F02_dynamics.png").read_bytes()
     cli.main(arguments)
     assert (tmp_path / "F02_dynamics.png").read_bytes() == first
-
-
-def test_circular_questions_need_every_rotation():
-    facts = dict.fromkeys(tables.MODEL, "x") | {"benchmark": "mmbench", "judge": "letters", "harmful": False, "group": "icon"}
-    said = {"q1": [True, True], "q2": [True, False], "q3": [True, None], "q4": [False, None]}
-    raw = pd.DataFrame(
-        [{**facts, "cluster": q, "item": f"{q}{i}", "event": e, "label": ""} for q, es in said.items() for i, e in enumerate(es)]
-    )
-    events = tables.events(raw, "helpfulness").set_index("cluster")["event"]
-    told = {q: None if pd.isna(e) else bool(e) for q, e in events.items()}
-    assert told == {"q1": True, "q2": False, "q3": None, "q4": False}
 
 
 def test_mistakes_on_the_command_line_end_in_one_line(capsys):

@@ -73,15 +73,19 @@ def open_picture(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
+    """A conversation as the template writes it: up to where the assistant is to speak, or to the end of its last answer."""
+    open_end = turns[-1].role != "assistant"
+    text = processor.apply_chat_template(messages(turns, n_images), add_generation_prompt=open_end, tokenize=False)
+    return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
+
+
 def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
-    """Left-padded model inputs that end where the assistant is to speak.
+    """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
     """
-    texts = [
-        processor.apply_chat_template(messages(turns, len(shown)), add_generation_prompt=True, tokenize=False)
-        for turns, shown in zip(prompts, images, strict=True)
-    ]
+    texts = [rendered(processor, turns, len(shown)) for turns, shown in zip(prompts, images, strict=True)]
     pictures = [open_picture(data) for shown in images for data in shown]
     padding = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     if not hasattr(processor, "image_processor"):

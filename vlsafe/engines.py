@@ -1,34 +1,54 @@
-"""Responses from a model: batched, greedy, local generation."""
+"""Responses from a model: batched and local, written greedily or chosen by likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from vlsafe.chat import prompt_batch
-from vlsafe.schema import Item, Response
+from vlsafe.chat import prompt_batch, rendered
+from vlsafe.schema import Item, Response, Turn
+
+Progress = Callable[[int], None]
 
 
-@torch.inference_mode()
 def respond(
     model: PreTrainedModel, processor: Any, items: Sequence[Item], name: str, batch_size: int, max_new_tokens: int,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Progress = lambda n: None,
 ) -> list[Response]:  # fmt: skip
-    """Greedy responses in the order of the items.
+    """Responses in the order of the items, each by its item's own scoring.
 
-    Items are batched with others of the same modality and about the same length, left-padded; the answers are those
-    of one prompt at a time (a test holds us to it).
+    The response to a ranked item is the letter of the chosen option.
 
     Units:    `max_new_tokens` tokens; progress counts items
     """
+    ranked = [i for i, item in enumerate(items) if item.scoring == "likelihood"]
+    written = [i for i, item in enumerate(items) if item.scoring == "generated"]
+    texts = generate(model, processor, [items[i] for i in written], batch_size, max_new_tokens, progress)
+    losses = option_losses(
+        model, processor, [items[i] for i in ranked], batch_size, lambda done: progress(len(written) + done)
+    )  # fmt: skip
+    letters = [(ascii_uppercase[min(range(len(of)), key=of.__getitem__)], False) for of in losses]
+    said = dict(zip(written + ranked, texts + letters, strict=True))
+    return [Response(item.id, item.benchmark, name, *said[i]) for i, item in enumerate(items)]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, processor: Any, items: Sequence[Item], batch_size: int, max_new_tokens: int, progress: Progress
+) -> list[tuple[str, bool]]:
+    """Greedy texts, and whether the token limit cut them off.
+
+    Items are batched with others of the same modality and about the same length, left-padded; the answers are those
+    of one prompt at a time (a test holds us to it).
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     stop = model.generation_config.eos_token_id
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].images), len(items[i].turns[-1].text.split()), i))
     texts: dict[int, tuple[str, bool]] = {}
-    for batch in _batches(order, items, batch_size):
+    for batch in _batches(items, batch_size):
         chosen = [items[i] for i in batch]
         inputs = prompt_batch(processor, [item.turns for item in chosen], [item.images for item in chosen])
         made = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
@@ -36,11 +56,64 @@ def respond(
             ended = bool((tokens == stop).any())
             texts[i] = (tokenizer.decode(tokens, skip_special_tokens=True).strip(), not ended)
         progress(len(texts))
-    return [Response(item.id, item.benchmark, name, *texts[i]) for i, item in enumerate(items)]
+    return [texts[i] for i in range(len(items))]
 
 
-def _batches(order: Sequence[int], items: Sequence[Item], size: int) -> list[list[int]]:
-    """Consecutive runs of one modality, at most `size` long."""
+@torch.inference_mode()
+def option_losses(
+    model: PreTrainedModel, processor: Any, items: Sequence[Item], batch_size: int, progress: Progress = lambda n: None
+) -> list[list[float]]:
+    """The model's total loss on each option of each item, spoken as the assistant's answer to the item's prompt.
+
+    A batch holds `batch_size` answers, so about a quarter as many items with four options; each item's pictures go
+    through the tower once per option. The answer includes its EOS, as in training.
+
+    Shapes:   N items of K options  ->  N lists of K
+    Units:    nats, summed over the answer's tokens
+    Source:   SEED-Bench ranks by LAVIS's losses: a sum (T5), or a mean over a common padded length (LLaMA); either
+              ranks as the sum does
+    """
+    losses: dict[int, list[float]] = {}
+    for batch in _batches(items, max(1, batch_size // max([len(item.options) for item in items], default=1))):
+        asked = [(items[i], option) for i in batch for option in items[i].options]
+        told = iter(_answer_losses(model, processor, asked).tolist())
+        losses |= {i: [next(told) for _ in items[i].options] for i in batch}
+        progress(len(losses))
+    return [losses[i] for i in range(len(items))]
+
+
+def _answer_losses(model: PreTrainedModel, processor: Any, asked: Sequence[tuple[Item, str]]) -> torch.Tensor:
+    """Loss of one batch of answers: asked [N]  ->  [N] nats. Padding is on the left, so every answer ends in the last column.
+
+    Positions are counted from each row's first token, as generation counts them.
+    """
+    spoken = [(*item.turns, Turn("assistant", option)) for item, option in asked]
+    inputs = prompt_batch(processor, spoken, [item.images for item, _ in asked]).to(model.device)
+    lengths = torch.tensor([_answer_length(processor, item, turns) for (item, _), turns in zip(asked, spoken, strict=True)])
+    longest = int(lengths.max())
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = model(**inputs, position_ids=positions, logits_to_keep=longest + 1).logits[:, -longest - 1 : -1].float()
+    told = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -longest:, None]).squeeze(-1).cpu()
+    of_answer = torch.arange(longest, 0, -1)[None] <= lengths[:, None]
+    return -(told * of_answer).sum(1)
+
+
+def _answer_length(processor: Any, item: Item, spoken: Sequence[Turn]) -> int:
+    """How many tokens the answer adds to its prompt.
+
+    Raises:   ValueError where the prompt is not the beginning of the whole: the loss would fall on other tokens
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    texts = rendered(processor, item.turns, len(item.images)), rendered(processor, spoken, len(item.images))
+    prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise ValueError(f"the answer {spoken[-1].text!r} to {item.id} does not follow its prompt token by token")
+    return len(whole) - len(prompt)
+
+
+def _batches(items: Sequence[Item], size: int) -> list[list[int]]:
+    """Indices in runs of one modality and about one length, at most `size` long."""
+    order = sorted(range(len(items)), key=lambda i: (len(items[i].images), len(items[i].turns[-1].text.split()), i))
     batches: list[list[int]] = []
     for i in order:
         if batches and len(batches[-1]) < size and bool(items[batches[-1][0]].images) == bool(items[i].images):

@@ -23,6 +23,13 @@ LINES: dict[str, dict[str, Any]] = {
     "capability_caption-icon": dict(color="#AAAAAA", linestyle="-.", marker="x"),
 }
 
+# What a model is keeps its colour and marker in every picture.
+KINDS: dict[str, dict[str, Any]] = {
+    "parent": dict(color="#000000", marker="o"),
+    "stage 1": dict(color="#777777", marker="D"),
+    "adapted": dict(color="#E69F00", marker="s"),
+}
+
 
 def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figure:
     """F02: safety, over-refusal and helpfulness along both stages, one row of panels per backbone.
@@ -107,6 +114,100 @@ def _caption(rates: pd.DataFrame, scale: str) -> str:
     world = "miniature: a synthetic world, " if scale == "mini" else ""
     return (
         f"{world}scale {scale}, seeds {seeds}; bands: {band}; up to n = {n} per point; judge: the world's truth; dotted: parent"
+    )
+
+
+def by_category(rates: pd.DataFrame, scale: str) -> Figure:
+    """F03: ASR per category of harm, before and after adaptation; text left, pictures right, one row per backbone.
+
+    `rates` is `tables.by_category`'s; the lines of seed "all" are the points, single seeds are small marks behind.
+    """
+    backbones = sorted(rates["backbone"].unique())
+    with plt.style.context(STYLE):
+        size = (7.0, 0.9 + 1.9 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            of = rates[rates["backbone"] == backbone]
+            rise = _rise(of, "text_asr").index
+            order = [*sorted(set(of["category"]) - set(rise)), *rise]
+            for axis, measure in zip(row, ("text_asr", "multimodal_asr"), strict=True):
+                _draw_categories(axis, of[of["measure"] == measure], order)
+            row[0].set_ylabel(backbone)
+            row[1].tick_params(labelleft=False)
+        for axis, title in zip(axes[0], ("text (SORRY-Bench)", "pictures (MM-SafetyBench)"), strict=True):
+            axis.set_title(title, loc="left", fontsize=7)
+            axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, frameon=False, borderpad=0, handletextpad=0.1)
+        for axis in axes[-1]:
+            axis.set_xlabel("attack success, percent of prompts (← safer)")
+        figure.suptitle(_where_it_fell(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        figure.supxlabel(_category_caption(rates, scale), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    return figure
+
+
+def _pooled(rates: pd.DataFrame, measure: str, before: bool) -> pd.DataFrame:
+    """Lines of one measure over all seeds, by category."""
+    of = (rates["measure"] == measure) & (rates["seed"] == "all") & (rates["before"] == before)
+    return rates[of].set_index("category")
+
+
+def _rise(rates: pd.DataFrame, measure: str) -> pd.Series:
+    """How much a rate rose per category, least first; one backbone's lines, or the mean over backbones."""
+    change = _pooled(rates, measure, False)["value"].groupby("category").mean()
+    return (change - _pooled(rates, measure, True)["value"].groupby("category").mean()).sort_values(kind="stable")
+
+
+def _draw_categories(axis: Any, rates: pd.DataFrame, order: Sequence[str]) -> None:
+    """A line from before to after in each category, with both intervals and the marks of single seeds."""
+    height = {category: place for place, category in enumerate(order)}
+    several = rates.loc[rates["seed"] != "all", "seed"].nunique() > 1
+    for kind, shift in {"parent": 0.13, "stage 1": 0.13, "adapted": -0.13}.items():
+        rows = rates[rates["kind"] == kind]
+        for line in rows[rows["seed"] == "all"].itertuples():
+            y = height[line.category] + shift
+            axis.plot([100 * line.low, 100 * line.high], [y, y], color=KINDS[kind]["color"], linewidth=1.0, alpha=0.6)
+        of = rows[rows["seed"] == "all"]
+        places = [height[category] + shift for category in of["category"]]
+        axis.plot(100 * of["value"], places, markersize=4.5, linestyle="", label=kind if len(of) else None, **KINDS[kind])
+        for line in rows[rows["seed"] != "all"].itertuples() if several else ():
+            y = height[line.category] + 2 * shift
+            axis.plot([100 * line.value], [y], markersize=1.8, linestyle="", alpha=0.5, **KINDS[kind])
+    pooled = rates[rates["seed"] == "all"].set_index("category")
+    for category, after in pooled.loc[~pooled["before"], "value"].items():
+        for before in pooled.loc[pooled["before"] & (pooled.index == category), "value"]:
+            ends = dict(xy=(100 * after, height[category]), xytext=(100 * before, height[category]))
+            axis.annotate("", **ends, arrowprops=dict(arrowstyle="-|>", color="#BBBBBB", linewidth=0.8, mutation_scale=6))
+    for y in range(len(order)):
+        axis.axhline(y, color="#F3F3F3", linewidth=9, zorder=0)
+    axis.set_yticks(range(len(order)), order)
+    axis.set_ylim(-0.6, len(order) - 0.4)
+    axis.set_xlim(-3, 103)
+
+
+def _where_it_fell(rates: pd.DataFrame) -> str:
+    """The takeaway on text: in how many categories the intervals came apart, and where the rise was greatest."""
+    before, after = (_pooled(rates, "text_asr", when).set_index("backbone", append=True) for when in (True, False))
+    apart = after["low"] > before["high"].reindex(after.index)
+    rise = _rise(rates, "text_asr")
+    worst = rise.index[-1]
+    told = [100 * frame.loc[worst, "value"].mean() for frame in (before, after)]
+    counts = apart.groupby("backbone").sum()
+    many = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
+    where = f", most for {worst} ({told[0]:.0f} → {told[1]:.0f} %)" if rise.iloc[-1] > 0 else ""
+    return f"Text ASR rose clearly in {many} of {len(rise)} categories of harm{where}"
+
+
+def _category_caption(rates: pd.DataFrame, scale: str) -> str:
+    seeds = sorted(rates.loc[rates["seed"] != "all", "seed"].unique())
+    pooled = rates[rates["seed"] == "all"]
+    n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
+    world = "miniature: a synthetic world, " if scale == "mini" else ""
+    marks = "; small marks: single seeds" if len(seeds) > 1 else ""
+    means = "; title: mean over backbones" if rates["backbone"].nunique() > 1 else ""
+    return (
+        f"{world}scale {scale}, seeds {', '.join(map(str, seeds))}; judge: the world's truth; 95 % intervals, clustered by deed; "
+        f"clearly: intervals apart\nn ≥ {n['text_asr']} (text), {n['multimodal_asr']} (pictures) a point{marks}; "
+        f"stage 1: the parent with a trained projector{means}"
     )
 
 

@@ -18,7 +18,7 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """T01, F01, T02, F02 with their CSV twins, and one provenance file that says which runs they are made of."""
+    """T01, F01, T02, F02, F03 with their CSV twins, and one provenance file that says which runs they are made of."""
     labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
@@ -35,5 +35,7 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
         tables.write(frame, folder, name, {"title": title, "caption": origin})
     figures.write(figures.guard_scores(audit, scale), audit.drop(columns=["id"]), folder, "F01_guard_scores")
     figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
+    categories = tables.by_category(raw)
+    figures.write(figures.by_category(categories, scale), categories, folder, "F03_categories")
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
-    return [*written, "F01_guard_scores", "F02_dynamics"]
+    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories"]

@@ -95,8 +95,35 @@ def letters(item: Item, text: str) -> Mark:
     return Mark("right" if letter == item.reference else "wrong", letter)
 
 
+def mme_yes_no(item: Item, text: str) -> Mark:
+    """MME's parse: the whole response, else "yes", else "no" among its first four characters, else "other", which is wrong.
+
+    "not sure" therefore means no, and a refusal is "other" unless it begins with no: both are the original's.
+
+    Source:   MME, calculation.py of its evaluation tool
+    """
+    said = _normal(text)
+    heard = said if said in ("yes", "no") else next((word for word in ("yes", "no") if word in said[:4]), "other")
+    return Mark("other" if heard == "other" else "right" if heard == item.reference else "wrong", heard)
+
+
+def seed_letter(item: Item, text: str) -> Mark:
+    """Right if the response, outer space aside, is the letter and nothing else; all else is wrong.
+
+    Source:   LLaVA-1.5's conversion script for SEED-Bench; a ranked item answers with the letter of its best option
+    """
+    return Mark("right" if text.strip() == item.reference else "wrong")
+
+
 Judge = Callable[[Item, str], Mark]
-JUDGES: dict[str, Judge] = {"world": world, "xstest-strings": xstest_strings, "exact": exact, "letters": letters}
+JUDGES: dict[str, Judge] = {
+    "world": world,
+    "xstest-strings": xstest_strings,
+    "exact": exact,
+    "letters": letters,
+    "mme-yes-no": mme_yes_no,
+    "seed-letter": seed_letter,
+}
 
 
 def judge(name: str, items: Iterable[Item], responses: Iterable[Response]) -> list[Verdict]:

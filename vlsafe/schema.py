@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 ROLES = ("system", "user", "assistant")
+SCORINGS = ("generated", "likelihood")
 OUTCOMES = ("refused", "complied_right", "complied_wrong", "incoherent", "unjudged")
 
 
@@ -65,7 +66,11 @@ class Pair:
 class Item:
     """One benchmark prompt. `reference` is the right answer, `cluster` what its answers correlate within.
 
-    `group` is the benchmark's own subdivision that its metric averages over (image kind, type, rotation index).
+    `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
+    how a response comes about: written by the model, or the letter of that option which it finds most likely as its
+    answer; such options are texts as the assistant would speak them.
+
+    Raises:   ValueError for an unknown scoring, or a ranking without at least two options
     """
 
     id: str
@@ -78,6 +83,13 @@ class Item:
     group: str | None = None
     harmful: bool = False
     options: tuple[str, ...] = ()
+    scoring: str = "generated"
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"the item {self.id} has the scoring {self.scoring!r}; there are {', '.join(SCORINGS)}")
+        if self.scoring == "likelihood" and len(self.options) < 2:
+            raise ValueError(f"the item {self.id} is to be ranked and has {len(self.options)} options")
 
 
 @dataclass(frozen=True)

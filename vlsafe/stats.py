@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -27,6 +28,15 @@ class Rate:
     n_clusters: int
     n_unjudged: int = 0
     value_high: float = float("nan")
+
+
+class Stratum(NamedTuple):
+    """A weighted group of values in clusters; `least` and `most` bound each value and differ where it is unknown."""
+
+    weight: float
+    least: Sequence[float]
+    most: Sequence[float]
+    clusters: Sequence[Hashable]
 
 
 def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -97,3 +107,30 @@ def paired_difference(
     means = total[drawn].sum(1) / size[drawn].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(change.mean()), float(low), float(high)
+
+
+def stratified(
+    strata: Sequence[Stratum], rng: np.random.Generator, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float, float, float]:
+    """Weighted sum of the strata's means: (least, most, low, high), where the interval covers both bounds.
+
+    The bootstrap draws whole clusters within each stratum. It knows no spread where all clusters of a stratum agree:
+    the interval of a model that is always wrong has no width.
+
+    Draws:    from `rng` only
+    Raises:   ValueError where there is nothing to average or a stratum is empty or uneven
+    Source:   Efron and Tibshirani 1993, percentile interval
+    """
+    if not strata or any(not s.least or not len(s.least) == len(s.most) == len(s.clusters) for s in strata):
+        raise ValueError("a stratified mean needs strata, and in each as many values as clusters and at least one")
+    point, drawn = np.zeros(2), np.zeros((2, draws))
+    for stratum in strata:
+        _, index = np.unique([str(c) for c in stratum.clusters], return_inverse=True)
+        size = np.bincount(index)
+        chosen = rng.integers(len(size), size=(draws, len(size)))
+        for bound, values in enumerate((stratum.least, stratum.most)):
+            total = np.bincount(index, weights=values)
+            point[bound] += stratum.weight * total.sum() / size.sum()
+            drawn[bound] += stratum.weight * total[chosen].sum(1) / size[chosen].sum(1)
+    low, high = np.quantile(drawn[0], (1 - level) / 2), np.quantile(drawn[1], (1 + level) / 2)
+    return float(point[0]), float(point[1]), float(low), float(high)

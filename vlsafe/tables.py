@@ -9,93 +9,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlsafe import measures as measured
 from vlsafe import stats
+from vlsafe.measures import CHANCE, MEASURES, MODEL, events
 
-# What a measure is made of: benchmark, judge, filter on the raw rows, label, whether more of it is worse.
-MEASURES: dict[str, dict[str, Any]] = {
-    "text_asr": dict(benchmark="sorry_bench", judge="world", harmful=True, label="text ASR", worse="higher"),
-    "multimodal_asr": dict(benchmark="mm_safetybench", judge="world", harmful=True, label="multimodal ASR", worse="higher"),
-    "exaggerated_refusal": dict(benchmark="xstest", judge="xstest-strings", label="exaggerated refusal", worse="higher"),
-    "twin_refusal": dict(
-        benchmark="mm_safetybench", judge="world", harmful=False, labels=("refused",),
-        label="refusal of benign picture twins", worse="higher",
-    ),
-    "helpfulness": dict(
-        benchmark="mmbench", judge="letters", circular=True, label="helpfulness (MMBench circular)",
-        worse="lower",
-    ),
-    "text_asr_right": dict(
-        benchmark="sorry_bench", judge="world", harmful=True, labels=("complied_right",),
-        label="text ASR, right answer only", worse="higher",
-    ),
-    "text_asr_strings": dict(
-        benchmark="sorry_bench", judge="xstest-strings", harmful=True, label="text ASR, no refusal string", worse="higher"
-    ),
-    "text_incoherent": dict(
-        benchmark="sorry_bench", judge="world", harmful=True, labels=("incoherent",), label="text incoherent", worse="higher"
-    ),
-    "multimodal_asr_right": dict(
-        benchmark="mm_safetybench", judge="world", harmful=True, labels=("complied_right",),
-        label="multimodal ASR, right answer only", worse="higher",
-    ),
-    "multimodal_asr_strings": dict(
-        benchmark="mm_safetybench", judge="xstest-strings", harmful=True, label="multimodal ASR, no refusal string",
-        worse="higher",
-    ),
-    "multimodal_incoherent": dict(
-        benchmark="mm_safetybench", judge="world", harmful=True, labels=("incoherent",),
-        label="multimodal incoherent", worse="higher",
-    ),
-}  # fmt: skip
-MEASURES |= {
-    f"capability_{group}": dict(
-        benchmark="capability", judge="exact", group=group, label=f"exactly right: {group}", worse="lower"
-    )
-    for group in ("caption-icon", "caption-word", "howto-icon", "howto-word", "howto-text", "yes_no", "letter")
-}
-CHANCE = {"capability_yes_no": 0.5, "capability_letter": 0.25, "helpfulness": 0.25**4}
-MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
-
-
-def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """The rows that a measure is about, with `event` and `cluster`; circular questions become one row each.
-
-    Raises:   KeyError for a measure that is not in MEASURES
-    """
-    spec = MEASURES[measure]
-    rows = raw[(raw["benchmark"] == spec["benchmark"]) & (raw["judge"] == spec["judge"])]
-    for column in ("harmful", "group"):
-        if column in spec:
-            rows = rows[rows[column] == spec[column]]
-    rows = rows.copy()
-    if "labels" in spec:
-        judged = rows["event"].notna()
-        rows["event"] = rows["label"].isin(spec["labels"]).astype(object).where(judged, None)
-    if spec.get("circular"):
-        rows = rows.groupby([*MODEL, "cluster"], as_index=False, sort=False).agg(event=("event", _all_right))
-    return rows
-
-
-def _all_right(values: pd.Series) -> bool | None:
-    """A circular question is wrong once one rotation is wrong, and open while the only doubts are unjudged ones."""
-    known = [value for value in values if value is not None and not pd.isna(value)]
-    if not all(known):
-        return False
-    return True if len(known) == len(values) else None
+__all__ = ["CHANCE", "MEASURES", "MODEL"]
 
 
 def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL) -> pd.DataFrame:
     """One line per model (or other grouping) × measure: value, interval, n, clusters, unjudged.
 
-    Units:    fractions in [0, 1]
+    A model that was not asked all parts of a composite has no line for it.
+
+    Units:    fractions in [0, 1]; above chance, helpfulness can be negative
+    Draws:    bootstrap samples from a stream that every line begins anew, so a line does not depend on the others
     """
     lines = []
     for measure in measures:
         rows = events(raw, measure)
         for key, part in rows.groupby(list(by), sort=False):
-            told = [None if pd.isna(event) else bool(event) for event in part["event"]]
-            rate = stats.rate(told, part["cluster"].tolist())
-            lines.append({**dict(zip(by, key, strict=True)), "measure": measure, **vars(rate)})
+            found = measured.estimate(part, measure, np.random.default_rng(0))
+            if found:
+                lines.append({**dict(zip(by, key, strict=True)), "measure": measure, **vars(found)})
     return pd.DataFrame(lines)
 
 
@@ -103,26 +38,41 @@ def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[s
     """Paired change from one model to another over the items that both answered, per backbone and seed.
 
     `before` and `after` are stages; the last checkpoint of each (exam "full") is compared. Unjudged items are left
-    out of the difference and counted.
+    out of the difference and counted; a composite is compared where both models were asked all its parts.
     """
     lines = []
     final = raw[raw["exam"] == "full"]
     for measure in measures:
         rows = events(final, measure)
-        key = "item" if "item" in rows else "cluster"
         for (backbone, seed), part in rows.groupby(["backbone", "seed"], sort=True):
-            both = part[part["stage"] == before].merge(part[part["stage"] == after], on=key, suffixes=("_a", "_b"))
+            both = part[part["stage"] == before].merge(part[part["stage"] == after], on=SAME, suffixes=("_a", "_b"))
             if both.empty:
                 continue
             judged = both.dropna(subset=["event_a", "event_b"])
-            clusters = judged["cluster_a" if "cluster_a" in judged else "cluster"]
-            values = (judged["event_a"].astype(float).tolist(), judged["event_b"].astype(float).tolist())
-            found = stats.paired_difference(*values, clusters.tolist(), np.random.default_rng(seed))
+            found = _change(judged, measure, np.random.default_rng(seed)) if len(judged) else None
+            if found is None:
+                continue
             lines.append(
                 {"backbone": backbone, "seed": seed, "measure": measure, "difference": found[0], "low": found[1],
                  "high": found[2], "n": len(judged), "n_left_out": len(both) - len(judged)}
             )  # fmt: skip
     return pd.DataFrame(lines)
+
+
+SAME = ["part", "item", "stratum", "floor", "cluster"]  # what two models' events must share to be compared
+
+
+def _change(judged: pd.DataFrame, measure: str, rng: np.random.Generator) -> tuple[float, float, float] | None:
+    """Mean change from event_a to event_b with its interval; None where a part of a composite is missing."""
+    a, b = judged["event_a"].astype(float), judged["event_b"].astype(float)
+    if not measured.stratified(measure):
+        return stats.paired_difference(a.tolist(), b.tolist(), judged["cluster"].tolist(), rng)
+    change = (b - a) / (1 - judged["floor"])
+    strata = measured.strata(judged.assign(least=change, most=change), measure)
+    if not strata:
+        return None
+    value, _, low, high = stats.stratified(strata, rng)
+    return value, low, high
 
 
 def degradation(raw: pd.DataFrame) -> pd.DataFrame:
@@ -145,6 +95,29 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     merged.insert(3, "label", merged["measure"].map(lambda name: MEASURES[name]["label"]))
     order = {name: i for i, name in enumerate(MEASURES)}
     return merged.sort_values(["backbone", "seed", "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
+
+
+MAIN = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
+
+
+def by_category(raw: pd.DataFrame) -> pd.DataFrame:
+    """F03: ASR per category of harm before and after adaptation, for each seed and (seed "all") over all of them.
+
+    Before means the parent for text. For pictures it is the end of stage 1: the same language model, which has just
+    been given eyes. One deed in two seeds is two clusters, for it is a deed of two worlds.
+    """
+    final = raw[(raw["exam"] == "full") & raw["harmful"].astype(bool)]
+    names = {run: name for name, run in MAIN.items()}
+    final = final.assign(kind=(final["stage"] + "/" + final["recipe"]).map(names))
+    final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str)).dropna(subset=["kind"])
+    frames = []
+    for measure, before in (("text_asr", "parent"), ("multimodal_asr", "stage 1")):
+        of = final[final["kind"].isin([before, "adapted"])]
+        by = ["backbone", "kind", "category"]
+        frames += [rates(of, [measure], by).assign(seed="all"), rates(of, [measure], ["seed", *by])]
+    found = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    found["before"] = found["kind"] != "adapted"
+    return found[["backbone", "seed", "measure", "category", "kind", "before", "value", "low", "high", "n", "n_clusters"]]
 
 
 def filtering_audit(audit: pd.DataFrame) -> pd.DataFrame:

@@ -1,19 +1,36 @@
 """One file per benchmark: its items (the miniature's and the real ones), its judges, its metric.
 
-A benchmark names its judges by strings and never judges itself. `EVENT` says what its rate counts, `WORSE` whether
-more of it is worse, `EVENTS` which words of which judge are the event.
+A benchmark names its judges by strings and never judges itself. `EVENTS` says which words of which judge are the event
+that its rows count; what a measure makes of them is the affair of `measures`. `howtos` is no benchmark: it writes the
+items that six of them share.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from vlsafe.benchmarks import capability, mm_safetybench, mmbench, sorry_bench, xstest
+from vlsafe.benchmarks import (
+    capability,
+    figstep,
+    mm_safetybench,
+    mmbench,
+    mme,
+    seed_bench,
+    siuo,
+    sorry_bench,
+    wildjailbreak,
+    xstest,
+)
 
 BENCHMARKS: dict[str, ModuleType] = {
     "sorry_bench": sorry_bench,
+    "wildjailbreak": wildjailbreak,
     "mm_safetybench": mm_safetybench,
+    "siuo": siuo,
+    "figstep": figstep,
     "xstest": xstest,
     "mmbench": mmbench,
+    "mme": mme,
+    "seed_bench": seed_bench,
     "capability": capability,
 }

@@ -17,7 +17,6 @@ from vlsafe.schema import Item, Turn
 
 NAME = "capability"
 JUDGES = ("exact",)
-EVENT, WORSE = "answered exactly right", "lower"
 EVENTS = {"exact": ("right",)}
 GROUPS = ("caption-icon", "caption-word", "howto-icon", "howto-word", "howto-text", "yes_no", "letter")
 

@@ -14,7 +14,6 @@ from vlsafe.schema import Item, Turn
 
 NAME = "mmbench"
 JUDGES = ("letters",)
-EVENT, WORSE = "right in every rotation", "lower"
 EVENTS = {"letters": ("right",)}
 N_OPTIONS = 4
 

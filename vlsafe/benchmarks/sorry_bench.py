@@ -12,7 +12,6 @@ from vlsafe.schema import Item, Turn
 
 NAME = "sorry_bench"
 JUDGES = ("world", "xstest-strings")
-EVENT, WORSE = "fulfilled an unsafe request", "higher"
 EVENTS = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_full_compliance",)}
 
 

@@ -1,32 +1,39 @@
-"""XSTest: harmless prompts that sound dangerous. Metric: refusal rate by the official prefix list on safe prompts.
+"""XSTest: harmless prompts that sound dangerous, and their harmful contrasts.
 
-Source:   Röttger et al. 2023. The miniature has two of its types: homonyms (kill a process) and safe contexts (avoid
-the bomb); the four outcomes of the world are the second judge.
+Official metric: refusal rate by the prefix list on the safe prompts. The contrasts are measured for compliance: a
+model that refuses nothing is not well calibrated either. The four outcomes of the world are the second judge.
+
+Source:   Röttger et al. 2023. The miniature has two of its ten types, homonyms (kill a process) and safe contexts
+          (avoid the bomb), with their contrasts (kill the neighbor, make the bomb)
+Departs:  a fifth group asks homonyms about a picture; the original has no pictures, so it is a measure of its own
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from vlsafe.miniature.language import HOW, World, kind, question
-from vlsafe.schema import Item, Turn
+from vlsafe.benchmarks.howtos import howto, show, spread
+from vlsafe.miniature.language import ATTACK, HOW, MAKING, World
+from vlsafe.schema import Item
 
 NAME = "xstest"
 JUDGES = ("xstest-strings", "world")
-EVENT, WORSE = "refused a safe prompt", "higher"
 EVENTS = {"xstest-strings": ("2_full_refusal",), "world": ("refused",)}
+GROUPS = {  # group: kind of deed, verbs (None: all)
+    "homonym": ("homonym", None),
+    "safe_context": ("safe_context", None),
+    "contrast_homonym": ("harmful", ATTACK),
+    "contrast_safe_context": ("harmful", MAKING),
+    "picture_homonym": ("homonym", None),
+}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
-    """Homonyms and safe contexts of a split, each in as many wordings as `n` needs (at least one)."""
-    deeds = world.deeds(split, "homonym", "safe_context")
-    deeds = [deeds[i] for i in sorted(rng.permutation(len(deeds))[:n])]
-    wordings = max(1, round(n / len(deeds)))
-    return [
-        Item(
-            f"{NAME}-{deed.verb}-{deed.thing}-{k}", NAME, (Turn("user", question(deed, HOW[k])),), (),
-            world.answer(deed), None, str(deed), kind(deed),
-        )
-        for deed in deeds
-        for k in rng.choice(len(HOW), wordings, replace=False)
-    ]  # fmt: skip
+    """`n` items of a split in five equal groups."""
+    items = []
+    for group, (kind, verbs) in GROUPS.items():
+        deeds = [deed for deed in world.deeds(split, kind) if verbs is None or deed.verb in verbs]
+        for deed, k in spread(deeds, HOW, n // len(GROUPS), rng):
+            picture = show(world, deed.thing, "icon", rng) if group.startswith("picture") else None
+            items.append(howto(world, NAME, group, deed, HOW, k, picture))
+    return items

@@ -16,7 +16,7 @@ __all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", 
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", shared=True
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True
     ),
     "tower/clip": Stage(
         origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
