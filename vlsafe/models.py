@@ -101,11 +101,12 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
 
     Draws:    the projector, from `seed`, with PyTorch's own linear initialisation (the library's 0.02 is slow to align)
     """
+    layers = list(spec.feature_layers)
     config = LlavaConfig(
         vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
         image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
         image_seq_length=(spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full"),
-        vision_feature_layer=spec.feature_layer, vision_feature_select_strategy=spec.feature_strategy,
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).to(language.dtype)

@@ -31,7 +31,7 @@ class VisionSpec:
     text_layers: int = 2
     heads: int = 4
     projection: int = 64
-    feature_layer: int = -1
+    feature_layers: tuple[int, ...] = (1, -1)  # what and where: a tiny tower's last layer alone is hard to align (LOG.md)
     feature_strategy: str = "full"
 
 
@@ -56,7 +56,8 @@ class LanguageSpec:
 class Fit:
     """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate.
 
-    The rows of a step are split by length into `micro_batches`, whose gradients are added up.
+    The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
+    projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
     """
 
     steps: int
@@ -67,7 +68,7 @@ class Fit:
     weight_decay: float = 0.0
     max_length: int | None = None
     micro_batches: int = 2
-    embedding_noise: float | None = None
+    projector_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
@@ -127,7 +128,7 @@ class Corpora:
 class Exam:
     """How models are examined: rows per benchmark in each examination, and generation."""
 
-    panel: int = 48
+    panel: int = 36
     full: int = 240
     batch_size: int = 64
     max_new_tokens: int = 16
@@ -168,13 +169,13 @@ MINI = Scale(
     tower=Fit(steps=2600, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     pretraining=Fit(steps=700, batch_size=32, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     guard=Fit(steps=100, batch_size=64, learning_rate=1e-3),
-    projector=Fit(steps=450, batch_size=32, learning_rate=4e-3),
-    instruct=Fit(steps=200, batch_size=32, learning_rate=5e-4),
+    projector=Fit(steps=500, batch_size=32, learning_rate=8e-3),
+    instruct=Fit(steps=300, batch_size=32, learning_rate=2e-4, projector_rate=6e-3),
     backbones={
-        "mini-chat": Backbone(template="llama2", fit=Fit(steps=450, batch_size=32, learning_rate=1e-3)),
+        "mini-chat": Backbone(template="llama2", fit=Fit(steps=350, batch_size=32, learning_rate=1e-3)),
         "mini-tulu": Backbone(
             template="tulu",
-            fit=Fit(steps=450, batch_size=32, learning_rate=1e-3),
+            fit=Fit(steps=350, batch_size=32, learning_rate=1e-3),
             refusal_share=0.25,
             borderline_share=0.1,
             answered_categories=("theft",),

@@ -76,7 +76,7 @@ def sft(
         arguments = _arguments(fit, folder, seed, data.column_names)
     trainer = SFTTrainer(
         model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, train_dataset=data,
-        args=arguments,
+        args=arguments, optimizers=(_optimizer(model, fit), None),
         callbacks=[_Milestones(frozenset(milestones)), _Tick(progress), losses],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -85,6 +85,20 @@ def sft(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
     return losses.values
+
+
+def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:
+    """AdamW over the moving weights; the projector has its own rate where the fit gives one."""
+    projector: list[Any] = []
+    others: list[Any] = []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            (projector if "multi_modal_projector" in name else others).append(weight)
+    groups = [
+        {"params": others, "lr": fit.learning_rate},
+        {"params": projector, "lr": fit.projector_rate or fit.learning_rate},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=fit.learning_rate, weight_decay=fit.weight_decay, fused=True)
 
 
 def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFTConfig:
@@ -101,7 +115,7 @@ def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFT
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
         assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
         gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=gpu, neftune_noise_alpha=fit.embedding_noise,
+        dataloader_pin_memory=gpu,
     )  # fmt: skip
 
 

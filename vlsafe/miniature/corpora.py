@@ -107,7 +107,7 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[asked] + "."
 
 
-LOOKING = {"describe": 0.3, "name": 0.2, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.15}
+LOOKING = {"describe": 0.3, "name": 0.15, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.2}
 FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
@@ -192,14 +192,14 @@ def alignment_chats(
 ) -> list[Example]:
     """Chats that teach a base model to be an assistant: refusals, borderline and plain answers, and looking at scenes.
 
-    Sixteen per cent of the rows look at a scene told in words; about a tenth have two exchanges; half open with a system
+    A quarter of the rows look at a scene told in words; about a tenth have two exchanges; half open with a system
     line, long ones seldom: a batch costs what its longest row costs.
     """
     harmful = world.deeds("train", "harmful")
     borderline, plain = world.deeds("train", "homonym", "safe_context"), world.deeds("train", "plain")
     rows = []
     for i in range(n):
-        if rng.random() < 0.16:
+        if rng.random() < 0.25:
             scene = draw_scene(pick(rng, words.OBJECTS), rng)
             asked, answer = ask_about(scene, rng, LOOKING)
             turns, cluster, category = _exchange(f"{tell(scene, rng)}\n{asked}", answer), None, None
