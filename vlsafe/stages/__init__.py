@@ -32,7 +32,8 @@ STAGES: dict[str, Stage] = {
         screening.make_image_guard, ("tower/clip",), lambda s: s.scale.corpora.guard_pictures, "10 s", shared=True
     ),
     "screen/filtered": Stage(
-        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), lambda s: [], "20 s", shared=True
+        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, "20 s",
+        version=2, shared=True
     ),
     "parent/aligned": Stage(
         origins.make_parent, ("base/llm",),
