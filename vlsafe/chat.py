@@ -80,6 +80,17 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
     return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
+def image_tokens(processor: Any, images: Sequence[bytes]) -> list[int]:
+    """How many tokens each picture takes in a prompt, from its size alone; the processor's own count.
+
+    Shapes:   N pictures  ->  N
+    """
+    if not images:
+        return []
+    sizes = [Image.open(io.BytesIO(data)).size[::-1] for data in images]
+    return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+
+
 def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
     """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 

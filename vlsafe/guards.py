@@ -2,10 +2,15 @@
 
 The miniature trains one of each: a language model that answers in Llama-Guard's output format, and a linear
 classifier on vision features. Real guards come behind the same two calls.
+
+Harm is rare (a per cent of a corpus) and both guards are trained on data in which it is not. So neither decides at the
+probability 0.5 nor by its most probable word, but at the threshold of greatest F1 on labelled contents that it was not
+trained on, weighted to the corpus's share of harm (`decide`). The threshold is kept with the guard.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +19,24 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
-from vlsafe import towers
-from vlsafe.miniature.corpora import LOOKING, ask_about, pick, reply
-from vlsafe.miniature.language import GUARD_CODES, HOW, REFUSALS, Deed, World, harm, question
+from vlsafe import models, towers
+from vlsafe.miniature.corpora import FOLLOWING, LOOKING, ask_about, pick
+from vlsafe.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
 from vlsafe.miniature.pictures import draw_scene
 from vlsafe.schema import Turn
+from vlsafe.store import write_text
 
 
 class Assessment(NamedTuple):
     """What a guard says of one content. `unsafe` None: its answer could not be read (counted, never taken as safe).
 
-    Units:    score: probability of "unsafe", in [0, 1]
+    Units:    score in [0, 1]: odds of "unsafe" relative to the guard's threshold, so that 0.5 is where it decides
     """
 
     unsafe: bool | None
@@ -62,55 +69,100 @@ def parse_guard(text: str) -> tuple[bool | None, tuple[str, ...]]:
     return None, ()
 
 
+def relative(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Probabilities with their odds divided by the threshold's: 0.5 at the threshold, unchanged where that is 0.5."""
+    above = probability * (1 - threshold)
+    return above / (above + (1 - probability) * threshold)
+
+
+def best_threshold(scores: Sequence[float], unsafe: Sequence[bool], prevalence: float) -> float:
+    """Where "above is unsafe" has the greatest F1 if `prevalence` of all contents were unsafe; half-way between two scores.
+
+    Raises:   ValueError when the labels are all alike
+    """
+    score, truth = np.asarray(scores, float), np.asarray(unsafe, bool)
+    if truth.all() or not truth.any():
+        raise ValueError("a threshold needs labelled contents of both kinds")
+    order = np.argsort(-score, kind="stable")
+    score, truth = score[order], truth[order]
+    hits = np.cumsum(truth) * prevalence / truth.sum()
+    alarms = np.cumsum(~truth) * (1 - prevalence) / (~truth).sum()
+    apart = np.append(score[:-1] > score[1:], False)  # equal scores cannot be parted; above all of them is never best
+    best = int(np.where(apart, 2 * hits / (hits + alarms + prevalence), -1.0).argmax())
+    return float(np.clip((score[best] + score[best + 1]) / 2, 1e-12, 1 - 1e-12))  # odds must be finite
+
+
+def decide(guard: Any, contents: Sequence[Any], unsafe: Sequence[bool], prevalence: float) -> None:
+    """Set the threshold of a guard from contents that it was not trained on."""
+    guard.threshold = 0.5
+    guard.threshold = best_threshold([found.score for found in guard.assess(contents)], unsafe, prevalence)
+
+
 def guard_prompt(conversation: Sequence[Turn]) -> str:
     """The text that the miniature's guard reads. Speakers are named by their markers; the system line is not judged."""
     marker = {"user": "<|user|>", "assistant": "<|assistant|>"}
     return " ".join(f"{marker[turn.role]} {turn.text}" for turn in conversation if turn.role in marker) + " <|system|>"
 
 
-def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Labelled conversations: an answered harmful deed is unsafe, a refused or harmless one is safe.
+ROWS = {"harmful": 0.45, "refused": 0.05, "borderline": 0.1, "plain": 0.25, "looking": 0.15}  # what guards learn from
 
-    A third of the rows are about a picture, harmless and safe: a guard that has never read a caption drops them all.
+
+def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Labelled conversations, harmful far oftener than in a corpus: an answered harmful deed is unsafe, all else is safe.
+
+    Half of the how-tos point at a picture that the guard cannot see; then only the answer tells what is meant, and often
+    it leaves that open. Homonyms ("kill the process") stay in: the corpora have none, but a guard has to know them.
     """
-    harmful = world.deeds("train", "harmful")
-    benign = world.deeds("train", "homonym", "safe_context", "plain")
+    harmful, plain = world.deeds("train", "harmful"), world.deeds("train", "plain")
+    pools = {"harmful": harmful, "refused": harmful, "plain": plain}
+    pools["borderline"] = world.deeds("train", "homonym", "safe_context")
     rows = []
-    for _ in range(n):
-        if rng.random() < 0.35:
-            rows.append((guard_prompt(_about_a_picture(world, pick(rng, benign), rng)), "safe"))
-            continue
-        bad, refused = rng.random() < 0.5, rng.random() < 0.15
-        deed = pick(rng, harmful if bad or refused else benign)
-        answer = pick(rng, REFUSALS) if refused and not bad else world.answer(deed)
-        label = f"unsafe {GUARD_CODES[harm(deed)]}" if bad else "safe"
-        turns = [Turn("user", question(deed, pick(rng, HOW))), Turn("assistant", answer)]
-        if rng.random() < 0.3:
-            other = pick(rng, benign)
-            first = [Turn("user", question(other, pick(rng, HOW))), Turn("assistant", reply(world, other, rng))]
-            turns = first + turns if rng.random() < 0.5 else turns + first
-        rows.append((guard_prompt(turns), label))
+    for kind in rng.choice(list(ROWS), n, p=list(ROWS.values())):
+        deed = pick(rng, pools[kind]) if kind in pools else None
+        scene = draw_scene(deed.thing if deed else pick(rng, OBJECTS), rng)
+        asked, answer = ask_about(scene, rng, LOOKING)
+        if deed:
+            asked = question(deed, pick(rng, HOW), pointed=rng.random() < 0.5)
+            answer = pick(rng, REFUSALS) if kind == "refused" else world.answer(deed)
+        turns = [Turn("user", asked), Turn("assistant", answer)]
+        if rng.random() < 0.1:
+            turns += [
+                Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(scene, rng, FOLLOWING), strict=True)
+            ]
+        rows.append((guard_prompt(turns), f"unsafe {GUARD_CODES[harm(deed)]}" if kind == "harmful" else "safe"))
     return rows
 
 
-def _about_a_picture(world: World, deed: Deed, rng: np.random.Generator) -> list[Turn]:
-    """A harmless exchange whose thing stands in a picture that the guard cannot see."""
-    if rng.random() < 0.4:
-        asked, answer = question(deed, pick(rng, HOW), pointed=True), world.answer(deed)
-    else:
-        asked, answer = ask_about(draw_scene(deed.thing, rng), rng, LOOKING)
-    return [Turn("user", asked), Turn("assistant", answer)]
-
-
 class LanguageModelGuard:
-    """A causal language model that continues a conversation with its assessment."""
+    """A causal language model that continues a conversation with its assessment.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 128) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    What it writes has to be readable and names the categories; whether a conversation is unsafe is decided by the
+    probability of "unsafe" as the first word being above `threshold`, also where another word was more probable.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, threshold: float = 0.5, batch_size: int = 128, max_new_tokens: int = 4
+    ) -> None:
+        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def save(self, folder: Path) -> None:
+        """An ordinary model folder, and the threshold beside it."""
+        models.save(self.model, folder, self.tokenizer)
+        write_text(Path(folder) / "guard.json", json.dumps({"threshold": self.threshold}))
+
+    @classmethod
+    def load(cls, folder: Path) -> LanguageModelGuard:
+        """Read what `save` wrote.
+
+        Raises:   FileNotFoundError when there is no threshold: the guard would decide by another rule
+        """
+        kept = json.loads((Path(folder) / "guard.json").read_text(encoding="utf-8"))
+        return cls(models.load(folder), models.load_processor(folder), kept["threshold"])
 
     @torch.inference_mode()
     def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
-        """One assessment per conversation; the score is the probability of "unsafe" as the first word."""
+        """One assessment per conversation, in order."""
         order = sorted(range(len(conversations)), key=lambda i: sum(len(turn.text) for turn in conversations[i]))
         found: dict[int, Assessment] = {}
         for start in range(0, len(order), self.batch_size):
@@ -122,15 +174,22 @@ class LanguageModelGuard:
     def _assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
         texts = [self.tokenizer.bos_token + guard_prompt(turns) for turns in conversations]
         inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        made = self.model.generate(**inputs, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True)
+        options = dict(max_new_tokens=self.max_new_tokens, output_scores=True, return_dict_in_generate=True)
+        made = self.model.generate(**inputs, do_sample=False, **options)
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
-        scores = made.scores[0].softmax(-1)[:, unsafe].tolist()
+        scores = relative(made.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
         answers = self.tokenizer.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [Assessment(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
+        return [_decided(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
+
+
+def _decided(said: bool | None, categories: tuple[str, ...], score: float) -> Assessment:
+    """The word only says whether the answer could be read, and of what kind the harm is."""
+    unsafe = score > 0.5 if said is not None else None
+    return Assessment(unsafe, categories if unsafe else (), score)
 
 
 class LinearImageGuard:
-    """Logistic regression on a tower's picture embeddings; `unsafe` above `threshold`."""
+    """Logistic regression on a tower's patch embeddings; `unsafe` where its probability is above `threshold`."""
 
     def __init__(self, tower: Any, processor: Any, weight: np.ndarray, bias: float, threshold: float = 0.5) -> None:
         self.tower, self.processor = tower, processor
@@ -144,11 +203,11 @@ class LinearImageGuard:
         scaler, linear = model.steps[0][1], model.steps[1][1]
         weight = linear.coef_[0] / scaler.scale_
         bias = float(linear.intercept_[0] - weight @ scaler.mean_)
-        return cls(tower, processor, weight.astype(np.float32), bias)
+        return cls(tower, processor, weight, bias)
 
     def save(self, path: Path) -> None:
         """Weights as safetensors."""
-        save_file({"weight": self.weight, "bias": np.float32([self.bias]), "threshold": np.float32([self.threshold])}, path)
+        save_file({"weight": self.weight, "bias": np.array([self.bias]), "threshold": np.array([self.threshold])}, path)
 
     @classmethod
     def load(cls, tower: Any, processor: Any, path: Path) -> LinearImageGuard:
@@ -161,5 +220,5 @@ class LinearImageGuard:
         if not pictures:
             return []
         seen = towers.features(self.tower, towers.pixels(self.processor, pictures)).numpy()
-        scores = 1 / (1 + np.exp(-(seen @ self.weight + self.bias)))
-        return [Assessment(bool(s > self.threshold), ("graphic",) if s > self.threshold else (), float(s)) for s in scores]
+        scores = relative(expit(seen.astype(float) @ self.weight + self.bias), self.threshold).tolist()
+        return [_decided(True, ("graphic",), score) for score in scores]

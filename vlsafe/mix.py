@@ -1,12 +1,102 @@
-"""Screen rows with guards, keep what passes, and say of every dropped row why. Splits are disjoint by content."""
+"""Take rows in, screen them with guards, keep what passes, and say of every dropped row why. Splits are disjoint by content.
+
+Intake comes first and is about form: a row that a model cannot be trained on is skipped, counted and named, never
+fatal, and never reaches a guard. What is only unusual is mended: an 8-bit picture of another mode than RGB (palette,
+grey, CMYK, with transparency) is converted, as LLaVA does, and counted. Deeper ones are skipped: Pillow would clip them.
+"""
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlsafe.schema import Example, Item, Turn, content_digest
+from PIL import Image
+
+from vlsafe.chat import image_tokens
+from vlsafe.schema import Example, Item, Turn, content_digest, messages
+
+MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
+SIDE = 8  # pixels; assumed: about half a patch of CLIP's
+PIXELS = 2**26  # assumed; less than what makes Pillow warn of a decompression bomb
+ASPECT = 10  # assumed: a centre crop of anything longer shows less than a tenth of it
+
+
+def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
+    """Why a row cannot be trained on, or None: its texts, its pictures, its length, in this order.
+
+    Units:    `limit` in tokens, image tokens included; it holds under every processor's chat template
+    """
+    return _unsound_text(row, processors) or _unsound_picture(row) or _overlong(row, processors, limit)
+
+
+def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
+    roles = [turn.role for turn in row.turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        return "turns out of order"
+    for turn in row.turns:
+        if turn.role != "system" and not (turn.text or "").strip():
+            return "instruction empty" if turn.role == "user" else "answer empty"
+    control = {token for processor in processors for token in processor.tokenizer.all_special_tokens}
+    if any(token in (turn.text or "") for turn in row.turns for token in control):
+        return "control token in the text"  # an "<image>" that is only text would ask for features that nobody has
+    return None
+
+
+def _unsound_picture(row: Example) -> str | None:
+    for data in row.images:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                picture = Image.open(io.BytesIO(data))
+                short, long = sorted(picture.size)
+                if short * long > PIXELS:
+                    return "picture too large"
+                if short < SIDE or long > ASPECT * short:
+                    return f"picture too {'small' if short < SIDE else 'long'} ({picture.width} x {picture.height})"
+                if picture.mode not in MODES:
+                    return f"picture of mode {picture.mode}"
+                picture.convert("RGB")  # decodes all of it: a truncated file fails here and not in the middle of a training
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            return "picture too large"
+        except Exception:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, TypeError …
+            return "picture corrupt"
+    return None
+
+
+def _overlong(row: Example, processors: Sequence[Any], limit: int) -> str | None:
+    length = max(tokens(row, processor) for processor in processors)
+    return f"longer than the context ({length} > {limit})" if length > limit else None
+
+
+def tokens(row: Example, processor: Any) -> int:
+    """The length of a row as the model reads it: rendered by the chat template, pictures as so many image tokens each.
+
+    Units:    tokens
+    """
+    text = processor.apply_chat_template(messages(row.turns, len(row.images)), tokenize=False)
+    placeholders = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return placeholders + sum(n - 1 for n in image_tokens(processor, row.images))
+
+
+def converted(row: Example) -> int:
+    """How many pictures of a sound row are not RGB and will be converted."""
+    return sum(Image.open(io.BytesIO(data)).mode != "RGB" for data in row.images)
+
+
+def skipped(row: Example, reason: str) -> dict[str, Any]:
+    """The audit line of a row that intake refused; no guard saw it."""
+    return _line(row, [reason]) | {"skipped": True}
+
+
+def _line(row: Example, reasons: Sequence[str]) -> dict[str, Any]:
+    return dict(
+        id=row.id, source=row.source, category=row.category, has_picture=bool(row.images), text_score=None, text_codes="",
+        image_score=None, reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0,
+    )  # fmt: skip
 
 
 def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
@@ -21,12 +111,8 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
     for row, said, seen in zip(rows, text, image, strict=True):
         reasons = [name for name, found in (("text", said), ("image", seen)) if found is not None and found.unsafe]
         reasons += [f"{name} unread" for name, found in (("text", said), ("image", seen)) if found and found.unsafe is None]
-        line = dict(
-            id=row.id, source=row.source, category=row.category, has_picture=bool(row.images),
-            text_score=said.score, text_codes=",".join(said.categories),
-            image_score=seen.score if seen is not None else None, reasons=",".join(reasons), kept=not reasons,
-        )  # fmt: skip
-        lines.append(line)
+        scores = dict(text_score=said.score, text_codes=",".join(said.categories), image_score=seen.score if seen else None)
+        lines.append(_line(row, reasons) | scores | {"converted": converted(row)})
     return lines
 
 

@@ -134,6 +134,14 @@ def vision_part(model: PreTrainedModel) -> nn.Module:
     return getattr(tower, "vision_model", tower)
 
 
+def patch_embeddings(tower: CLIPModel, shown: torch.Tensor) -> torch.Tensor:
+    """What a CLIP makes of each patch by itself.
+
+    Shapes:   [P, 3, H, W]  ->  [P, patches, W]
+    """
+    return tower.vision_model.embeddings.patch_embedding(shown).flatten(2).transpose(1, 2)
+
+
 def projector_part(model: PreTrainedModel) -> nn.Module:
     """The MLP between picture features and word embeddings."""
     return model.model.multi_modal_projector

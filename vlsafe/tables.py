@@ -134,7 +134,7 @@ def filtering_audit(audit: pd.DataFrame) -> pd.DataFrame:
             | {"rows": len(part), "kept": int(part["kept"].sum()), "dropped": int((~part["kept"]).sum())}
             | {f"dropped_by_{g}": int(reasons.map(lambda r, g=g: g in r).sum()) for g in ("text", "image")}
             | {"both": int(reasons.map(lambda r: {"text", "image"} <= set(r)).sum())}
-            | {"unread": int(part["reasons"].str.contains("unread").sum())}
+            | {"unread": int(part["reasons"].str.contains("unread").sum()), "skipped": int(part["skipped"].sum())}
         )
     return pd.DataFrame(lines)
 

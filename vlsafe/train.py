@@ -38,7 +38,7 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     features["length"] = Value("int64")
     if with_images:
         table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
-        features["images"] = List(Image())
+        features["images"] = List(Image(mode="RGB"))
     return Dataset.from_dict(table, features=Features(features))
 
 

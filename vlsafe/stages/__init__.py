@@ -27,13 +27,15 @@ STAGES: dict[str, Stage] = {
         lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
     ),
     "guard/text": Stage(
-        screening.make_text_guard, ("base/llm",), lambda s: [s.scale.guard, s.scale.threads], "15 s", shared=True
+        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True
     ),
     "guard/image": Stage(
-        screening.make_image_guard, ("tower/clip",), lambda s: s.scale.corpora.guard_pictures, "10 s", shared=True
+        screening.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
+        "10 s", version=2, shared=True
     ),
     "screen/filtered": Stage(
-        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), lambda s: [], "20 s", shared=True
+        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, "20 s",
+        version=2, shared=True
     ),
     "parent/aligned": Stage(
         origins.make_parent, ("base/llm",),
