@@ -106,6 +106,9 @@ def test_equal_steps_seeds_and_the_sheet():
     lines = arms.arms(raw)
     assert arms.sheet(lines)["step"].tolist() == [8, 8] and len(arms.sheet(lines)) == 2
     assert arms.sheet(lines).loc[1, "Δ text ASR"].startswith("-25 [")
+    short = arms.compact(lines, ["recipe"], arms.STEPS)
+    assert short["recipe"].tolist() == ["filtered-full", "other"] and short["text ASR"].str.startswith(("75 [", "50 [")).all()
+    assert short["Δ text ASR"].tolist()[0] == ""
     seeds = arms.over_seeds(pd.concat([lines, lines.assign(seed=1, value=lines["value"] + 0.1)]))
     line = seeds.query("at == 'equal steps' and measure == 'text_asr' and recipe == 'other'").iloc[0]
     assert (line["n_seeds"], line["seed 0"], line["seed 1"]) == (2, 0.5, pytest.approx(0.6)) and line["mean"] == pytest.approx(

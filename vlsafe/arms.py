@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe import stats, tables
-from vlsafe.measures import MEASURES, events, named
+from vlsafe.measures import MEASURES, estimate, events, named
 from vlsafe.schema import MAIN_LINE
 
 UNIT = ["backbone", "seed"]
@@ -48,7 +48,8 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
 
     Along the checkpoints that all recipes share, from the end of stage 1 (step 0 of every recipe) to the last step, on
     the panel's items; between two of them linearly. `reached` says where: "between" two checkpoints, "before the first"
-    one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated.
+    one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated. As with any bootstrap,
+    an interval has no width where all clusters agree at all points, as at no success or nothing but successes.
 
     Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes; the level is found anew in each
     """
@@ -159,12 +160,12 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
     for measure in ("confounds_asr", "confounds_refusal"):
         rows = events(of, measure)
         for key, part in rows.groupby([*model, "group"], sort=False):
-            rate = stats.rate([bool(event) for event in part["event"]], part["cluster"].tolist())
+            rate = estimate(part, measure, np.random.default_rng(0))
             line = dict(zip([*model, "condition"], key, strict=True)) | {"measure": measure}
             line |= {name: getattr(rate, name) for name in ("value", "low", "high", "n")}
             if key[-1] != "none":
                 plain = rows[(rows[model] == list(key[:-1])).all(axis=1) & (rows["group"] == "none")]
-                both = part.merge(plain, on="cluster", suffixes=("", "_plain"))
+                both = part.merge(plain, on="cluster", suffixes=("", "_plain")).dropna(subset=["event", "event_plain"])
                 a, b = both["event_plain"].astype(float), both["event"].astype(float)
                 paired = stats.paired_difference(a, b, both["cluster"].tolist(), np.random.default_rng(key[1]))
                 line |= dict(zip(("difference", "difference_low", "difference_high"), paired, strict=True))
@@ -175,12 +176,12 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
 def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) -> pd.DataFrame:
     """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye."""
     lines = lines if at is None else lines[lines["at"] == at]
-    cells = {}
+    index, cells = list(index), {}
     for measure in dict.fromkeys(lines["measure"]):
-        of, label = lines[lines["measure"] == measure].set_index(list(index)), MEASURES[measure]["label"]
+        of, label = lines[lines["measure"] == measure].set_index(index), MEASURES[measure]["label"]
         cells[label] = of.apply(_cell, axis=1, names=("value", "low", "high"))
         cells[f"Δ {label}"] = of.apply(_cell, axis=1, names=("difference", "difference_low", "difference_high"), sign="+")
-    return pd.DataFrame(cells).reindex(dict.fromkeys(zip(*(lines[name] for name in index), strict=True))).reset_index()
+    return lines[index].drop_duplicates().join(pd.DataFrame(cells), on=index).reset_index(drop=True)
 
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
