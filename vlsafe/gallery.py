@@ -38,7 +38,8 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
             "T03. Data, method and rate of stage 2; in percent; Δ: paired difference from the main recipe",
             arms.sheet(compared),
             f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the least helpful "
-            'recipe\'s best; reached "start": the end of stage 1 is as helpful, nothing is interpolated.',
+            'recipe\'s best; reached "start": the end of stage 1 is as helpful, nothing is interpolated. '
+            "Bootstrap intervals have no width where all items agree.",
         ),
         "T03_arms_over_seeds": (
             arms.over_seeds(compared),
