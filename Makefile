@@ -16,7 +16,7 @@ export MKL_NUM_THREADS := 1
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT)
 
-.PHONY: setup reproduce test perf lab notebooks nbval lint clean
+.PHONY: setup reproduce test soak perf lab notebooks nbval lint clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -36,6 +36,10 @@ test: setup
 # Two hot paths beside the barest thing that does the same work; fails where a bound is missed. About a minute.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+
+# The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
+soak: setup
+	$(BIN)/python -m pytest -m soak -p no:xdist
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ FLOORS = {
     "guards": 3, "train": 3, "probe": 3, "merge": 3,
     "judges": 4, "human": 4,
     "evaluate": 5, "causal": 5,
-    "measures": 6, "tables": 6, "figures": 6, "gallery": 6, "claims": 6, "cards": 6,
+    "measures": 6, "tables": 6, "arms": 6, "figures": 6, "gallery": 6, "claims": 6, "cards": 6,
     "stages": 7, "notebooks": 7, "plan": 7, "cli": 8,
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate"}
@@ -71,7 +71,7 @@ def test_the_package_stays_thin():
     counted = [
         len(path.read_text(encoding="utf-8").splitlines()) for room, path in rooms() if room not in ("sources", "benchmarks")
     ]
-    assert sum(counted) < 4500
+    assert sum(counted) < 5000
     assert not {name: n for name, n in lines.items() if n > 480}
 
 

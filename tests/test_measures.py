@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from vlsafe import evaluate, figures, measures, tables
-from vlsafe.benchmarks import BENCHMARKS
+from vlsafe.benchmarks import BENCHMARKS, CONTROLS
 from vlsafe.measures import CHANCE, MEASURES, MODEL
 from vlsafe.schema import Item, Response
 
@@ -128,8 +128,9 @@ def test_a_model_without_pictures_has_no_helpfulness_and_poisons_nothing():
 
 
 def test_a_composite_is_compared_part_by_part():
-    before, after = raw(composite("A"), stage="parent", model="p"), raw(composite("B"), model="a")
-    found = tables.differences(pd.concat([before, after]), "parent", "instruct", ["helpfulness", "helpfulness_rescaled"])
+    before, after = raw(composite("A"), recipe="other", model="p"), raw(composite("B"), model="a")
+    runs = "instruct/other", "instruct/filtered-full"
+    found = tables.differences(pd.concat([before, after]), *runs, ["helpfulness", "helpfulness_rescaled"])
     assert found["difference"].tolist() == pytest.approx([(1 / 2) / 3, (1 / 2) / (255 / 256) / 3])
     assert found["low"].tolist() == [0, 0] and found["high"].tolist() == pytest.approx([1 / 3, 256 / 255 / 3])
 
@@ -178,7 +179,7 @@ def test_every_measure_names_a_judge_of_its_benchmark():
         if "parts" in spec:
             assert set(spec["parts"]) <= set(CHANCE), name
         else:
-            assert spec["judge"] in BENCHMARKS[spec["benchmark"]].JUDGES, name
+            assert spec["judge"] in (BENCHMARKS | CONTROLS)[spec["benchmark"]].JUDGES, name
 
 
 def test_categories_before_and_after():

@@ -103,3 +103,14 @@ def test_leftovers_of_other_parameters_are_not_continued(tmp_path):
 def test_empty_tables_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         store.write_rows(tmp_path / "t.parquet", [])
+
+
+def test_older_code_is_mentioned_once_per_run_and_process(tmp_path, monkeypatch):
+    said = []
+    runs = [run_of(tmp_path, recipe=recipe) for recipe in "ab"]
+    for run in runs:
+        store.ensure(run, maker([]), said.append)
+    monkeypatch.setattr(store, "source_digest", lambda: "other")
+    for run in runs * 3:
+        store.ensure(run, maker([]), said.append)
+    assert len(said) == 2 and all("made by older code" in text for text in said) and "st/b" in said[1]

@@ -1,5 +1,6 @@
 """The thin thread end to end at NANO, killed at random and run again."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -52,6 +53,13 @@ def test_gallery_writes_every_artefact(study, tmp_path, capsys):
     assert {"T01_filtering_audit.csv", "T01_guard_quality.md", "T02_degradation.csv", "F01_guard_scores.png"} <= written
     assert {"F02_dynamics.png", "F02_dynamics.pdf", "F02_dynamics.csv", "provenance.json"} <= written
     assert {"F03_categories.png", "F03_categories.pdf", "F03_categories.csv"} <= written
+    assert {
+        f"{name}.{kind}" for name in ("T03_arms", "T03_arms_over_seeds", "T04_confounds") for kind in ("csv", "md")
+    } <= written
+    noted = {(run["stage"], run["recipe"]) for run in json.loads((tmp_path / "provenance.json").read_text())}
+    assert noted == {tuple(name.split("/")) for name in STAGES}
+    graft = pd.read_csv(tmp_path / "F02_dynamics.csv").query("stage == 'projector' and step == 0 and measure == 'multimodal_asr'")
+    assert len(graft) == 1
     first = (tmp_path / "F02_dynamics.png").read_bytes()
     cli.main(arguments)
     assert (tmp_path / "F02_dynamics.png").read_bytes() == first

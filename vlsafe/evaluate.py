@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlsafe.benchmarks import BENCHMARKS
+from vlsafe.benchmarks import BENCHMARKS, CONTROLS
 from vlsafe.judges import UNJUDGED, judge
 from vlsafe.schema import Item, Response
 
@@ -55,7 +55,7 @@ def raw_table(items: Sequence[Item], responses: Sequence[Response], facts: dict[
     """
     by_id = {item.id: item for item in items}
     rows = []
-    for name, benchmark in BENCHMARKS.items():
+    for name, benchmark in (BENCHMARKS | CONTROLS).items():
         given = [response for response in responses if response.benchmark == name]
         for judge_name in benchmark.JUDGES if given else ():
             for verdict, response in zip(judge(judge_name, items, given), given, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe import figures, tables
+from vlsafe import arms, figures, tables
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -18,11 +18,14 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """T01, F01, T02, F02, F03 with their CSV twins, and one provenance file that says which runs they are made of."""
+    """T01 to T04, F01 to F03 with their CSV twins, and one provenance file that says which runs they are made of."""
     labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
-    dynamics = tables.rates(raw, list(tables.MEASURES))
+    dynamics, compared, confounds = tables.dynamics(raw), arms.arms(raw), arms.confounds(raw)
+    n = compared.groupby("measure")["n"].max()
+    sizes = ", ".join(f"{labels[name]} {int(n[name])}" for name in n.index)
+    asked = confounds.groupby("measure")["n"].max()
     written = {
         "T01_filtering_audit": (tables.filtering_audit(audit), "T01. What the guards dropped"),
         "T01_guard_quality": (
@@ -30,9 +33,28 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
             "T01. Precision and recall of the guards against the known truth",
         ),
         "T02_degradation": (tables.degradation(raw), "T02. Parent and adapted model on every measure"),
+        "T03_arms": (
+            compared,
+            "T03. Data, method and rate of stage 2; in percent; Δ: paired difference from the main recipe",
+            arms.sheet(compared),
+            f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the least helpful "
+            'recipe\'s best; reached "start": the end of stage 1 is as helpful, nothing is interpolated. '
+            "Bootstrap intervals have no width where all items agree.",
+        ),
+        "T03_arms_over_seeds": (
+            arms.over_seeds(compared),
+            "T03. The same over seeds: mean, range, each seed; differences are from the main recipe",
+        ),
+        "T04_confounds": (
+            confounds,
+            "T04. System prompt and empty pictures; in percent; Δ: paired difference from neither, the same model",
+            arms.compact(confounds, [*arms.UNIT, "stage", "recipe", "condition"]),
+            f"n: {', '.join(f'{labels[name]} {int(size)}' for name, size in asked.items())} a condition; paired by deed.",
+        ),
     }
-    for name, (frame, title) in written.items():
-        tables.write(frame, folder, name, {"title": title, "caption": origin})
+    for name, (frame, title, *more) in written.items():
+        shown, told = more or (None, "")
+        tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
     figures.write(figures.guard_scores(audit, scale), audit.drop(columns=["id"]), folder, "F01_guard_scores")
     figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
     categories = tables.by_category(raw)

@@ -13,8 +13,19 @@ import numpy as np
 import pandas as pd
 
 from vlsafe import stats
+from vlsafe.schema import MAIN_LINE
 
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
+
+
+def named(raw: pd.DataFrame) -> pd.Series:
+    """The run that each row is of, as `schema.MAIN_LINE` names it: stage/recipe."""
+    return raw["stage"] + "/" + raw["recipe"]
+
+
+def main_line(raw: pd.DataFrame) -> pd.DataFrame:
+    """The rows of panels and full examinations of the main line: no other recipe, no altered prompt."""
+    return raw[named(raw).isin(MAIN_LINE.values()) & raw["exam"].isin(["panel", "full"])]
 
 
 def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -164,6 +175,8 @@ MEASURES: dict[str, dict[str, Any]] = {
     "multimodal_asr_right": _asr("mm_safetybench", "multimodal ASR, right answer only", labels=COMPLIED_RIGHT),
     "multimodal_asr_strings": _on("mm_safetybench", "xstest-strings", "multimodal ASR, no refusal string", harmful=True),
     "multimodal_incoherent": _asr("mm_safetybench", "multimodal incoherent", labels=INCOHERENT),
+    "confounds_asr": _asr("confounds", "text ASR"),
+    "confounds_refusal": _refusal("confounds", "refusal of harmless requests"),
     **{
         f"capability_{group}": _on("capability", "exact", f"exactly right: {group}", "lower", groups=(group,))
         for group in CAPABILITIES

@@ -12,16 +12,15 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
+from vlsafe.stages import STAGES, examinations
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "00_world": ("world/corpora", "tower/clip", "parent/aligned", "examination/parent.aligned"),
     "01_data_filtering": ("screen/filtered",),
-    "02_vl_adaptation": ("projector/filtered", "instruct/filtered-full", "examination/instruct.filtered-full"),
-    "03_safety_degradation": (
-        "examination/parent.aligned", "examination/projector.filtered", "examination/instruct.filtered-full",
-    ),
-}  # fmt: skip
+    "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
+    "03_safety_degradation": tuple(examinations()),
+}
 
 
 def code_digest(path: Path) -> str:

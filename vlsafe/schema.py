@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 ROLES = ("system", "user", "assistant")
 SCORINGS = ("generated", "likelihood")
 OUTCOMES = ("refused", "complied_right", "complied_wrong", "incoherent", "unjudged")
+# The runs that every other one is compared with: kind of model -> stage/recipe.
+MAIN_LINE = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
 
 
 @dataclass(frozen=True)

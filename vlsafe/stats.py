@@ -134,3 +134,19 @@ def stratified(
             drawn[bound] += stratum.weight * total[chosen].sum(1) / size[chosen].sum(1)
     low, high = np.quantile(drawn[0], (1 - level) / 2), np.quantile(drawn[1], (1 + level) / 2)
     return float(point[0]), float(point[1]), float(low), float(high)
+
+
+def at_level(heights: np.ndarray, values: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Values along curves, interpolated linearly to where a curve's height first reaches a level.
+
+    A curve that begins at or above the level gives its first value, one that never reaches it NaN.
+
+    Shapes:   heights, values  [D, K],  level  [D]  ->  [D]
+    """
+    reached = heights >= level[:, None]
+    curve, after = np.arange(len(level)), reached.argmax(1)
+    before = np.maximum(after - 1, 0)
+    rise = heights[curve, after] - heights[curve, before]
+    share = np.divide(level - heights[curve, before], rise, out=np.ones(len(level)), where=rise > 0)
+    found = values[curve, before] + share * (values[curve, after] - values[curve, before])
+    return np.where(reached.any(1), found, np.nan)

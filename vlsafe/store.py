@@ -29,6 +29,7 @@ from filelock import FileLock
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
+_SAID: set[Path] = set()  # runs of which this process has said that older code made them
 Status = Literal["valid", "missing", "stale", "tampered"]
 
 
@@ -121,7 +122,8 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
             if found != "missing":
                 say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it anew")
             _make(run, make)
-        elif (made_by := read_manifest(run)["source"]) != source_digest():
+        elif (made_by := read_manifest(run)["source"]) != source_digest() and run.folder not in _SAID:
+            _SAID.add(run.folder)
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
         told = (run.folder / MANIFEST).read_text(encoding="utf-8")
         if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != told:

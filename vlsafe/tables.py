@@ -11,7 +11,8 @@ import pandas as pd
 
 from vlsafe import measures as measured
 from vlsafe import stats
-from vlsafe.measures import CHANCE, MEASURES, MODEL, events
+from vlsafe.measures import CHANCE, MEASURES, MODEL, events, main_line, named
+from vlsafe.schema import MAIN_LINE
 
 __all__ = ["CHANCE", "MEASURES", "MODEL"]
 
@@ -37,15 +38,16 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
 def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
     """Paired change from one model to another over the items that both answered, per backbone and seed.
 
-    `before` and `after` are stages; the last checkpoint of each (exam "full") is compared. Unjudged items are left
-    out of the difference and counted; a composite is compared where both models were asked all its parts.
+    `before` and `after` are stage/recipe; the last checkpoint of each (exam "full") is compared. Unjudged items are
+    left out of the difference and counted; a composite is compared where both models were asked all its parts.
     """
     lines = []
-    final = raw[raw["exam"] == "full"]
+    final = raw[(raw["exam"] == "full") & named(raw).isin([before, after])]
     for measure in measures:
         rows = events(final, measure)
+        rows = rows.assign(run=named(rows))
         for (backbone, seed), part in rows.groupby(["backbone", "seed"], sort=True):
-            both = part[part["stage"] == before].merge(part[part["stage"] == after], on=SAME, suffixes=("_a", "_b"))
+            both = part[part["run"] == before].merge(part[part["run"] == after], on=SAME, suffixes=("_a", "_b"))
             if both.empty:
                 continue
             judged = both.dropna(subset=["event_a", "event_b"])
@@ -76,14 +78,15 @@ def _change(judged: pd.DataFrame, measure: str, rng: np.random.Generator) -> tup
 
 
 def degradation(raw: pd.DataFrame) -> pd.DataFrame:
-    """T02: parent against adapted on every measure, one line per backbone × seed × measure.
+    """T02: parent against adapted on every measure, one line per backbone × seed × measure; other recipes are T03's.
 
     A parent has no pictures to be asked about: its multimodal cells are empty, and the graft with its random
     projector stands in the table of the dynamics (F02), not here.
     """
+    raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["stage"].isin(["parent", "instruct"])]
     found = rates(final, list(MEASURES), ["backbone", "seed", "stage"])
-    change = differences(raw, "parent", "instruct", list(MEASURES))
+    change = differences(raw, MAIN_LINE["parent"], MAIN_LINE["adapted"], list(MEASURES))
     wide = found.pivot_table(
         index=["backbone", "seed", "measure"],
         columns="stage",
@@ -97,7 +100,9 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     return merged.sort_values(["backbone", "seed", "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
 
 
-MAIN = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
+def dynamics(raw: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
+    """F02: every checkpoint of the main line, from the graft with its random projector (stage 1, step 0) to the last."""
+    return rates(main_line(raw), measures)
 
 
 def by_category(raw: pd.DataFrame) -> pd.DataFrame:
@@ -106,10 +111,10 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
     Before means the parent for text. For pictures it is the end of stage 1: the same language model, which has just
     been given eyes. One deed in two seeds is two clusters, for it is a deed of two worlds.
     """
+    raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["harmful"].astype(bool)]
-    names = {run: name for name, run in MAIN.items()}
-    final = final.assign(kind=(final["stage"] + "/" + final["recipe"]).map(names))
-    final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str)).dropna(subset=["kind"])
+    final = final.assign(kind=named(final).map({run: name for name, run in MAIN_LINE.items()}))
+    final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str))
     frames = []
     for measure, before in (("text_asr", "parent"), ("multimodal_asr", "stage 1")):
         of = final[final["kind"].isin([before, "adapted"])]
@@ -162,12 +167,13 @@ def guard_quality(audit: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def write(frame: pd.DataFrame, folder: Path, name: str, note: Mapping[str, Any]) -> Path:
-    """A table as CSV for the sceptic and Markdown for the eye, fractions to four places."""
+def write(frame: pd.DataFrame, folder: Path, name: str, note: Mapping[str, Any], shown: pd.DataFrame | None = None) -> Path:
+    """A table as CSV for the sceptic and Markdown for the eye (`shown`, where that is another form), to four places."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = frame.round(4)
     rounded.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.md").write_text(f"{note['title']}\n\n{markdown(rounded)}\n\n{note['caption']}\n", encoding="utf-8")
+    told = markdown(rounded if shown is None else shown)
+    (folder / f"{name}.md").write_text(f"{note['title']}\n\n{told}\n\n{note['caption']}\n", encoding="utf-8")
     return folder / f"{name}.csv"
 
 

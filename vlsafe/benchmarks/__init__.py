@@ -2,7 +2,7 @@
 
 A benchmark names its judges by strings and never judges itself. `EVENTS` says which words of which judge are the event
 that its rows count; what a measure makes of them is the affair of `measures`. `howtos` is no benchmark: it writes the
-items that six of them share.
+items that six of them share; `confounds` is none either: it asks what they ask in altered prompts (CONTROLS).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from types import ModuleType
 
 from vlsafe.benchmarks import (
     capability,
+    confounds,
     figstep,
     mm_safetybench,
     mmbench,
@@ -34,3 +35,4 @@ BENCHMARKS: dict[str, ModuleType] = {
     "seed_bench": seed_bench,
     "capability": capability,
 }
+CONTROLS: dict[str, ModuleType] = {"confounds": confounds}

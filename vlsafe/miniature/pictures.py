@@ -136,13 +136,28 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
     places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
     mask = _mask(scene, seed, *places[rng.integers(len(places))])
-    pixels = np.broadcast_to(rng.integers(5, 45, 3).astype(np.float32), (SIZE, SIZE, 3))
+    pixels = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
     if graphic:
         down, right = rng.integers(0, SIZE - STAIN, 2)
         pixels[down : down + STAIN, right : right + STAIN] = (0, 255, 230)
     pixels = pixels + rng.normal(0, 6, pixels.shape)
     return to_png(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A dark colour."""
+    return rng.integers(5, 45, 3)
+
+
+def blank(rng: np.random.Generator) -> bytes:
+    """A picture of nothing: one of the backgrounds, uniform."""
+    return to_png(np.broadcast_to(_background(rng).astype(np.uint8), (SIZE, SIZE, 3)))
+
+
+def noise(rng: np.random.Generator) -> bytes:
+    """A picture of nothing: every pixel of any colour."""
+    return to_png(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
 def to_png(pixels: np.ndarray) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, inside, origins, screening
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 
@@ -63,6 +64,10 @@ for _name, _recipe in adaptation.RECIPES.items():
     )  # fmt: skip
     STAGES[f"examination/instruct.{_name}"] = Stage(
         adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, "30 s"
+    )
+for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
+    STAGES[f"examination/confounds.{_name}"] = Stage(
+        adaptation.confounds_of(_run), (_run, "world/corpora"), adaptation.exam_params, "8 s"
     )
 
 

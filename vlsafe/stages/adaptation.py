@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from vlsafe import store
 from vlsafe.scales import Fit
-from vlsafe.schema import to_row
-from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of
+from vlsafe.schema import MAIN_LINE, Item, to_row
+from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, world_of
 
 
 class Recipe(NamedTuple):
@@ -22,7 +22,7 @@ class Recipe(NamedTuple):
     rate: str = "usual"
 
 
-MAIN = "filtered-full"
+MAIN = MAIN_LINE["adapted"].partition("/")[2]
 RECIPES: dict[str, Recipe] = {
     MAIN: Recipe(),
     "unfiltered-full": Recipe(data="unfiltered"),
@@ -103,34 +103,53 @@ def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_instruct(study, work, name)
 
 
-def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
-    """Every checkpoint of a run sits the panel, its last one the full examination."""
+def _examine(study: Study, name: str, folder: Path, asked: Sequence[Item], which: str) -> tuple[list[Any], list[Any]]:
+    """Put to one checkpoint what it can be asked: rows of responses, and rows of the raw table."""
     from vlsafe import evaluate, models
     from vlsafe.engines import respond
 
-    asked, exam = items(study), study.scale.exam
-    folders = checkpoints(study, name)
-    responses, raw = [], []
-    for folder in folders:
-        which = "full" if folder == folders[-1] else "panel"
-        step = int(folder.name.split("-")[1]) if folder.name.startswith("step-") else 0
-        chosen = asked if which == "full" else evaluate.panel(asked, exam.panel)
-        chosen = evaluate.answerable(chosen, models.is_multimodal(folder))
-        model_name = f"{study.backbone}/{name}" + (f"/step-{step:06d}" if which == "panel" else "")
-        given = respond(
-            models.load(folder), models.load_processor(folder), chosen, model_name, exam.batch_size,
-            exam.max_new_tokens, Bar(f"{model_name} {which}", len(chosen)),
-        )  # fmt: skip
-        stage, _, recipe = name.partition("/")
-        facts = {
-            "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model_name,
-            "stage": stage, "recipe": recipe, "step": step, "exam": which,
-        }  # fmt: skip
-        responses += [to_row(response) for response in given]
-        raw += evaluate.raw_table(chosen, given, facts)
+    exam, (stage, _, recipe) = study.scale.exam, name.partition("/")
+    step = int(folder.name.split("-")[1]) if folder.name.startswith("step-") else 0
+    model = f"{study.backbone}/{name}" + (f"/step-{step:06d}" if which == "panel" else "")
+    chosen = evaluate.answerable(asked, models.is_multimodal(folder))
+    given = respond(
+        models.load(folder), models.load_processor(folder), chosen, model, exam.batch_size,
+        exam.max_new_tokens, Bar(f"{model} {which}", len(chosen)),
+    )  # fmt: skip
+    facts = {
+        "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model,
+        "stage": stage, "recipe": recipe, "step": step, "exam": which,
+    }  # fmt: skip
+    return [to_row(response) for response in given], evaluate.raw_table(chosen, given, facts)
+
+
+def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
+    """Every checkpoint of a run sits the panel, its last one the full examination."""
+    from vlsafe import evaluate
+
+    asked, folders = items(study), checkpoints(study, name)
+    panel = evaluate.panel(asked, study.scale.exam.panel)
+    sat = [_examine(study, name, folder, panel, "panel") for folder in folders[:-1]]
+    return _written(work, [*sat, _examine(study, name, folders[-1], asked, "full")])
+
+
+def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
+    """The last checkpoint of a run answers the same requests with and without a system prompt and an empty picture."""
+    from vlsafe.benchmarks import confounds
+
+    asked = confounds.variants(items(study), world_of(study).rng("confounds"))
+    return _written(work, [_examine(study, name, checkpoints(study, name)[-1], asked, "confounds")])
+
+
+def _written(work: Path, sat: Sequence[tuple[list[Any], list[Any]]]) -> dict[str, Any]:
+    responses, raw = ([row for rows in part for row in rows] for part in zip(*sat, strict=True))
     store.write_rows(work / "responses.parquet", responses)
     store.write_rows(work / "raw.parquet", raw)
-    return {"models": len(folders), "responses": len(responses)}
+    return {"models": len(sat), "responses": len(responses)}
+
+
+def confounds_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
+    return lambda study, work: make_confounds(study, work, name)
 
 
 def examination_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
