@@ -96,7 +96,7 @@ def test_every_defect_ends_in_the_audit_and_the_rest_trains(study, tmp_path):
     assert len(text.seen) == len(sound) and len(image.seen) == sum(bool(r.images) for r in sound)
     start = checkpoints(study, "projector/filtered")[-1]
     model = models.load(start)
-    trainable.choose(model, "full")
+    trainable.choose(model, "full", study.scale.lora)
     fit = study.scale.instruct.__class__(steps=1, batch_size=len(kept), learning_rate=1e-3)
     (loss,) = train.sft(model, models.load_processor(start), train.chat_dataset(kept, True), fit, tmp_path, 0)
     assert 0 < loss < 20

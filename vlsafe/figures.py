@@ -216,8 +216,8 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.4))
         truths = {
-            "text": ("text guard: P(unsafe)", audit["category"].notna() & (audit["category"] != "graphic")),
-            "image": ("image guard: P(graphic)", audit["category"] == "graphic"),
+            "text": ("text guard: score", audit["category"].notna() & (audit["category"] != "graphic")),
+            "image": ("image guard: score", audit["category"] == "graphic"),
         }
         for axis, (guard, (title, truth)) in zip(axes, truths.items(), strict=True):
             scores = audit[f"{guard}_score"]

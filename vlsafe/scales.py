@@ -166,10 +166,10 @@ MINI = Scale(
     name="mini",
     vision=VisionSpec(),
     language=LanguageSpec(),
-    tower=Fit(steps=2600, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
+    tower=Fit(steps=2800, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     pretraining=Fit(steps=700, batch_size=32, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     guard=Fit(steps=285, batch_size=16, learning_rate=2e-3),
-    projector=Fit(steps=500, batch_size=32, learning_rate=8e-3),
+    projector=Fit(steps=600, batch_size=32, learning_rate=8e-3),
     instruct=Fit(steps=300, batch_size=32, learning_rate=2e-4, projector_rate=6e-3),
     backbones={
         "mini-chat": Backbone(template="llama2", fit=Fit(steps=350, batch_size=32, learning_rate=1e-3)),

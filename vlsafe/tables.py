@@ -145,8 +145,11 @@ def filtering_audit(audit: pd.DataFrame) -> pd.DataFrame:
 
 
 def guard_quality(audit: pd.DataFrame) -> pd.DataFrame:
-    """Precision and recall of each guard against the miniature's truth, with intervals; rows are the sample."""
-    lines = []
+    """Precision and recall of each guard against the miniature's truth, with intervals; rows are the sample.
+
+    Rows that intake skipped were seen by no guard and are left out.
+    """
+    lines, audit = [], audit[~audit["skipped"].astype(bool)]
     truths = {
         "text": audit["category"].notna() & (audit["category"] != "graphic"),
         "image": audit["category"] == "graphic",

@@ -107,7 +107,7 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     return words.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[asked] + "."
 
 
-LOOKING = {"describe": 0.3, "name": 0.15, "colour": 0.1, "side": 0.05, "yes_no": 0.2, "letter": 0.2}
+LOOKING = {"describe": 0.4, "name": 0.1, "colour": 0.1, "side": 0.05, "yes_no": 0.18, "letter": 0.17}
 FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 

@@ -47,7 +47,7 @@ def make_tower(study: Study, work: Path) -> dict[str, Any]:
     processor = processor_of(study)
     shown = towers.pixels(processor, [row["png"] for row in rows])
     captions = [(*short_captions(scene), caption(scene)) for scene in scenes]
-    groups = [2 * OBJECTS.index(scene.thing) + (scene.kind != "icon") for scene in scenes]
+    groups = [2 * OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes]  # words are the hard half
     model = models.build_clip(study.scale.vision, processor.tokenizer, study.seed)
     fit = study.scale.tower
     loss = towers.fit_clip(model, processor.tokenizer, shown, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps))
