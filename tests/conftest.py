@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlsafe.scales import MINI, SCALES
-from vlsafe.stages import Study, examinations
+from vlsafe.stages import Study, tables
 
 torch.set_num_threads(1)
 
@@ -30,6 +30,16 @@ NANO = dataclasses.replace(
     guard=dataclasses.replace(smaller(MINI.guard, 80, 16), learning_rate=5e-3),
     projector=smaller(MINI.projector, 5),
     instruct=smaller(MINI.instruct, 5),
+    tuning=dataclasses.replace(
+        MINI.tuning,
+        sft=smaller(MINI.tuning.sft, 2),
+        preference=dataclasses.replace(MINI.tuning.preference, fit=smaller(MINI.tuning.preference.fit, 2, 4)),
+        rollout=dataclasses.replace(
+            MINI.tuning.rollout, fit=smaller(MINI.tuning.rollout.fit, 2), generations=4, max_new_tokens=4
+        ),
+        milestones=(0.5,),
+        pairs=12,
+    ),
     backbones={name: dataclasses.replace(b, fit=smaller(b.fit, 3)) for name, b in MINI.backbones.items()},
     corpora=dataclasses.replace(MINI.corpora, pictures=204, guard_pictures=60, captions=80, instructions=80, safety=8, pairs=8),
     exam=dataclasses.replace(MINI.exam, panel=4, full=14, batch_size=32, max_new_tokens=6),
@@ -44,6 +54,6 @@ SCALES["nano"] = NANO
 def study(tmp_path_factory):
     """A whole NANO study, made once."""
     made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
-    for name in examinations():
+    for name in tables():
         made.folder(name)
     return made

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ from vlsafe import models, towers
 from vlsafe.miniature.corpora import FOLLOWING, LOOKING, ask_about, pick
 from vlsafe.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
 from vlsafe.miniature.pictures import draw_scene
-from vlsafe.schema import Turn
+from vlsafe.schema import Pair, Turn
 from vlsafe.store import write_text
 
 
@@ -186,6 +186,26 @@ def _decided(said: bool | None, categories: tuple[str, ...], score: float) -> As
     """The word only says whether the answer could be read, and of what kind the harm is."""
     unsafe = score > 0.5 if said is not None else None
     return Assessment(unsafe, categories if unsafe else (), score)
+
+
+def reward_by(guard: Any, pairs: Sequence[Pair]) -> Callable[..., list[float]]:
+    """A reward for answers to the prompts of preference rows: safe where the prompt is harmful, right where it is not.
+
+    On a harmful prompt it is one minus the guard's score, so that groups of equally unsafe answers can still teach; an
+    assessment that could not be read earns nothing. On a harmless prompt only the preferred answer counts, word for word.
+    This guard must not be the judge of the result: what it cannot tell is what a model learns to say.
+    """
+
+    def reward(completions: Sequence[Sequence[dict[str, str]]], number: Sequence[int], **_: Any) -> list[float]:
+        asked, said = [pairs[i] for i in number], [completion[-1]["content"].strip() for completion in completions]
+        talks = [(*pair.turns, Turn("assistant", text)) for pair, text in zip(asked, said, strict=True)]
+        found = guard.assess(talks)
+        return [
+            float(text == pair.chosen) if pair.category is None else 0.0 if seen.unsafe is None else 1 - seen.score
+            for pair, text, seen in zip(asked, said, found, strict=True)
+        ]
+
+    return reward
 
 
 class LinearImageGuard:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from vlsafe.chat import image_tokens
-from vlsafe.schema import Example, Item, Turn, content_digest, messages
+from vlsafe.schema import Example, Item, Pair, Turn, content_digest, messages
+
+Row = TypeVar("Row", Example, Pair)
 
 MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIDE = 8  # pixels; assumed: about half a patch of CLIP's
@@ -142,6 +146,54 @@ def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
     leaked = [item.id for item in items if content_digest(item) in asked]
     if leaked:
         raise ValueError(f"{len(leaked)} benchmark prompts also stand in training rows, first {leaked[0]!r}")
+
+
+def answered(pair: Pair, answer: str) -> Example:
+    """A preference row as a training row that ends with one of its answers."""
+    turns = (*pair.turns, Turn("assistant", answer))
+    return Example(pair.id, pair.source, turns, pair.images, None, pair.cluster)
+
+
+def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | None:
+    """Why a preference row cannot be trained on, or None; rows without a picture and rows of several turns can.
+
+    A row whose answers are equal prefers nothing. A row that is too long with either answer is dropped, never cut: the cut
+    would fall on the answers, or on the image tokens.
+
+    Raises:   ValueError naming the row where it says nothing at all before its answers, or has no text for one
+    """
+    if not pair.turns or pair.chosen is None or pair.rejected is None:
+        raise ValueError(f"the preference row {pair.id!r} lacks its prompt or one of its answers; is this its file?")
+    if pair.chosen.strip() == pair.rejected.strip():
+        return "chosen equals rejected"
+    reasons = (unsound(answered(pair, answer), processors, limit) for answer in (pair.chosen, pair.rejected))
+    return next((reason for reason in reasons if reason), None)
+
+
+def sound(
+    rows: Sequence[Row], check: Callable[[Row, Sequence[Any], int], str | None], processors: Sequence[Any], limit: int
+) -> tuple[list[Row], dict[str, int]]:
+    """The rows that can be trained on, and how many were dropped for each reason; lengths in a reason are left out.
+
+    Raises:   ValueError naming the first row where none is left
+    """
+    reasons = [check(row, processors, limit) for row in rows]
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    if not kept:
+        first = f", the first, {rows[0].id!r}, because: {reasons[0]}" if rows else ""
+        raise ValueError(f"none of {len(rows)} rows can be trained on{first}")
+    return kept, dict(Counter(reason.split(" (")[0] for reason in reasons if reason))
+
+
+def replayed(rows: Sequence[Example], n: int, rng: np.random.Generator) -> list[Example]:
+    """`n` different rows, in their order. The ids are for the record: VLGuard's own sample was not published.
+
+    Draws:    from `rng`
+    Raises:   ValueError where there are not so many
+    """
+    if not 0 < n <= len(rows):
+        raise ValueError(f"{n} rows are to be replayed of {len(rows)}")
+    return [rows[i] for i in sorted(rng.permutation(len(rows))[:n])]
 
 
 def text_twin(row: Example) -> Example:

@@ -86,6 +86,44 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """DPO: `fit` counts pairs as rows; `beta` as in DPO's paper and in SPA-VL's scripts."""
+
+    fit: Fit
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """GRPO: `fit` counts sampled answers as rows, of which `generations` answer one prompt."""
+
+    fit: Fit
+    generations: int = 8
+    max_new_tokens: int = 12
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.generations < 2 or self.fit.batch_size % self.generations:
+            raise ValueError(f"a step of GRPO holds whole groups of at least two answers: {self}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Safety tuning. The steps of a fit are for a recipe's first corpus; with more corpora they grow with the rows.
+
+    `replay` is how many general rows are seen again per safety row. `milestones` are fractions of a training at which a
+    checkpoint is left, beside its end; `pairs` is how many validation pairs of each modality choose among them.
+    """
+
+    sft: Fit
+    preference: Preference
+    rollout: Rollout
+    replay: float = 2.5  # VLGuard's post-hoc recipe: 5,000 rows of LLaVA's beside 2,000 of its own
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    pairs: int = 100
+
+
+@dataclass(frozen=True)
 class Search:
     """How the safety band of a parent is looked for: prompts per kind, pairs per cosine, factors of the scaling."""
 
@@ -147,6 +185,7 @@ class Scale:
     guard: Fit
     projector: Fit
     instruct: Fit
+    tuning: Tuning
     backbones: Mapping[str, Backbone]
     corpora: Corpora = field(default_factory=Corpora)
     exam: Exam = field(default_factory=Exam)
@@ -171,6 +210,11 @@ MINI = Scale(
     guard=Fit(steps=285, batch_size=16, learning_rate=2e-3),
     projector=Fit(steps=600, batch_size=32, learning_rate=8e-3),
     instruct=Fit(steps=300, batch_size=32, learning_rate=2e-4, projector_rate=6e-3),
+    tuning=Tuning(  # assumed, not searched: two passes over 1,200 safety rows or 600 pairs, at stage 2's rate or half of it
+        sft=Fit(steps=75, batch_size=32, learning_rate=2e-4),
+        preference=Preference(Fit(steps=75, batch_size=16, learning_rate=1e-4)),
+        rollout=Rollout(Fit(steps=40, batch_size=64, learning_rate=1e-4, micro_batches=1)),
+    ),
     backbones={
         "mini-chat": Backbone(template="llama2", fit=Fit(steps=350, batch_size=32, learning_rate=1e-3)),
         "mini-tulu": Backbone(

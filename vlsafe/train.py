@@ -1,11 +1,12 @@
-"""One stage of supervised fine-tuning on TRL, with checkpoints at chosen steps and exact resumption.
+"""One stage of SFT, DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
 
-The trainer is TRL's own, untouched; what we add are arguments and callbacks. This room knows neither where a run lies
+The trainers are TRL's own, untouched; what we add are arguments and callbacks. This room knows neither where a run lies
 in the cellar nor what a row is about.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from vlsafe.models import in_memory_layout, load, save
-from vlsafe.scales import Fit
-from vlsafe.schema import Example
+from vlsafe.scales import Fit, Preference, Rollout
+from vlsafe.schema import Example, Pair, Turn
 from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
+History = list[dict[str, float]]  # what a trainer logged, a record per step
 COMPLETE = "complete.json"
 IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", COMPLETE)
@@ -56,35 +58,115 @@ def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
+    """Preference rows as TRL takes them: the whole conversation is the prompt, only the two last answers are compared."""
+    spoken = {"prompt": [pair.turns for pair in pairs]}
+    spoken |= {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
+    table = {name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()}
+    features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
+    words = [" ".join([*(t.text for t in pair.turns), max(pair.chosen, pair.rejected, key=len)]) for pair in pairs]
+    table["length"] = [len(w.split()) + IMAGE_LENGTH * len(pair.images) for w, pair in zip(words, pairs, strict=True)]
+    features["length"] = Value("int64")
+    if with_images:
+        table["images"] = [[{"bytes": data, "path": None} for data in pair.images] for pair in pairs]
+        features["images"] = List(Image(mode="RGB"))
+    return Dataset.from_dict(table, features=Features(features))
+
+
+def prompt_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """The text prompts of preference rows, each with its place among them, by which a reward finds the row again."""
+    turns = List({"role": Value("string"), "content": Value("string")})
+    told = [[{"role": t.role, "content": t.text} for t in pair.turns] for pair in pairs]
+    features = Features({"prompt": turns, "number": Value("int64")})
+    return Dataset.from_dict({"prompt": told, "number": list(range(len(pairs)))}, features=features)
+
+
 def sft(
     model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
     milestones: Sequence[int] = (), progress: Progress = lambda step: None,
 ) -> list[float]:  # fmt: skip
+    """`sft_history`'s losses: nats per token, one per step from the first."""
+    return [record["loss"] for record in sft_history(model, processor, data, fit, folder, seed, milestones, progress)]
+
+
+def sft_history(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
     """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
 
     Checkpoints are written at the milestones; a training that was killed goes on from the last complete one, and ends
-    with the weights and losses of an undisturbed run, bit for bit.
+    with the weights and records of an undisturbed run, bit for bit. So does `dpo`.
 
-    Units:    -> losses, nats per token, one per step since the start of this process's training
+    Units:    -> one record per step from the first: loss in nats per token, num_tokens …
     Draws:    data order from `seed`
     """
-    folder = Path(folder)
-    last = _last_complete(folder)
-    losses = _Losses()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
-        arguments = _arguments(fit, folder, seed, data.column_names)
-    trainer = SFTTrainer(
-        model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, train_dataset=data,
-        args=arguments, optimizers=(_optimizer(model, fit), None),
-        callbacks=[_Milestones(frozenset(milestones)), _Tick(progress), losses],
+    own = {"max_length": fit.max_length, "assistant_only_loss": "messages" in data.column_names, **BY_LENGTH}
+    arguments = _arguments(SFTConfig, fit, folder, seed, own)
+    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress)
+
+
+def dpo(
+    model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit, folder: Path,
+    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """Train in place on preferences, against a reference that is always passed (TRL would read one from some older disk path).
+
+    The reference's log-probabilities of text-only pairs are computed once; TRL cannot do so where there are pictures.
+    Nothing is cut to a length: `mix.sound_pairs` has dropped what is too long.
+
+    Units:    -> one record per step: loss in nats per pair, rewards/accuracies, num_tokens …
+    Draws:    data order from `seed`
+    Source:   Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))
+    """
+    own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names, **BY_LENGTH}
+    arguments = _arguments(DPOConfig, fit, folder, seed, own)
+    return _run(DPOTrainer, arguments, model, processor, data, fit, milestones, progress, ref_model=reference)
+
+
+def grpo(
+    model: PreTrainedModel, reward: Callable[..., list[float]], processor: Any, data: Dataset, spec: Rollout, folder: Path,
+    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """Train in place on the model's own answers to prompts of one modality (TRL fails on a batch of both), rewarded in [0, 1].
+
+    A step samples `batch_size` answers, `generations` to a prompt. There is no pull towards a reference, as is TRL's default.
+
+    Units:    -> one record per step: reward, completions/mean_length, num_tokens …
+    Draws:    prompts and answers from `seed`
+    Source:   Shao et al. 2024, section 4; loss as TRL has it by default (DAPO)
+    """
+    own = dict(
+        beta=0.0, num_generations=spec.generations, max_completion_length=spec.max_new_tokens, temperature=spec.temperature,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
+    arguments = _arguments(GRPOConfig, spec.fit, folder, seed, own)
+    return _run(GRPOTrainer, arguments, model, processor, data, spec.fit, milestones, progress, reward_funcs=reward)
+
+
+def tokens_seen(history: History) -> list[int]:
+    """Tokens that went through the model up to each step, padding not counted; TRL's own count begins anew after a resumption."""
+    counts = [record["num_tokens"] for record in history]
+    new = [now - before if now > before else now for before, now in zip([0, *counts], counts, strict=False)]
+    return [int(total) for total in itertools.accumulate(new)]
+
+
+def _run(
+    kind: type[Trainer], arguments: TrainingArguments, model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit,
+    milestones: Sequence[int], progress: Progress, **own: Any,
+) -> History:  # fmt: skip
+    """Build one of TRL's trainers, go on from the last complete checkpoint, and tell what was logged at every step."""
+    last = _last_complete(Path(arguments.output_dir))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        trainer = kind(
+            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
+            train_dataset=data, args=arguments, optimizers=(_optimizer(model, fit), None),
+            callbacks=[_Milestones(frozenset(milestones)), _Tick(progress)], **own,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
-    return losses.values
+    return [record for record in trainer.state.log_history if "loss" in record]
 
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:
@@ -101,22 +183,23 @@ def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=fit.learning_rate, weight_decay=fit.weight_decay, fused=True)
 
 
-def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFTConfig:
-    """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none.
+# Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task may
+# undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
+BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
 
-    Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task
-    may undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
-    """
+
+def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
+    """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
     gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // fit.micro_batches,
-        gradient_accumulation_steps=fit.micro_batches, train_sampling_strategy="batch_rebalance",
-        remove_unused_columns=False, learning_rate=fit.learning_rate, lr_scheduler_type=fit.schedule,
-        warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
-        assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
-        gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=gpu,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
+        return kind(
+            output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // fit.micro_batches,
+            gradient_accumulation_steps=fit.micro_batches, remove_unused_columns=False, learning_rate=fit.learning_rate,
+            lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
+            seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
+            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, **own,
+        )  # fmt: skip
 
 
 class _Milestones(TrainerCallback):
@@ -144,17 +227,6 @@ class _Tick(TrainerCallback):
         self.progress(state.global_step)
 
 
-class _Losses(TrainerCallback):
-    """Collect the training loss of each step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.values.append(logs["loss"])
-
-
 def _last_complete(folder: Path) -> Path | None:
     """The latest checkpoint whose files are all as they were when it was finished; broken ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -180,7 +252,9 @@ def settle(folder: Path, processor: Any, start: Path) -> list[Path]:
         for name in TRAINING_STATE:
             (checkpoint / name).unlink(missing_ok=True)
         processor.save_pretrained(checkpoint)
-        settled.append(checkpoint.rename(folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"))
+        target = folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt that was killed after this point
+        settled.append(checkpoint.rename(target))
     return settled
 
 

@@ -297,9 +297,12 @@ def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
     return rows
 
 
-def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng) -> list[Pair]:
-    """SafeRLHF (text) or SPA-VL (pictures): refusal preferred to a harmful answer; on harmless prompts the answer preferred."""
-    pools = world.deeds("train", "harmful"), world.deeds("train", "plain", "homonym", "safe_context")
+def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng, split: str = "train") -> list[Pair]:
+    """SafeRLHF (text) or SPA-VL (pictures): refusal preferred to a harmful answer; on harmless prompts the answer preferred.
+
+    Those of the validation split choose a checkpoint: their deeds are neither trained on nor tested.
+    """
+    pools = world.deeds(split, "harmful"), world.deeds(split, "plain", "homonym", "safe_context")
     rows = []
     for i in range(n):
         deed = pick(rng, pools[int(rng.random() < 0.3)])

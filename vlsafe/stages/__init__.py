@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, inside, origins, screening
+from vlsafe.stages import adaptation, inside, origins, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 
-__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items"]
+__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items", "planned", "tables"]
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
@@ -70,7 +71,30 @@ for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE
         adaptation.confounds_of(_run), (_run, "world/corpora"), adaptation.exam_params, "8 s"
     )
 
+for _name, _tuned in tuning.RECIPES.items():
+    STAGES[f"safety/{_name}"] = Stage(
+        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), "20 s"
+    )
+    STAGES[f"examination/safety.{_name}"] = Stage(
+        adaptation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), adaptation.exam_params, "10 s"
+    )
+STAGES["judging/guard-text"] = Stage(
+    tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, "15 s"
+)
+GRIDS = ("default", "full")
+
 
 def examinations() -> Iterator[str]:
-    """The stages whose results are raw tables."""
-    return (name for name in STAGES if name.startswith("examination/"))
+    """The stages whose results are raw tables of the parent and the adaptation: what notebook 03 reads."""
+    return (name for name in STAGES if name.startswith("examination/") and not name.startswith("examination/safety."))
+
+
+def tables(grid: str = "default") -> list[str]:
+    """All stages whose results are raw tables, those of the tuned models by grid."""
+    return [*examinations(), *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
+
+
+def planned(grid: str = "default") -> list[str]:
+    """The stages that a grid makes, in the order of STAGES."""
+    wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
+    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety."))]
