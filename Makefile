@@ -4,6 +4,8 @@ SCALE     ?= mini
 SEEDS     ?= 0
 BACKBONES ?= mini-chat
 CORES     ?= 2
+# "full" adds LoRA and SPPFT variants of safety tuning, for the committed figures.
+GRID      ?= default
 ROOT      ?= runs
 BIN       := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -14,7 +16,7 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
-            --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT)
+            --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
 .PHONY: setup reproduce test soak perf lab notebooks nbval lint clean
 setup: .venv/.installed

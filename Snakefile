@@ -4,9 +4,9 @@ from pathlib import Path
 
 from vlsafe.notebooks import NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import SHARED, STAGES, Study, examinations
+from vlsafe.stages import SHARED, STAGES, Study, planned, tables
 
-SCALE, ROOT = config["scale"], config["root"]
+SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
     Study.open(SCALE, backbone, int(seed), ROOT)
     for backbone in str(config["backbones"]).split()
@@ -33,7 +33,7 @@ rule all:
 
 made = set()
 for study in STUDIES:
-    for stage_name in STAGES:
+    for stage_name in planned(GRID):
         target = receipt(study, stage_name)
         if target in made:
             continue
@@ -65,8 +65,8 @@ for study in STUDIES:
 
 
 rule gallery:
-    input: [receipt(study, name) for study in STUDIES for name in (*examinations(), "screen/filtered")]
+    input: [receipt(study, name) for study in STUDIES for name in planned(GRID)]
     output: FIGURES / "provenance.json"
     params:
-        call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES}",
+        call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"

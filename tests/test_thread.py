@@ -13,19 +13,19 @@ import pytest
 
 from vlsafe import cli, gallery, stages, store
 from vlsafe.benchmarks import BENCHMARKS
-from vlsafe.stages import STAGES, Study
+from vlsafe.stages import Study, planned
 
 
 def raw_tables(study):
-    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in stages.examinations()}
+    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in stages.tables()}
 
 
 def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
-    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in STAGES}
-    for name in STAGES:
+    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
+    for name in planned():
         study.folder(name)
         assert store.status(study.run(name), deep=True) == "valid", name
-    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in STAGES}
+    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
 
 
 def test_raw_tables_have_one_row_per_item_model_and_judge(study):
@@ -52,12 +52,14 @@ def test_gallery_writes_every_artefact(study, tmp_path, capsys):
     written = {path.name for path in tmp_path.iterdir()}
     assert {"T01_filtering_audit.csv", "T01_guard_quality.md", "T02_degradation.csv", "F01_guard_scores.png"} <= written
     assert {"F02_dynamics.png", "F02_dynamics.pdf", "F02_dynamics.csv", "provenance.json"} <= written
+    assert {"T05_safety_tuning.md", "T05_transfer.csv", "T05_checkpoints.csv", "F05_tradeoff.png"} <= written
+    assert {"F06_exaggerated_refusal.png", "F06_exaggerated_refusal.csv"} <= written
     assert {"F03_categories.png", "F03_categories.pdf", "F03_categories.csv"} <= written
     assert {
         f"{name}.{kind}" for name in ("T03_arms", "T03_arms_over_seeds", "T04_confounds") for kind in ("csv", "md")
     } <= written
     noted = {(run["stage"], run["recipe"]) for run in json.loads((tmp_path / "provenance.json").read_text())}
-    assert noted == {tuple(name.split("/")) for name in STAGES}
+    assert noted == {tuple(name.split("/")) for name in planned()}
     graft = pd.read_csv(tmp_path / "F02_dynamics.csv").query("stage == 'projector' and step == 0 and measure == 'multimodal_asr'")
     assert len(graft) == 1
     first = (tmp_path / "F02_dynamics.png").read_bytes()
@@ -74,7 +76,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(capsys):
 
 def _work(root):
     study = Study.open("nano", "mini-chat", 0, root)
-    for name in stages.examinations():
+    for name in stages.tables():
         study.folder(name)
     os._exit(0)
 
@@ -86,7 +88,7 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     A process that is done before its kill is no kill: its cellar is emptied and the next one starts from nothing.
     """
     rng, context = random.Random(0), multiprocessing.get_context("fork")
-    total = sum(store.read_manifest(study.run(name))["seconds"] for name in STAGES)
+    total = sum(store.read_manifest(study.run(name))["seconds"] for name in planned())
     root, kills = tmp_path / "cellar", 0
     for _ in range(20):
         process = context.Process(target=_work, args=(root,))
@@ -107,4 +109,4 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     again = Study.open("nano", "mini-chat", 0, root)
     for name, table in raw_tables(study).items():
         pd.testing.assert_frame_equal(table, raw_tables(again)[name])
-    assert gallery.load([again.folder(n) for n in stages.examinations()], "raw.parquet").shape[0] > 100
+    assert gallery.load([again.folder(n) for n in stages.tables()], "raw.parquet").shape[0] > 100

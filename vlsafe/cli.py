@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--seeds", nargs="+", type=int, default=[0])
         if name == "gallery":
             added.add_argument("--out", type=Path)
+            added.add_argument("--grid", choices=stages.GRIDS, default="default", help="which safety-tuning recipes")
         else:
             added.add_argument("--deep", action="store_true", help="compare file contents, not times")
     return parser
@@ -145,10 +146,13 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _gallery(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
     from vlsafe import gallery
 
     studies = _studies(arguments)
-    raw = [study.folder(name) for study in studies for name in stages.examinations()]
+    raw = [study.folder(name) for study in studies for name in stages.tables(arguments.grid)]
+    tried = pd.DataFrame([line for study in studies for line in stages.tried(study, arguments.grid)])
     screens = {study.seed: study.folder("screen/filtered") for study in studies}
     audit = gallery.load(list(screens.values()), "audit.parquet")
     audit.insert(
@@ -156,11 +160,11 @@ def _gallery(arguments: argparse.Namespace) -> None:
         "seed",
         [seed for seed, folder in screens.items() for _ in range(len(gallery.load([folder], "audit.parquet")))],
     )
-    runs = {study.run(name).folder: study.run(name) for study in studies for name in STAGES}
+    runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
     provenance = []
     for run in runs.values():
         noted = store.read_manifest(run)
         provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
     out = arguments.out or Path("figures") / studies[0].scale.name
-    for name in gallery.make(gallery.load(raw, "raw.parquet"), audit, studies[0].scale.name, out, provenance):
+    for name in gallery.make(gallery.load(raw, "raw.parquet"), audit, tried, studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")

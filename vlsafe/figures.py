@@ -28,6 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "parent": dict(color="#000000", marker="o"),
     "stage 1": dict(color="#777777", marker="D"),
     "adapted": dict(color="#E69F00", marker="s"),
+    "SFT": dict(color="#0072B2", marker="^"),
+    "DPO": dict(color="#D55E00", marker="v"),
+    "GRPO": dict(color="#CC79A7", marker="P"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe import arms, figures, tables
+from vlsafe import arms, figures, fronts, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -17,8 +17,13 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(folder / file) for folder in folders], ignore_index=True)
 
 
-def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """T01 to T04, F01 to F03 with their CSV twins, and one provenance file that says which runs they are made of."""
+def make(
+    raw: pd.DataFrame, audit: pd.DataFrame, tried: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]
+) -> list[str]:
+    """T01 to T05, F01 to F06 with their CSV twins, and one provenance file that says which runs they are made of.
+
+    `tried` are the validation lines of all tuned checkpoints, with backbone, seed, stage and recipe.
+    """
     labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
@@ -26,6 +31,8 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
     n = compared.groupby("measure")["n"].max()
     sizes = ", ".join(f"{labels[name]} {int(n[name])}" for name in n.index)
     asked = confounds.groupby("measure")["n"].max()
+    tuned = tradeoff.methods(raw, tried)
+    plane, refused = tradeoff.plane(tuned), tradeoff.refusals(raw)
     written = {
         "T01_filtering_audit": (tables.filtering_audit(audit), "T01. What the guards dropped"),
         "T01_guard_quality": (
@@ -51,6 +58,18 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
             arms.compact(confounds, [*arms.UNIT, "stage", "recipe", "condition"]),
             f"n: {', '.join(f'{labels[name]} {int(size)}' for name, size in asked.items())} a condition; paired by deed.",
         ),
+        "T05_safety_tuning": (
+            tuned,
+            "T05. Safety tuning; in percent; Δ: paired difference from the adapted model",
+            tradeoff.sheet(tuned),
+            "Step and tokens: of the checkpoint that validation pairs chose. Holm: over methods and these five measures, per "
+            "backbone and seed; p-values by flipping the signs of clusters. Against the parent and all benchmarks: the CSV.",
+        ),
+        "T05_transfer": (
+            tradeoff.transfer(tuned),
+            "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions",
+        ),
+        "T05_checkpoints": (tried, "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
     for name, (frame, title, *more) in written.items():
         shown, told = more or (None, "")
@@ -59,5 +78,7 @@ def make(raw: pd.DataFrame, audit: pd.DataFrame, scale: str, folder: Path, prove
     figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
     categories = tables.by_category(raw)
     figures.write(figures.by_category(categories, scale), categories, folder, "F03_categories")
+    figures.write(fronts.plane(plane, scale), plane, folder, "F05_tradeoff")
+    figures.write(fronts.refusals(refused, scale), refused, folder, "F06_exaggerated_refusal")
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
-    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories"]
+    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories", "F05_tradeoff", "F06_exaggerated_refusal"]

@@ -175,6 +175,8 @@ MEASURES: dict[str, dict[str, Any]] = {
     "multimodal_asr_right": _asr("mm_safetybench", "multimodal ASR, right answer only", labels=COMPLIED_RIGHT),
     "multimodal_asr_strings": _on("mm_safetybench", "xstest-strings", "multimodal ASR, no refusal string", harmful=True),
     "multimodal_incoherent": _asr("mm_safetybench", "multimodal incoherent", labels=INCOHERENT),
+    "text_asr_guard": _on("sorry_bench", "guard-text", "text ASR, by the guard of GRPO's reward", harmful=True),
+    "multimodal_asr_guard": _on("mm_safetybench", "guard-text", "multimodal ASR, by the guard of GRPO's reward", harmful=True),
     "confounds_asr": _asr("confounds", "text ASR"),
     "confounds_refusal": _refusal("confounds", "refusal of harmless requests"),
     **{

@@ -109,6 +109,21 @@ def paired_difference(
     return float(change.mean()), float(low), float(high)
 
 
+def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: int = 9999) -> float:
+    """Two-sided p-value of a paired difference that is the sum of its clusters' contributions: were it zero, each could
+    as well have the other sign.
+
+    Draws:    from `rng` only
+    Raises:   ValueError where there is nothing to flip
+    Source:   Fisher 1935; random flips, the observed ones counted among them (Phipson and Smyth 2010)
+    """
+    values = np.asarray(contributions, float)
+    if not len(values):
+        raise ValueError("a test of paired differences needs at least one cluster")
+    flipped = (rng.integers(2, size=(draws, len(values))) * 2 - 1) @ values
+    return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
+
+
 def stratified(
     strata: Sequence[Stratum], rng: np.random.Generator, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float, float]:

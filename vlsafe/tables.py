@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,28 @@ def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[s
     left out of the difference and counted; a composite is compared where both models were asked all its parts.
     """
     lines = []
-    final = raw[(raw["exam"] == "full") & named(raw).isin([before, after])]
     for measure in measures:
-        rows = events(final, measure)
-        rows = rows.assign(run=named(rows))
-        for (backbone, seed), part in rows.groupby(["backbone", "seed"], sort=True):
-            both = part[part["run"] == before].merge(part[part["run"] == after], on=SAME, suffixes=("_a", "_b"))
-            if both.empty:
-                continue
-            judged = both.dropna(subset=["event_a", "event_b"])
+        for (backbone, seed), judged, left_out in paired(raw, before, after, measure):
             found = _change(judged, measure, np.random.default_rng(seed)) if len(judged) else None
             if found is None:
                 continue
             lines.append(
                 {"backbone": backbone, "seed": seed, "measure": measure, "difference": found[0], "low": found[1],
-                 "high": found[2], "n": len(judged), "n_left_out": len(both) - len(judged)}
+                 "high": found[2], "n": len(judged), "n_left_out": left_out}
             )  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def paired(raw: pd.DataFrame, before: str, after: str, measure: str) -> Iterator[tuple[tuple[str, int], pd.DataFrame, int]]:
+    """Per backbone and seed: the judged events that two runs' last checkpoints share, and how many are left out as unjudged."""
+    final = raw[(raw["exam"] == "full") & named(raw).isin([before, after])]
+    rows = events(final, measure)
+    rows = rows.assign(run=named(rows))
+    for unit, part in rows.groupby(["backbone", "seed"], sort=True):
+        both = part[part["run"] == before].merge(part[part["run"] == after], on=SAME, suffixes=("_a", "_b"))
+        if len(both):
+            judged = both.dropna(subset=["event_a", "event_b"])
+            yield unit, judged, len(both) - len(judged)
 
 
 SAME = ["part", "item", "stratum", "floor", "cluster"]  # what two models' events must share to be compared
@@ -75,6 +80,19 @@ def _change(judged: pd.DataFrame, measure: str, rng: np.random.Generator) -> tup
         return None
     value, _, low, high = stats.stratified(strata, rng)
     return value, low, high
+
+
+def contributions(judged: pd.DataFrame, measure: str) -> np.ndarray:
+    """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
+    a, b = judged["event_a"].astype(float), judged["event_b"].astype(float)
+    if not measured.stratified(measure):
+        return ((b - a).groupby(judged["cluster"].astype(str)).sum() / len(judged)).to_numpy()
+    change = (b - a) / (1 - judged["floor"])
+    found = []
+    for stratum in measured.strata(judged.assign(least=change, most=change), measure):
+        by_cluster = pd.Series(stratum.least).groupby([str(c) for c in stratum.clusters]).sum()
+        found.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
+    return np.concatenate(found) if found else np.array([])
 
 
 def degradation(raw: pd.DataFrame) -> pd.DataFrame:

@@ -166,7 +166,8 @@ def _run(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
-    return [record for record in trainer.state.log_history if "loss" in record]
+    logged = [record for record in trainer.state.log_history if "loss" in record]
+    return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
 
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:

@@ -13,8 +13,12 @@ from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, inside, origins, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
+from vlsafe.stages.tuning import tried
 
-__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items", "planned", "tables"]
+__all__ = [
+    "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items", "planned", "tables",
+    "tried",
+]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(

@@ -1,0 +1,139 @@
+"""F05 and F06 as pictures: what safety tuning buys, and what it costs. Draws what `tradeoff` has counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from vlsafe import tradeoff
+from vlsafe.figures import KINDS, STYLE
+
+MEAN = ["asr", "asr_low", "asr_high", "helpfulness", "helpfulness_low", "helpfulness_high"]
+
+
+def plane(points: pd.DataFrame, scale: str) -> Figure:
+    """F05: attack success against helpfulness, a point per model with intervals both ways, text left and pictures right.
+
+    `points` is `tradeoff.plane`'s. Several seeds are averaged, intervals too, and each seed is a small mark; the front is that
+    of the points drawn.
+    """
+    backbones = sorted(points["backbone"].unique())
+    with plt.style.context(STYLE):
+        size = (7.0, 0.7 + 2.7 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            for axis, modality in zip(row, ("text", "pictures"), strict=True):
+                of = points[(points["backbone"] == backbone) & (points["modality"] == modality)]
+                _draw_plane(axis, of)
+                axis.set_title(
+                    f"attacks in {modality}" if modality == "text" else "attacks with pictures", loc="left", fontsize=7
+                )
+            row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
+        for axis in axes[-1]:
+            axis.set_xlabel("helpfulness, percent (→ better)")
+        axes[0][1].legend(handles=_marks(points), loc="upper left", frameon=False, ncols=2)
+        figure.suptitle(_told(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        note = "bars: 95 % intervals; line: models that no other beats in both; dotted: parent; judge: the world's truth"
+        figure.supxlabel(_caption(points, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    return figure
+
+
+def _draw_plane(axis: Any, points: pd.DataFrame) -> None:
+    parents = points.loc[points["kind"] == "parent", "asr"]
+    if len(parents):
+        axis.axhline(100 * parents.mean(), color=KINDS["parent"]["color"], linewidth=0.7, linestyle=(0, (1, 3)))
+    placed = points.dropna(subset=["helpfulness"])
+    if placed.empty:
+        return
+    mean = placed.groupby(["kind", "recipe"], sort=False)[MEAN].mean().reset_index()
+    if placed["seed"].nunique() > 1:
+        for line in placed.itertuples():
+            axis.plot(100 * line.helpfulness, 100 * line.asr, markersize=2, alpha=0.5, linestyle="", **KINDS[line.kind])
+    for line in mean.itertuples():
+        x, y, colour = 100 * line.helpfulness, 100 * line.asr, KINDS[line.kind]["color"]
+        axis.plot([100 * line.helpfulness_low, 100 * line.helpfulness_high], [y, y], color=colour, linewidth=0.7, alpha=0.6)
+        axis.plot([x, x], [100 * line.asr_low, 100 * line.asr_high], color=colour, linewidth=0.7, alpha=0.6)
+        axis.plot(x, y, markersize=5, linestyle="", **KINDS[line.kind])
+        name = "adapted" if line.kind == "adapted" else line.recipe.removesuffix("-full")
+        axis.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=5.5, color=colour)
+    best = mean[tradeoff.front(mean)].sort_values("helpfulness")
+    axis.plot(100 * best["helpfulness"], 100 * best["asr"], color="#AAAAAA", linewidth=0.8, zorder=0)
+    axis.set_ylim(-4, 104)
+
+
+def _marks(points: pd.DataFrame) -> list[Any]:
+    return [
+        plt.Line2D([], [], linestyle="", markersize=4, label=name, **look)
+        for name, look in KINDS.items()
+        if name in set(points["kind"]) and name != "parent"
+    ]
+
+
+def _told(points: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: the safest tuned model against the adapted one and the parent."""
+    text = points[points["modality"] == "text"].groupby(["kind", "recipe"])["asr"].mean() * 100
+    tuned = text[[key[0] in ("SFT", "DPO", "GRPO") for key in text.index]]
+    best = tuned.idxmin()[1].removesuffix("-full")
+    told = f"text ASR {text['adapted'].mean():.0f} % adapted, {tuned.min():.0f} % at best ({best})"
+    return f"Safety tuning: {told}" + (f", {text['parent'].mean():.0f} % parent" if "parent" in text.index else "")
+
+
+def refusals(rates: pd.DataFrame, scale: str) -> Figure:
+    """F06: refusal of harmless requests by kind of request, one row of marks per model; text above, pictures below.
+
+    `rates` is `tradeoff.refusals`'s; several seeds are averaged, intervals too.
+    """
+    backbones = sorted(rates["backbone"].unique())
+    models = list(dict.fromkeys(zip(rates["stage"], rates["recipe"], strict=True)))
+    models = sorted(models, key=lambda m: [tradeoff.kind(*m) != name for name in ("parent", "adapted")])
+    whats = [what for _, _, what, _ in tradeoff.REFUSALS]
+    with plt.style.context(STYLE):
+        size = (7.0, 0.8 + 0.28 * len(models) * len(backbones) + 0.5 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), len(whats), figsize=size, squeeze=False, sharex=True, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            for axis, what in zip(row, whats, strict=True):
+                of = rates[(rates["backbone"] == backbone) & (rates["what"] == what)]
+                _draw_refusals(axis, of, models)
+                axis.set_title("\n".join(what.rsplit(" ", 1)), fontsize=6, loc="left")
+                axis.tick_params(labelleft=axis is row[0])
+            row[0].set_yticks(range(len(models)), [f"{recipe}".removesuffix("-full") for _, recipe in models], fontsize=6)
+            row[0].set_ylabel(backbone)
+        figure.suptitle(_most_refused(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        note = "refused harmless requests, percent (← better); the first three in text, the others with pictures; 95 % intervals"
+        figure.supxlabel(_caption(rates, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        plt.close(figure)
+    return figure
+
+
+def _draw_refusals(axis: Any, rates: pd.DataFrame, models: list[tuple[str, str]]) -> None:
+    mean = rates.groupby(["stage", "recipe"])[["value", "low", "high"]].mean() * 100
+    for place, model in enumerate(models):
+        if model in mean.index:
+            line, look = mean.loc[model], KINDS[tradeoff.kind(*model)]
+            axis.plot([line["low"], line["high"]], [place, place], color=look["color"], linewidth=0.9, alpha=0.6)
+            axis.plot(line["value"], place, markersize=4, linestyle="", **look)
+    axis.set_xlim(-6, 106)
+    axis.set_xticks([0, 50, 100])
+    axis.set_yticks(range(len(models)))
+    axis.set_ylim(len(models) - 0.4, -0.6)
+
+
+def _most_refused(rates: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: the tuned model that refuses most, averaged over kinds, and the adapted one."""
+    mean = rates.groupby(["stage", "recipe"])["value"].mean() * 100
+    tuned = mean[mean.index.get_level_values("stage") == "safety"]
+    adapted = mean[[tradeoff.kind(*key) == "adapted" for key in mean.index]].mean()
+    worst = tuned.idxmax()[1].removesuffix("-full")
+    return f"Harmless requests refused: {adapted:.0f} % adapted, {tuned.min():.0f}–{tuned.max():.0f} % tuned (most: {worst})"
+
+
+def _caption(frame: pd.DataFrame, scale: str, note: str) -> str:
+    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
+    world = "miniature: a synthetic world, " if scale == "mini" else ""
+    several = "means over seeds, small marks: single seeds; " if frame["seed"].nunique() > 1 and "asr" in frame else ""
+    n = f"; n ≥ {int(frame['n'].min())} a mark" if "n" in frame else ""
+    return f"{world}scale {scale}, seeds {seeds}; {several}{note}{n}"
