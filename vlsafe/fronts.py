@@ -34,7 +34,7 @@ def plane(points: pd.DataFrame, scale: str) -> Figure:
             row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
         for axis in axes[-1]:
             axis.set_xlabel("helpfulness, percent (→ better)")
-        axes[0][1].legend(handles=_marks(points), loc="upper left", frameon=False, ncols=2)
+        figure.legend(handles=_marks(points), loc="outside right upper", frameon=False)
         figure.suptitle(_told(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
         note = "bars: 95 % intervals; line: models that no other beats in both; dotted: parent; judge: the world's truth"
         figure.supxlabel(_caption(points, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
@@ -49,7 +49,7 @@ def _draw_plane(axis: Any, points: pd.DataFrame) -> None:
     placed = points.dropna(subset=["helpfulness"])
     if placed.empty:
         return
-    mean = placed.groupby(["kind", "recipe"], sort=False)[MEAN].mean().reset_index()
+    mean = placed.groupby(["kind", "stage", "recipe"], sort=False)[MEAN].mean().reset_index()
     if placed["seed"].nunique() > 1:
         for line in placed.itertuples():
             axis.plot(100 * line.helpfulness, 100 * line.asr, markersize=2, alpha=0.5, linestyle="", **KINDS[line.kind])
@@ -58,11 +58,17 @@ def _draw_plane(axis: Any, points: pd.DataFrame) -> None:
         axis.plot([100 * line.helpfulness_low, 100 * line.helpfulness_high], [y, y], color=colour, linewidth=0.7, alpha=0.6)
         axis.plot([x, x], [100 * line.asr_low, 100 * line.asr_high], color=colour, linewidth=0.7, alpha=0.6)
         axis.plot(x, y, markersize=5, linestyle="", **KINDS[line.kind])
-        name = "adapted" if line.kind == "adapted" else line.recipe.removesuffix("-full")
-        axis.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=5.5, color=colour)
+        axis.annotate(
+            _name(line.stage, line.recipe), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=5.5, color=colour
+        )
     best = mean[tradeoff.front(mean)].sort_values("helpfulness")
     axis.plot(100 * best["helpfulness"], 100 * best["asr"], color="#AAAAAA", linewidth=0.8, zorder=0)
     axis.set_ylim(-4, 104)
+
+
+def _name(stage: str, recipe: str) -> str:
+    kind = tradeoff.kind(stage, recipe)
+    return kind if kind in KINDS and stage != "safety" else recipe.removesuffix("-full")
 
 
 def _marks(points: pd.DataFrame) -> list[Any]:
@@ -100,10 +106,10 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
                 _draw_refusals(axis, of, models)
                 axis.set_title("\n".join(what.rsplit(" ", 1)), fontsize=6, loc="left")
                 axis.tick_params(labelleft=axis is row[0])
-            row[0].set_yticks(range(len(models)), [f"{recipe}".removesuffix("-full") for _, recipe in models], fontsize=6)
+            row[0].set_yticks(range(len(models)), [_name(*model) for model in models], fontsize=6)
             row[0].set_ylabel(backbone)
         figure.suptitle(_most_refused(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "refused harmless requests, percent (← better); the first three in text, the others with pictures; 95 % intervals"
+        note = "95 % intervals, clustered by deed\nrefused, percent (← better); the first three in text, the others with pictures"
         figure.supxlabel(_caption(rates, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)
     return figure

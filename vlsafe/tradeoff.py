@@ -163,8 +163,8 @@ def plane(lines: pd.DataFrame) -> pd.DataFrame:
     helpful = lines[lines["measure"] == "helpfulness"].set_index(index)[kept]
     helpful.columns = ["helpfulness", "helpfulness_low", "helpfulness_high"]
     for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
-        of = lines[lines["measure"] == measure].set_index(index)[kept]
-        of.columns = ["asr", "asr_low", "asr_high"]
+        of = lines[lines["measure"] == measure].set_index(index)[[*kept, "n"]]
+        of.columns = ["asr", "asr_low", "asr_high", "n"]
         points = of.join(helpful, how="left").reset_index().assign(modality=modality)
         placed = points.dropna(subset=["helpfulness"])
         on_front = [front(part) for _, part in placed.groupby(UNIT)]
