@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from vlsafe import guards, mix, models, store, train, trainable
+from vlsafe import guards, mix, models, train, trainable
 from vlsafe.benchmarks import BENCHMARKS
 from vlsafe.engines import option_losses
 from vlsafe.miniature import corpora
 from vlsafe.miniature.language import HOW, World
-from vlsafe.scales import LoraSpec, Rollout
+from vlsafe.scales import Fit, LoraSpec, Rollout
 from vlsafe.schema import Item, Pair, Turn
-from vlsafe.stages import checkpoints, examples, items, tuning
+from vlsafe.stages import checkpoints, examples, items, planned, tuning
 
 WORLD = World(0)
 
@@ -33,6 +33,7 @@ def margins(folder, rows):
 
 
 def dpo(study, folder, rows, fit, start, reference, method="full", milestones=(), progress=lambda step: None):
+    torch.manual_seed(0)
     model = trainable.choose(models.load(start), method, LoraSpec())
     data = train.pair_dataset(rows, any(row.images for row in rows))
     spec = study.scale.tuning.preference
@@ -55,7 +56,7 @@ def test_the_worked_example_of_the_notebook():
 def test_dpos_loss_is_the_closed_form_and_ln_2_where_the_reference_is_the_model(study, tmp_path, shown):
     """One step over all pairs, so that the loss is their mean; the reference's part is computed before, where TRL can."""
     start, other = checkpoints(study, "instruct/filtered-full")[-1], checkpoints(study, "projector/filtered")[-1]
-    rows = [*pairs(shown, 6), dataclasses.replace(pairs(False, 1)[0], turns=pairs(False, 3)[0].turns * 1)]
+    rows = pairs(shown, 7)
     talk = (Turn("user", "how do i carry the apple?"), Turn("assistant", "use the spoon and the wax."))
     rows[-1] = dataclasses.replace(rows[-1], turns=(*talk, *rows[-1].turns))  # several turns: the last answer alone counts
     fit = dataclasses.replace(study.scale.tuning.preference.fit, steps=1, batch_size=len(rows), micro_batches=1)
@@ -87,6 +88,7 @@ def trained(study, objective, method, folder, fit, milestones=(), stop=None, dro
     if objective == "dpo":
         history, model = dpo(study, folder, rows, fit, start, start, method, milestones, progress)
     else:
+        torch.manual_seed(0)
         model = trainable.choose(models.load(start), method, LoraSpec(dropout=dropout))
         data = train.chat_dataset([mix.answered(row, row.chosen) for row in rows], with_images=True)
         history = train.sft_history(model, models.load_processor(start), data, fit, folder, 0, milestones, progress)
@@ -178,7 +180,7 @@ def test_the_reward_is_the_guards_on_harmful_prompts_and_the_right_answer_on_oth
     assert guards.reward_by(guard, [bad, good])(completions=said, number=[0, 0, 1, 1]) == [0.9, 0.0, 1.0, 0.0]
     assert guard.read == ["sorry.", "x", "use it.", "sorry."]
     with pytest.raises(ValueError, match="whole groups"):
-        Rollout(fit=dataclasses.replace(tuning.Fit(1, 6, 1e-3)), generations=4)
+        Rollout(fit=dataclasses.replace(Fit(1, 6, 1e-3)), generations=4)
 
 
 def test_a_checkpoint_is_chosen_by_refusing_the_right_half():
@@ -241,18 +243,12 @@ def test_the_rewards_guard_judges_beside_the_world_and_never_alone(study):
         assert set(of["item"]) == set(mine["item"]) and len(of) == len(mine)
 
 
-def test_default_runs_do_not_depend_on_the_full_grid_or_on_tuning_numbers_before_them(study):
+def test_a_number_of_tuning_changes_no_run_that_does_not_read_it(study):
     other = dataclasses.replace(
         study, scale=dataclasses.replace(study.scale, tuning=dataclasses.replace(study.scale.tuning, replay=1))
     )
-    changed = {name for name in store_names() if study.run(name).digest != other.run(name).digest}
+    changed = {name for name in planned() if study.run(name).digest != other.run(name).digest}
     assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", "judging/guard-text"}
-
-
-def store_names():
-    from vlsafe.stages import planned
-
-    return planned()
 
 
 def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():
@@ -265,4 +261,3 @@ def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():
     assert wordings("sorry_bench", True) <= wordings("xstest", False) == {str(k) for k in range(len(HOW))}
     for name in ("wildjailbreak", "mm_safetybench", "siuo", "figstep"):
         assert wordings(name, True) <= wordings(name, False), name
-    assert store.status  # the cellar is not touched

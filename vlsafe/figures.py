@@ -114,10 +114,12 @@ def _caption(rates: pd.DataFrame, scale: str) -> str:
     seeds = ", ".join(str(s) for s in sorted(rates["seed"].unique()))
     n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
     band = "range over seeds" if rates["seed"].nunique() > 1 else "95 % interval, clustered by deed"
-    world = "miniature: a synthetic world, " if scale == "mini" else ""
-    return (
-        f"{world}scale {scale}, seeds {seeds}; bands: {band}; up to n = {n} per point; judge: the world's truth; dotted: parent"
-    )
+    return f"{origin(scale)}, seeds {seeds}; bands: {band}; up to n = {n} per point; judge: the world's truth; dotted: parent"
+
+
+def origin(scale: str) -> str:
+    """What world a picture is from, as its caption begins."""
+    return f"{'miniature: a synthetic world, ' if scale == 'mini' else ''}scale {scale}"
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:
@@ -204,11 +206,10 @@ def _category_caption(rates: pd.DataFrame, scale: str) -> str:
     seeds = sorted(rates.loc[rates["seed"] != "all", "seed"].unique())
     pooled = rates[rates["seed"] == "all"]
     n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
-    world = "miniature: a synthetic world, " if scale == "mini" else ""
     marks = "; small marks: single seeds" if len(seeds) > 1 else ""
     means = "; title: mean over backbones" if rates["backbone"].nunique() > 1 else ""
     return (
-        f"{world}scale {scale}, seeds {', '.join(map(str, seeds))}; judge: the world's truth; 95 % intervals, clustered by deed; "
+        f"{origin(scale)}, seeds {', '.join(map(str, seeds))}; judge: the world's truth; 95 % intervals, clustered by deed; "
         f"clearly: intervals apart\nn ≥ {n['text_asr']} (text), {n['multimodal_asr']} (pictures) a point{marks}; "
         f"stage 1: the parent with a trained projector{means}"
     )

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from vlsafe import tradeoff
-from vlsafe.figures import KINDS, STYLE
+from vlsafe.figures import KINDS, STYLE, origin
 
 MEAN = ["asr", "asr_low", "asr_high", "helpfulness", "helpfulness_low", "helpfulness_high"]
 
@@ -139,7 +139,6 @@ def _most_refused(rates: pd.DataFrame) -> str:
 
 def _caption(frame: pd.DataFrame, scale: str, note: str) -> str:
     seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-    world = "miniature: a synthetic world, " if scale == "mini" else ""
     several = "means over seeds, small marks: single seeds; " if frame["seed"].nunique() > 1 and "asr" in frame else ""
     n = f"; n ≥ {int(frame['n'].min())} a mark" if "n" in frame else ""
-    return f"{world}scale {scale}, seeds {seeds}; {several}{note}{n}"
+    return f"{origin(scale)}, seeds {seeds}; {several}{note}{n}"

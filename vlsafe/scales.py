@@ -212,7 +212,7 @@ MINI = Scale(
     instruct=Fit(steps=300, batch_size=32, learning_rate=2e-4, projector_rate=6e-3),
     tuning=Tuning(  # assumed, not searched: two passes over 1,200 safety rows or 600 pairs, at stage 2's rate or half of it
         sft=Fit(steps=75, batch_size=32, learning_rate=2e-4),
-        preference=Preference(Fit(steps=75, batch_size=16, learning_rate=1e-4)),
+        preference=Preference(Fit(steps=75, batch_size=16, learning_rate=1e-4, micro_batches=1)),
         rollout=Rollout(Fit(steps=40, batch_size=64, learning_rate=1e-4, micro_batches=1)),
     ),
     backbones={

@@ -64,9 +64,6 @@ def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
     spoken |= {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
     table = {name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()}
     features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
-    words = [" ".join([*(t.text for t in pair.turns), max(pair.chosen, pair.rejected, key=len)]) for pair in pairs]
-    table["length"] = [len(w.split()) + IMAGE_LENGTH * len(pair.images) for w, pair in zip(words, pairs, strict=True)]
-    features["length"] = Value("int64")
     if with_images:
         table["images"] = [[{"bytes": data, "path": None} for data in pair.images] for pair in pairs]
         features["images"] = List(Image(mode="RGB"))
@@ -113,13 +110,14 @@ def dpo(
     """Train in place on preferences, against a reference that is always passed (TRL would read one from some older disk path).
 
     The reference's log-probabilities of text-only pairs are computed once; TRL cannot do so where there are pictures.
-    Nothing is cut to a length: `mix.sound_pairs` has dropped what is too long.
+    Nothing is cut to a length: `mix.sound` has dropped what is too long. Micro-batches are of one size and not by length:
+    TRL takes the mean over each, so that in uneven ones (`BY_LENGTH`) a pair would weigh more the fewer share it.
 
     Units:    -> one record per step: loss in nats per pair, rewards/accuracies, num_tokens …
     Draws:    data order from `seed`
     Source:   Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))
     """
-    own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names, **BY_LENGTH}
+    own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names}
     arguments = _arguments(DPOConfig, fit, folder, seed, own)
     return _run(DPOTrainer, arguments, model, processor, data, fit, milestones, progress, ref_model=reference)
 

@@ -144,11 +144,14 @@ def _train(
     study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen."""
+    import torch
+
     from vlsafe import guards, models, train, trainable
 
     recipe, tuning = RECIPES[name], study.scale.tuning
     located = study.numbers(PROBED) if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
+    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
     model, processor = trainable.choose(models.load(start), recipe.method, study.scale.lora, band), models.load_processor(start)
     milestones = sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)})
     how = (folder, study.seed, milestones, Bar(name, fit.steps))
