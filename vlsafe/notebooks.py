@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
-from vlsafe.stages import STAGES, examinations, planned, tables
+from vlsafe.stages import STAGES, compared, examinations, planned
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
@@ -20,7 +20,7 @@ NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "01_data_filtering": ("screen/filtered",),
     "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
     "03_safety_degradation": tuple(examinations()),
-    "04_safety_tuning": tuple(name for name in planned() if name in tables() or name.startswith("safety/")),
+    "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
 }
 
 

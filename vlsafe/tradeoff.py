@@ -129,7 +129,7 @@ def transfer(lines: pd.DataFrame) -> pd.DataFrame:
     taught = of["recipe"].map(lambda recipe: TAUGHT_ON[recipe.rpartition("-")[0]][1])
     of = of.assign(taught_on=taught, tested_on=of["measure"].map(tested))
     columns = ["value", *(name for name in of.columns if name.startswith("adapted_"))]
-    return of[[*UNIT, "taught_on", "recipe", "tested_on", *columns]].sort_values([*UNIT, "taught_on"], kind="stable")
+    return of[[*UNIT, "taught_on", "recipe", "tested_on", *columns]].sort_values([*UNIT, "taught_on", "recipe"], kind="stable")
 
 
 def refusals(raw: pd.DataFrame) -> pd.DataFrame:

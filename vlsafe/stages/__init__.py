@@ -16,8 +16,8 @@ from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, ite
 from vlsafe.stages.tuning import tried
 
 __all__ = [
-    "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items", "planned", "tables",
-    "tried",
+    "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "planned",
+    "tables", "tried",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
@@ -93,9 +93,14 @@ def examinations() -> Iterator[str]:
     return (name for name in STAGES if name.startswith("examination/") and not name.startswith("examination/safety."))
 
 
+def compared(grid: str = "default") -> list[str]:
+    """The stages whose results are the raw tables of safety tuning: parent, adapted and tuned models. Notebook 04 reads them."""
+    return [*tuning.REFERENCES, *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
+
+
 def tables(grid: str = "default") -> list[str]:
-    """All stages whose results are raw tables, those of the tuned models by grid."""
-    return [*examinations(), *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
+    """All stages whose results are raw tables."""
+    return list(dict.fromkeys([*examinations(), *compared(grid)]))
 
 
 def planned(grid: str = "default") -> list[str]:

@@ -248,7 +248,8 @@ def tried(study: Study, grid: str = "default") -> list[dict[str, Any]]:
     return [{**whose, "recipe": r, **line} for r in recipes for line in study.rows(f"safety/{r}", "validation.parquet")]
 
 
-JUDGED_RUNS = ("examination/parent.aligned", f"examination/{ADAPTED.replace('/', '.')}", *examined())
+REFERENCES = tuple(f"examination/{MAIN_LINE[name].replace('/', '.')}" for name in ("parent", "adapted"))
+JUDGED_RUNS = (*REFERENCES, *examined())
 
 
 def make_judging(study: Study, work: Path) -> dict[str, Any]:
