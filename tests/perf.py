@@ -1,4 +1,4 @@
-"""`make perf`: what our two hot paths cost beside the barest thing that does the same work, each with its bound.
+"""`make perf`: what our hot paths cost beside the barest thing that does the same work, each with its bound.
 
 Ratios of process CPU time, both sides in one process and in turn, on the miniature's own model size and rows; weights
 are random, from a seed. Not collected by pytest: times are no property of the code alone.
@@ -6,11 +6,12 @@ are random, from a seed. Not collected by pytest: times are no property of the c
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import datasets
 import torch
 from transformers import get_scheduler
 
-from vlsafe import chat, evaluate, models, train, trainable
+from vlsafe import chat, evaluate, mix, models, train, trainable
 from vlsafe.engines import respond
 from vlsafe.miniature import corpora
 from vlsafe.miniature.language import World, vocabulary
@@ -60,7 +61,7 @@ def built(with_images: bool) -> tuple[Any, Any]:
     spec = MINI.vision
     processor = chat.build_processor(tokenizer, spec.image_size, spec.patch_size, spec.feature_strategy)
     model = models.graft(language, models.build_clip(spec, tokenizer, SEED), processor, spec, SEED)
-    trainable.choose(model, "full")
+    trainable.choose(model, "full", MINI.lora)
     return model, processor
 
 
@@ -124,6 +125,31 @@ def training(with_images: bool, bound: float) -> Line:
     return Line(f"SFT step, {'picture' if with_images else 'text'} rows, beside a bare loop", ratios, bound, True)
 
 
+def preferences(with_images: bool, bound: float) -> Line:
+    """A DPO step on B pairs beside an SFT step on the same 2B sequences, both as the study trains; the first step is left out.
+
+    With pictures the reference goes through every step; on text alone its part is computed before the first one.
+    """
+    fit, world = dataclasses.replace(FIT, batch_size=FIT.batch_size // 2, micro_batches=1), World(SEED)
+    pairs = corpora.preference_pairs(world, fit.steps * fit.batch_size, with_images, world.rng("perf"))
+    spoken = [mix.answered(pair, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    spec, ratios = dataclasses.replace(MINI.tuning.preference, fit=fit), []
+
+    def seconds(train_by: Callable[..., Any]) -> float:
+        model, processor = built(True)
+        ticks: list[float] = []
+        with tempfile.TemporaryDirectory() as folder:
+            how = (Path(folder), SEED, (), lambda _: ticks.append(time.process_time()))
+            train_by(model, processor, how)
+        return (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+
+    for _ in range(REPEATS):
+        dpo = seconds(lambda m, p, how: train.dpo(m, built(True)[0], p, train.pair_dataset(pairs, with_images), spec, fit, *how))
+        sft = seconds(lambda m, p, how: train.sft(m, p, train.chat_dataset(spoken, with_images), FIT, *how))
+        ratios.append(dpo / sft)
+    return Line(f"DPO step, {'picture' if with_images else 'text'} pairs, beside SFT on both answers", ratios, bound, True)
+
+
 def generation(with_images: bool, bound: float) -> tuple[Line, str, bool]:
     """Batched answers beside one prompt at a time; where they differ, by how little."""
     model, processor = built(True)
@@ -171,7 +197,7 @@ def gap(model: Any, processor: Any, items: Sequence[Item], which: int) -> float:
 def main() -> int:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    lines, notes, same = [training(False, 1.2), training(True, 1.5)], [], True
+    lines, notes, same = [training(False, 1.2), training(True, 1.5), preferences(False, 1.2), preferences(True, 1.6)], [], True
     for with_images, bound in ((False, 8.0), (True, 5.0)):
         line, told, tied = generation(with_images, bound)
         lines, notes, same = [*lines, line], [*notes, told], same and tied
