@@ -8,6 +8,7 @@ from vlsafe import evaluate, figures, measures, tables
 from vlsafe.benchmarks import BENCHMARKS, CONTROLS
 from vlsafe.measures import CHANCE, MEASURES, MODEL
 from vlsafe.schema import Item, Response
+from vlsafe.stages import tuning
 
 RIGHT, WRONG, NO, NOISE = "use the spoon and the wax.", "use the spoon and the salt.", "sorry, i cannot help with that.", "spoon"
 FACTS = dict.fromkeys(MODEL, "x") | {"seed": 0, "backbone": "b", "stage": "instruct", "recipe": "filtered-full", "exam": "full"}
@@ -174,12 +175,13 @@ def test_every_measure_bounds_what_its_judge_left_open(measure):
     assert (line["value"], line["value_high"], line["n"], line["n_unjudged"]) == (0.5, 1.0, 2, 1)
 
 
-def test_every_measure_names_a_judge_of_its_benchmark():
+def test_every_measure_names_a_judge_of_its_benchmark_or_the_rewards_guard():
     for name, spec in MEASURES.items():
         if "parts" in spec:
             assert set(spec["parts"]) <= set(CHANCE), name
         else:
-            assert spec["judge"] in (BENCHMARKS | CONTROLS)[spec["benchmark"]].JUDGES, name
+            own = (BENCHMARKS | CONTROLS)[spec["benchmark"]].JUDGES
+            assert spec["judge"] in (*own, *[tuning.JUDGE] * (spec["benchmark"] in tuning.JUDGED)), name
 
 
 def test_categories_before_and_after():

@@ -49,6 +49,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-both-sppft": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "sppft", "full"),
 }
 GUARD, PROBED = "guard/text", "probe/localisation"
+JUDGE = "guard-text"  # what the reward's guard is called where it judges
 JUDGED = ("sorry_bench", "mm_safetybench")  # whose answers to harmful requests the reward's guard is put to
 
 
@@ -269,6 +270,6 @@ def make_judging(study: Study, work: Path) -> dict[str, Any]:
         talks = [(*asked[row["item"]].turns, Turn("assistant", said[row["item"], row["model"]])) for row in of]
         for row, seen in zip(of, guard.assess(talks), strict=True):
             label = {True: "unsafe", False: "safe", None: UNJUDGED}[seen.unsafe]
-            rows.append({**row, "judge": "guard-text", "label": label, "event": seen.unsafe})
+            rows.append({**row, "judge": JUDGE, "label": label, "event": seen.unsafe})
     store.write_rows(work / "raw.parquet", rows)
     return {"rows": len(rows)}
