@@ -35,7 +35,7 @@ reproduce: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Two hot paths beside the barest thing that does the same work; fails where a bound is missed. About a minute.
+# Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. About a minute.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vlsafe import guards, mix, models, train, trainable
+from vlsafe import chat, guards, mix, models, train, trainable
 from vlsafe.benchmarks import BENCHMARKS
 from vlsafe.engines import option_losses
 from vlsafe.miniature import corpora
@@ -25,20 +25,27 @@ def pairs(with_pictures, n=8, split="train"):
     return corpora.preference_pairs(WORLD, n, with_pictures, WORLD.rng("test pairs"), split)
 
 
-def margins(folder, rows):
+def speaking(folder, template):
+    """A model's processor with the chat template of one of the parents."""
+    processor = models.load_processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = chat.template(template)
+    return processor
+
+
+def margins(folder, rows, template="llama2"):
     """log p(chosen) - log p(rejected) of every pair, by the engine that ranks options."""
     asked = [Item(p.id, "b", p.turns, p.images, options=(p.chosen, p.rejected), scoring="likelihood") for p in rows]
-    found = option_losses(models.load(folder), models.load_processor(folder), asked, 16)
+    found = option_losses(models.load(folder), speaking(folder, template), asked, 16)
     return np.array([rejected - chosen for chosen, rejected in found])
 
 
-def dpo(study, folder, rows, fit, start, reference, method="full", milestones=(), progress=lambda step: None):
+def dpo(study, folder, rows, fit, start, reference, method="full", milestones=(), progress=lambda step: None, template="llama2"):
     torch.manual_seed(0)
     model = trainable.choose(models.load(start), method, LoraSpec())
     data = train.pair_dataset(rows, any(row.images for row in rows))
     spec = study.scale.tuning.preference
     history = train.dpo(
-        model, models.load(reference), models.load_processor(start), data, spec, fit, folder, 0, milestones, progress
+        model, models.load(reference), speaking(start, template), data, spec, fit, folder, 0, milestones, progress
     )
     return history, model
 
@@ -52,19 +59,20 @@ def test_the_worked_example_of_the_notebook():
     assert math.log1p(math.exp(-(chosen - rejected))) == pytest.approx(math.log(1.25))
 
 
+@pytest.mark.parametrize("template", ["llama2", "tulu"])
 @pytest.mark.parametrize("shown", [False, True])
-def test_dpos_loss_is_the_closed_form_and_ln_2_where_the_reference_is_the_model(study, tmp_path, shown):
+def test_dpos_loss_is_the_closed_form_and_ln_2_where_the_reference_is_the_model(study, tmp_path, shown, template):
     """One step over all pairs, so that the loss is their mean; the reference's part is computed before, where TRL can."""
     start, other = checkpoints(study, "instruct/filtered-full")[-1], checkpoints(study, "projector/filtered")[-1]
     rows = pairs(shown, 7)
     talk = (Turn("user", "how do i carry the apple?"), Turn("assistant", "use the spoon and the wax."))
     rows[-1] = dataclasses.replace(rows[-1], turns=(*talk, *rows[-1].turns))  # several turns: the last answer alone counts
     fit = dataclasses.replace(study.scale.tuning.preference.fit, steps=1, batch_size=len(rows), micro_batches=1)
-    history, _ = dpo(study, tmp_path / "apart", rows, fit, start, other)
+    history, _ = dpo(study, tmp_path / "apart", rows, fit, start, other, template=template)
     beta = study.scale.tuning.preference.beta
-    wanted = np.log1p(np.exp(-beta * (margins(start, rows) - margins(other, rows)))).mean()
+    wanted = np.log1p(np.exp(-beta * (margins(start, rows, template) - margins(other, rows, template)))).mean()
     assert abs(wanted - math.log(2)) > 1e-4 and history[0]["loss"] == pytest.approx(wanted, abs=2e-5)
-    history, _ = dpo(study, tmp_path / "same", rows, fit, start, start)
+    history, _ = dpo(study, tmp_path / "same", rows, fit, start, start, template=template)
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
