@@ -36,7 +36,8 @@ def plane(points: pd.DataFrame, scale: str) -> Figure:
             axis.set_xlabel("helpfulness, percent (→ better)")
         figure.legend(handles=_marks(points), loc="outside right upper", frameon=False)
         figure.suptitle(_told(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "bars: 95 % intervals, clustered by deed\nline: models that no other beats in both; dotted: parent; judge: the world's truth"
+        note = "bars: 95 % intervals, clustered by deed\nline: models that no other beats in both; dotted: parent; "
+        note += "judge: the world's truth"
         figure.supxlabel(_caption(points, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
