@@ -28,6 +28,14 @@ def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
     assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in STAGES}
 
 
+def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made():
+    made = [name for job in stages.jobs() for name in job]
+    assert sorted(made) == sorted(STAGES)
+    for job in stages.jobs():
+        for place, name in enumerate(job):
+            assert not set(STAGES[name].inputs) & set(job[place:]), f"{name} is made before what it needs"
+
+
 def test_raw_tables_have_one_row_per_item_model_and_judge(study):
     for name, raw in raw_tables(study).items():
         assert not raw.duplicated(["item", "model", "judge"]).any(), name

@@ -13,7 +13,7 @@ from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, inside, origins, screening
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 
-__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items"]
+__all__ = ["SHARED", "STAGES", "Stage", "Study", "checkpoints", "examinations", "examples", "items", "jobs"]
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
@@ -74,3 +74,14 @@ for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE
 def examinations() -> Iterator[str]:
     """The stages whose results are raw tables."""
     return (name for name in STAGES if name.startswith("examination/"))
+
+
+def jobs() -> list[tuple[str, ...]]:
+    """The stages in groups that one process makes in a row: a model of stage 2 with its examination, what is asked of a parent.
+
+    A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
+    """
+    groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
+    groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
+    grouped = {name for group in groups for name in group}
+    return groups + [(name,) for name in STAGES if name not in grouped]
