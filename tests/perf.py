@@ -60,7 +60,7 @@ def built(with_images: bool) -> tuple[Any, Any]:
     spec = MINI.vision
     processor = chat.build_processor(tokenizer, spec.image_size, spec.patch_size, spec.feature_strategy)
     model = models.graft(language, models.build_clip(spec, tokenizer, SEED), processor, spec, SEED)
-    trainable.choose(model, "full")
+    trainable.choose(model, "full", MINI.lora)
     return model, processor
 
 

@@ -60,7 +60,7 @@ for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
         adaptation.instruct_of(_name),
         ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
-        partial(adaptation.recipe_params, name=_name), "30 s",
+        partial(adaptation.recipe_params, name=_name), "55 s", version=2 if _recipe.method == "lora" else 1,
     )  # fmt: skip
     STAGES[f"examination/instruct.{_name}"] = Stage(
         adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, "30 s"
