@@ -1,10 +1,11 @@
 """The order of the work, and nothing else: what is valid is decided by the store, what a stage does by `vlsafe.stages`."""
 
+import re
 from pathlib import Path
 
 from vlsafe.notebooks import NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import SHARED, STAGES, Study, planned, tables
+from vlsafe.stages import STAGES, Study, jobs, tables
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
@@ -33,20 +34,20 @@ rule all:
 
 made = set()
 for study in STUDIES:
-    for stage_name in planned(GRID):
-        target = receipt(study, stage_name)
-        if target in made:
+    for job in jobs(GRID):
+        targets = [receipt(study, name) for name in job]
+        if targets[0] in made:
             continue
-        made.add(target)
+        made.update(targets)
 
         rule:
-            name: f"{stage_name.replace('/', '_').replace('.', '_').replace('-', '_')}_{study.run(stage_name).backbone.replace('-', '_')}_{study.seed}"
-            input: [receipt(study, needed) for needed in STAGES[stage_name].inputs]
-            output: target
-            log: target.replace(".json", ".log")
+            name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
+            input: [receipt(study, needed) for name in job for needed in STAGES[name].inputs if needed not in job]
+            output: targets
+            log: targets[0].replace(".json", ".log")
             params:
-                digest=study.run(stage_name).digest,
-                call=f"{stage_name} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+                digest=[study.run(name).digest for name in job],
+                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
             shell: "vlsafe stage {params.call} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
     for notebook in NOTEBOOKS:

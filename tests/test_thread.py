@@ -28,6 +28,15 @@ def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
     assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
 
 
+@pytest.mark.parametrize("grid", stages.GRIDS)
+def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid):
+    jobs = stages.jobs(grid)
+    assert sorted(name for job in jobs for name in job) == sorted(stages.planned(grid))
+    for job in jobs:
+        for place, name in enumerate(job):
+            assert not set(stages.STAGES[name].inputs) & set(job[place:]), f"{name} is made before what it needs"
+
+
 def test_raw_tables_have_one_row_per_item_model_and_judge(study):
     for name, raw in raw_tables(study).items():
         assert not raw.duplicated(["item", "model", "judge"]).any(), name

@@ -33,11 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     for name, run, text in (
-        ("stage", _stage, "make one stage and what it needs"),
-        ("fresh", _fresh, "remove a stage's run, so that it is made anew"),
+        ("stage", _stage, "make stages, and what they need, one after another"),
+        ("fresh", _fresh, "remove the runs of stages, so that they are made anew"),
     ):
         added = command(name, run, text)
-        added.add_argument("name")
+        added.add_argument("names", nargs="+")
         _place(added)
         added.add_argument("--backbone", default="mini-chat")
         added.add_argument("--seed", type=int, default=0)
@@ -82,11 +82,15 @@ def _studies(arguments: argparse.Namespace) -> list[Study]:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root).folder(arguments.name)
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for name in [known(name, STAGES, "stage") for name in arguments.names]:
+        study.folder(name)
 
 
 def _fresh(arguments: argparse.Namespace) -> None:
-    store.forget(Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root).run(arguments.name))
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for name in [known(name, STAGES, "stage") for name in arguments.names]:
+        store.forget(study.run(name))
 
 
 def _notebook(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ LINES: dict[str, dict[str, Any]] = {
     "exaggerated_refusal": dict(color="#009E73", linestyle=":", marker="^"),
     "twin_refusal": dict(color="#009E73", linestyle="--", marker="v"),
     "helpfulness": dict(color="#777777", linestyle="-", marker="D"),
-    "capability_caption-icon": dict(color="#AAAAAA", linestyle="-.", marker="x"),
 }
 
 # What a model is keeps its colour and marker in every picture.

@@ -61,14 +61,17 @@ def execute(path: Path, out: Path, given: Mapping[str, Any]) -> None:
 
 
 def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
-    """Copy the outputs of an executed notebook into the committed one, without papermill's traces, and stamp it."""
+    """Copy the outputs of an executed notebook into the committed one, without papermill's traces, and stamp it.
+
+    What went to stderr (progress, notes on older runs) was said to whoever ran it and is left out.
+    """
     done, source = nbformat.read(executed, as_version=4), nbformat.read(committed, as_version=4)
     ran = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ())]
     own = [c for c in source.cells if c.cell_type == "code"]
     if [c.source for c in ran] != [c.source for c in own]:
         raise ValueError(f"{executed.name} was executed from other code than {committed.name} has now; run it again")
     for number, (cell, result) in enumerate(zip(own, ran, strict=True), 1):
-        cell.outputs, cell.execution_count = result.outputs, number
+        cell.outputs, cell.execution_count = [out for out in result.outputs if out.get("name") != "stderr"], number
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = number

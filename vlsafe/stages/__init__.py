@@ -16,8 +16,8 @@ from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, ite
 from vlsafe.stages.tuning import tried
 
 __all__ = [
-    "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "planned",
-    "tables", "tried",
+    "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "jobs",
+    "planned", "tables", "tried",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
@@ -65,7 +65,7 @@ for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
         adaptation.instruct_of(_name),
         ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
-        partial(adaptation.recipe_params, name=_name), "30 s",
+        partial(adaptation.recipe_params, name=_name), "55 s", version=2 if _recipe.method == "lora" else 1,
     )  # fmt: skip
     STAGES[f"examination/instruct.{_name}"] = Stage(
         adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, "30 s"
@@ -107,3 +107,16 @@ def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
     wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
     return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety."))]
+
+
+def jobs(grid: str = "default") -> list[tuple[str, ...]]:
+    """The stages of a grid in groups that one process makes in a row: a model with its examination, what is asked of a parent.
+
+    A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
+    """
+    wanted = planned(grid)
+    groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
+    groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
+    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in wanted]
+    grouped = {name for group in groups for name in group}
+    return groups + [(name,) for name in wanted if name not in grouped]

@@ -62,8 +62,11 @@ def _train(
     band: tuple[int, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the model in the folder `start` and leave every milestone, the last included, as a model folder."""
+    import torch
+
     from vlsafe import models, train, trainable
 
+    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
     model, processor = trainable.choose(models.load(start), method, study.scale.lora, band), models.load_processor(start)
     data = train.chat_dataset(rows, with_images=True)
     losses = train.sft(model, processor, data, fit, work, study.seed, milestones, Bar(name, fit.steps))
