@@ -115,7 +115,7 @@ def _arguments(fit: Fit, folder: Path, seed: int, columns: Sequence[str]) -> SFT
         warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay, max_length=fit.max_length,
         assistant_only_loss="messages" in columns, seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu,
         gradient_checkpointing=gpu, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=gpu,
+        dataloader_pin_memory=gpu, use_cache=True,
     )  # fmt: skip
 
 
