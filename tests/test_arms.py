@@ -56,24 +56,25 @@ def test_a_curve_is_read_where_it_first_reaches_a_level():
 
 
 def test_equal_helpfulness_by_hand():
-    """The slow arm gets to 4 of 10 at best; the main one passes 4 half-way from (2: asr 3) to (6: asr 7): 5 of 10."""
-    raw = study(filtered_full=[(2, 3, 2), (3, 9, 9), (4, 7, 6), (8, 9, 8)], slow=[(2, 1, 3), (4, 1, 4), (8, 3, 4)])
+    """The slow arm gets to 5 of 10 at best; the main one passes 5 at three quarters from (2: asr 3) to (6: asr 7): 6 of 10."""
+    raw = study(filtered_full=[(2, 3, 2), (3, 9, 9), (4, 7, 6), (8, 9, 7)], slow=[(2, 1, 3), (4, 1, 5), (8, 3, 5)])
     found = at_level(raw)
-    assert found["level"].tolist() == pytest.approx([0.4, 0.4]) and found["n"].tolist() == [10, 10]
-    assert found["value"].to_dict() == pytest.approx({"filtered-full": 0.5, "slow": 0.1})  # step 3 is not shared: left out
-    assert found["step"].to_dict() == pytest.approx({"filtered-full": 3, "slow": 4})
-    assert found["difference"]["slow"] == pytest.approx(-0.4) and np.isnan(found["difference"]["filtered-full"])
+    assert found["level"].tolist() == pytest.approx([0.5, 0.5]) and found["n"].tolist() == [10, 10]
+    assert found["value"].to_dict() == pytest.approx({"filtered-full": 0.6, "slow": 0.1})  # step 3 is not shared: left out
+    assert found["step"].to_dict() == pytest.approx({"filtered-full": 3.5, "slow": 4})
+    assert found["difference"]["slow"] == pytest.approx(-0.5) and np.isnan(found["difference"]["filtered-full"])
     assert set(found["reached"]) == {"between"}
 
 
-def test_arms_that_begin_at_the_level_are_marked():
-    """`low` never gets beyond 2 of 10, what stage 1 has; without it `quick` passes the level before its first checkpoint."""
+def test_arms_that_learn_too_little_or_begin_at_the_level_are_marked():
+    """`low` gains nothing over stage 1 (2 of 10) and is left out; `quick` passes the level before its first checkpoint."""
     curves = dict(filtered_full=[(2, 3, 3), (8, 9, 5)], quick=[(2, 6, 7), (8, 9, 8)])
-    found = at_level(study(**curves, low=[(2, 8, 1), (8, 9, 2)]))
-    assert set(found["reached"]) == {"start"} and found["value"].tolist() == pytest.approx([0.1] * 3)
-    found = at_level(study(**curves))
-    assert found["reached"].to_dict() == {"filtered-full": "between", "quick": "before the first"}
-    assert found.loc["quick", "value"] == pytest.approx(0.1 + 3 / 5 * 0.5)  # from 2 (asr 1) to 7 (asr 6) the level 5 is 3/5
+    alone, beside = at_level(study(**curves)), at_level(study(**curves, low=[(2, 8, 1), (8, 9, 2)]))
+    assert alone["reached"].to_dict() == {"filtered-full": "between", "quick": "before the first"}
+    assert beside["reached"].to_dict() == alone["reached"].to_dict() | {"low": "never"} and np.isnan(beside.loc["low", "value"])
+    assert alone.loc["quick", "value"] == pytest.approx(0.1 + 3 / 5 * 0.5)  # from 2 (asr 1) to 7 (asr 6) the level 5 is 3/5
+    found = at_level(study(filtered_full=[(2, 3, 1), (8, 9, 2)], quick=[(2, 6, 7), (8, 9, 8)]))
+    assert set(found["reached"]) == {"start"} and found["value"].tolist() == pytest.approx([0.1] * 2)
 
 
 def test_a_bootstrap_redraws_items_once_for_all_points():

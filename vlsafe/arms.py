@@ -48,8 +48,9 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
 
     Along the checkpoints that all recipes share, from the end of stage 1 (step 0 of every recipe) to the last step, on
     the panel's items; between two of them linearly. `reached` says where: "between" two checkpoints, "before the first"
-    one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated. As with any bootstrap,
-    an interval has no width where all clusters agree at all points, as at no success or nothing but successes.
+    one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated. A recipe that gains less
+    than half of what the main one gains over stage 1 has no say in the level and no value at it: "never". As with any
+    bootstrap, an interval has no width where all clusters agree at all points, as at no success or nothing but successes.
 
     Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes; the level is found anew in each
     """
@@ -110,14 +111,20 @@ def _levelled(found: dict[str, Draws], recipes: Sequence[str]) -> list[dict[str,
     points = sorted(found["helpfulness"])
     curves = {recipe: [START, *(p for p in points if p[0] == recipe)] for recipe in recipes}
     heights = {recipe: np.stack([found["helpfulness"][p] for p in curve], 1) for recipe, curve in curves.items()}
-    level = np.min([height[:, 1:].max(1) for height in heights.values()], axis=0)
+    gains = {recipe: height[0, 1:].max() - height[0, 0] for recipe, height in heights.items()}
+    enough = [recipe for recipe, gain in gains.items() if gain >= gains.get(MAIN, max(gains.values())) / 2]
+    level = np.min([heights[recipe][:, 1:].max(1) for recipe in enough], axis=0)
     lines = []
     for measure in LEVELLED:
         at = {
             recipe: stats.at_level(heights[recipe], np.stack([found[measure][p] for p in curve], 1), level)
             for recipe, curve in curves.items()
+            if recipe in enough
         }
         for recipe, curve in curves.items():
+            if recipe not in enough:
+                lines.append({"recipe": recipe, "measure": measure, "reached": "never"})
+                continue
             height, steps = heights[recipe][:1], np.array([[float(step) for _, step in curve]])
             place = int((height >= level[0]).argmax())
             line = {"recipe": recipe, "measure": measure, "level": level[0], "step": stats.at_level(height, steps, level[:1])[0]}

@@ -51,7 +51,8 @@ def generate(
     for batch in _batches(items, batch_size):
         chosen = [items[i] for i in batch]
         inputs = prompt_batch(processor, [item.turns for item in chosen], [item.images for item in chosen])
-        made = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+        # said aloud, because trainers write use_cache=False into the configs of their checkpoints
+        made = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
         for i, tokens in zip(batch, made[:, inputs["input_ids"].shape[1] :], strict=True):
             ended = bool((tokens == stop).any())
             texts[i] = (tokenizer.decode(tokens, skip_special_tokens=True).strip(), not ended)

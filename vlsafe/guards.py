@@ -175,7 +175,7 @@ class LanguageModelGuard:
         texts = [self.tokenizer.bos_token + guard_prompt(turns) for turns in conversations]
         inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         options = dict(max_new_tokens=self.max_new_tokens, output_scores=True, return_dict_in_generate=True)
-        made = self.model.generate(**inputs, do_sample=False, **options)
+        made = self.model.generate(**inputs, do_sample=False, use_cache=True, **options)
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
         scores = relative(made.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
         answers = self.tokenizer.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -197,7 +197,7 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
             gradient_accumulation_steps=fit.micro_batches, remove_unused_columns=False, learning_rate=fit.learning_rate,
             lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
             seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
-            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, **own,
+            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
         )  # fmt: skip
 
 
