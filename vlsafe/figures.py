@@ -232,7 +232,8 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
             axis.set_xlabel("score; dashed: threshold")
             axis.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(0.08, 1.0))
         axes[0].set_ylabel("percent of rows")
-        said = f"The text guard finds {found['text']:.0f} % of the harmful texts, the image guard {found['image']:.0f} % of the pictures"
+        said = f"The text guard finds {found['text']:.0f} % of the harmful texts, "
+        said += f"the image guard {found['image']:.0f} % of the pictures"
         figure.suptitle(said, x=0.01, ha="left", fontsize=9, fontweight="bold")
         world = "miniature: a synthetic world" if scale == "mini" else f"scale {scale}"
         seeds = ", ".join(map(str, sorted(audit["seed"].unique())))
