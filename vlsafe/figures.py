@@ -222,8 +222,10 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
             "text": ("text guard: score", audit["category"].notna() & (audit["category"] != "graphic")),
             "image": ("image guard: score", audit["category"] == "graphic"),
         }
+        found = {}
         for axis, (guard, (title, truth)) in zip(axes, truths.items(), strict=True):
             scores = audit[f"{guard}_score"]
+            found[guard] = 100 * (scores[truth & scores.notna()] > 0.5).mean()
             for value, name, colour in ((False, "harmless", "#0072B2"), (True, "harmful", "#D55E00")):
                 of = scores[(truth == value) & scores.notna()]
                 bins = np.linspace(0, 1, 26)
@@ -232,9 +234,11 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
             axis.set_title(title, loc="left", fontsize=7)
             axis.set_xlabel("score; dashed: threshold")
-            axis.legend(frameon=False, fontsize=6)
+            axis.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(0.08, 1.0))
         axes[0].set_ylabel("percent of rows")
-        figure.suptitle("What the guards can tell apart", x=0.01, ha="left", fontsize=9, fontweight="bold")
+        said = f"The text guard finds {found['text']:.0f} % of the harmful texts, "
+        said += f"the image guard {found['image']:.0f} % of the pictures"
+        figure.suptitle(said, x=0.01, ha="left", fontsize=9, fontweight="bold")
         world = "miniature: a synthetic world" if scale == "mini" else f"scale {scale}"
         seeds = ", ".join(map(str, sorted(audit["seed"].unique())))
         figure.text(0.01, 0.005, f"{world}; seeds {seeds}; all screened rows", fontsize=6, color="#555555")
