@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlsafe.notebooks import NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import STAGES, Study, jobs, tables
+from vlsafe.stages import STAGES, Study, jobs, planned, tables
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
