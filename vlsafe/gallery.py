@@ -24,16 +24,35 @@ def make(
 
     `tried` are the validation lines of all tuned checkpoints, with backbone, seed, stage and recipe.
     """
-    labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
-    dynamics, compared, confounds = tables.dynamics(raw), arms.arms(raw), arms.confounds(raw)
-    n = compared.groupby("measure")["n"].max()
-    sizes = ", ".join(f"{labels[name]} {int(n[name])}" for name in n.index)
-    asked = confounds.groupby("measure")["n"].max()
     tuned = tradeoff.methods(raw, tried)
+    written = _adaptation_tables(raw, audit) | _tuning_tables(tuned, tried)
+    for name, (frame, title, *more) in written.items():
+        shown, told = more or (None, "")
+        tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
+    figures.write(figures.guard_scores(audit, scale), tables.score_counts(audit), folder, "F01_guard_scores")
+    labels, dynamics = {name: spec["label"] for name, spec in tables.MEASURES.items()}, tables.dynamics(raw)
+    figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
+    categories = tables.by_category(raw)
+    figures.write(figures.by_category(categories, scale), categories, folder, "F03_categories")
     plane, refused = tradeoff.plane(tuned), tradeoff.refusals(raw)
-    written = {
+    figures.write(fronts.plane(plane, scale), plane, folder, "F05_tradeoff")
+    figures.write(fronts.refusals(refused, scale), refused, folder, "F06_exaggerated_refusal")
+    (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
+    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories", "F05_tradeoff", "F06_exaggerated_refusal"]
+
+
+Written = dict[str, tuple[Any, ...]]
+"""Name of a table -> the frame, its title, and where it needs them the form for the eye and more of a caption."""
+
+
+def _adaptation_tables(raw: pd.DataFrame, audit: pd.DataFrame) -> Written:
+    labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
+    compared, confounds = arms.arms(raw), arms.confounds(raw)
+    n, asked = (lines.groupby("measure")["n"].max() for lines in (compared, confounds))
+    sizes = ", ".join(f"{labels[name]} {int(n[name])}" for name in n.index)
+    return {
         "T01_filtering_audit": (tables.filtering_audit(audit), "T01. What the guards dropped"),
         "T01_guard_quality": (
             tables.guard_quality(audit),
@@ -44,8 +63,8 @@ def make(
             compared,
             "T03. Data, method and rate of stage 2; in percent; Δ: paired difference from the main recipe",
             arms.sheet(compared),
-            f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the least helpful "
-            'recipe\'s best; reached "start": the end of stage 1 is as helpful, nothing is interpolated. '
+            f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the best of the least "
+            'helpful recipe that gains at least half of what the main one gains over stage 1 (others: reached "never"). '
             "Bootstrap intervals have no width where all items agree.",
         ),
         "T03_arms_over_seeds": (
@@ -58,6 +77,11 @@ def make(
             arms.compact(confounds, [*arms.UNIT, "stage", "recipe", "condition"]),
             f"n: {', '.join(f'{labels[name]} {int(size)}' for name, size in asked.items())} a condition; paired by deed.",
         ),
+    }
+
+
+def _tuning_tables(tuned: pd.DataFrame, tried: pd.DataFrame) -> Written:
+    return {
         "T05_safety_tuning": (
             tuned,
             "T05. Safety tuning; in percent; Δ: paired difference from the adapted model",
@@ -71,14 +95,3 @@ def make(
         ),
         "T05_checkpoints": (tried, "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
-    for name, (frame, title, *more) in written.items():
-        shown, told = more or (None, "")
-        tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
-    figures.write(figures.guard_scores(audit, scale), audit.drop(columns=["id"]), folder, "F01_guard_scores")
-    figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
-    categories = tables.by_category(raw)
-    figures.write(figures.by_category(categories, scale), categories, folder, "F03_categories")
-    figures.write(fronts.plane(plane, scale), plane, folder, "F05_tradeoff")
-    figures.write(fronts.refusals(refused, scale), refused, folder, "F06_exaggerated_refusal")
-    (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
-    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories", "F05_tradeoff", "F06_exaggerated_refusal"]

@@ -162,19 +162,34 @@ def filtering_audit(audit: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def score_counts(audit: pd.DataFrame, bins: int = 25) -> pd.DataFrame:
+    """F01's numbers: rows per seed × guard × truth × bin of the guard's score; rows that it did not see are left out."""
+    edges, lines = np.linspace(0, 1, bins + 1), []
+    for guard, truth in guard_truths(audit).items():
+        if guard == "either":
+            continue
+        seen = audit[f"{guard}_score"].notna()
+        for (seed, harmful), scores in audit[seen].groupby(["seed", truth[seen]])[f"{guard}_score"]:
+            counts = np.histogram(scores, edges)[0]
+            told = dict(seed=seed, guard=guard, harmful=bool(harmful))
+            lines += [told | dict(low=low, rows=int(n)) for low, n in zip(edges, counts, strict=False) if n]
+    return pd.DataFrame(lines)
+
+
+def guard_truths(audit: pd.DataFrame) -> dict[str, pd.Series]:
+    """Which rows each guard is there to find: harmful texts, graphic pictures, either."""
+    graphic = audit["category"] == "graphic"
+    return {"text": audit["category"].notna() & ~graphic, "image": graphic, "either": audit["category"].notna()}
+
+
 def guard_quality(audit: pd.DataFrame) -> pd.DataFrame:
     """Precision and recall of each guard against the miniature's truth, with intervals; rows are the sample.
 
     Rows that intake skipped were seen by no guard and are left out.
     """
     lines, audit = [], audit[~audit["skipped"].astype(bool)]
-    truths = {
-        "text": audit["category"].notna() & (audit["category"] != "graphic"),
-        "image": audit["category"] == "graphic",
-        "either": audit["category"].notna(),
-    }
     for seed in sorted(audit["seed"].unique()):
-        for guard, truth in truths.items():
+        for guard, truth in guard_truths(audit).items():
             of = (audit["seed"] == seed) & (audit["has_picture"] if guard == "image" else True)
             reasons = audit.loc[of, "reasons"].str.split(",")
             flagged = reasons.map(lambda r, g=guard: bool({"text", "image"} & set(r)) if g == "either" else g in r)

@@ -76,6 +76,7 @@ def _train(
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:
+    """Stage 1: graft the tower onto the parent, then train the projector alone on captions; step 0 is the random graft."""
     from vlsafe import models
 
     tower, _ = load_tower(study)

@@ -12,6 +12,7 @@ from vlsafe.stages.study import Bar, Study, drop, processor_of, tokenizer_of, wo
 
 
 def make_world(study: Study, work: Path) -> dict[str, Any]:
+    """Draw the pictures, write every corpus and every benchmark item of the world."""
     from vlsafe import evaluate
     from vlsafe.miniature import corpora
 
@@ -38,6 +39,7 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
 
 
 def make_tower(study: Study, work: Path) -> dict[str, Any]:
+    """Train a CLIP on the pictures and their captions, and measure its zero-shot accuracy on held-out renderings."""
     from vlsafe import models, towers
     from vlsafe.miniature.language import OBJECTS
     from vlsafe.miniature.pictures import Scene, caption, short_captions
@@ -74,6 +76,7 @@ def _zero_shot(study: Study, model: Any, processor: Any) -> dict[str, float]:
 
 
 def make_base(study: Study, work: Path) -> dict[str, Any]:
+    """Pre-train the language model on texts of the world, harmful how-tos included."""
     from vlsafe import models, train
     from vlsafe.miniature import corpora
 
@@ -91,6 +94,7 @@ def make_base(study: Study, work: Path) -> dict[str, Any]:
 
 
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
+    """Align the base model by the backbone's chats."""
     from vlsafe import models, train
     from vlsafe.miniature import corpora
 

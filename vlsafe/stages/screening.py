@@ -19,6 +19,7 @@ def text_guard_params(study: Study) -> Any:
 
 
 def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
+    """Train a guard that reads, from the base model, and set its threshold on held-out labelled rows."""
     from vlsafe import guards, models, train
 
     world, fit, tokenizer = world_of(study), study.scale.guard, tokenizer_of(study)
@@ -50,6 +51,7 @@ def _labelled_rows(study: Study) -> list[Example]:
 
 
 def make_image_guard(study: Study, work: Path) -> dict[str, Any]:
+    """Fit a guard that looks, on features of the tower, and set its threshold on held-out pictures."""
     from vlsafe import guards
     from vlsafe.miniature.corpora import paint
 
@@ -93,6 +95,7 @@ def screen(rows: Sequence[Example], defects: Sequence[str | None], text: Any, im
 
 
 def make_screen(study: Study, work: Path) -> dict[str, Any]:
+    """Skip unsound rows, put the guards to the rest, write what passes and an audit line for every row."""
     from vlsafe import guards, mix
 
     tower, processor = load_tower(study)
