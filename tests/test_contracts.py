@@ -71,7 +71,7 @@ def test_the_package_stays_thin():
     counted = [
         len(path.read_text(encoding="utf-8").splitlines()) for room, path in rooms() if room not in ("sources", "benchmarks")
     ]
-    assert sum(counted) < 6500
+    assert sum(counted) < 9500
     assert not {name: n for name, n in lines.items() if n > 480}
 
 

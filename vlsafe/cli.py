@@ -150,25 +150,15 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _gallery(arguments: argparse.Namespace) -> None:
-    import pandas as pd
-
     from vlsafe import gallery
+    from vlsafe.stages.results import results
 
     studies = _studies(arguments)
-    raw = [study.folder(name) for study in studies for name in stages.tables(arguments.grid)]
-    tried = pd.DataFrame([line for study in studies for line in stages.tried(study, arguments.grid)])
-    screens = {study.seed: study.folder("screen/filtered") for study in studies}
-    audit = gallery.load(list(screens.values()), "audit.parquet")
-    audit.insert(
-        0,
-        "seed",
-        [seed for seed, folder in screens.items() for _ in range(len(gallery.load([folder], "audit.parquet")))],
-    )
     runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
     provenance = []
     for run in runs.values():
         noted = store.read_manifest(run)
         provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
     out = arguments.out or Path("figures") / studies[0].scale.name
-    for name in gallery.make(gallery.load(raw, "raw.parquet"), audit, tried, studies[0].scale.name, out, provenance):
+    for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vlsafe import arms, figures, fronts, tables, tradeoff
 
@@ -17,42 +18,46 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(folder / file) for folder in folders], ignore_index=True)
 
 
-def make(
-    raw: pd.DataFrame, audit: pd.DataFrame, tried: pd.DataFrame, scale: str, folder: Path, provenance: Sequence[dict[str, Any]]
-) -> list[str]:
-    """T01 to T05, F01 to F06 with their CSV twins, and one provenance file that says which runs they are made of.
+def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
+    """Every table and figure with its CSV twin, and one provenance file that says which runs they are made of.
 
-    `tried` are the validation lines of all tuned checkpoints, with backbone, seed, stage and recipe.
+    `found` are the results of `stages.results` by name.
     """
+    raw = found["raw"]
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
-    tuned = tradeoff.methods(raw, tried)
-    written = _adaptation_tables(raw, audit) | _tuning_tables(tuned, tried)
-    for name, (frame, title, *more) in written.items():
-        shown, told = more or (None, "")
-        tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
-    figures.write(figures.guard_scores(audit, scale), tables.score_counts(audit), folder, "F01_guard_scores")
-    labels, dynamics = {name: spec["label"] for name, spec in tables.MEASURES.items()}, tables.dynamics(raw)
-    figures.write(figures.dynamics(dynamics, labels, scale), dynamics, folder, "F02_dynamics")
-    categories = tables.by_category(raw)
-    figures.write(figures.by_category(categories, scale), categories, folder, "F03_categories")
-    plane, refused = tradeoff.plane(tuned), tradeoff.refusals(raw)
-    figures.write(fronts.plane(plane, scale), plane, folder, "F05_tradeoff")
-    figures.write(fronts.refusals(refused, scale), refused, folder, "F06_exaggerated_refusal")
+    written: list[str] = []
+    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale)):
+        for name, (frame, title, *more) in sheets.items():
+            shown, told = more or (None, "")
+            tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
+        for name, (figure, frame) in pictures.items():
+            figures.write(figure, frame, folder, name)
+        written += [*sheets, *pictures]
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
-    return [*written, "F01_guard_scores", "F02_dynamics", "F03_categories", "F05_tradeoff", "F06_exaggerated_refusal"]
+    return written
 
 
 Written = dict[str, tuple[Any, ...]]
 """Name of a table -> the frame, its title, and where it needs them the form for the eye and more of a caption."""
+Drawn = dict[str, tuple[Figure, pd.DataFrame]]
+"""Name of a figure -> the picture and what it draws."""
 
 
-def _adaptation_tables(raw: pd.DataFrame, audit: pd.DataFrame) -> Written:
+def _adaptation(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T01 to T04, F01 to F03."""
+    raw, audit = found["raw"], found["audit"]
     labels = {name: spec["label"] for name, spec in tables.MEASURES.items()}
     compared, confounds = arms.arms(raw), arms.confounds(raw)
     n, asked = (lines.groupby("measure")["n"].max() for lines in (compared, confounds))
     sizes = ", ".join(f"{labels[name]} {int(n[name])}" for name in n.index)
-    return {
+    dynamics, categories = tables.dynamics(raw), tables.by_category(raw)
+    drawn = {
+        "F01_guard_scores": (figures.guard_scores(audit, scale), tables.score_counts(audit)),
+        "F02_dynamics": (figures.dynamics(dynamics, labels, scale), dynamics),
+        "F03_categories": (figures.by_category(categories, scale), categories),
+    }
+    written: Written = {
         "T01_filtering_audit": (tables.filtering_audit(audit), "T01. What the guards dropped"),
         "T01_guard_quality": (
             tables.guard_quality(audit),
@@ -78,10 +83,18 @@ def _adaptation_tables(raw: pd.DataFrame, audit: pd.DataFrame) -> Written:
             f"n: {', '.join(f'{labels[name]} {int(size)}' for name, size in asked.items())} a condition; paired by deed.",
         ),
     }
+    return written, drawn
 
 
-def _tuning_tables(tuned: pd.DataFrame, tried: pd.DataFrame) -> Written:
-    return {
+def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T05, F05 and F06."""
+    tuned = tradeoff.methods(found["raw"], found["tried"])
+    plane, refused = tradeoff.plane(tuned), tradeoff.refusals(found["raw"])
+    drawn = {
+        "F05_tradeoff": (fronts.plane(plane, scale), plane),
+        "F06_exaggerated_refusal": (fronts.refusals(refused, scale), refused),
+    }
+    written: Written = {
         "T05_safety_tuning": (
             tuned,
             "T05. Safety tuning; in percent; Δ: paired difference from the adapted model",
@@ -93,5 +106,6 @@ def _tuning_tables(tuned: pd.DataFrame, tried: pd.DataFrame) -> Written:
             tradeoff.transfer(tuned),
             "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions",
         ),
-        "T05_checkpoints": (tried, "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
+        "T05_checkpoints": (found["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
+    return written, drawn

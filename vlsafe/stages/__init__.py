@@ -77,7 +77,7 @@ for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE
 
 for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
-        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), "20 s"
+        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), "20 s", version=2
     )
     STAGES[f"examination/safety.{_name}"] = Stage(
         adaptation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), adaptation.exam_params, "10 s"

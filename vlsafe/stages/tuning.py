@@ -201,10 +201,24 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
         step = int(folder.name.split("-")[1]) if number else 0
         lines.append(
             {"step": step, "tokens": tokens[step - 1] if step else 0, **behaviour(asked, labels),
-             "preference_accuracy": sum(margin > 0 for margin in told) / len(told),
-             "reward_accuracy": sum(now > then for now, then in zip(told, before, strict=True)) / len(told)}
+             **_accuracies(asked, told, before)}
         )  # fmt: skip
     return lines
+
+
+def _accuracies(asked: Sequence[Item], told: Sequence[float], before: Sequence[float]) -> dict[str, float]:
+    """In how many pairs the chosen answer is likelier (preference), and likelier than it was at the start (reward): of all
+    pairs, and of each group.
+
+    Shapes:   told, before  [N]: log-odds of chosen over rejected in nats  ->  fractions in [0, 1]
+    """
+    found = {}
+    for group in (None, *dict.fromkeys(item.group for item in asked)):
+        of = [i for i, item in enumerate(asked) if group in (None, item.group)]
+        suffix = f"_{group}" if group else ""
+        found[f"preference_accuracy{suffix}"] = sum(told[i] > 0 for i in of) / len(of)
+        found[f"reward_accuracy{suffix}"] = sum(told[i] > before[i] for i in of) / len(of)
+    return found
 
 
 def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
