@@ -20,9 +20,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from vlsafe import store
 from vlsafe.models import in_memory_layout, load, save
 from vlsafe.scales import Fit, Preference, Rollout
-from vlsafe.schema import Example, Pair, Turn
+from vlsafe.schema import Example, Pair, Picture, Stored, Turn
 from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
@@ -39,9 +40,15 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
     features["length"] = Value("int64")
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
+        table["images"] = [[_cell(picture) for picture in row.images] for row in rows]
         features["images"] = List(Image(mode="RGB"))
     return Dataset.from_dict(table, features=Features(features))
+
+
+def _cell(picture: Picture) -> dict[str, Any]:
+    """A stored file is named and read when its row is; members of archives are read now."""
+    path = store.outside_path(picture.place) if isinstance(picture, Stored) and store.MEMBER not in picture.place else None
+    return {"bytes": None, "path": str(path)} if path else {"bytes": bytes(picture), "path": None}
 
 
 def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
@@ -65,7 +72,7 @@ def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
     table = {name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()}
     features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in pair.images] for pair in pairs]
+        table["images"] = [[_cell(picture) for picture in pair.images] for pair in pairs]
         features["images"] = List(Image(mode="RGB"))
     return Dataset.from_dict(table, features=Features(features))
 
