@@ -28,7 +28,7 @@ def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
     if place.folder is None:
         from datasets import load_dataset
 
-        yield from load_dataset(place.origin.repo, split=split, revision=place.origin.revision, streaming=True)
+        yield from load_dataset(place.origin.repo, split=split, revision=place.revision, streaming=True)
         return
     from vlsafe.store import outside_path
 

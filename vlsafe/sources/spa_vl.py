@@ -36,7 +36,7 @@ def _parquet(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
     from datasets import Image, load_dataset
 
     config, name = SPLITS[split]
-    found = load_dataset(place.origin.repo, config, split=name, revision=place.origin.revision, streaming=True)
+    found = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
     yield from found.cast_column("image", Image(decode=False))
 
 

@@ -163,7 +163,7 @@ def _train(
         data = train.pair_dataset(rows, with_images=pictured)
         history = train.dpo(model, models.load(start), processor, data, tuning.preference, fit, *how)
     else:
-        reward = guards.reward_by(guards.LanguageModelGuard.load(study.folder(GUARD)), rows)
+        reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
         spec = dataclasses.replace(tuning.rollout, fit=fit)
         history = train.grpo(model, reward, processor, train.prompt_dataset(rows), spec, *how)
     return history, {"band": located["band"], "band_located": located["located"]} if located else {}
@@ -272,10 +272,10 @@ def make_judging(study: Study, work: Path) -> dict[str, Any]:
 
     Its event is an unsafe conversation; where its assessment could not be read, the row is unjudged.
     """
-    from vlsafe.guards import LanguageModelGuard
+    from vlsafe.guards import opened
     from vlsafe.judges import UNJUDGED
 
-    guard, rows = LanguageModelGuard.load(study.folder(GUARD)), []
+    guard, rows = opened(study.folder(GUARD)), []
     asked = {item.id: item for item in items(study)}
     for name in JUDGED_RUNS:
         said = {(row["item"], row["model"]): row["text"] for row in study.rows(name, "responses.parquet")}
