@@ -87,7 +87,8 @@ ODD = [  # LLaVA-Instruct: what a row is, and what becomes of it (None: it can b
 def llava_instruct(root, plain=10):
     folder = root / "llava_instruct"
     extra = [
-        {"id": f"p{i}", "image": "gqa/images/1.jpg", "conversations": talk(f"<image>\nIs it mug {i}?", "Yes.")} for i in range(plain)
+        {"id": f"p{i}", "image": "gqa/images/1.jpg", "conversations": talk(f"<image>\nIs it mug {i}?", "Yes.")}
+        for i in range(plain)
     ]
     written(folder / "llava_v1_5_mix665k.json", [row for row, _ in ODD] + extra)
     written(folder / "gqa/images/1.jpg", picture((10, 90, 10)))

@@ -224,9 +224,11 @@ def guard_params(which: str) -> Callable[[Study], Any]:
     return params
 
 
-WORLD = Stage(make_corpora, (), corpora_params, "minutes", shared=True, seedless=True)
+WORLD = Stage(make_corpora, (), corpora_params, "minutes (not measured)", shared=True, seedless=True)
 TEXT_GUARD, IMAGE_GUARD = (
     Stage(pointed(which), (), guard_params(which), "a second", shared=True, seedless=True)
     for which in ("text_guard", "image_guard")
 )
-SCREEN = Stage(make_screen, ("guard/text", "guard/image"), screen_params, "days of one GPU", shared=True, seedless=True)
+SCREEN = Stage(
+    make_screen, ("guard/text", "guard/image"), screen_params, "days of one GPU (not measured)", shared=True, seedless=True
+)

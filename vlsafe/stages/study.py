@@ -70,7 +70,8 @@ class Study:
         if store.status(run) != "valid":
             for needed in stage.inputs:
                 self.folder(needed)
-            print(f"{name}: making it, {stage.cost} at mini on one core", file=sys.stderr, flush=True)
+            where = "" if self.scale.source == "load" else " at mini on one core"
+            print(f"{name}: making it, {stage.cost}{where}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
     def numbers(self, name: str) -> dict[str, Any]:
