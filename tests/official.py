@@ -76,10 +76,10 @@ ODD = [  # LLaVA-Instruct: what a row is, and what becomes of it (None: it can b
     ({"id": "late", "conversations": talk("Hello.", "Hello.")[1:] + talk("Yes.")}, "turns out of order"),
     ({"id": "strange", "conversations": [{"from": "narrator", "value": "Once."}]}, "not a LLaVA row (KeyError)"),
     ({"id": "none"}, "not a LLaVA row (KeyError)"),
-    ({"id": "dead", "image": "ocr_vqa/images/0001.jpg", "conversations": talk("<image>\nWho wrote it?", "Ann.")}, "picture missing"),
+    ({"id": "dead", "image": "ocr_vqa/images/0001.jpg", "conversations": talk("<image>\nWho?", "Ann.")}, "picture missing"),
     ({"id": "torn", "image": "textvqa/train_images/torn.jpg", "conversations": talk("<image>\nWhat?", "A.")}, "picture corrupt"),
     ({"id": "page", "image": "textvqa/train_images/page.jpg", "conversations": talk("<image>\nWhat?", "A.")}, "picture corrupt"),
-    ({"id": "bomb", "image": "textvqa/train_images/bomb.png", "conversations": talk("<image>\nWhat?", "A.")}, "picture too large"),
+    ({"id": "bomb", "image": "textvqa/train_images/big.png", "conversations": talk("<image>\nWhat?", "A.")}, "picture too large"),
     ({"id": "list", "image": ["a.jpg", "b.jpg"], "conversations": talk("<image>\nWhat?", "A.")}, "not a LLaVA row (TypeError)"),
 ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def llava_instruct(root, plain=10):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(torn, "JPEG")
     written(folder / "textvqa/train_images/torn.jpg", torn.getvalue()[:400])
     written(folder / "textvqa/train_images/page.jpg", b"<html>404 Not Found</html>")
-    written(folder / "textvqa/train_images/bomb.png", bomb())
+    written(folder / "textvqa/train_images/big.png", bomb())
     (folder / "vg").mkdir()
     with zipfile.ZipFile(folder / "vg/images2.zip", "w") as archive:
         archive.writestr("VG_100K_2/1.jpg", picture((10, 10, 90)))

@@ -116,9 +116,7 @@ def test_a_corpus_that_a_scale_does_without_is_not_looked_for(loaded, tmp_path):
 def test_too_many_missing_pictures_are_a_wrong_folder(loaded, tmp_path):
     scale = dataclasses.replace(loaded.scale, loaded=dataclasses.replace(loaded.scale.loaded, missing_share=0.05))
     study = dataclasses.replace(loaded, scale=scale, root=tmp_path)
-    with pytest.raises(
-        ValueError, match=r"instructions: 1 of \d+ pictures are missing, first: no picture .*0001.jpg; is this the"
-    ):
+    with pytest.raises(ValueError, match=r"instructions: 1 of \d+ pictures are missing, first: no picture .*0001.jpg"):
         study.folder("world/corpora")
 
 
@@ -160,7 +158,7 @@ def test_a_screen_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path, mon
     assert [line["id"] for line in lines] == [row.id for row in rows(95)]
     assert [line.get("reasons") for line in lines if line["id"] in ("r2", "r3")] == [None, "odd"]
     loading.append_lines(path, iter(rows(95)), lambda part: pytest.fail("it was finished"))
-    with pytest.raises(ValueError, match="lines.jsonl ends with 'r94' where the corpus has 'r95'; the corpus has changed"):
+    with pytest.raises(ValueError, match=r"lines.jsonl ends with 'r94' where the corpus has 'r95'; the corpus has changed"):
         loading.append_lines(path, iter(rows(96)[1:]), marked)
 
 

@@ -191,9 +191,7 @@ def test_a_json_list_is_read_the_same_in_pieces_of_any_size(data, monkeypatch):
 
 def test_a_wrong_or_missing_folder_says_what_to_do(data, monkeypatch):
     (data / "llava_pretrain").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"llava_pretrain below VLSAFE_DATA has no blip.*official layout.*vlsafe download"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"llava_pretrain below VLSAFE_DATA has no blip.*official layout.*vlsafe down"):
         read("captions")
     (data / "safe_rlhf").mkdir()
     with pytest.raises(FileNotFoundError, match=r"safe_rlhf below VLSAFE_DATA has none of data/\*/train.jsonl"):

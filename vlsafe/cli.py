@@ -173,12 +173,12 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    from vlsafe import plan
+    from vlsafe.plan import fetching, needs
 
     scale = load_scale(arguments.scale)
     for name in arguments.only:
-        known(name, [need.name for need in plan.needs(scale)], "thing from outside")
-    plan.download(scale, print, arguments.only, arguments.unpack)
+        known(name, [need.name for need in needs(scale)], "thing from outside")
+    fetching.download(scale, print, arguments.only, arguments.unpack)
 
 
 def _gallery(arguments: argparse.Namespace) -> None:

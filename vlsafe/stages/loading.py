@@ -230,5 +230,5 @@ TEXT_GUARD, IMAGE_GUARD = (
     for which in ("text_guard", "image_guard")
 )
 SCREEN = Stage(
-    make_screen, ("guard/text", "guard/image"), screen_params, "days of one GPU (not measured)", shared=True, seedless=True
+    make_screen, ("guard/text", "guard/image"), screen_params, "days of a GPU (not measured)", shared=True, seedless=True
 )
