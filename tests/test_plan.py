@@ -176,6 +176,8 @@ def test_download_then_doctor(hub, wanted, tmp_path):
     assert sums["liuhaotian/LLaVA-Instruct-150K"]["vg/images.zip"] == hashlib.sha256(hub.archives["vg.zip"]).hexdigest()
     assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.asked)  # safetensors are there
 
+    assert "lacks by hand: OCR-VQA's" in vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted)).stdout
+    official.written(data / "llava_instruct/ocr_vqa/images/1.jpg", official.picture())
     told = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
     state = {name: next(line for line in told.stdout.splitlines() if f" {name} " in line).split("  ")[0] for name in (
         "captions", "instructions", "safety", "image_guard", "parents.llama2-chat", "disk")}  # fmt: skip

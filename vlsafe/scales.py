@@ -192,7 +192,7 @@ class Origin:
     limit: int | None = None
     terms: str | None = None
     archives: tuple[tuple[str, str], ...] = ()  # (file below the corpus's folder, address)
-    by_hand: str | None = None
+    by_hand: tuple[str, str] | None = None  # (folder below the corpus's, what to do)
 
     def __post_init__(self) -> None:
         if self.kind not in ("dataset", "model"):
@@ -309,7 +309,7 @@ PAPER_LOADED = Loaded(
             ("vg/images.zip", "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip"),
             ("vg/images2.zip", "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip"),
         ),
-        by_hand="OCR-VQA's pictures, by its authors' own script, all as .jpg, into ocr_vqa/images",
+        by_hand=("ocr_vqa", "OCR-VQA's pictures, by its authors' own script, all as .jpg, into ocr_vqa/images"),
     ),
     safety=Origin(  # section on safety tuning; Zong et al. 2024
         "ys-zong/VLGuard", files=("train.json", "test.json", "train.zip", "test.zip"), gigabytes=0.45, rows=2000,

@@ -73,6 +73,8 @@ def state(need: Need, deep: bool = False) -> Line:
     found = _files(need)
     lacking = [pattern for pattern in _patterns(origin) if not any(fnmatch(name, pattern) for name in found)]
     lacking += [] if need.folder is None else _lacking_archives(need, found)
+    if origin.by_hand and not any(name.startswith(f"{origin.by_hand[0]}/") for name in found):
+        lacking.append(f"by hand: {origin.by_hand[1]}")
     if need.folder is None and any(fnmatch(name, "*.index.json") for name in found):
         lacking += _lacking_shards(found)
     if lacking or not found:
@@ -84,7 +86,7 @@ def state(need: Need, deep: bool = False) -> Line:
         return Line(need.name, "too small", f"{weight:.2f} of {origin.gigabytes:g} GB")
     if deep and (changed := _changed(need, found)):
         return Line(need.name, "too small", f"not as downloaded: {', '.join(changed[:4])}")
-    return Line(need.name, "present", f"{weight:.2f} GB, {origin.by_hand}" if origin.by_hand else f"{weight:.2f} GB")
+    return Line(need.name, "present", f"{weight:.2f} GB")
 
 
 def _patterns(origin: Origin) -> Sequence[str]:

@@ -50,7 +50,7 @@ def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = Fa
         except (OSError, ValueError, HfHubHTTPError) as error:
             failed.append(f"{need.name}: {str(error).splitlines()[0]}")
         if need.origin.by_hand:
-            say(f"{need.name}: by hand: {need.origin.by_hand}")
+            say(f"{need.name}: by hand: {need.origin.by_hand[1]}")
     for need in wanted if unpack else ():
         _unpack(need, say)
     if failed:
