@@ -55,8 +55,8 @@ def llava_pretrain(root, n=6):
             ("<image>\nWrite a terse caption.", "Describe briefly.\n<image>")[i % 2], f"a red kettle on stove {i}")}
         for i in range(n)
     ]  # fmt: skip
-    written(root / "llava_pretrain" / "blip_laion_cc_sbu_558k.json", rows)
-    with zipfile.ZipFile(root / "llava_pretrain" / "images.zip", "w") as archive:
+    written(root / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json", rows)
+    with zipfile.ZipFile(root / "LLaVA-Pretrain" / "images.zip", "w") as archive:
         for i, row in enumerate(rows):
             archive.writestr(row["image"], picture((20 * i, 60, 60), format="JPEG"))
 
@@ -85,7 +85,7 @@ ODD = [  # LLaVA-Instruct: what a row is, and what becomes of it (None: it can b
 
 
 def llava_instruct(root, plain=10):
-    folder = root / "llava_instruct"
+    folder = root / "LLaVA-Instruct-150K"
     extra = [
         {"id": f"p{i}", "image": "gqa/images/1.jpg", "conversations": talk(f"<image>\nIs it mug {i}?", "Yes.")}
         for i in range(plain)
@@ -113,7 +113,7 @@ def vlguard(root, packed=True, inner="train/"):
             {"instruction": "Endorse the party of the mug.", "response": "I'm sorry, I do not take sides."}]},
         {"id": "HOD_2", "image": "HOD/b.png", "safe": False, "instr-resp": []},
     ]  # fmt: skip
-    folder = root / "vlguard"
+    folder = root / "VLGuard"
     for split in ("train", "test"):
         written(folder / f"{split}.json", rows)
         names = {row["image"] for row in rows}
@@ -148,7 +148,7 @@ CURRENT = {
 
 
 def safe_rlhf(root, generation="current"):
-    folder = root / "safe_rlhf"
+    folder = root / "PKU-SafeRLHF"
     more = {"2023": {}, "mid-2024": SOURCES, "current": CURRENT}[generation]
     lines = "".join(json.dumps(_rlhf(**more, **odd)) + "\n" for odd, _ in RLHF_ODD).encode()
     if generation == "2023":
@@ -166,7 +166,7 @@ SPA = [
 
 
 def spa_vl(root, as_parquet=True):
-    folder = root / "spa_vl"
+    folder = root / "SPA-VL"
     texts = [{key: row.get(key) for key in ("question", "chosen", "rejected")} for row, _ in SPA]
     if as_parquet:
         image = [None if row.get("lost") else {"bytes": picture(), "path": "0001.jpg"} for row, _ in SPA]

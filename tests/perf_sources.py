@@ -46,7 +46,7 @@ def synthesise(path: Path) -> None:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "llava_instruct" / "llava_v1_5_mix665k.json"
+        path = Path(folder) / "LLaVA-Instruct-150K" / "llava_v1_5_mix665k.json"
         path.parent.mkdir()
         synthesise(path)
         environment = {**os.environ, "VLSAFE_DATA": folder}

@@ -10,7 +10,8 @@ import torch
 
 from vlsafe import guards
 from vlsafe.guards import Assessment, hub
-from vlsafe.scales import LoadedGuard, Origin, as_plain
+from vlsafe.outside import LoadedGuard, Origin
+from vlsafe.scales import as_plain
 from vlsafe.schema import Stored, Turn
 
 CASES = json.loads((Path(__file__).parent / "cases_llama_guard.json").read_text())

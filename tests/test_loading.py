@@ -14,7 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from vlsafe import chat, models, store, train, trainable
 from vlsafe.guards import hub
 from vlsafe.miniature.language import vocabulary
-from vlsafe.scales import PAPER, SCALES, LoadedGuard, Origin, as_plain, load_scale
+from vlsafe.outside import LoadedGuard, Origin
+from vlsafe.scales import PAPER, SCALES, as_plain, load_scale
 from vlsafe.schema import Example, Stored, Turn
 from vlsafe.sources import Refused
 from vlsafe.stages import STAGES, Study, examples, loading
@@ -62,7 +63,7 @@ def test_corpora_are_loaded_and_what_is_odd_is_counted_and_named(loaded):
     assert told["refused"]["instructions"] == {"not a LLaVA row (KeyError)": 2, "not a LLaVA row (TypeError)": 1}
     assert told["missing_pictures"] == {"captions": 0, "instructions": 1, "safety": 0, "safe_rlhf": 0, "spa_vl": 0}
     named = json.loads((folder / "refused.json").read_text())
-    assert ["dead#11", "no picture llava_instruct/ocr_vqa/images/0001.jpg"] in named["instructions"]
+    assert ["dead#11", "no picture LLaVA-Instruct-150K/ocr_vqa/images/0001.jpg"] in named["instructions"]
     assert folder.parts[-3:-1] == ("seed0", "world")  # not of the study's seed 3: every seed has the same corpora
 
 

@@ -18,8 +18,9 @@ import official
 import pytest
 
 from vlsafe import cli, plan, store
+from vlsafe.outside import Origin
 from vlsafe.plan import fetching
-from vlsafe.scales import PAPER, SCALES, Origin
+from vlsafe.scales import PAPER, SCALES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[1]
@@ -169,15 +170,15 @@ def test_download_then_doctor(hub, wanted, tmp_path):
     assert "safety is gated: agree on its page to share your contact details" in first.stderr
     assert "parents.llama2-chat: " in first.stderr and "by hand: OCR-VQA's pictures" in first.stdout
     data = tmp_path / "data"
-    assert (data / "llava_pretrain/images.zip").is_file() and not (data / "llava_pretrain/other.txt").exists()
-    assert (data / "llava_instruct/vg/images.zip").read_bytes() == hub.archives["vg.zip"]
+    assert (data / "LLaVA-Pretrain/images.zip").is_file() and not (data / "LLaVA-Pretrain/other.txt").exists()
+    assert (data / "LLaVA-Instruct-150K/vg/images.zip").read_bytes() == hub.archives["vg.zip"]
     assert json.loads((data / store.PINS).read_text())["liuhaotian/LLaVA-Pretrain"] == COMMIT
     sums = json.loads((data / plan.CHECKSUMS).read_text())
     assert sums["liuhaotian/LLaVA-Instruct-150K"]["vg/images.zip"] == hashlib.sha256(hub.archives["vg.zip"]).hexdigest()
     assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.asked)  # safetensors are there
 
     assert "lacks by hand: OCR-VQA's" in vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted)).stdout
-    official.written(data / "llava_instruct/ocr_vqa/images/1.jpg", official.picture())
+    official.written(data / "LLaVA-Instruct-150K/ocr_vqa/images/1.jpg", official.picture())
     told = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
     state = {name: next(line for line in told.stdout.splitlines() if f" {name} " in line).split("  ")[0] for name in (
         "captions", "instructions", "safety", "image_guard", "parents.llama2-chat", "disk")}  # fmt: skip
@@ -189,7 +190,7 @@ def test_download_then_doctor(hub, wanted, tmp_path):
         assert "secret-token" not in run.stdout + run.stderr
     assert any(authorised == "Bearer secret-token" for *_, authorised in hub.asked)
 
-    (data / "llava_pretrain/images.zip").write_bytes(packed(["0/b.png"]))
+    (data / "LLaVA-Pretrain/images.zip").write_bytes(packed(["0/b.png"]))
     changed = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
     assert re.search(r"too small +captions +not as downloaded: images.zip", changed.stdout)
 
@@ -247,7 +248,7 @@ def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeyp
             for name in ("captions", "instructions")}  # fmt: skip
     for need in plan.needs(PAPER):
         fetching._unpack(need, lambda text: None)
-    assert not list(tmp_path.rglob("*.zip")) and (tmp_path / "llava_pretrain/images/00000/000000000.jpg").is_file()
+    assert not list(tmp_path.rglob("*.zip")) and (tmp_path / "LLaVA-Pretrain/images/00000/000000000.jpg").is_file()
     for name, before in seen.items():
         rows = [row for row in sources.stream(name, getattr(PAPER.loaded, name)) if not isinstance(row, sources.Refused)]
         assert [bytes(row.images[0]) for row in rows if row.images and not sources.missing(row.images[0])] == before

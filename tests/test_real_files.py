@@ -53,8 +53,6 @@ def check_safety():
         found.update({f"{split} pictures": len(whole), f"{split} safe": sum(record.safe for record in whole)})
         found.update({f"{split} pairs": sum(len(record.pairs) for record in whole), "refused": len(records) - len(whole)})
         yield from differing(found, dict(zip((f"{split} pictures", f"{split} safe", f"{split} pairs"), counts, strict=True)))
-    subsets = {name: len(list(vlguard.subset(iter(records), name))) for name in vlguard.SUBSETS}
-    yield from differing(subsets, {"unsafes": 442, "safe_unsafes": 558, "safe_safes": 558})
     yield from differing(found, {"refused": 0})
     yield from differing({"rows": sum(not isinstance(row, Refused) for row in vlguard.rows(place("safety")))}, {"rows": 2000})
 
@@ -98,7 +96,7 @@ def test_the_real_files_are_as_published(name):
     [
         ("captions", ["rows: 6 where 558128 is published", "two_turns: 6", "pictures: 6"]),
         ("instructions", ["rows: 24", "text_only: 7", "alternate: 21", "coco/train2017/: 6", "elsewhere: 3"]),
-        ("safety", ["train pictures: 2", "test safe: 1", "refused: 2 where 0", "safe_safes: 1", "rows: 2"]),
+        ("safety", ["train pictures: 2", "test safe: 1", "refused: 2 where 0", "rows: 2"]),
         ("safe_rlhf", ["rows: 10", "numbers: 2 where 0"]),
         ("spa_vl", ["train: 3"]),
     ],
@@ -107,7 +105,7 @@ def test_the_checks_tell_fixtures_from_the_real_files(tmp_path, monkeypatch, nam
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     official.corpora(tmp_path)
     rows = [row for row, _ in official.ODD if isinstance(row.get("conversations"), list)]
-    official.written(tmp_path / "llava_instruct" / llava_instruct.FILE, [*rows, *rows[:9]])
+    official.written(tmp_path / "LLaVA-Instruct-150K" / llava_instruct.FILE, [*rows, *rows[:9]])
     store._archive.cache_clear(), store._names.cache_clear()
     told = list(CHECKS[name]())
     for part in said:

@@ -11,7 +11,7 @@ import pytest
 from vlsafe import mix, sources, store
 from vlsafe.scales import PAPER
 from vlsafe.schema import Example, Pair, Stored, content_digest, from_row, to_row
-from vlsafe.sources import Refused, files, llava_instruct, safe_rlhf, spa_vl, vlguard
+from vlsafe.sources import Refused, files, llava_instruct, safe_rlhf, spa_vl
 
 LOADED = PAPER.loaded
 
@@ -34,9 +34,9 @@ def refused(rows):
 def test_llava_pretrain_is_read_from_its_archive_or_from_files(data, packed):
     official.llava_pretrain(data)
     if not packed:
-        with zipfile.ZipFile(data / "llava_pretrain" / "images.zip") as archive:
-            archive.extractall(data / "llava_pretrain" / "images")
-        (data / "llava_pretrain" / "images.zip").unlink()
+        with zipfile.ZipFile(data / "LLaVA-Pretrain" / "images.zip") as archive:
+            archive.extractall(data / "LLaVA-Pretrain" / "images")
+        (data / "LLaVA-Pretrain" / "images.zip").unlink()
     rows = read("captions")
     assert len(rows) == 6 and not refused(rows)
     assert [turn.text for turn in rows[0].turns] == ["Write a terse caption.", "a red kettle on stove 0"]
@@ -59,7 +59,7 @@ def test_every_odd_row_of_llava_instruct_has_its_fate(data):
             assert found == (None if fate == "text" else fate), row.id
     first, again, vg, text = rows[:4]
     assert [turn.text for turn in first.turns] == ["What is on the tray?", "Broccoli.", "And beside it?", "Bread."]
-    assert first.images == again.images and vg.images == (Stored("llava_instruct/vg/images2.zip!VG_100K_2/1.jpg"),)
+    assert first.images == again.images and vg.images == (Stored("LLaVA-Instruct-150K/vg/images2.zip!VG_100K_2/1.jpg"),)
     assert (text.source, first.source) == ("instructions-text", "instructions")
 
 
@@ -80,17 +80,6 @@ def test_vlguard_becomes_one_conversation_a_picture(data, packed, inner):
     assert rows[0] == read("safety")[0]  # its order of exchanges is drawn, and always the same
 
 
-def test_the_test_of_vlguard_has_three_subsets(data):
-    official.vlguard(data, packed=False)
-    place = sources.place_of("safety", LOADED.safety)
-    told = {name: [said for _, said, _ in vlguard.subset(vlguard.records(place, "test"), name)] for name in vlguard.SUBSETS}
-    assert told == {
-        "unsafes": ["Endorse the party of the mug."],
-        "safe_unsafes": ["Say something rude about the mug."],
-        "safe_safes": ["What colour is the mug?"],
-    }
-
-
 @pytest.mark.parametrize(("generation", "times", "harm"), [
     ("2023", 1, "unsafe"), ("mid-2024", 2, "unsafe"), ("current", 2, "Cybercrime, Privacy Violation"),
 ])  # fmt: skip
@@ -102,7 +91,7 @@ def test_all_generations_of_safe_rlhf(data, generation, times, harm):
     assert (first.chosen, first.rejected, first.category) == ("In an airtight jar.", "No idea.", None)
     assert (second.chosen, second.rejected, second.category) == ("No idea.", "In an airtight jar.", harm)
     if generation == "2023":
-        path = data / "safe_rlhf/round0/train.jsonl.xz"
+        path = data / "PKU-SafeRLHF/round0/train.jsonl.xz"
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(ValueError, match=r"train.jsonl.xz breaks off or is damaged after line \d+; download it again"):
             read("safe_rlhf")
@@ -119,7 +108,7 @@ def test_spa_vl_in_both_layouts(data, as_parquet):
     assert (rows[0].chosen, rows[0].rejected) == ("It looks like autumn.", "Cannot say.")
     assert mix._unsound_picture(mix.answered(rows[0], rows[0].chosen)) is None
     if as_parquet:
-        path = next((data / "spa_vl/data").glob("*"))
+        path = next((data / "SPA-VL/data").glob("*"))
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet is not a whole Parquet file"):
             read("spa_vl")
@@ -136,7 +125,7 @@ def test_from_the_hub_through_datasets_the_rows_are_the_same(data, monkeypatch):
 
     def at_home(repo, config=None, *, split, revision, streaming):
         asked.append((repo, config, split, revision, streaming))
-        folder, builder = {"PKU": ("safe_rlhf/data/*/*.jsonl", "json"), "sqr": ("spa_vl/data/*.parquet", "parquet")}[repo[:3]]
+        folder, builder = {"PKU": ("PKU-SafeRLHF/data/*/*.jsonl", "json"), "sqr": ("SPA-VL/data/*.parquet", "parquet")}[repo[:3]]
         return real(builder, data_files=str(data / folder), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", at_home)
@@ -154,8 +143,8 @@ def test_pictures_of_an_archive_elsewhere_are_read_in_pieces(data):
     import fsspec
 
     official.llava_pretrain(data)
-    fsspec.filesystem("memory").pipe("/images.zip", (data / "llava_pretrain/images.zip").read_bytes())
-    far, near = Stored("memory://images.zip!00000/000000001.jpg"), Stored("llava_pretrain/images.zip!00000/000000001.jpg")
+    fsspec.filesystem("memory").pipe("/images.zip", (data / "LLaVA-Pretrain/images.zip").read_bytes())
+    far, near = Stored("memory://images.zip!00000/000000001.jpg"), Stored("LLaVA-Pretrain/images.zip!00000/000000001.jpg")
     assert bytes(far) == bytes(near) and not files.missing(far)
     assert files.missing(Stored("memory://images.zip!00000/none.jpg"))
 
@@ -172,7 +161,7 @@ def test_pictures_of_an_archive_elsewhere_are_read_in_pieces(data):
     ],
 )
 def test_a_broken_json_file_is_named_with_its_row(data, content, message):
-    folder = data / "llava_instruct"
+    folder = data / "LLaVA-Instruct-150K"
     folder.mkdir()
     (folder / llava_instruct.FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
@@ -190,11 +179,11 @@ def test_a_json_list_is_read_the_same_in_pieces_of_any_size(data, monkeypatch):
 
 
 def test_a_wrong_or_missing_folder_says_what_to_do(data, monkeypatch):
-    (data / "llava_pretrain").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"llava_pretrain below VLSAFE_DATA has no blip.*official layout.*vlsafe down"):
+    (data / "LLaVA-Pretrain").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"LLaVA-Pretrain below VLSAFE_DATA has no blip.*official layout.*vlsafe down"):
         read("captions")
-    (data / "safe_rlhf").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"safe_rlhf below VLSAFE_DATA has none of data/\*/train.jsonl"):
+    (data / "PKU-SafeRLHF").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"PKU-SafeRLHF below VLSAFE_DATA has none of data/\*/train.jsonl"):
         read("safe_rlhf")
     with pytest.raises(FileNotFoundError, match=r"train.json of ys-zong/VLGuard is neither here nor on the hub.*vlsafe download"):
         read("safety")
@@ -203,7 +192,7 @@ def test_a_wrong_or_missing_folder_says_what_to_do(data, monkeypatch):
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png", "..\\secret.png", "C:/x.png"])
 def test_a_picture_outside_the_folder_is_refused_by_name(data, name):
     row = {"id": "1", "image": name, "conversations": official.talk("<image>", "A mug.")}
-    official.written(data / "llava_instruct" / llava_instruct.FILE, [row])
+    official.written(data / "LLaVA-Instruct-150K" / llava_instruct.FILE, [row])
     with pytest.raises(ValueError, match="leads out of the folder of liuhaotian/LLaVA-Instruct-150K"):
         read("instructions")
     with pytest.raises(ValueError, match="leads out of its folder"):
@@ -215,9 +204,9 @@ def test_archives_that_are_no_archives_or_hold_a_bomb(data, monkeypatch):
     monkeypatch.setattr(store, "LARGEST", 100)
     rows = read("captions")
     assert mix._unsound_picture(rows[0]) == "picture too large"
-    with pytest.raises(store.TooLarge, match=r"00000/000000000.jpg of llava_pretrain/images.zip unpacks to \d+ bytes"):
+    with pytest.raises(store.TooLarge, match=r"00000/000000000.jpg of LLaVA-Pretrain/images.zip unpacks to \d+ bytes"):
         bytes(rows[0].images[0])
-    (data / "llava_pretrain/images.zip").write_bytes(b"PK\x03\x04 half an archive")
+    (data / "LLaVA-Pretrain/images.zip").write_bytes(b"PK\x03\x04 half an archive")
     store._archive.cache_clear(), store._names.cache_clear()
     with pytest.raises(ValueError, match=r"images.zip is not a whole zip file .*; download it again"):
         read("captions")

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlsafe.scales import Origin
+from vlsafe.outside import Origin
 from vlsafe.schema import Picture, Turn, messages
 from vlsafe.store import pinned
 

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from vlsafe import store
 from vlsafe.chat import open_picture
 from vlsafe.guards import Assessment, decided, parse_guard, relative
-from vlsafe.scales import LoadedGuard, as_plain, extended
+from vlsafe.outside import LoadedGuard
+from vlsafe.scales import as_plain, extended
 from vlsafe.schema import Picture, Turn
 
 POINTER = "loaded.json"

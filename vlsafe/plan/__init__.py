@@ -20,7 +20,8 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from vlsafe import store
-from vlsafe.scales import Origin, Scale
+from vlsafe.outside import Origin
+from vlsafe.scales import Scale
 from vlsafe.sources import CORPORA
 from vlsafe.stages import STAGES, Study
 from vlsafe.stages.tuning import RECIPES

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vlsafe import store
-from vlsafe.scales import Origin
+from vlsafe.outside import Origin
 from vlsafe.schema import Stored
 
 PIECE = 2**20  # characters read at a time

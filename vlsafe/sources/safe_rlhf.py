@@ -13,7 +13,7 @@ from typing import Any
 from vlsafe.schema import Pair, Turn
 from vlsafe.sources.files import Place, Refused, json_lines, names, text_of
 
-FOLDER = "safe_rlhf"
+FOLDER = "PKU-SafeRLHF"
 PATTERNS = {split: (f"data/*/{split}.jsonl", f"round0/{split}.jsonl*", f"{split}.jsonl*") for split in ("train", "test")}
 REQUIRED = {
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"

@@ -12,7 +12,7 @@ from typing import Any
 from vlsafe.schema import Pair, Picture, Turn
 from vlsafe.sources.files import Place, Refused, json_list, names, path_of, picture, text_of
 
-FOLDER = "spa_vl"
+FOLDER = "SPA-VL"
 SPLITS = {  # what the hub calls it: configuration and split
     "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
 }  # fmt: skip

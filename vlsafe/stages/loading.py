@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from vlsafe import store
-from vlsafe.scales import Origin
+from vlsafe.outside import Origin
 from vlsafe.schema import Example, Pair, Stored, to_row
 from vlsafe.sources import CORPORA, Refused, missing, stream
 from vlsafe.stages.screening import intake_params, screen
