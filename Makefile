@@ -18,7 +18,7 @@ export MKL_NUM_THREADS := 1
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
-.PHONY: setup reproduce test soak perf lab notebooks nbval lint clean
+.PHONY: setup reproduce test soak perf perf-sources lab notebooks nbval lint clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -38,6 +38,10 @@ test: setup
 # Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. About a minute.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+
+# The paper's corpora at full size, synthesised: memory of the loaders, and a screen that is killed half-way.
+perf-sources: setup
+	PYTHONPATH=. $(BIN)/python tests/perf_sources.py
 
 # The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
 soak: setup

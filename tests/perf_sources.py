@@ -1,7 +1,8 @@
-"""`make perf-sources`: the loader of a 665K-row instruction file, synthesised at full size; its peak memory has a bound.
+"""`make perf-sources`: the paper's corpora at full size, synthesised; peak memory has a bound. Ten minutes of a core at most.
 
-The file has LLaVA-Instruct's shape and about its size (1 GB): text-only rows, several turns, pictures by name. Peak memory is
-that of a fresh process which does nothing else, so that it is the loader's own. Not collected by pytest.
+A file in LLaVA-Instruct's shape and about its size (1 GB: text-only rows, several turns, pictures by name) is read, and read
+into Parquet as a stage does it; then 1.2 million audit lines are written by a process that is killed half-way, and by another
+one that goes on. Peak memory is that of a fresh process that does nothing else. Not collected by pytest.
 """
 
 from __future__ import annotations
@@ -9,23 +10,57 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROWS, TURNS, BOUND = 665_298, 5, 500
-CHILD = """
+LINES = 1_223_426  # both corpora
+PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
+READ = f"""
 import resource, time
 from vlsafe.scales import PAPER
 from vlsafe.sources import llava_instruct, locate
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, start = {PEAK}, time.monotonic()
 place = locate(PAPER.loaded.instructions, llava_instruct.FOLDER)
 rows = text_only = turns = 0
 for row in llava_instruct.rows(place):
     rows, text_only, turns = rows + 1, text_only + (not row.images), turns + len(row.turns)
-took = time.monotonic() - start
-print(rows, text_only, turns, before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, round(took, 1))
+print(rows, text_only, turns, before, {PEAK}, round(time.monotonic() - start))
+"""
+WRITE = f"""
+import collections, os, resource, time
+from pathlib import Path
+from vlsafe import store
+from vlsafe.schema import Example, to_row
+from vlsafe.scales import PAPER
+from vlsafe.sources import stream
+from vlsafe.stages import loading
+before, start = {PEAK}, time.monotonic()
+noticed = loading.Noticed(collections.Counter(), collections.Counter(), [])
+rows = (to_row(row) for row in loading._noticed(stream("instructions", PAPER.loaded.instructions), noticed))
+n = store.write_stream(Path(os.environ["VLSAFE_DATA"]) / "rows.parquet", rows, loading.COLUMNS[Example])
+print(n, noticed.pictures["missing"], noticed.pictures["all"], before, {PEAK}, round(time.monotonic() - start))
+"""
+SCREEN = f"""
+import os, resource, signal, sys, time
+from pathlib import Path
+from vlsafe.schema import Example, Turn
+from vlsafe.stages import loading
+from vlsafe.mix import audit
+from vlsafe.guards import Assessment
+turns, safe, seen = (Turn("user", "a"), Turn("assistant", "b")), Assessment(False, (), 0.1), [0]
+before, start = {PEAK}, time.monotonic()
+def marked(rows):
+    seen[0] += len(rows)
+    if seen[0] > int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return audit(rows, [safe] * len(rows), [None] * len(rows))
+rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
+loading.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
+print(seen[0], 0, 0, before, {PEAK}, round(time.monotonic() - start))
 """
 
 
@@ -44,19 +79,38 @@ def synthesise(path: Path) -> None:
         file.write("]")
 
 
+def child(program: str, folder: str, *arguments: str) -> list[int] | None:
+    """The numbers that a fresh process prints, the last three its memory before, its peak, and its seconds; None: killed."""
+    environment = {**os.environ, "VLSAFE_DATA": folder}
+    told = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+    if told.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(told.stderr)
+    return [int(word) for word in told.stdout.split()] or None
+
+
+def line(what: str, before: int, peak: int, took: int, held: bool) -> bool:
+    held = held and peak <= BOUND
+    print(f"{what:<62} {took:4d} s   peak {peak} MB, of which imports {before}   <= {BOUND} MB   {'ok' if held else 'MISSED'}")
+    return held
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "LLaVA-Instruct-150K" / "llava_v1_5_mix665k.json"
         path.parent.mkdir()
         synthesise(path)
-        environment = {**os.environ, "VLSAFE_DATA": folder}
-        told = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True).stdout
-        size = path.stat().st_size / 1e9
-    rows, text_only, turns, before, peak, took = told.split()
-    held = int(peak) <= BOUND and (int(rows), int(turns)) == (ROWS, 2 * TURNS * ROWS)
-    print(f"{size:.2f} GB, {int(rows):,} rows ({int(text_only):,} text only), {int(turns):,} turns in {took} s")
-    print(f"peak memory {peak} MB, of which imports {before} MB   <= {BOUND} MB   {'ok' if held else 'MISSED'}")
-    return 0 if held else 1
+        print(f"a file of {path.stat().st_size / 1e9:.2f} GB")
+        rows, text_only, turns, *cost = child(READ, folder)
+        held = [line(f"{rows:,} rows, {text_only:,} of them text only, {turns:,} turns", *cost, rows == ROWS)]
+        rows, lost, pictures, *cost = child(WRITE, folder)
+        held.append(line(f"{rows:,} rows into Parquet, {lost:,} of {pictures:,} pictures missing", *cost, rows == ROWS))
+        killed = child(SCREEN, folder, str(LINES // 2)) is None
+        rows, _, _, *cost = child(SCREEN, folder, str(LINES))
+        with open(Path(folder) / "lines.jsonl", encoding="utf-8") as file:
+            numbers = [int(json.loads(row)["id"].partition("#")[2]) for row in file]
+        whole = killed and numbers == list(range(LINES))
+        held.append(line(f"{len(numbers):,} audit lines, {rows:,} of them after a SIGKILL, none lost or twice", *cost, whole))
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def loaded(tmp_path_factory):
 def test_corpora_are_loaded_and_what_is_odd_is_counted_and_named(loaded):
     folder = loaded.folder("world/corpora")
     told = loaded.numbers("world/corpora")
+    assert told["from"]["captions"] == "LLaVA-Pretrain below VLSAFE_DATA"
     assert told["rows"] == {"captions": 6, "instructions": 23, "safety": 2, "safe_rlhf": 4, "spa_vl": 1}
     assert told["refused"]["instructions"] == {"not a LLaVA row (KeyError)": 2, "not a LLaVA row (TypeError)": 1}
     assert told["missing_pictures"] == {"captions": 0, "instructions": 1, "safety": 0, "safe_rlhf": 0, "spa_vl": 0}
@@ -191,16 +192,16 @@ def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loade
         assert examples(study, "screen/filtered", f"{name}.parquet") == examples(loaded, "screen/filtered", f"{name}.parquet")
 
 
-def test_a_pin_is_taken_up_by_readers_and_by_digests(loaded, tmp_path, monkeypatch):
+def test_a_pin_is_taken_up_by_readers_and_noted_but_makes_nothing_stale(loaded, tmp_path, monkeypatch):
     before = loaded.run("screen/filtered").digest
     data = tmp_path / "data"
     data.mkdir()
     monkeypatch.setenv("VLSAFE_DATA", str(data))
-    repo = loaded.scale.loaded.text_guard.origin.repo
-    official.written(data / store.PINS, {repo: "abc"})
-    assert store.pinned(repo, "main") == "abc" and store.pinned(repo, "def") == "def"
-    assert loaded.run("screen/filtered").digest != before
-    hub.point(loaded.scale.loaded.text_guard, tmp_path)
+    guard = loaded.scale.loaded.text_guard
+    official.written(data / store.PINS, {guard.origin.repo: "abc"})
+    assert store.pinned(guard.origin.repo, "main") == "abc" and store.pinned(guard.origin.repo, "def") == "def"
+    assert loaded.run("screen/filtered").digest == before  # results are read where nobody has the corpora
+    assert hub.point(guard, tmp_path) == {"repo": guard.origin.repo, "revision": "abc"}
     assert json.loads((tmp_path / hub.POINTER).read_text())["origin"]["revision"] == "abc"
 
 

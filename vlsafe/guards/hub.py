@@ -157,10 +157,11 @@ class ImageClassifier:
         return found
 
 
-def point(spec: LoadedGuard, folder: Path) -> None:
+def point(spec: LoadedGuard, folder: Path) -> dict[str, Any]:
     """Note which guard is meant, at which commit: what `opened` reads."""
     revision = store.pinned(spec.origin.repo, spec.origin.revision)
     store.write_text(folder / POINTER, json.dumps(as_plain(extended(spec, {"origin": {"revision": revision}}))))
+    return {"repo": spec.origin.repo, "revision": revision}
 
 
 def load_guard(told: dict[str, Any]) -> LlamaGuard | ImageClassifier:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from vlsafe import store
 from vlsafe.outside import Origin
 from vlsafe.schema import Example, Pair, Stored, to_row
-from vlsafe.sources import CORPORA, Refused, missing, stream
+from vlsafe.sources import CORPORA, Refused, missing, place_of, stream
 from vlsafe.stages.screening import intake_params, screen
 from vlsafe.stages.study import Bar, Stage, Study
 
@@ -57,8 +57,14 @@ def corpora_params(study: Study) -> Any:
 
 
 def _identity(origin: Origin | None) -> list[Any] | None:
-    """What of an origin changes its rows; what it weighs or asks for does not."""
-    return origin and [origin.repo, store.pinned(origin.repo, origin.revision), origin.limit]
+    """What of an origin changes its rows. The commit of a first download is noted in the manifest and not here: results would
+    otherwise be stale wherever that note is not at hand."""
+    return origin and [origin.repo, origin.revision, origin.limit]
+
+
+def _read_from(name: str, origin: Origin) -> str:
+    place = place_of(name, origin)
+    return f"{place.folder} below VLSAFE_DATA" if place.folder else place.address
 
 
 class Noticed(NamedTuple):
@@ -75,7 +81,7 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
     Raises:   FileNotFoundError where a corpus is not there (a scale that says `null` for it does without); ValueError where
               more of its pictures are missing than `missing_share`: then it is the wrong folder
     """
-    told: dict[str, Any] = {"rows": {}, "refused": {}, "missing_pictures": {}, "published": {}}
+    told: dict[str, Any] = {"from": {}, "rows": {}, "refused": {}, "missing_pictures": {}, "published": {}}
     named = {}
     for name in CORPORA:
         origin = getattr(study.scale.loaded, name)
@@ -85,6 +91,7 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
         rows = (to_row(row) for row in _noticed(stream(name, origin), noticed))
         n = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example if name in EXAMPLES else Pair])
         _refuse_wrong_folder(name, n, noticed, study.scale.loaded.missing_share)
+        told["from"][name] = _read_from(name, origin)
         told["rows"][name], told["refused"][name] = n, dict(noticed.refused)
         told["missing_pictures"][name], named[name] = noticed.pictures["missing"], noticed.named
         told["published"][name] = published = origin.limit or origin.rows
@@ -120,7 +127,7 @@ def _refuse_wrong_folder(name: str, n: int, noticed: Noticed, allowed: float) ->
 def screen_params(study: Study) -> Any:
     """What decides which rows pass, beside the guards: the two corpora and what intake measures them with."""
     loaded = study.scale.loaded
-    parents = sorted([one.repo, store.pinned(one.repo, one.revision)] for one in loaded.parents.values())
+    parents = sorted([one.repo, one.revision] for one in loaded.parents.values())
     return [{name: _identity(getattr(loaded, name)) for name in SCREENED}, intake_params(study), study.scale.vision, parents]
 
 
@@ -157,7 +164,8 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
     for name in SCREENED:
         (work / f"{name}.jsonl").unlink()
-    return {"kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
+    sources = {name: _read_from(name, _wanted(study, name)) for name in SCREENED}
+    return {"from": sources, "kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
 
 
 def _counted(lines: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -205,13 +213,13 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def pointed(which: str) -> Callable[[Study, Path], None]:
+def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
     """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
 
-    def make(study: Study, work: Path) -> None:
+    def make(study: Study, work: Path) -> dict[str, Any]:
         from vlsafe.guards import hub
 
-        hub.point(_wanted(study, which), work)
+        return hub.point(_wanted(study, which), work)
 
     return make
 
