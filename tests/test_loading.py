@@ -115,6 +115,14 @@ def test_a_corpus_that_a_scale_does_without_is_not_looked_for(loaded, tmp_path):
     assert study.run("screen/filtered").digest == loaded.run("screen/filtered").digest  # days of guards are not lost
 
 
+def test_a_parent_that_a_scale_does_without_is_not_asked_for_its_tokens(loaded, tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text("extends: nano-load\nbackbones: {mini-chat: null}\nloaded: {parents: {mini-chat: null}}\n")
+    scale = load_scale(path)
+    assert set(scale.backbones) == set(scale.loaded.parents) == {"mini-tulu"}
+    assert len(loading.processors(Study.open(path, "mini-tulu", 0, tmp_path))) == 1
+
+
 def test_too_many_missing_pictures_are_a_wrong_folder(loaded, tmp_path):
     scale = dataclasses.replace(loaded.scale, loaded=dataclasses.replace(loaded.scale.loaded, missing_share=0.05))
     study = dataclasses.replace(loaded, scale=scale, root=tmp_path)

@@ -277,6 +277,13 @@ def test_every_origin_of_a_scale_is_found_and_named(capsys, monkeypatch, tmp_pat
     assert "unknown thing from outside 'savety'; did you mean 'safety'" in capsys.readouterr().err
 
 
+def test_every_origin_has_its_line_in_the_list_of_licences():
+    lines = (ROOT / "env" / "gated.md").read_text(encoding="utf-8").splitlines()
+    for need in plan.needs(PAPER):
+        line = next(line for line in lines if line.startswith(f"| `{need.name}` | {need.origin.repo} |"))
+        assert line.split("|")[3].strip().startswith(("yes:", "perhaps:") if need.origin.terms else "no")
+
+
 def test_what_cannot_be_made_without_a_thing_follows_the_graph():
     assert "parent/aligned" not in plan.blocked(PAPER, "text_guard") and "screen/filtered" in plan.blocked(PAPER, "text_guard")
     without_pairs = plan.blocked(PAPER, "spa_vl")

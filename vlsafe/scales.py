@@ -334,6 +334,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
     if hint == Mapping[str, Any] and isinstance(value, Mapping):
         return {**current, **value}
     if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
+        current = {k: v for k, v in current.items() if k not in value or value[k] is not None}  # null: done without
+        value = {k: v for k, v in value.items() if v is not None}
         if typing.get_args(hint)[1] is Origin:
             known_ones = {k: current.get(k, Origin(repo="")) for k in value}
             return {**current, **{k: extended(known_ones[k], v, f"{where}.{k}") for k, v in value.items()}}
