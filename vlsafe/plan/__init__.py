@@ -143,7 +143,8 @@ def blocked(scale: Scale, name: str) -> list[str]:
 def _read_by(stage: str) -> set[str]:
     """The things from outside that a stage reads itself."""
     direct = {
-        "screen/filtered": {"captions", "instructions", "tower", "parents"}, "guard/text": {"text_guard"}, "guard/image": {"image_guard"},
+        "screen/filtered": {"captions", "instructions", "tower", "parents"},
+        "guard/text": {"text_guard"}, "guard/image": {"image_guard"},
         "tower/clip": {"tower"}, "parent/aligned": {"parents"},
     }  # fmt: skip
     kind, _, recipe = stage.partition("/")
