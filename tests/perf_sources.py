@@ -23,12 +23,12 @@ READ = f"""
 import resource, time
 from vlsafe.scales import PAPER
 from vlsafe.sources import llava_instruct, locate
-before, start = {PEAK}, time.monotonic()
+before, start = {PEAK}, time.process_time()
 place = locate(PAPER.loaded.instructions, llava_instruct.FOLDER)
 rows = text_only = turns = 0
 for row in llava_instruct.rows(place):
     rows, text_only, turns = rows + 1, text_only + (not row.images), turns + len(row.turns)
-print(rows, text_only, turns, before, {PEAK}, round(time.monotonic() - start))
+print(rows, text_only, turns, before, {PEAK}, round(time.process_time() - start))
 """
 WRITE = f"""
 import collections, os, resource, time
@@ -38,11 +38,11 @@ from vlsafe.schema import Example, to_row
 from vlsafe.scales import PAPER
 from vlsafe.sources import stream
 from vlsafe.stages import loading
-before, start = {PEAK}, time.monotonic()
+before, start = {PEAK}, time.process_time()
 noticed = loading.Noticed(collections.Counter(), collections.Counter(), [])
 rows = (to_row(row) for row in loading._noticed(stream("instructions", PAPER.loaded.instructions), noticed))
 n = store.write_stream(Path(os.environ["VLSAFE_DATA"]) / "rows.parquet", rows, loading.COLUMNS[Example])
-print(n, noticed.pictures["missing"], noticed.pictures["all"], before, {PEAK}, round(time.monotonic() - start))
+print(n, noticed.pictures["missing"], noticed.pictures["all"], before, {PEAK}, round(time.process_time() - start))
 """
 SCREEN = f"""
 import os, resource, signal, sys, time
@@ -52,7 +52,7 @@ from vlsafe.stages import loading
 from vlsafe.mix import audit
 from vlsafe.guards import Assessment
 turns, safe, seen = (Turn("user", "a"), Turn("assistant", "b")), Assessment(False, (), 0.1), [0]
-before, start = {PEAK}, time.monotonic()
+before, start = {PEAK}, time.process_time()
 def marked(rows):
     seen[0] += len(rows)
     if seen[0] > int(sys.argv[1]):
@@ -60,7 +60,7 @@ def marked(rows):
     return audit(rows, [safe] * len(rows), [None] * len(rows))
 rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
 loading.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
-print(seen[0], 0, 0, before, {PEAK}, round(time.monotonic() - start))
+print(seen[0], 0, 0, before, {PEAK}, round(time.process_time() - start))
 """
 
 
@@ -80,7 +80,7 @@ def synthesise(path: Path) -> None:
 
 
 def child(program: str, folder: str, *arguments: str) -> list[int] | None:
-    """The numbers that a fresh process prints, the last three its memory before, its peak, and its seconds; None: killed."""
+    """The numbers that a fresh process prints, the last three its memory before, its peak, and its CPU seconds; None: killed."""
     environment = {**os.environ, "VLSAFE_DATA": folder}
     told = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
     if told.returncode not in (0, -signal.SIGKILL):
@@ -90,7 +90,9 @@ def child(program: str, folder: str, *arguments: str) -> list[int] | None:
 
 def line(what: str, before: int, peak: int, took: int, held: bool) -> bool:
     held = held and peak <= BOUND
-    print(f"{what:<62} {took:4d} s   peak {peak} MB, of which imports {before}   <= {BOUND} MB   {'ok' if held else 'MISSED'}")
+    print(
+        f"{what:<62} {took:4d} s CPU   peak {peak} MB, of which imports {before}   <= {BOUND} MB   {'ok' if held else 'MISSED'}"
+    )
     return held
 
 
