@@ -90,9 +90,8 @@ def child(program: str, folder: str, *arguments: str) -> list[int] | None:
 
 def line(what: str, before: int, peak: int, took: int, held: bool) -> bool:
     held = held and peak <= BOUND
-    print(
-        f"{what:<62} {took:4d} s CPU   peak {peak} MB, of which imports {before}   <= {BOUND} MB   {'ok' if held else 'MISSED'}"
-    )
+    verdict = f"<= {BOUND} MB   {'ok' if held else 'MISSED'}"
+    print(f"{what:<62} {took:4d} s CPU   peak {peak} MB, of which imports {before}   {verdict}", flush=True)
     return held
 
 

@@ -207,6 +207,10 @@ def test_a_download_that_breaks_off_goes_on_and_a_damaged_one_is_removed(hub, wa
     assert first.returncode == 2 and "arrived damaged and was removed; run the command again" in first.stderr
     second = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "captions")
     assert second.returncode == 0, second.stderr
+    hub.faults = ["break"] * 3  # whichever of the files it meets
+    third = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "image_guard")
+    assert third.returncode == 0, third.stderr
+    assert hub.faults == []  # all were met; the hub's client tries again by itself
 
 
 def test_an_archive_is_gone_on_with_where_it_broke_off(hub, tmp_path):
