@@ -183,7 +183,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def read_table(path: Path, required: Sequence[str], delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> list[dict[str, str]]:
+def read_table(
+    path: Path, required: Sequence[str], delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+) -> list[dict[str, str]]:
     """The rows of a table with a header, all as text; nothing is taken for a number or for missing.
 
     Raises:   ValueError where a column is missing, or a row has more or fewer fields than the header (a separator that
@@ -196,7 +198,9 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",", quotin
         rows = []
         for row in table:
             if None in row or None in row.values():
-                raise ValueError(f"line {table.line_num} of {path} has not as many fields as the header; is a separator not quoted?")
+                raise ValueError(
+                    f"line {table.line_num} of {path} has not as many fields as the header; is a separator not quoted?"
+                )
             rows.append(row)
     return rows
 
