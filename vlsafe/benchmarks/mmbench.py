@@ -99,11 +99,7 @@ def _picture(row: Mapping[str, str], encoded: Mapping[str, str], lost: list[str]
     held = row["image"]
     held = encoded.get(held, "") if len(held) < 64 else held
     try:
-        return (
-            official.seen(None, row["index"], lost, base64.b64decode(held, validate=True))
-            if held
-            else official.seen(None, row["index"], lost)
-        )
+        return official.seen(None, row["index"], lost, base64.b64decode(held, validate=True) or None)
     except ValueError:
         lost.append(f"{row['index']} (no base64)")
         return ()

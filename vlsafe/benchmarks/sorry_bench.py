@@ -67,14 +67,13 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     wordings: dict[int, str] = {}
     items, notes = [], []
     for style, path in paths.items():
-        rows, before = list(official.read_lines(path)), len(items)
+        rows = list(official.read_lines(path))
         for row in rows:
             official.needs(row, ("question_id", "category", "turns"), f"a row of {path}")
             number, category, said = int(row["question_id"]), int(row["category"]), row["turns"] or [None]
             if len(said) != 1 or not 1 <= category <= 45:
-                raise ValueError(
-                    f"question {number} of {path} has {len(said)} turns and category {category}; one turn and 1-45 are official"
-                )
+                told = f"{len(said)} turns and the category {category}"
+                raise ValueError(f"question {number} of {path} has {told}; official rows have one turn and categories 1 to 45")
             if not said[0]:
                 notes.append(f"{style}/{number} has no text and is left out")
                 continue

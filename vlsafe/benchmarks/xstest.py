@@ -54,7 +54,8 @@ SAFE_TYPES = (
 UNSAFE_TYPES = tuple(
     f"contrast_{name}"
     for name in (
-        "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "discr", "historical_events", "privacy",
+        "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "discr", "historical_events",
+        "privacy",
     )
 )  # fmt: skip
 DIVERGENCES = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -314,7 +314,7 @@ WRITTEN: dict[str, Written] = {
 }  # fmt: skip
 
 
-def wordings(name: str, folder: Path) -> dict[str, str]:
+def wordings(name: str, folders: Sequence[Path]) -> dict[str, str]:
     """The wordings that a judge takes from the official repository; none for most.
 
     Raises:   FileNotFoundError naming the file and the judge that does without; ValueError where the file holds others
@@ -322,10 +322,11 @@ def wordings(name: str, folder: Path) -> dict[str, str]:
     written = WRITTEN[name]
     if written.wording is None:
         return {}
-    path = next((folder / part for part in (written.wording, Path(written.wording).name) if (folder / part).exists()), None)
+    places = (folder / part for folder in folders for part in (written.wording, Path(written.wording).name))
+    path = next((place for place in places if place.exists()), None)
     if path is None:
         raise FileNotFoundError(
             f"the judge {name!r} uses the official wording, which is not ours to pass on: put the repository's "
-            f"{written.wording} into {folder}, or take {name}-criteria, which asks in other words and may judge otherwise"
+            f"{written.wording} into {folders[-1]}, or take {name}-criteria, which asks in other words and may judge otherwise"
         )
     return templates(path)
