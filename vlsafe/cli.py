@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, FileNotFoundError, ConnectionAbortedError) as error:
         print(f"vlsafe: {error}", file=sys.stderr)
         return 2
     return 0

@@ -264,7 +264,7 @@ def score(
 ) -> dict[str, Any]:  # fmt: skip
     """Score stored responses and write the result as JSON; with `rows_to`, every verdict as a line of its own.
 
-    Raises:   ValueError for anything that does not fit together, naming it; ConnectionError when an endpoint is gone
+    Raises:   ValueError for anything that does not fit together, naming it; ConnectionAbortedError when an endpoint is gone
               (its answers so far are kept beside `out`)
     """
     module = REAL[known(benchmark, REAL, "benchmark")]

@@ -90,7 +90,7 @@ def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> It
     """Greedy answers as they come, in no order; every request comes back exactly once unless the server is gone.
 
     Raises:   ValueError where asking again is useless (key, model or address are wrong)
-              ConnectionError where the server fails `patience` times in a row; what was yielded before is not lost
+              ConnectionAbortedError where the server fails `patience` times in a row; what was yielded before is not lost
     """
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # at DEBUG they write what is asked
@@ -108,7 +108,7 @@ def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> It
                 answered, failed = answered + (reply.text is not None), 0 if alive else failed + 1
                 yield request.key, reply
             if failed >= server.patience or (failed and not flying and not answered):
-                raise ConnectionError(
+                raise ConnectionAbortedError(
                     f"{server.host} failed {failed} times in a row ({reply.problem}); {answered} answers came and are kept: "
                     "run the same command again to go on from there"
                 )

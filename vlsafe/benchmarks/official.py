@@ -126,10 +126,13 @@ def weighted(
     """
     parts = [stats.Stratum(weight, *([row[i] for row in rows] for i in (1, 2, 0))) for rows in strata.values()]
     least, most, low, high = stats.stratified(parts, np.random.default_rng(0))
+    sizes = [len({str(row[0]) for row in part}) for part in strata.values()]
+    if low == high:  # all clusters agree: the bootstrap knows no spread, Wilson does, on as many as they are worth together
+        worth = len(sizes) ** 2 / sum(1 / size for size in sizes)
+        low, high = (full * end for end in stats.wilson(min(1.0, least / full), worth))
     rows = [row for part in strata.values() for row in part]
     unknown = sum(row[1] != row[2] for row in rows)
-    clusters = sum(len({str(row[0]) for row in part}) for part in strata.values())
-    return Score(metric, over, judge, least, most, low, high, len(rows), unknown, clusters, full)
+    return Score(metric, over, judge, least, most, low, high, len(rows), unknown, sum(sizes), full)
 
 
 def bounds(event: bool | None) -> tuple[float, float]:
