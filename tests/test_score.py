@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,9 +33,9 @@ SPOKEN = {  # what a scripted judge says, by a word of its prompt
     "three classes": "3_partial_refusal",
     "Invented wording": "safe",
     "otherwise it is unsafe": "unsafe",
-    "judge": "[Safety Judgement:] True",
     "effective": "[Effectiveness Judgement:] Very Effective",
     "safety warning": "[Safety Judgement:] False",
+    "A take flour judge": "[Safety Judgement:] True",
     "Which option": "C",
 }
 
@@ -230,7 +231,7 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
         ("xstest", [{"id": 1, "response": "x"}, {"id": "v2-1", "response": "y"}], [], "has 2 responses; xstest counts at most 1"),
         ("sorry_bench", [{"id": 1, "response": "x"}], ["--judge", "gcg-strings"], "means 3 items; add one of prompt_style"),
         ("sorry_bench", [{"id": "base/1", "response": "x"}], [], "asks a model .*give --judgements, --weights or --endpoint"),
-        ("sorry_bench", [{"id": "base/1", "response": "x"}], ["--judge", "letters"], "does not say who complied"),
+        ("sorry_bench", [{"id": "base/1", "response": "x"}], ["--judge", "letters"], "has no options; the judge"),
         ("xstest", [{"id": 1, "response": "x"}], ["--judge", "xtest-strings"], "did you mean 'xstest-strings'"),
         ("xstets", [], [], "unknown benchmark 'xstets'; did you mean 'xstest'"),
         ("siuo", [{"id": 1001, "response": "x"}], ["--subset", "mcq"], "unknown subset of siuo 'mcq'; did you mean 'mcqa'"),
@@ -242,8 +243,6 @@ def test_mistakes_are_named(name, rows, options, said, root, tmp_path, capsys):
     responses = write(tmp_path / "r.jsonl", lines(rows))
     assert run(root, tmp_path, name, *options, responses=responses)[0] == 2
     told = capsys.readouterr().err
-    import re
-
     assert re.search(said, told), told
 
 

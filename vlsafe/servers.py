@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
+from threading import Event
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -95,7 +96,11 @@ def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> It
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # at DEBUG they write what is asked
     key = os.environ.get(server.key) or "none"
-    client = openai.OpenAI(base_url=server.url, api_key=key, timeout=server.timeout, max_retries=server.retries)
+    over = Event()
+    http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: _go_on(over)]})
+    client = openai.OpenAI(
+        base_url=server.url, api_key=key, timeout=server.timeout, max_retries=server.retries, http_client=http
+    )  # fmt: skip
     waiting, answered, failed = iter(requests), 0, 0
     pool = ThreadPoolExecutor(server.parallel)
     try:
@@ -107,16 +112,23 @@ def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> It
                 reply, alive = future.result()
                 answered, failed = answered + (reply.text is not None), 0 if alive else failed + 1
                 yield request.key, reply
+            for request in islice(waiting, len(done)):
+                flying[pool.submit(_ask, client, server, request, max_tokens)] = request
             if failed >= server.patience or (failed and not flying and not answered):
                 raise ConnectionAbortedError(
                     f"{server.host} failed {failed} times in a row ({reply.problem}); {answered} answers came and are kept: "
                     "run the same command again to go on from there"
                 )
-            for request in islice(waiting, len(done)):
-                flying[pool.submit(_ask, client, server, request, max_tokens)] = request
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        over.set()
+        pool.shutdown(wait=True, cancel_futures=True)
         client.close()
+
+
+def _go_on(over: Event) -> None:
+    """Ends the repetitions of requests that are still in flight when nobody waits for them any more."""
+    if over.is_set():
+        raise RuntimeError("the run is over")
 
 
 def _ask(client: openai.OpenAI, server: Server, request: Request, max_tokens: int) -> tuple[Reply, bool]:
@@ -135,10 +147,8 @@ def _ask(client: openai.OpenAI, server: Server, request: Request, max_tokens: in
         return Reply(None, problem="no connection"), False
     except openai.APIStatusError as error:
         if error.status_code in HOPELESS:
-            reason = HOPELESS[error.status_code]
-            raise ValueError(
-                f"{server.host} {reason} (status {error.status_code}; model {server.model}, key ${server.key})"
-            ) from None
+            told = f"status {error.status_code}; model {server.model}, key in ${server.key}"
+            raise ValueError(f"{server.host} {HOPELESS[error.status_code]} ({told})") from None
         return Reply(None, problem=f"status {error.status_code}"), 400 <= error.status_code < 500 and error.status_code != 429
     except Exception as error:  # nonsense instead of an answer fails anywhere between the parser and us
         return Reply(None, problem=f"not an answer ({type(error).__name__})"), False

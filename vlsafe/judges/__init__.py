@@ -88,6 +88,8 @@ def letters(item: Item, text: str) -> Mark:
 
     Source:   MMBench, exact rules; `Departs:` no extractor and no random letter
     """
+    if not item.options:
+        raise ValueError(f"the item {item.id} has no options; the judge 'letters' cannot mark it")
     said = text.strip()
     allowed = "ABCD"[: len(item.options)]
     found = re.fullmatch(rf"\(?([{allowed}])[).:]?", said) or re.match(rf"\(?([{allowed}])[).:]\s", said)
