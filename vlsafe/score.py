@@ -101,7 +101,9 @@ def finder(module: ModuleType, items: Sequence[Item]) -> Callable[[Mapping[str, 
     return find
 
 
-def read_responses(module: ModuleType, path: Path, items: Sequence[Item], tries: int = 1) -> Said:
+def read_responses(
+    module: ModuleType, path: Path, items: Sequence[Item], find: Callable[[Mapping[str, Any], str], str], tries: int = 1
+) -> Said:
     """Responses per item, in the order of the file; null is a try without a response.
 
     Raises:   ValueError for a row without id or response, a stranger's id, or more responses to an item than `tries`
@@ -109,7 +111,7 @@ def read_responses(module: ModuleType, path: Path, items: Sequence[Item], tries:
     folder = path.is_dir() and hasattr(module, "official_responses")
     if path.is_dir() and not folder:
         raise ValueError(f"{path} is a folder; responses to {module.NAME} are one file of lines with id and response")
-    find, said = finder(module, items), {}
+    said: Said = {}
     for number, row in enumerate(module.official_responses(path, items) if folder else official.read_lines(path), 1):
         where = f"row {number} of {path}"
         official.needs(row, ("id", "response"), where)
@@ -271,63 +273,69 @@ def score(
     subset = known(subset, module.OFFICIAL, f"subset of {benchmark}") if subset else next(iter(module.OFFICIAL))
     names = [known(name, JUDGES | WRITTEN, "judge") for name in judges or module.OFFICIAL[subset]]
     written = [name for name in names if name in WRITTEN]
+    _refuse_unanswered(written, judgements, asker)
+    items, notes = module.load(data, subset, pictures=False)
+    find = finder(module, items)
+    said = read_responses(module, responses, items, find, getattr(module, "TRIES", {}).get(subset, 1))
+    items, left = examined(module, items, said)
+    if asker is not None and any(WRITTEN[name].pictures for name in written):
+        pictured, notes = module.load(data, subset, pictures=True)
+        shown = {item.id: item for item in pictured}
+        items = [shown.get(item.id, item) for item in items]
+    keep = out.with_suffix(".judgements.jsonl")
+    _mend(keep)
+    sources = [path for path in (judgements, keep) if path is not None and path.exists()]
+    answers = read_answers(sources if written else (), find, written)
+    problems: dict[str, dict[Key, str]] = {}
+    for texts, name in {WRITTEN[name].texts: name for name in written}.items() if asker else ():
+        wording = wordings(name, (data, data / module.FOLDER))
+        answers, problems[texts] = ask_missing(WRITTEN[name], items, said, answers, asker, wording, keep)
+    marks, told = {}, {}
+    for name in names:
+        model = asker.model if asker and name in WRITTEN else None
+        why = problems.get(WRITTEN[name].texts, {}) if name in WRITTEN else {}
+        marks[name], reasons = marked(name, items, said, answers, why, model)
+        told[name] = dict(judge=name, model=model, official=name in module.OFFICIAL[subset], unjudged=dict(reasons))
+    scores = [{**row._asdict(), "model": told[row.judge.split(" + ")[0]]["model"]} for row in module.scores(marks)]
+    if not scores:
+        raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
+    result = {
+        "benchmark": benchmark, "subset": subset, "files": notes, "responses": responses.name, "n_items": len(items),
+        "n_without_response": sum(item.id not in said for item in items), "parts_without_responses": left,
+        "judges": list(told.values()), "scores": scores, "agreement": _agreement(marks),
+        "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
+    }  # fmt: skip
+    store.write_text(out, json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if rows_to is not None:
+        rows = (row for name in names for row in verdicts(name, marks[name]))
+        store.write_text(rows_to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return result
+
+
+def _refuse_unanswered(written: Sequence[str], judgements: Path | None, asker: Asker | None) -> None:
+    if judgements is not None and not judgements.exists():
+        raise FileNotFoundError(f"there is no file {judgements}")
     if written and judgements is None and asker is None:
         rules = ", ".join(name for name in JUDGES if name in official.MEANINGS and not name.endswith("-literal"))
         raise ValueError(
             f"the judge {written[0]!r} asks a model ({WRITTEN[written[0]].model}): give --judgements, --weights or --endpoint. "
             f"Judges by rule, which are other measures: {rules}"
         )
-    items, notes = module.load(data, subset, pictures=False)
-    said = read_responses(module, responses, items, getattr(module, "TRIES", {}).get(subset, 1))
-    items, left = examined(module, items, said)
-    if asker is not None and any(WRITTEN[name].pictures for name in written):
-        pictured, more = module.load(data, subset, pictures=True)
-        shown = {item.id: item for item in pictured}
-        items, notes = [shown.get(item.id, item) for item in items], more
-    keep, find = out.with_suffix(".judgements.jsonl"), finder(module, items)
-    _mend(keep)
-    sources = [path for path in (judgements, keep) if path is not None and path.exists()]
-    if judgements is not None and not judgements.exists():
-        raise FileNotFoundError(f"there is no file {judgements}")
-    answers = read_answers(sources if written else (), find, written)
-    marks, told, scored = {}, [], set()
-    for name in names:
-        problems: dict[Key, str] = {}
-        model = asker.model if asker and name in WRITTEN else None
-        if asker and name in WRITTEN and WRITTEN[name].texts not in scored:
-            scored.add(WRITTEN[name].texts)
-            wording = wordings(name, (data, data / module.FOLDER))
-            answers, problems = ask_missing(WRITTEN[name], items, said, answers, asker, wording, keep)
-        marks[name], reasons = marked(name, items, said, answers, problems, model)
-        told.append(dict(judge=name, model=model, official=name in module.OFFICIAL[subset], unjudged=dict(reasons)))
-    scores = list(module.scores(marks))
-    if not scores:
-        raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
-    rows = [row for name in names for row in verdicts(name, marks[name])]
-    result = {
-        "benchmark": benchmark, "subset": subset, "files": notes, "responses": responses.name, "n_items": len(items),
-        "n_without_response": sum(item.id not in said for item in items), "parts_without_responses": left, "judges": told,
-        "scores": [score._asdict() for score in scores], "agreement": _agreement(rows), "divergences": list(module.DIVERGENCES),
-        "source": store.source_digest(),
-    }  # fmt: skip
-    store.write_text(out, json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if rows_to is not None:
-        store.write_text(rows_to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return result
 
 
-def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
     """Pairs of judges that ask the same: whether a response complied, or is right."""
-    safety = [row for row in rows if row["judge"] in official.MEANINGS]
-    others = [row for row in rows if row["judge"] not in official.MEANINGS and "effective" not in row["judge"]]
+    safety = [name for name in marks if name in official.MEANINGS]
+    others = [name for name in marks if name not in official.MEANINGS and "effective" not in name]
     found = []
     for alike in (safety, others):
-        if len({row["judge"] for row in alike}) > 1:
+        if len(alike) > 1:
             import pandas as pd
 
             from vlsafe import agreement
 
-            table = pd.DataFrame([{**row, "item": f"{row['item']}#{row['try']}"} for row in alike])
+            table = pd.DataFrame([row for name in alike for row in verdicts(name, marks[name])])
+            table["item"] += "#" + table["try"].astype(str)
             found += agreement.matrix(table).to_dict("records")
     return found
 
@@ -346,11 +354,13 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{result['benchmark']} ({result['subset']}), {result['n_items']:,} items"
     yield from (f"{n:,} items have no response" for n in [result["n_without_response"]] if n)
     yield f"{'metric':<24} {'over':<48} {'judge':<26} {'value':>8} {'95 % interval':>18} {'n':>7} {'unjudged':>8}"
-    for row in (Score(**row) for row in result["scores"]):
+    for told in result["scores"]:
+        row, model = Score(*(told[key] for key in Score._fields)), told["model"]
         factor, unit = (100, " %") if row.full == 1 else (1, "  ")
         value = f"{factor * row.value:.1f}{unit}"
         span = f"[{factor * row.low:.1f}, {factor * row.high:.1f}]"
-        yield f"{row.metric:<24} {row.over:<48} {row.judge:<26} {value:>8} {span:>18} {row.n:>7,} {row.n_unjudged:>8,}"
+        judge = f"{row.judge} by {model}" if model else row.judge
+        yield f"{row.metric:<24} {row.over:<48} {judge:<26} {value:>8} {span:>18} {row.n:>7,} {row.n_unjudged:>8,}"
     for judge in result["judges"]:
         for reason, count in judge["unjudged"].items():
             yield f"unjudged by {judge['judge']}: {count:,} ({reason})"
