@@ -136,6 +136,7 @@ def continued(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], ma
     inputs.pop("token_type_ids", None)
     made = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
     new = made[:, inputs["input_ids"].shape[1] :]
-    stop = torch.tensor(model.generation_config.eos_token_id).flatten()
-    ended = torch.isin(new, stop.to(new.device)).any(1).tolist()
+    ends = model.generation_config.eos_token_id
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=new.device)
+    ended = torch.isin(new, stop).any(1).tolist()
     return [(text, not done) for text, done in zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True)]

@@ -57,20 +57,26 @@ def endpoint(server: servers.Server) -> Asker:
 
 
 def weights(folder: Path, batch_size: int = 16) -> Asker:
-    """A model folder, run here; only for judges whose prompt is text."""
+    """A model folder, run here, on a GPU in bfloat16 where there is one; only for judges whose prompt is text."""
+    import torch
+
     from vlsafe import engines, models
 
-    model, processor = models.load(folder), models.load_processor(folder)
+    fast = torch.cuda.is_available()
+    model = models.load(folder, torch.bfloat16 if fast else torch.float32).to("cuda" if fast else "cpu")
+    processor = models.load_processor(folder)
     tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def ask(written: Written, asked: Sequence[tuple[Key, Item, str]], wording: Mapping[str, str]) -> Iterator[tuple[Key, Reply]]:
         if not written.raw:
             raise ValueError(f"the judge {written.texts!r} is a chat with {written.model}; serve a model and name the --endpoint")
-        for start in range(0, len(asked), batch_size):
-            part = asked[start : start + batch_size]
-            prompts = [written.ask(item, text, dict(wording)) for _, item, text in part]
-            made = engines.continued(model, tokenizer, prompts, written.max_tokens)
-            yield from ((key, Reply(text, cut)) for (key, _, _), (text, cut) in zip(part, made, strict=True))
+        prompts = [(key, written.ask(item, text, dict(wording))) for key, item, text in asked]
+        prompts.sort(key=lambda pair: len(pair[1]))
+        for start in range(0, len(prompts), batch_size):
+            keys, texts = zip(*prompts[start : start + batch_size], strict=True)
+            made = engines.continued(model, tokenizer, texts, written.max_tokens)
+            yield from ((key, Reply(text, cut)) for key, (text, cut) in zip(keys, made, strict=True))
 
     return Asker(Path(folder).name, ask)
 
