@@ -64,9 +64,8 @@ def main() -> int:
             if result["n_items"] != N or result["n_without_response"]:
                 raise ValueError(f"{name} scored {result['n_items']} items")
             held = held and took <= BOUND
-            print(
-                f"score, {N:,} responses to {name} by {', '.join(judges):<31} {took:5.1f} s  (at most {BOUND:.0f} s; waited {waited:.1f} s)"
-            )
+            told = f"{took:5.1f} s  (at most {BOUND:.0f} s; waited {waited:.1f} s)"
+            print(f"score, {N:,} responses to {name} by {', '.join(judges):<31} {told}")
     return 0 if held else 1
 
 

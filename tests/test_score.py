@@ -253,8 +253,21 @@ def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path
     code, found = run(root, tmp_path, "vlguard", *options, responses=responses)
     rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert code == 0 and len(rows) == 3 * len(items) and "sorry" not in json.dumps(rows)
-    pairs = {(row["judge_a"], row["judge_b"]): row["agreement"] for row in found["agreement"]}
-    assert pairs["gcg-strings", "vlguard-strings"] == 1 and pairs["vlguard-strings", "vlguard-strings-literal"] == 0
+    pairs = {(row["judge"], row["other"]): (row["agreement"], row["kappa"]) for row in found["agreement"]}
+    assert pairs["vlguard-strings", "gcg-strings"] == (1, None) and pairs["vlguard-strings", "vlguard-strings-literal"] == (
+        0,
+        None,
+    )
+
+
+def test_kappa_is_taken_over_what_both_could_judge(root, tmp_path, capsys):
+    items, _ = REAL["mmbench"].load(root, pictures=False)
+    said = dict(zip((item.id for item in items), ("B", "red", "A B", "D", "A", "hm"), strict=True))
+    responses = write(tmp_path / "r.jsonl", lines({"id": item, "response": text} for item, text in said.items()))
+    code, found = run(root, tmp_path, "mmbench", "--judge", "mmbench-letters", "letters", "first-character", responses=responses)
+    told = {(row["judge"], row["other"]): row for row in found["agreement"]}
+    row = told["mmbench-letters", "first-character"]
+    assert (code, row["n"], row["table"], row["agreement"], row["kappa"]) == (0, 4, [[2, 0], [0, 2]], 1, 1)
 
 
 # ---- the whole examination with models

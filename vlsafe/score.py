@@ -13,9 +13,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from vlsafe import servers, store
 from vlsafe.benchmarks import REAL, official
@@ -330,19 +333,27 @@ def _refuse_unanswered(written: Sequence[str], judgements: Path | None, asker: A
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
-    """Pairs of judges that ask the same: whether a response complied, or is right."""
-    safety = [name for name in marks if name in official.MEANINGS]
-    others = [name for name in marks if name not in official.MEANINGS and "effective" not in name]
+    """Pairs of judges that ask the same of the same responses (did it comply, or is it right): equal verdicts and kappa.
+
+    Kappa is None where a judge says the same of everything. How models rank by each judge is the affair of several
+    results (`agreement`).
+    """
+    alike: dict[bool, dict[str, np.ndarray]] = {}
+    for name in marks:
+        if "effective" not in name:
+            events = [row["event"] for row in verdicts(name, marks[name])]
+            alike.setdefault(name in official.MEANINGS, {})[name] = np.array(events, float)
     found = []
-    for alike in (safety, others):
-        if len(alike) > 1:
-            import pandas as pd
+    for told in alike.values():
+        for one, two in combinations(told, 2):
+            from statsmodels.stats.inter_rater import cohens_kappa
 
-            from vlsafe import agreement
-
-            table = pd.DataFrame([row for name in alike for row in verdicts(name, marks[name])])
-            table["item"] += "#" + table["try"].astype(str)
-            found += agreement.matrix(table).to_dict("records")
+            both = ~np.isnan(told[one] + told[two])
+            table = np.histogram2d(told[one][both], told[two][both], bins=[[0, 0.5, 1]] * 2)[0]
+            n, varied = int(table.sum()), min(*table.sum(0), *table.sum(1)) > 0
+            equal = float(table.trace() / n) if n else None
+            kappa = float(cohens_kappa(table).kappa) if varied else None
+            found.append(dict(judge=one, other=two, n=n, table=table.astype(int).tolist(), agreement=equal, kappa=kappa))
     return found
 
 
@@ -372,7 +383,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"unjudged by {judge['judge']}: {count:,} ({reason})"
     for pair in result["agreement"]:
         if pair["n"]:
-            alike = f"kappa {pair['kappa']:.2f}, equal on {pair['agreement']:.1%} of {pair['n']:,}"
-            yield f"{pair['judge_a']} and {pair['judge_b']}: {alike}"
+            alike = f"equal on {pair['agreement']:.1%} of {pair['n']:,}"
+            kappa = f"kappa {pair['kappa']:.2f}" if pair["kappa"] is not None else "no kappa: one says the same of everything"
+            yield f"{pair['judge']} and {pair['other']}: {alike}, {kappa}"
     yield from (f"no responses to: {part}" for part in result["parts_without_responses"])
     yield from (f"files: {note}" for note in result["files"])

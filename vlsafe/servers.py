@@ -71,7 +71,7 @@ def said(turns: Sequence[Turn], images: Sequence[bytes]) -> list[dict[str, Any]]
     """Chat messages; pictures go before the text of the first user turn, as data."""
     pictures = [
         {"type": "image_url", "image_url": {"url": f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"}}
-        for data in images
+        for data in map(bytes, images)
     ]
     told: list[dict[str, Any]] = []
     for turn in turns:
