@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,23 @@ def test_wrong_folders_and_broken_files_are_named(root, tmp_path):
         REAL["mmbench"].load(tmp_path / "cut.tsv")
     write(tmp_path / "single.tsv", rows[0] + rows[1])
     assert "accuracy is not circular" in REAL["mmbench"].load(tmp_path / "single.tsv", pictures=False)[1][-1]
+
+
+def test_files_are_found_below_their_owners_names_and_in_archives(root, tmp_path):
+    shutil.copytree(root / "sorry-bench", tmp_path / "sorry-bench" / "sorry-bench-202406")
+    assert len(sorry_bench.load(tmp_path)[0]) == 8
+    shutil.copytree(root / "sorry-bench", tmp_path / "sorry-bench" / "sorry-bench-202503")
+    with pytest.raises(ValueError, match=r"holds sorry-bench more than once: name one of .*202406, .*202503"):
+        sorry_bench.load(tmp_path)
+    guard = tmp_path / "ys-zong" / "VLGuard"
+    guard.mkdir(parents=True)
+    shutil.copy(root / "VLGuard" / "test.json", guard)
+    with zipfile.ZipFile(guard / "test.zip", "w") as archive:
+        archive.write(root / "VLGuard" / "test" / "HOD" / "hod_3.png", "test/HOD/hod_3.png")
+        archive.write(root / "VLGuard" / "test" / "HOD" / "hod_3.png", "../../escaped.png")
+    items, notes = REAL["vlguard"].load(tmp_path)
+    assert {item.cluster for item in items} == {"hod_3"} and any("Ads_2 (missing), Ads_1 (missing)" in note for note in notes)
+    assert sorted(path.name for path in guard.iterdir()) == ["test.json", "test.zip"]
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused_before_it_is_decoded(monkeypatch):

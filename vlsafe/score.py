@@ -297,7 +297,7 @@ def score(
     answers = read_answers(sources if written else (), find, written)
     problems: dict[str, dict[Key, str]] = {}
     for texts, name in {WRITTEN[name].texts: name for name in written}.items() if asker else ():
-        wording = wordings(name, (data, data / module.FOLDER))
+        wording = wordings(name, official.places(data, module.FOLDER))
         answers, problems[texts] = ask_missing(WRITTEN[name], items, said, answers, asker, wording, keep)
     marks, told = {}, {}
     for name in names:

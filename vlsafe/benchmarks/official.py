@@ -143,15 +143,23 @@ def bounds(event: bool | None) -> tuple[float, float]:
 # ---- files
 
 
-def home(data: Path, name: str, *markers: str) -> Path:
-    """The folder of a benchmark: `data` itself or `data/name`, whichever holds one of the marker files.
+def places(data: Path, name: str) -> list[Path]:
+    """Where a benchmark may lie: `data` itself, `data/name`, or below its owner's name as on the hub (`data/owner/name…`)."""
+    owned = (folder for folder in sorted(Path(data).glob("*/*")) if folder.name.casefold().startswith(name.casefold()))
+    return [Path(data), Path(data) / name, *(folder for folder in owned if folder.is_dir())]
 
-    Raises:   FileNotFoundError naming what was looked for
+
+def home(data: Path, name: str, *markers: str) -> Path:
+    """The one of its places that holds a marker file of a benchmark.
+
+    Raises:   FileNotFoundError naming what was looked for; ValueError where several versions lie there
     """
-    for folder in (Path(data), Path(data) / name):
-        if any(next(folder.glob(marker), None) for marker in markers):
-            return folder
-    raise FileNotFoundError(f"{data} holds no {name}: there is no {' and no '.join(markers)}, neither there nor in {name}/")
+    found = [folder for folder in places(data, name) if any(next(folder.glob(marker), None) for marker in markers)]
+    if not found:
+        raise FileNotFoundError(f"{data} holds no {name}: there is no {' and no '.join(markers)}, neither there nor in {name}/")
+    if len(found) > 1 and found[0] not in places(data, name)[:2]:
+        raise ValueError(f"{data} holds {name} more than once: name one of {', '.join(map(str, found))}")
+    return found[0]
 
 
 def first(folder: Path, *paths: str) -> Path | None:

@@ -327,6 +327,6 @@ def wordings(name: str, folders: Sequence[Path]) -> dict[str, str]:
     if path is None:
         raise FileNotFoundError(
             f"the judge {name!r} uses the official wording, which is not ours to pass on: put the repository's "
-            f"{written.wording} into {folders[-1]}, or take {name}-criteria, which asks in other words and may judge otherwise"
+            f"{written.wording} into {folders[0]}, or take {name}-criteria, which asks in other words and may judge otherwise"
         )
     return templates(path)
