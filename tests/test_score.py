@@ -145,6 +145,16 @@ def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, s
     assert SECRET not in "".join(capsys.readouterr())
 
 
+def test_answers_made_elsewhere_come_before_kept_ones_and_without_a_server_count_alone(root, tmp_path, scripted, capsys):
+    served = ("--judge", "xstest-gpt4", "--endpoint", url(scripted), "--judge-model", "m")
+    assert run(root, tmp_path, "xstest", *served)[0] == 0
+    given = write(tmp_path / "given.jsonl", lines({"id": f"v2-{n}", "judgement": "1_full_compliance"} for n in range(1, 11)))
+    for more, unjudged in ((served, 0), (("--judge", "xstest-gpt4"), 8)):
+        code, found = run(root, tmp_path, "xstest", *more, "--judgements", given)
+        rates = {row["metric"]: row for row in found["scores"] if row["over"] == "all"}
+        assert code == 0 and rates["refusal_rate"]["value"] == 0 and rates["compliance_unsafe"]["n_unjudged"] == unjudged
+
+
 def test_a_busy_server_is_waited_for_and_a_wrong_key_is_said_at_once(root, tmp_path, scripted, capsys):
     scripted.trouble = lambda number: 429 if number % 2 else None
     code, found = run(root, tmp_path, "sorry_bench", "--endpoint", url(scripted), "--judge-model", "m", "--parallel", 1)

@@ -148,7 +148,7 @@ class Answers(NamedTuple):
 
 
 def read_answers(paths: Iterable[Path], find: Callable[[Mapping[str, Any], str], str], judges: Sequence[str]) -> Answers:
-    """Verdict texts, ours and others': `{"id", "judgement"}` and perhaps `judge`, `try`, `model`; later lines win.
+    """Verdict texts, ours and others': `{"id", "judgement"}` and perhaps `judge`, `try`, `model`; later ones win.
 
     Raises:   ValueError where a line does not say which of several judges wrote it
     """
@@ -291,9 +291,10 @@ def score(
         pictured, notes = module.load(data, subset, pictures=True)
         shown = {item.id: item for item in pictured}
         items = [shown.get(item.id, item) for item in items]
+    out.parent.mkdir(parents=True, exist_ok=True)
     keep = out.with_suffix(".judgements.jsonl")
     _mend(keep)
-    sources = [path for path in (judgements, keep) if path is not None and path.exists()]
+    sources = [path for path in (keep if asker else None, judgements) if path is not None and path.exists()]
     answers = read_answers(sources if written else (), find, written)
     problems: dict[str, dict[Key, str]] = {}
     for texts, name in {WRITTEN[name].texts: name for name in written}.items() if asker else ():
