@@ -38,6 +38,7 @@ test: setup
 # Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. About a minute.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+	PYTHONPATH=. $(BIN)/python tests/perf_score.py
 
 # The paper's corpora at full size, synthesised: memory of the loaders, and a screen that is killed half-way.
 perf-sources: setup
