@@ -167,6 +167,11 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head, also under adapters."""
+    return language_part(getattr(model, "get_base_model", lambda: model)()).norm
+
+
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
     """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
     in_memory_layout(model).save_pretrained(folder)

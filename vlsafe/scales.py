@@ -64,6 +64,8 @@ class Fit:
 
     The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
     projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
+    `grouped`: every step is of one modality, as in LLaVA's scripts. `launch`: an accelerate configuration by whose processes
+    the fit is trained; without one it is trained in the process that asks. `saved`: what finished checkpoints are written in.
     """
 
     steps: int
@@ -75,6 +77,9 @@ class Fit:
     max_length: int | None = None
     micro_batches: int = 2
     projector_rate: float | None = None
+    grouped: bool = later(False)
+    launch: str = later("")
+    saved: str = later("float32")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
