@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlsafe.schema import Turn, messages
+from vlsafe.schema import Picture, Turn, messages
 
 TEMPLATES = Path(__file__).parent / "templates"
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -68,9 +68,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_s
     )  # fmt: skip
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """PNG bytes to an RGB picture."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+def open_picture(data: Picture) -> Image.Image:
+    """The bytes of a picture file to an RGB picture."""
+    return Image.open(io.BytesIO(bytes(data))).convert("RGB")
 
 
 def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
@@ -80,18 +80,18 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
     return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
-def image_tokens(processor: Any, images: Sequence[bytes]) -> list[int]:
+def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
     """How many tokens each picture takes in a prompt, from its size alone; the processor's own count.
 
     Shapes:   N pictures  ->  N
     """
     if not images:
         return []
-    sizes = [Image.open(io.BytesIO(data)).size[::-1] for data in images]
+    sizes = [Image.open(io.BytesIO(bytes(data))).size[::-1] for data in images]
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
 
-def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> dict[str, Any]:
     """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]

@@ -1,7 +1,8 @@
 """The nouns that travel between rooms, and nothing that acts on them.
 
 Rows of every corpus and of every benchmark, real or miniature, have these shapes. This room knows neither models
-nor files; pictures are PNG bytes, so that a row means the same thing in memory, in a file and on another machine.
+nor files; pictures are bytes of a picture file, so that a row means the same thing in memory, in a file and on another machine.
+Those of large corpora stay where they lie (`Stored`) until somebody asks for their bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
+
+from vlsafe import store
 
 ROLES = ("system", "user", "assistant")
 SCORINGS = ("generated", "likelihood")
@@ -32,6 +35,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A picture that stays where it lies, below `VLSAFE_DATA` or in an archive (`store.outside_bytes`), until `bytes(it)`."""
+
+    place: str
+
+    def __bytes__(self) -> bytes:
+        return store.outside_bytes(self.place)
+
+
+Picture = bytes | Stored
+
+
+@dataclass(frozen=True)
 class Example:
     """A training row: a whole conversation, its pictures, and what is known about it.
 
@@ -43,7 +59,7 @@ class Example:
     id: str
     source: str
     turns: tuple[Turn, ...]
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     category: str | None = None
     cluster: str | None = None
     task: str | None = None
@@ -59,7 +75,7 @@ class Pair:
     turns: tuple[Turn, ...]
     chosen: str
     rejected: str
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     category: str | None = None
     cluster: str | None = None
 
@@ -78,7 +94,7 @@ class Item:
     id: str
     benchmark: str
     turns: tuple[Turn, ...]
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     reference: str | None = None
     category: str | None = None
     cluster: str | None = None
@@ -121,15 +137,20 @@ Row = TypeVar("Row", Example, Pair, Item, Response, Verdict)
 
 
 def to_row(value: Any) -> dict[str, Any]:
-    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as `datasets.Image` does."""
+    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as in `datasets.Image`, a stored
+    one its place alone."""
     row = asdict(value)
     if "turns" in row:
         row["turns"] = [dict(turn) for turn in row["turns"]]
     if "images" in row:
-        row["images"] = [{"bytes": image, "path": None} for image in value.images]
+        row["images"] = [_cell(image) for image in value.images]
     if "options" in row:
         row["options"] = list(row["options"])
     return row
+
+
+def _cell(image: Picture) -> dict[str, Any]:
+    return {"bytes": None, "path": image.place} if isinstance(image, Stored) else {"bytes": image, "path": None}
 
 
 def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
@@ -144,7 +165,9 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
     if "turns" in values:
         values["turns"] = tuple(Turn(turn["role"], turn["text"]) for turn in values["turns"])
     if "images" in values:
-        values["images"] = tuple(image["bytes"] for image in values["images"])
+        values["images"] = tuple(
+            Stored(image["path"]) if image["bytes"] is None else image["bytes"] for image in values["images"]
+        )
     if "options" in values:
         values["options"] = tuple(values["options"])
     return kind(**values)
@@ -158,7 +181,7 @@ def content_digest(value: Example | Pair | Item) -> str:
     spoken = [[turn.role, turn.text] for turn in value.turns]
     hashed = hashlib.sha256(json.dumps(spoken).encode())
     for image in value.images:
-        hashed.update(hashlib.sha256(image).digest())
+        hashed.update(hashlib.sha256(bytes(image)).digest())
     return hashed.hexdigest()[:16]
 
 

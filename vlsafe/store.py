@@ -11,26 +11,37 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
+MEMBER = "!"  # between an archive's place and the name of a file in it
+LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
 _SAID: set[Path] = set()  # runs of which this process has said that older code made them
 Status = Literal["valid", "missing", "stale", "tampered"]
+
+
+class TooLarge(ValueError):
+    """A file from outside that would not fit where it is to be read."""
 
 
 @dataclass(frozen=True)
@@ -255,3 +266,109 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a Parquet file."""
     return pq.read_table(path).to_pylist()
+
+
+def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Schema, batch: int = 2048) -> int:
+    """Rows as Parquet without holding them all, written beside and renamed; how many there were, possibly none."""
+    beside, written = path.with_name(path.name + ".tmp"), 0
+    with pq.ParquetWriter(beside, columns, compression="zstd") as file:
+        for part in _parts(rows, batch):
+            file.write_table(pa.Table.from_pylist(list(part), schema=columns))
+            written += len(part)
+    os.replace(beside, path)
+    return written
+
+
+def _parts(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    iterator = iter(rows)
+    while part := list(itertools.islice(iterator, size)):
+        yield part
+
+
+def outside() -> Path | None:
+    """The folder of what others made, from the environment's `VLSAFE_DATA`; None where it is not set."""
+    named = os.environ.get("VLSAFE_DATA")
+    return Path(named) if named else None
+
+
+def outside_bytes(place: str) -> bytes:
+    """The content of a file below `VLSAFE_DATA`, or of a member of a zip file there or at an address of fsspec's ("hf://…").
+
+    Raises:   FileNotFoundError where it is not there; TooLarge beyond `LARGEST` bytes, declared or real; ValueError
+              where the name leads out of the folder
+    """
+    archive, _, member = place.partition(MEMBER)
+    if member:
+        return _member_bytes(archive, member)
+    path = outside_path(archive)
+    if not path.is_file():
+        raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+    if path.stat().st_size > LARGEST:
+        raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
+    return path.read_bytes()
+
+
+def outside_path(name: str) -> Path:
+    """A name below `VLSAFE_DATA` as a path.
+
+    Raises:   ValueError for a name that leads out of it; FileNotFoundError where the variable is not set
+    """
+    root = outside()
+    if root is None:
+        raise FileNotFoundError("the environment variable VLSAFE_DATA names no folder of downloaded corpora")
+    if not inside(name):
+        raise ValueError(f"the name {name!r} leads out of its folder")
+    return root / name
+
+
+def inside(name: str) -> bool:
+    """Whether a relative name stays below the folder that it is relative to."""
+    return not (name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0])
+
+
+def _member_bytes(archive: str, member: str) -> bytes:
+    try:
+        opened = _archive(archive_at(archive), os.getpid())
+        found = opened.getinfo(member)
+    except KeyError:
+        raise FileNotFoundError(f"{archive} has no member {member!r}") from None
+    if found.file_size > LARGEST:
+        raise TooLarge(f"{member} of {archive} unpacks to {found.file_size:,} bytes, more than a picture may have")
+    return opened.read(found)
+
+
+def members(archive: str) -> frozenset[str]:
+    """The names of the files in a zip file below `VLSAFE_DATA` or at an address."""
+    return _names(archive_at(archive), os.getpid())
+
+
+def archive_at(archive: str) -> str:
+    """The path of an archive, or its address where it is neither below `VLSAFE_DATA` nor in the hub's cache.
+
+    Raises:   FileNotFoundError where it should be local and is not
+    """
+    if "://" not in archive:
+        path = outside_path(archive)
+        if not path.is_file():
+            raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+        return str(path)
+    repository = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", archive)
+    if repository is None:
+        return archive
+    repo, revision, file = repository.groups()
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
+    return found if isinstance(found, str) else archive
+
+
+@lru_cache(maxsize=16)
+def _names(where: str, process: int) -> frozenset[str]:
+    return frozenset(_archive(where, process).namelist())
+
+
+@lru_cache(maxsize=16)
+def _archive(where: str, process: int) -> zipfile.ZipFile:
+    """An archive that stays open. Per process: workers that share a file handle would move each other's place in it."""
+    try:
+        return zipfile.ZipFile(fsspec.open(where, "rb").open() if "://" in where else where)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{Path(where).name} is not a whole zip file ({error}); download it again") from None

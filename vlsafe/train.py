@@ -24,10 +24,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from vlsafe import processes
+from vlsafe import processes, store
 from vlsafe.models import in_memory_layout, load, save
 from vlsafe.scales import Fit, Preference, Rollout
-from vlsafe.schema import Example, Pair, Turn
+from vlsafe.schema import Example, Pair, Picture, Stored, Turn
 from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
@@ -46,10 +46,16 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
     features["length"] = Value("int64")
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
+        table["images"] = [[_cell(picture) for picture in row.images] for row in rows]
         table["pictures"] = [len(row.images) for row in rows]
         features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
     return Dataset.from_dict(table, features=Features(features))
+
+
+def _cell(picture: Picture) -> dict[str, Any]:
+    """A stored file is named and read when its row is; members of archives are read now."""
+    path = store.outside_path(picture.place) if isinstance(picture, Stored) and store.MEMBER not in picture.place else None
+    return {"bytes": None, "path": str(path)} if path else {"bytes": bytes(picture), "path": None}
 
 
 def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
@@ -76,7 +82,7 @@ def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
     table["length"] = [n + IMAGE_LENGTH * len(pair.images) for n, pair in zip(words, pairs, strict=True)]
     features["length"] = Value("int64")
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in pair.images] for pair in pairs]
+        table["images"] = [[_cell(picture) for picture in pair.images] for pair in pairs]
         table["pictures"] = [len(pair.images) for pair in pairs]
         features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
     return Dataset.from_dict(table, features=Features(features))
