@@ -6,7 +6,6 @@ what to do; all others in the process that asks. What is trained, and how, is `t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -67,7 +66,9 @@ def _work(job: Job, data: Dataset, progress: train.Progress) -> tuple[train.Hist
     """What every process of a training does."""
     start = Path(job.start)
     torch.manual_seed(job.seed)  # adapters start at random, before a trainer sets its seed
-    model = trainable.choose(models.load(start), job.method, job.lora, job.band)
+    model = models.load(start)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(models.block_names(model))  # what accelerate shards by
+    model = trainable.choose(model, job.method, job.lora, job.band)
     moving, processor = trainable.moving(model), models.load_processor(start)
     how = (Path(job.folder), job.seed, job.milestones, progress)
     if job.objective == "dpo":
@@ -117,7 +118,7 @@ def wanted(configuration: Mapping[str, Any], environment: Mapping[str, str]) -> 
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
     if not torch.cuda.device_count():
         raise ValueError(
-            "this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it would cost, scale `mini` needs none"
+            "this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it costs, scale `mini` needs none"
         )
     return min(asked, torch.cuda.device_count()) * nodes
 

@@ -167,6 +167,14 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Class names of the blocks of which a model is a stack: decoder's, and the tower's where there is one."""
+    blocks = {type(language_layers(model)[0]).__name__}
+    if hasattr(model.model, "vision_tower"):
+        blocks.add(type(vision_part(model).encoder.layers[0]).__name__)
+    return sorted(blocks)
+
+
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last block and the head, also under adapters."""
     return language_part(getattr(model, "get_base_model", lambda: model)()).norm
