@@ -1,5 +1,7 @@
 """A launched training process that is sharded on processors too, which accelerate does on GPUs only. For tests alone."""
 
+import contextlib
+import os
 import sys
 
 from accelerate import PartialState
@@ -17,6 +19,6 @@ def on_processors(*given):
 
 
 train._arguments = on_processors
-if "--head-alone" in sys.argv:
-    processes.final_norm = lambda model: None
-launch.main(sys.argv[1:2])
+if os.environ.get("HEAD_ALONE"):
+    processes.head_with_norm = lambda model: contextlib.nullcontext()
+launch.main(sys.argv[1:])

@@ -65,6 +65,14 @@ def test_it_is_a_qwen_on_the_shared_runs_of_the_others(brought, study):
     assert "lm_head.weight" in names and not torch.equal(names["lm_head.weight"], model.get_input_embeddings().weight)
 
 
+def test_its_words_stay_its_words_when_it_is_read_back(brought, study):
+    text = "how do i kill the process? use the spoon and the wax."
+    folders = [brought.folder("parent/aligned"), checkpoints(brought, "projector/filtered")[0], study.folder("parent/aligned")]
+    read, grafted, others = (models.load_processor(folder) for folder in folders)
+    assert read(text).input_ids == grafted.tokenizer(text).input_ids == others(text).input_ids
+    assert read.decode(read(text).input_ids) == text
+
+
 def test_its_graft_is_its_parent_on_text(brought):
     parent, graft = (models.load(f) for f in (brought.folder("parent/aligned"), checkpoints(brought, "projector/filtered")[0]))
     prompt = torch.randint(12, 200, (5, 17), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ Everything is an ordinary Hugging Face checkpoint in safetensors; code that come
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,17 @@ def load_processor(folder: Path) -> Any:
     folder = Path(folder)
     if is_multimodal(folder):
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        processor.tokenizer = AutoTokenizer.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
+        processor.tokenizer = _load_tokenizer(folder)  # "backend" reaches the tokenizer too, and unmakes it
         return processor
-    return AutoTokenizer.from_pretrained(folder)
+    return _load_tokenizer(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved. The library goes by the model's architecture and gives a Qwen2 with our words Qwen2's own
+    way of splitting text, which knows none of them, without a word."""
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = PreTrainedTokenizerFast if told.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(folder)
 
 
 def is_multimodal(folder: Path) -> bool:

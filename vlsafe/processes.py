@@ -32,6 +32,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharded() -> bool:
+    """Whether this is a process of a training that asked for sharded weights."""
+    return os.environ.get(LAUNCH) == "1"
+
+
 def per_process(fit: Fit, processes: int) -> int:
     """Rows of one micro-batch of one process.
 
@@ -114,18 +119,18 @@ class Guards(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        asked, sharded = int(os.environ.get(ASKED, "1")), os.environ.get(LAUNCH) == "1"
+        asked, wanted = int(os.environ.get(ASKED, "1")), sharded()
         if args.world_size != asked:
             raise RuntimeError(
                 f"{asked} processes were asked for and {args.world_size} is training: its steps would hold another number of "
                 "rows. On processors use distributed_type MULTI_GPU with use_cpu; `accelerate launch --cpu` starts one process"
             )
-        if sharded != any(isinstance(weight, DTensor) for weight in model.parameters()):
+        if wanted != any(isinstance(weight, DTensor) for weight in model.parameters()):
             raise RuntimeError(
                 "the weights are {}: accelerate has turned FSDP {} without a word. Its configuration asks for {}, which it "
-                "does on GPUs only".format(*(("whole", "off", "FSDP") if sharded else ("sharded", "on", "whole weights")))
+                "does on GPUs only".format(*(("whole", "off", "FSDP") if wanted else ("sharded", "on", "whole weights")))
             )
-        if sharded:
+        if wanted:
             refuse_unsound_shards(model)
 
 

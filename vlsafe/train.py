@@ -174,6 +174,8 @@ def _run(
     [last] = broadcast_object_list([_last_complete(Path(arguments.output_dir)) if PartialState().is_main_process else None])
     if fit.grouped:
         data = _grouped(data, fit, arguments.seed)
+    elif processes.sharded() and "pictures" in data.column_names:
+        raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
     with warnings.catch_warnings(), processes.head_with_norm(model):
         warnings.simplefilter("ignore")
         trainer = kind(
@@ -299,25 +301,24 @@ def _last_complete(folder: Path) -> Path | None:
     return None
 
 
-def settle(folder: Path, processor: Any, start: Path) -> list[Path]:
+def settle(folder: Path, processor: Any, start: Path, saved: str = "float32") -> list[Path]:
     """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state.
 
     Checkpoints of adapters are merged into the model in the folder `start`, which they were trained on.
     """
     settled = []
     for checkpoint in _checkpoints(folder):
-        if (checkpoint / "adapter_config.json").exists():
-            _merge_adapter(checkpoint, start)
-        _strip(checkpoint)
-        processor.save_pretrained(checkpoint)
+        adapters, beside = (checkpoint / "adapter_config.json").exists(), folder / "settling"
+        shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt that was killed here, as the target may be
+        if adapters or saved != "float32":
+            model = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload() if adapters else load(checkpoint)
+            save(model.to(getattr(torch, saved)), beside)
+            shutil.rmtree(checkpoint)
+        else:
+            checkpoint.rename(beside)
+            _strip(beside)
+        processor.save_pretrained(beside)
         target = folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt that was killed after this point
-        settled.append(checkpoint.rename(target))
+        shutil.rmtree(target, ignore_errors=True)
+        settled.append(beside.rename(target))
     return settled
-
-
-def _merge_adapter(checkpoint: Path, start: Path) -> None:
-    """Replace a checkpoint of adapters by the whole model that they make of `start`."""
-    merged = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload()
-    shutil.rmtree(checkpoint)
-    save(merged, checkpoint)
