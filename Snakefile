@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlsafe.notebooks import NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import STAGES, Study, jobs, planned, tables
+from vlsafe.stages import Study, jobs, planned, tables
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
@@ -42,7 +42,7 @@ for study in STUDIES:
 
         rule:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
-            input: [receipt(study, needed) for name in job for needed in STAGES[name].inputs if needed not in job]
+            input: [receipt(study, needed) for name in job for needed in study.stage(name).inputs if needed not in job]
             output: targets
             priority: int(job[0].startswith("instruct/"))  # the long ones first; short ones fill the gap at the end
             log: targets[0].replace(".json", ".log")

@@ -13,7 +13,7 @@ from vlsafe.notebooks import NOTEBOOKS
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "schema": 0, "scales": 0, "store": 0, "stats": 0,
+    "schema": 0, "outside": 0, "scales": 0, "store": 0, "stats": 0,
     "miniature": 1, "models": 1, "chat": 1,
     "sources": 2, "benchmarks": 2, "mix": 2, "trainable": 2, "engines": 2, "towers": 2, "processes": 2,
     "guards": 3, "train": 3, "launch": 4, "probe": 3, "merge": 3,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vlsafe import stages, store
-from vlsafe.scales import known
+from vlsafe.scales import known, load_scale
 from vlsafe.stages import STAGES, Study
 
 
@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--grid", choices=stages.GRIDS, default="default", help="which safety-tuning recipes")
         else:
             added.add_argument("--deep", action="store_true", help="compare file contents, not times")
+    for name, run, text in (
+        ("doctor", _doctor, "say what a scale needs from outside and what of it is here"),
+        ("download", _download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("--scale", default="paper", help="a preset or the path of a YAML file")
+        if name == "doctor":
+            added.add_argument("--deep", action="store_true", help="compare checksums as well")
+        else:
+            added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
+            added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
     return parser
 
 
@@ -147,6 +158,27 @@ def _status(arguments: argparse.Namespace) -> None:
     for study in _studies(arguments):
         for name in STAGES:
             print(f"{store.status(study.run(name), arguments.deep):9s} {study.backbone} seed {study.seed} {name}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from vlsafe import plan
+
+    lines = plan.doctor(load_scale(arguments.scale), arguments.deep)
+    for line in lines:
+        print(f"{line.state:10s} {line.what:28s} {line.detail}")
+    lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
+    if lacking:
+        remedy = "`vlsafe download` fetches what can be fetched; a corpus that is set to null in a YAML scale is done without"
+        raise ValueError(f"{len(lacking)} things are lacking ({', '.join(lacking)}); {remedy}")
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from vlsafe.plan import fetching, needs
+
+    scale = load_scale(arguments.scale)
+    for name in arguments.only:
+        known(name, [need.name for need in needs(scale)], "thing from outside")
+    fetching.download(scale, print, arguments.only, arguments.unpack)
 
 
 def _gallery(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -123,18 +123,21 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
     return lines
 
 
-def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
-    """The rows that the audit keeps, in order.
+def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
+    """The rows that the audit keeps, in order, one after another.
 
     Raises:   ValueError when the audit is about other rows
     """
-    kept = []
     for row, line in zip(rows, lines, strict=True):
         if row.id != line["id"]:
             raise ValueError(f"the audit speaks of {line['id']!r} where the corpus has {row.id!r}")
         if line["kept"]:
-            kept.append(row)
-    return kept
+            yield row
+
+
+def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
+    """`passing`, as a list."""
+    return list(passing(rows, lines))
 
 
 def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -272,14 +272,32 @@ def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Sche
     """Rows as Parquet without holding them all, written beside and renamed; how many there were, possibly none."""
     beside, written = path.with_name(path.name + ".tmp"), 0
     with pq.ParquetWriter(beside, columns, compression="zstd") as file:
-        for part in _parts(rows, batch):
+        for part in parts(rows, batch):
             file.write_table(pa.Table.from_pylist(list(part), schema=columns))
             written += len(part)
     os.replace(beside, path)
     return written
 
 
-def _parts(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
+def whole_lines(path: Path) -> tuple[int, str]:
+    """How many whole lines a file has (none where there is no file), and the last one. Half a line at its end is cut off.
+
+    Units:    lines
+    """
+    if not path.exists():
+        return 0, ""
+    count, last, end = 0, b"", 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, last, end = count + 1, line, end + len(line)
+    os.truncate(path, end)
+    return count, last.decode()
+
+
+def parts(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Rows in lists of `size`, the last one shorter."""
     iterator = iter(rows)
     while part := list(itertools.islice(iterator, size)):
         yield part
@@ -289,6 +307,17 @@ def outside() -> Path | None:
     """The folder of what others made, from the environment's `VLSAFE_DATA`; None where it is not set."""
     named = os.environ.get("VLSAFE_DATA")
     return Path(named) if named else None
+
+
+PINS = "pins.json"
+
+
+def pinned(repo: str, revision: str) -> str:
+    """The commit that a repository was first downloaded at, where no commit is asked for; `vlsafe download` notes it."""
+    root = outside()
+    if revision != "main" or root is None or not (root / PINS).is_file():
+        return revision
+    return json.loads((root / PINS).read_text(encoding="utf-8")).get(repo, revision)
 
 
 def outside_bytes(place: str) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vlsafe.scales import Origin
+from vlsafe.outside import Origin
 from vlsafe.schema import Example, Pair
 from vlsafe.sources import llava_instruct, llava_pretrain, safe_rlhf, spa_vl, vlguard
 from vlsafe.sources.files import Place, Refused, locate, missing

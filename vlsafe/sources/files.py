@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vlsafe import store
-from vlsafe.scales import Origin
+from vlsafe.outside import Origin
 from vlsafe.schema import Stored
 
 PIECE = 2**20  # characters read at a time
@@ -41,7 +41,12 @@ class Place:
     @property
     def address(self) -> str:
         """What `fsspec` calls the repository at its revision."""
-        return f"hf://datasets/{self.origin.repo}@{self.origin.revision}"
+        return f"hf://datasets/{self.origin.repo}@{self.revision}"
+
+    @property
+    def revision(self) -> str:
+        """The commit, where one is known."""
+        return store.pinned(self.origin.repo, self.origin.revision)
 
 
 def locate(origin: Origin, folder: str) -> Place:
@@ -64,7 +69,7 @@ def path_of(place: Place, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(hf_hub_download(place.origin.repo, name, repo_type="dataset", revision=place.origin.revision))
+        return Path(hf_hub_download(place.origin.repo, name, repo_type="dataset", revision=place.revision))
     except GatedRepoError:
         terms = place.origin.terms or "see its page"
         raise FileNotFoundError(f"{place.origin.repo} is gated: {terms}, and log in to the hub") from None

@@ -12,7 +12,7 @@ from vlsafe.schema import Example
 from vlsafe.sources import llava
 from vlsafe.sources.files import Place, Refused
 
-FOLDER = "llava_instruct"
+FOLDER = "LLaVA-Instruct-150K"
 FILE = "llava_v1_5_mix665k.json"
 FOLDERS = {  # where the README puts pictures, and the archive that holds them under the name that follows the "!"
     "coco/train2017/": "coco/train2017.zip!train2017/",
@@ -35,7 +35,7 @@ def rows(place: Place) -> Iterator[Example | Refused]:
     for row in llava.rows(place, FILE, "instructions", candidates):
         if isinstance(row, Example) and row.images and place.folder is None:
             raise FileNotFoundError(
-                "LLaVA-Instruct's pictures are not on the hub: put them, and the JSON file, into VLSAFE_DATA/llava_instruct"
+                "LLaVA-Instruct's pictures are not on the hub: put them, and the JSON file, into VLSAFE_DATA/LLaVA-Instruct-150K"
             )
         yield row if isinstance(row, Refused) or row.images else _text_only(row)
 

@@ -12,7 +12,7 @@ from vlsafe.schema import Example
 from vlsafe.sources import llava
 from vlsafe.sources.files import Place, Refused
 
-FOLDER = "llava_pretrain"
+FOLDER = "LLaVA-Pretrain"
 FILE = "blip_laion_cc_sbu_558k.json"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from vlsafe.schema import Pair, Turn
 from vlsafe.sources.files import Place, Refused, json_lines, names, text_of
 
-FOLDER = "safe_rlhf"
+FOLDER = "PKU-SafeRLHF"
 PATTERNS = {split: (f"data/*/{split}.jsonl", f"round0/{split}.jsonl*", f"{split}.jsonl*") for split in ("train", "test")}
 REQUIRED = {
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"
@@ -28,7 +28,7 @@ def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
     if place.folder is None:
         from datasets import load_dataset
 
-        yield from load_dataset(place.origin.repo, split=split, revision=place.origin.revision, streaming=True)
+        yield from load_dataset(place.origin.repo, split=split, revision=place.revision, streaming=True)
         return
     from vlsafe.store import outside_path
 

@@ -12,7 +12,7 @@ from typing import Any
 from vlsafe.schema import Pair, Picture, Turn
 from vlsafe.sources.files import Place, Refused, json_list, names, path_of, picture, text_of
 
-FOLDER = "spa_vl"
+FOLDER = "SPA-VL"
 SPLITS = {  # what the hub calls it: configuration and split
     "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
 }  # fmt: skip
@@ -36,7 +36,7 @@ def _parquet(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
     from datasets import Image, load_dataset
 
     config, name = SPLITS[split]
-    found = load_dataset(place.origin.repo, config, split=name, revision=place.origin.revision, streaming=True)
+    found = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
     yield from found.cast_column("image", Image(decode=False))
 
 

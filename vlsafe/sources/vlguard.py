@@ -1,7 +1,7 @@
 """VLGuard: pictures with refusals of what should be refused and answers to what should not. Gated.
 
 The training rows become conversations as in its authors' own conversion: one per picture, on safe pictures both exchanges
-in one conversation, in random order. The test's three subsets are for benchmarks; both read `records`.
+in one conversation, in random order. `records` reads the test as well, whose subsets are a benchmark's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from vlsafe.schema import Example, Stored, Turn
 from vlsafe.sources.files import Place, Refused, json_list, path_of, picture, text_of
 
-FOLDER = "vlguard"
+FOLDER = "VLGuard"
 SPLITS = {"train": "train.json", "test": "test.json"}
-SUBSETS = ("unsafes", "safe_unsafes", "safe_safes")  # of the test; the authors' own names
 _SEED = 0  # as in the authors' script; their order of draws is not claimed
 
 
@@ -46,13 +45,6 @@ def _record(row: dict[str, Any], name: str, split: str, place: Place) -> Record:
     category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
     where = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
     return Record(name, picture(place, where), safe, category, pairs)
-
-
-def subset(records: Iterator[Record | Refused], name: str) -> Iterator[tuple[Record, str, str]]:
-    """One subset of the test: each record with its instruction and its reference response."""
-    for record in records:
-        if isinstance(record, Record) and record.safe == (name != "unsafes"):
-            yield record, *record.pairs[int(name == "safe_unsafes")]
 
 
 def rows(place: Place) -> Iterator[Example | Refused]:

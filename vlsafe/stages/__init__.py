@@ -11,7 +11,7 @@ from functools import partial
 
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, inside, origins, screening, tuning
+from vlsafe.stages import adaptation, inside, loading, origins, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 from vlsafe.stages.tuning import tried
 
@@ -22,7 +22,8 @@ __all__ = [
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True,
+        load=loading.WORLD,
     ),
     "tower/clip": Stage(
         origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
@@ -33,15 +34,16 @@ STAGES: dict[str, Stage] = {
         lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
     ),
     "guard/text": Stage(
-        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True
+        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True,
+        load=loading.TEXT_GUARD,
     ),
     "guard/image": Stage(
         screening.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
-        "10 s", version=2, shared=True
+        "10 s", version=2, shared=True, load=loading.IMAGE_GUARD,
     ),
     "screen/filtered": Stage(
         screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, "20 s",
-        version=2, shared=True
+        version=2, shared=True, load=loading.SCREEN,
     ),
     "parent/aligned": Stage(
         origins.make_parent, ("base/llm",), origins.parent_params, "40 s",

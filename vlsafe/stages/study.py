@@ -50,25 +50,28 @@ class Study:
 
     def run(self, name: str) -> store.Run:
         """Where the result of a stage lies and what it must be."""
+        stage = self.stage(name)
+        kind, _, recipe = name.partition("/")
+        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
+        backbone, seed = SHARED if stage.shared else self.backbone, 0 if stage.seedless else self.seed
+        params = as_plain(stage.params(self))
+        return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
+
+    def stage(self, name: str) -> Stage:
+        """A stage as this scale has it: the one place that asks whether its world is built or loaded."""
         from vlsafe.stages import STAGES
 
         stage = STAGES[known(name, STAGES, "stage")]
-        kind, _, recipe = name.partition("/")
-        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
-        backbone = SHARED if stage.shared else self.backbone
-        params = as_plain(stage.params(self))
-        return store.Run(self.root, self.scale.name, backbone, self.seed, kind, recipe, stage.version, params, inputs)
+        return stage.load if self.scale.source == "load" and stage.load else stage
 
     def folder(self, name: str) -> Path:
         """The finished run of a stage; it and what it needs are made first where they are missing."""
-        from vlsafe.stages import STAGES
-
-        stage = STAGES[known(name, STAGES, "stage")]
-        run = self.run(name)
+        stage, run = self.stage(name), self.run(name)
         if store.status(run) != "valid":
             for needed in stage.inputs:
                 self.folder(needed)
-            print(f"{name}: making it, {stage.cost} at mini on one core", file=sys.stderr, flush=True)
+            where = "" if self.scale.source == "load" else " at mini on one core"
+            print(f"{name}: making it, {stage.cost}{where}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
     def numbers(self, name: str) -> dict[str, Any]:
@@ -83,7 +86,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Stage:
-    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans."""
+    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans.
+
+    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
+    """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
     inputs: tuple[str, ...]
@@ -91,6 +97,8 @@ class Stage:
     cost: str
     version: int = 1
     shared: bool = False
+    load: Stage | None = None
+    seedless: bool = False
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:

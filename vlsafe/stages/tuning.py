@@ -184,7 +184,7 @@ def _rewarded(
     if fit.launch:
         raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
     model = trainable.choose(models.load(start), "full", study.scale.lora)
-    reward = guards.reward_by(guards.LanguageModelGuard.load(study.folder(GUARD)), rows)
+    reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
     spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
     how = (folder, study.seed, milestones, bar)
     return train.grpo(model, reward, models.load_processor(start), train.prompt_dataset(rows), spec, *how)
@@ -293,10 +293,10 @@ def make_judging(study: Study, work: Path) -> dict[str, Any]:
 
     Its event is an unsafe conversation; where its assessment could not be read, the row is unjudged.
     """
-    from vlsafe.guards import LanguageModelGuard
+    from vlsafe.guards import opened
     from vlsafe.judges import UNJUDGED
 
-    guard, rows = LanguageModelGuard.load(study.folder(GUARD)), []
+    guard, rows = opened(study.folder(GUARD)), []
     asked = {item.id: item for item in items(study)}
     for name in JUDGED_RUNS:
         said = {(row["item"], row["model"]): row["text"] for row in study.rows(name, "responses.parquet")}
