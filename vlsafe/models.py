@@ -116,7 +116,7 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
     config = LlavaConfig(
         vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
         image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
-        image_seq_length=(spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full"),
+        image_seq_length=_image_length(spec),
         vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )  # fmt: skip
@@ -168,6 +168,50 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
+    """A grafted model of real shapes with random weights, or with none on the device "meta".
+
+    CLIPs from the hub have MLPs of four times their width, the miniature's of twice.
+    """
+    text = AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=spec.vocabulary or 256, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    tower = dict(
+        model_type="clip_vision_model", hidden_size=vision.vision_width, num_hidden_layers=vision.vision_layers,
+        intermediate_size=(4 if loaded else 2) * vision.vision_width, num_attention_heads=vision.heads,
+        image_size=vision.image_size, patch_size=vision.patch_size, projection_dim=vision.projection,
+    )  # fmt: skip
+    layers = list(vision.feature_layers)
+    config = LlavaConfig(
+        vision_config=tower, text_config=text.to_dict(), projector_hidden_act="gelu",
+        image_token_index=(spec.vocabulary or 256) - 1, image_seq_length=_image_length(vision),
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        vision_feature_select_strategy=vision.feature_strategy, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlavaForConditionalGeneration(config)
+
+
+def _image_length(spec: VisionSpec) -> int:
+    return (spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full")
+
+
+def shapes(model: PreTrainedModel) -> dict[str, int]:
+    """How many weights each part has; a head that is the embedding counts once, as the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    blocks = _count(language_part(model)) - embedding.weight.numel()
+    own = 0 if embedding.weight is head.weight else embedding.weight.numel()
+    return {"blocks": blocks, "head": head.weight.numel(), "embedding": own,
+            "projector": _count(projector_part(model)), "tower": _count(vision_part(model))}  # fmt: skip
+
+
+def _count(part: nn.Module) -> int:
+    return sum(weight.numel() for weight in part.parameters())
+
+
 def block_names(model: PreTrainedModel) -> list[str]:
     """Class names of the blocks of which a model is a stack: decoder's, and the tower's where there is one."""
     blocks = {type(language_layers(model)[0]).__name__}
@@ -213,6 +257,34 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()
+
+
+def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A language model from the hub's cache, with embeddings for every token of the tokenizer.
+
+    New ones, the picture's place-holder among them, are the mean of the old ones: never the likeliest word, and nothing drawn.
+    """
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            table.data[known:] = table.data[:known].float().mean(0).to(table.dtype)
+    return _with_generation_ids(model, tokenizer)
+
+
+def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
+    """A loaded decoder must be the one that the scale describes: the dry run has counted with that one.
+
+    Raises:   ValueError naming what differs
+    """
+    told = {
+        "architecture": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size,
+        "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads, "mlp": config.intermediate_size,
+        "tied_head": config.tie_word_embeddings,
+    }  # fmt: skip
+    if other := {name: value for name, value in told.items() if value != getattr(spec, name)}:
+        raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
 
 
 def load_processor(folder: Path) -> Any:

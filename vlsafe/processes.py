@@ -37,16 +37,23 @@ def sharded() -> bool:
     return os.environ.get(LAUNCH) == "1"
 
 
+def micro_batches(fit: Fit, processes: int) -> int:
+    """Into how many parts one step's rows are cut, one after another, so that no process takes more than `at_once`."""
+    least = -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1
+    return max(fit.micro_batches, least)
+
+
 def per_process(fit: Fit, processes: int) -> int:
     """Rows of one micro-batch of one process.
 
     Raises:   ValueError where a step's rows cannot be shared out evenly
     """
-    rows, rest = divmod(fit.batch_size, fit.micro_batches * processes)
-    if rest and (processes > 1 or fit.grouped):
+    parts = micro_batches(fit, processes)
+    rows, rest = divmod(fit.batch_size, parts * processes)
+    if not rows or (rest and (processes > 1 or fit.grouped)):
         raise ValueError(
-            f"{fit.batch_size} rows a step cannot be dealt to {processes} processes in {fit.micro_batches} micro-batches; "
-            "change micro_batches, or the number of processes"
+            f"{fit.batch_size} rows a step cannot be dealt to {processes} processes in {parts} micro-batches; "
+            "change micro_batches, at_once, or the number of processes"
         )
     return rows
 

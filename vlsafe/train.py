@@ -36,6 +36,7 @@ COMPLETE = "complete.json"
 IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
 OPTIMISER = ("optimizer.pt", "optimizer.bin")  # of whole and of sharded weights; the one is needed to go on
 TRAINING_STATE = (*OPTIMISER, "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state*.pth", "training_args.bin", COMPLETE)
+WORKERS = 4  # processes that open pictures for one GPU
 RESUMABLE = 2  # newest checkpoints that keep what is needed to go on; at seven billion weights that is 90 GB each
 
 
@@ -229,7 +230,8 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
         return kind(
             output_dir=str(folder), max_steps=fit.steps,
             per_device_train_batch_size=processes.per_process(fit, processes.world_size()),
-            gradient_accumulation_steps=fit.micro_batches, remove_unused_columns=False, learning_rate=fit.learning_rate,
+            gradient_accumulation_steps=processes.micro_batches(fit, processes.world_size()),
+            remove_unused_columns=False, learning_rate=fit.learning_rate, dataloader_num_workers=WORKERS if gpu else 0,
             lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
             seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
             save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
