@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def plan(scale: Scale, backbone: str, gpu: str, utilisation: float | None = None) -> list[Work]:
-    """Every part of a scale for one backbone and one seed, with the default grid; a measured `utilisation` replaces the assumed."""
+    """Every part of a scale for one backbone and one seed, with the default grid; a measured `utilisation` counts."""
     shapes = _shapes(scale, backbone, models.random_graft(scale.decoder(backbone), scale.vision, scale.source == "load"))
     parts = [_fit_work(scale, shapes, gpu, utilisation, *given) for given in _fits(scale)]
     screen = _screening(scale, gpu) if scale.source == "load" else []
@@ -67,14 +67,7 @@ def _fits(scale: Scale) -> list[tuple[str, Fit, int, str, str, int]]:
     rows = [
         ("stage 1", scale.projector, 1, "projector", "sft", early),
         ("stage 2", scale.instruct, 1, "full", "sft", len(inside) + 1),
-        (
-            "stage 2, other data and methods",
-            scale.instruct,
-            len(others) - light,
-            "full",
-            "sft",
-            (len(others) - light) * (len(arms) + 1),
-        ),
+        ("stage 2, other data and methods", scale.instruct, whole, "full", "sft", whole * (len(arms) + 1)),
         ("stage 2, LoRA", scale.instruct, light, "lora", "sft", light * (len(arms) + 1)),
     ]
     recipes = [recipe for recipe in tuning.RECIPES.values() if recipe.grid == "default"]
@@ -129,9 +122,8 @@ def _fit_work(
     kept, at_most = costs.disk(shapes, moving, left, saved, 2)
     seconds = costs.training_seconds(of_row * rows, gpu, 1, utilisation or costs.UTILISATION)
     tokens = rows * (text + pictures * shapes.image_tokens) * (2 if objective == "dpo" else 1)
-    return Work(
-        name, runs, runs * tokens, runs * seconds / 3600, need, kept, at_most / max(1, runs), "measured" if use else "computed"
-    )
+    how = MEASURED if utilisation else "computed"
+    return Work(name, runs, runs * tokens, runs * seconds / 3600, need, kept, at_most / runs, how)
 
 
 def _screening(scale: Scale, gpu: str) -> list[Work]:
