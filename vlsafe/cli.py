@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--weights", type=Path, help="a model folder that judges here")
     added.add_argument("--out", type=Path, required=True, help="the result, as JSON; judgements are kept beside it")
     added.add_argument("--verdicts", type=Path, help="also write every verdict, a line each")
+    added = command("dryrun", _dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine")
+    _place(added)
+    added.add_argument("--backbone")
+    added.add_argument("--gpu", default="A100-80G", help="which one to count with")
+    added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
+    added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -160,6 +166,25 @@ def _score(arguments: argparse.Namespace) -> None:
         arguments.judgements, asker, arguments.verdicts,
     )  # fmt: skip
     print(*score.lines(result), sep="\n")
+
+
+def _dryrun(arguments: argparse.Namespace) -> None:
+    from vlsafe import costs, dryrun
+    from vlsafe.scales import load_scale
+
+    if arguments.readme:
+        rows = [(many, gpu, load_scale(scale), backbone) for many, gpu, scale, backbone in dryrun.README_ROWS]
+        text = arguments.readme.read_text(encoding="utf-8")
+        store.write_text(arguments.readme, dryrun.in_readme(text, dryrun.summary(rows)))
+        return
+    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, costs.GPUS, "GPU")
+    backbone = arguments.backbone or next(iter(scale.backbones))
+    scale.backbone(backbone)
+    told = dryrun.measure(scale, backbone) if arguments.measure else {}
+    for name, value in told.items():
+        print(f"measured {name}: {value}")
+    print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, told.get("mfu")), gpu)))
+    print("\nComputed from shapes unless the last column says otherwise; what is assumed stands in costs.py and Scale.traffic.")
 
 
 def _unlock(arguments: argparse.Namespace) -> None:

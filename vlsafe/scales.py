@@ -58,6 +58,7 @@ class LanguageSpec:
     tied_head: bool = True
     initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
     architecture: str = later("llama")
+    vocabulary: int = later(0)  # of a decoder that is loaded: what the dry run counts with; a built one has its tokenizer's
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Fit:
 
     The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
     projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
+    `grouped`: every step is of one modality, as in LLaVA's scripts. `launch`: an accelerate configuration by whose processes
+    the fit is trained; without one it is trained in the process that asks. `saved`: what finished checkpoints are written in.
     """
 
     steps: int
@@ -77,6 +80,10 @@ class Fit:
     max_length: int | None = None
     micro_batches: int = 2
     projector_rate: float | None = None
+    grouped: bool = later(False)
+    at_once: int | None = later(None)  # rows that one process takes at a time, at most; more micro-batches where it takes them
+    launch: str = later("")
+    saved: str = later("float32")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
@@ -159,6 +166,25 @@ class Backbone:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What the dry run counts with where no corpus has been read: text tokens a row, shares of rows with a picture, items.
+
+    Defaults are for the paper's data, all assumed: captions are one sentence; 665,298 rows of mix665k hold 40,688 of ShareGPT
+    without a picture and come to about 840 tokens each, at which LLaVA-1.5's published 10 hours are a quarter of the peak.
+    """
+
+    captions: int = 40
+    instructions: int = 300
+    pictured: float = 0.94
+    safety: int = 200
+    pairs: int = 350
+    screened: int = 350  # tokens that the text guard reads per row, its own prompt included
+    questions: int = 21_000  # answered with a letter or a word
+    requests: int = 13_000  # answered in sentences: harmful ones, their twins and exaggerated-safety prompts
+    answer: int = 200  # tokens of such an answer
+
+
+@dataclass(frozen=True)
 class Corpora:
     """Sizes of the miniature's corpora, in rows."""
 
@@ -181,6 +207,7 @@ class Exam:
     batch_size: int = 64
     max_new_tokens: int = 16
     captions: int = 200
+    dtype: str = later("float32")
 
 
 @dataclass(frozen=True)
@@ -208,6 +235,7 @@ class Scale:
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
     threads: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
     source: str = "build"
     loaded: Loaded | None = None
 
@@ -253,6 +281,9 @@ MINI = Scale(
     },
 )
 _MADE_ELSEWHERE = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of what this scale loads; no stage reads it
+# What moves all weights is sharded; a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
+_SHARED_OUT = {"grouped": True, "saved": "bfloat16", "micro_batches": 1, "max_length": 2048}  # grouped: LLaVA-1.5 finetune.sh
+_DDP, _FSDP = "env/accelerate/ddp.yaml", "env/accelerate/fsdp2.yaml"
 PAPER = Scale(
     name="paper",
     source="load",
@@ -263,23 +294,71 @@ PAPER = Scale(
     ),
     language=LanguageSpec(  # LLaMA-2 7B; context: LLaVA-1.5's model_max_length
         layers=32, width=4096, heads=32, key_value_heads=32, mlp=11008, attention_bias=False, matching=0.0, copying=0.0,
-        context=2048, tied_head=False, initial_std=0.02,
+        context=2048, tied_head=False, initial_std=0.02, vocabulary=32000,
     ),
     tower=_MADE_ELSEWHERE, pretraining=_MADE_ELSEWHERE, guard=_MADE_ELSEWHERE,
-    projector=Fit(steps=2180, batch_size=256, learning_rate=1e-3, max_length=2048),  # LLaVA-1.5 pretrain.sh, one epoch
-    instruct=Fit(steps=5197, batch_size=128, learning_rate=2e-5, max_length=2048),  # LLaVA-1.5 finetune.sh, one epoch
+    projector=Fit(  # LLaVA-1.5 pretrain.sh, one epoch of 558,128 rows; all of them have a picture
+        steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, launch=_DDP, **_SHARED_OUT,
+    ),
+    instruct=Fit(  # LLaVA-1.5 finetune.sh, one epoch of 665,298 rows
+        steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+    ),
     tuning=Tuning(
-        sft=Fit(steps=47, batch_size=128, learning_rate=2e-5, max_length=2048),  # VLGuard: three epochs; assumed: stage 2's rate
-        preference=Preference(Fit(steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, max_length=2048)),  # SPA-VL
+        sft=Fit(  # VLGuard: three epochs; assumed: stage 2's rate
+            steps=47, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+        ),
+        preference=Preference(Fit(  # SPA-VL's script: one epoch of 93,258 pairs
+            steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_SHARED_OUT,
+        )),
         rollout=Rollout(Fit(steps=500, batch_size=64, learning_rate=1e-6)),  # assumed; not in the paper
+        pairs=500,  # assumed
     ),
     backbones={
         "llama2-chat": Backbone(template="llama2", fit=_MADE_ELSEWHERE),
         "tulu2": Backbone(template="tulu", fit=_MADE_ELSEWHERE),
     },
+    exam=Exam(panel=200, full=1_000_000, batch_size=16, max_new_tokens=512, dtype="bfloat16"),  # assumed; full: all there is
     lora=LoraSpec(rank=128, alpha=256),  # LLaVA-1.5 finetune_lora.sh
+    checkpoints=(20, 50, 100, 250, 500, 1000, 2000, 4000),  # assumed: most is lost early in the miniature
+    arm_checkpoints=(100, 500, 2000),  # assumed, likewise
+    threads=8,  # assumed: cores for each process of a node
 )  # fmt: skip
-SCALES: dict[str, Scale] = {"mini": MINI, "paper": PAPER}
+# One consumer GPU in hours: an openly licensed parent of 360 million weights, a small tower, subsets of the same corpora.
+_ALONE = {"grouped": True, "micro_batches": 1, "at_once": 8, "max_length": 1024}  # whole weights, in the process that asks
+SMALL = dataclasses.replace(
+    PAPER,
+    name="small",
+    loaded=dataclasses.replace(
+        PAPER_LOADED,
+        captions=dataclasses.replace(PAPER_LOADED.captions, limit=64_000),  # assumed: 500 steps
+        instructions=dataclasses.replace(PAPER_LOADED.instructions, limit=64_000),  # assumed: 1,000 steps
+        tower=Origin("openai/clip-vit-base-patch32", "main", "model", gigabytes=0.6),
+        parents={"smollm2": Origin("HuggingFaceTB/SmolLM2-360M-Instruct", "main", "model", gigabytes=0.7)},
+        gpu_gigabytes=16.0,  # computed by the dry run, rounded up to a card that is sold
+    ),
+    vision=VisionSpec(  # CLIP ViT-B/32
+        image_size=224, patch_size=32, vision_width=768, vision_layers=12, text_width=512, text_layers=12, heads=12,
+        projection=512, feature_layers=(-2,), feature_strategy="default",
+    ),
+    language=LanguageSpec(  # SmolLM2-360M's config.json; context: assumed, enough for 50 picture tokens and a conversation
+        layers=32, width=960, heads=15, key_value_heads=5, mlp=2560, attention_bias=False, matching=0.0, copying=0.0,
+        context=1024, tied_head=True, initial_std=0.02, vocabulary=49152,
+    ),
+    projector=Fit(steps=500, batch_size=128, learning_rate=1e-3, **_ALONE),  # LLaVA-1.5's rate; steps and batch assumed
+    instruct=Fit(steps=1000, batch_size=64, learning_rate=2e-5, **_ALONE),  # likewise
+    tuning=Tuning(
+        sft=Fit(steps=94, batch_size=64, learning_rate=2e-5, **_ALONE),  # three epochs of VLGuard
+        preference=Preference(Fit(steps=1000, batch_size=8, learning_rate=1e-6, **_ALONE)),  # assumed
+        rollout=Rollout(Fit(steps=200, batch_size=64, learning_rate=1e-6)),  # assumed
+        pairs=200,  # assumed
+    ),
+    backbones={"smollm2": Backbone(template="chatml", fit=_MADE_ELSEWHERE)},
+    exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
+    lora=LoraSpec(rank=64, alpha=128),  # assumed
+    checkpoints=(20, 50, 100, 250, 500),
+    arm_checkpoints=(100, 500),
+)  # fmt: skip
+SCALES: dict[str, Scale] = {"mini": MINI, "small": SMALL, "paper": PAPER}
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -339,7 +418,7 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
         if typing.get_args(hint)[1] is Origin:
             known_ones = {k: current.get(k, Origin(repo="")) for k in value}
             return {**current, **{k: extended(known_ones[k], v, f"{where}.{k}") for k, v in value.items()}}
-        return {**current, **{k: _backbone(v, current.get(k), f"{where}.{k}") for k, v in value.items()}}
+        return {**current, **{k: _backbone(v, current, k, f"{where}.{k}") for k, v in value.items()}}
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -352,15 +431,13 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
     return value
 
 
-def _backbone(value: Any, current: Backbone | None, where: str) -> Backbone:
+def _backbone(value: Any, those: Mapping[str, Backbone], name: str, where: str) -> Backbone:
     """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
     value = dict(value)
-    base = value.pop("extends", None)
-    if base is not None:
-        current = MINI.backbone(base)
-    if current is None:
-        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(MINI.backbones))})")
-    return extended(current, value, where)
+    base = value.pop("extends", name)
+    if base not in those and base == name:
+        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(those))})")
+    return extended(those[known(base, those, "backbone")], value, where)
 
 
 def as_plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ STAGES: dict[str, Stage] = {
     ),
     "tower/clip": Stage(
         origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
-        shared=True
+        shared=True, load=origins.TOWER,
     ),
     "base/llm": Stage(
         origins.make_base, (),
@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
         version=2, shared=True, load=loading.SCREEN,
     ),
     "parent/aligned": Stage(
-        origins.make_parent, ("base/llm",), origins.parent_params, "40 s",
+        origins.make_parent, ("base/llm",), origins.parent_params, "40 s", load=origins.PARENT,
     ),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),

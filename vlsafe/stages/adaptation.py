@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, to_row
-from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, project_root, world_of
 
 
 class Recipe(NamedTuple):
@@ -61,18 +61,23 @@ def _train(
     study: Study, work: Path, start: Path, rows: Sequence[Any], method: str, fit: Fit, milestones: list[int], name: str,
     band: tuple[int, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder."""
-    import torch
+    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
 
-    from vlsafe import models, train, trainable
+    A kill after the training, while digests of what it left are taken, costs no training.
+    """
+    from vlsafe import launch, models, train
 
-    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
-    model, processor = trainable.choose(models.load(start), method, study.scale.lora, band), models.load_processor(start)
+    if (done := work / "trained.json").exists():
+        return json.loads(done.read_text(encoding="utf-8"))
     data = train.chat_dataset(rows, with_images=True)
-    losses = train.sft(model, processor, data, fit, work, study.seed, milestones, Bar(name, fit.steps))
-    train.settle(work, processor, start)
+    job = launch.Job("sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band)
+    history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
+    train.settle(work, models.load_processor(start), start, fit.saved)
+    losses = [record["loss"] for record in history]
     store.write_text(work / "losses.json", json.dumps(losses))
-    return {"rows": len(rows), "moving_weights": trainable.moving(model), "loss": losses[-1]}
+    told = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
+    store.write_text(done, json.dumps(told))
+    return told
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:

@@ -140,7 +140,12 @@ def tokenizer_of(study: Study, template: str | None = None):
 def processor_of(study: Study, template: str | None = None):
     from vlsafe import chat
 
-    spec = study.scale.vision
+    spec, loaded = study.scale.vision, study.scale.loaded
+    if loaded:
+        name = template or study.scale.backbone(study.backbone).template
+        return chat.hub_processor(
+            loaded.parents[study.backbone], loaded.tower, name, spec.patch_size, spec.feature_strategy
+        )  # fmt: skip
     return chat.build_processor(tokenizer_of(study, template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, Pair, Turn, from_row
-from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, project_root, world_of
 
 
 class Recipe(NamedTuple):
@@ -118,55 +118,76 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
 
 
 def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
-    """Train by a recipe, choose a checkpoint, keep that one, and note what all of them did on the validation pairs."""
+    """Train by a recipe, choose a checkpoint, keep that one, and note what all of them did on the validation pairs.
+
+    What is done is left in files, so that a kill in the choice costs no training.
+    """
     from vlsafe import models, train
 
-    training = work / "training"
-    for settled in [*training.glob("step-*"), *work.glob("step-*")]:
-        drop(settled)  # an earlier attempt was killed while it was choosing
+    training, done = work / "training", work / "history.json"
     start = checkpoints(study, RECIPES[name].start)[-1]
     rows, told = _corpora(study, name, models.load_processor(start))
     first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
     fit = dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first)))
-    history, band = _train(study, name, training, start, rows, fit)
-    tried = _validated(study, [start, *train.settle(training, models.load_processor(start), start)], train.tokens_seen(history))
-    best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
-    store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
-    store.write_text(work / "history.json", json.dumps(history))
+    if not done.exists():
+        history = _train(study, name, training, start, rows, fit)
+        train.settle(training, models.load_processor(start), start, fit.saved)
+        store.write_text(done, json.dumps(history))
+    if not (work / "validation.parquet").exists():
+        history = json.loads(done.read_text(encoding="utf-8"))
+        tried = _validated(study, [start, *sorted(training.glob("step-*"))], train.tokens_seen(history))
+        best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
+        store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
+    best = next(line for line in store.read_rows(work / "validation.parquet") if line["chosen"])
     if "replayed" in told:
         store.write_text(work / "replayed.json", json.dumps(told.pop("replayed")))
     folder = f"step-{best['step']:06d}"
-    shutil.move(training / folder, work / folder)
+    if (training / folder).exists():
+        shutil.move(training / folder, work / folder)
     drop(training)
+    band = _band(study, name)
     return {**told, **band, "steps": fit.steps, **{f"chosen_{key}": best[key] for key in ("step", "tokens", "score")}}
 
 
-def _train(
-    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen."""
-    import torch
+def _band(study: Study, name: str) -> dict[str, Any]:
+    """The band that a recipe freezes, and whether it was located; nothing for the others."""
+    if RECIPES[name].method != "sppft":
+        return {}
+    located = study.numbers(PROBED)
+    return {"band": located["band"], "band_located": located["located"]}
 
+
+def _train(study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit) -> list[dict[str, float]]:
+    """Train the model in the folder `start` by a recipe's objective: what was logged."""
+    from vlsafe import launch, train
+
+    recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)
+    milestones = tuple(sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)}))
+    if recipe.objective == "grpo":
+        return _rewarded(study, folder, start, rows, fit, milestones, bar)
+    band = tuple(_band(study, name).get("band", ())) or None
+    job = launch.Job(
+        recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
+        tuning.preference if recipe.objective == "dpo" else None,
+    )  # fmt: skip
+    pictured = any(row.images for row in rows)
+    data = train.pair_dataset(rows, pictured) if recipe.objective == "dpo" else train.chat_dataset(rows, with_images=True)
+    return launch.trained(job, data, bar, project_root())[0]
+
+
+def _rewarded(
+    study: Study, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, milestones: Sequence[int], bar: Bar
+) -> list[dict[str, float]]:
+    """What GRPO logged. It trains in this process: its reward is a model of this study and not a file that others could read."""
     from vlsafe import guards, models, train, trainable
 
-    recipe, tuning = RECIPES[name], study.scale.tuning
-    located = study.numbers(PROBED) if recipe.method == "sppft" else None
-    band = tuple(located["band"]) if located else None
-    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
-    model, processor = trainable.choose(models.load(start), recipe.method, study.scale.lora, band), models.load_processor(start)
-    milestones = sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)})
-    how = (folder, study.seed, milestones, Bar(name, fit.steps))
-    pictured = any(row.images for row in rows)
-    if recipe.objective == "sft":
-        history = train.sft_history(model, processor, train.chat_dataset(rows, with_images=True), fit, *how)
-    elif recipe.objective == "dpo":
-        data = train.pair_dataset(rows, with_images=pictured)
-        history = train.dpo(model, models.load(start), processor, data, tuning.preference, fit, *how)
-    else:
-        reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
-        spec = dataclasses.replace(tuning.rollout, fit=fit)
-        history = train.grpo(model, reward, processor, train.prompt_dataset(rows), spec, *how)
-    return history, {"band": located["band"], "band_located": located["located"]} if located else {}
+    if fit.launch:
+        raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
+    model = trainable.choose(models.load(start), "full", study.scale.lora)
+    reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
+    spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
+    how = (folder, study.seed, milestones, bar)
+    return train.grpo(model, reward, models.load_processor(start), train.prompt_dataset(rows), spec, *how)
 
 
 def validation_items(study: Study) -> list[Item]:
