@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         _place(added)
         added.add_argument("--backbone", default="mini-chat")
         added.add_argument("--seed", type=int, default=0)
+    added = command("card", _card, "write the model cards of finished runs, beside their folders (all runs without a name)")
+    added.add_argument("names", nargs="*")
+    _place(added)
+    added.add_argument("--backbone", default="mini-chat")
+    added.add_argument("--seed", type=int, default=0)
     added = command("notebook", _notebook, "execute one notebook with checked parameters")
     added.add_argument("name")
     _place(added)
@@ -91,6 +96,16 @@ def _fresh(arguments: argparse.Namespace) -> None:
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     for name in [known(name, STAGES, "stage") for name in arguments.names]:
         store.forget(study.run(name))
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from vlsafe.stages.results import card, write_cards
+
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for name in arguments.names:
+        card(study, known(name, STAGES, "stage"))  # a mistake is told before anything is written
+    for path in write_cards(study, arguments.names or list(STAGES)):
+        print(path)
 
 
 def _notebook(arguments: argparse.Namespace) -> None:
@@ -151,7 +166,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _gallery(arguments: argparse.Namespace) -> None:
     from vlsafe import gallery
-    from vlsafe.stages.results import results
+    from vlsafe.stages.results import results, write_cards
 
     studies = _studies(arguments)
     runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
@@ -162,3 +177,5 @@ def _gallery(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("figures") / studies[0].scale.name
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
+    for study in studies:
+        write_cards(study, stages.planned(arguments.grid))
