@@ -6,6 +6,8 @@ Everything is an ordinary Hugging Face checkpoint in safetensors; code that come
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from vlsafe.scales import LanguageSpec, VisionSpec
 
@@ -167,6 +170,14 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def read_out(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """What the model would say next if a state were its last one: final norm and head.
+
+    Shapes:   [..., D]  ->  logits [..., vocabulary]
+    """
+    return model.get_output_embeddings()(language_part(model).norm(states))
+
+
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
     """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
     in_memory_layout(model).save_pretrained(folder)
@@ -194,11 +205,25 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    with _quiet(len(list(folder.glob("*.safetensors"))) < 2):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()
+
+
+@contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    """Without the library's bar: over a single file it is gone before it says anything, and stays behind in notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    if really:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_processor(folder: Path) -> Any:
