@@ -81,7 +81,7 @@ def draw(compared: pd.DataFrame, scale: str, asked: str) -> Figure:
                 str(name), (len(layers) - 1, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6,
                 color=look["color"], annotation_clip=False,
             )  # fmt: skip
-        axis.set(xlabel="layer", ylabel="begins like a refusal, percent", ylim=(-3, 103), xticks=range(len(layers)))
+        axis.set(xlabel="layer", ylabel="refusal, percent", ylim=(-3, 103), xticks=range(len(layers)))
         refusing = ", ".join(str(name) for name in compared.index[compared["refused"]]) or "none of them"
         figure.suptitle(f"Who refuses: {refusing}", x=0.01, ha="left", fontsize=8, fontweight="bold")
         note = f"{origin(scale)}; one prompt: {asked}\neach layer read by the model's own norm and head (logit lens)"
