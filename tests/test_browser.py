@@ -29,10 +29,11 @@ SETTINGS = {  # a cell that is not on the screen must be in the page too; no new
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update "
-    "--no-first-run --disable-sync --disable-extensions"
-).split() + ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+FLAGS = [
+    *"--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking".split(),  # noqa: SIM905
+    *"--disable-component-update --no-first-run --disable-sync --disable-extensions".split(),  # noqa: SIM905
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
 
 
 class Lab:
@@ -54,7 +55,7 @@ class Lab:
         options += [f"--ServerApp.root_dir={self.work}", f"--IdentityProvider.token={self.token}"]
         options += ["--LabApp.extension_manager=readonly"]
         options += ["--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
-        self.log = open(folder / "lab.log", "w")
+        self.log = open(folder / "lab.log", "w")  # noqa: SIM115
         environment = {**os.environ, **places, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=self.log, stderr=self.log, cwd=self.work
@@ -62,7 +63,8 @@ class Lab:
         wait(lambda: self.ask("status"), 60, f"JupyterLab does not answer; see {self.log.name}")
 
     def ask(self, what, method="GET"):
-        request = urllib.request.Request(f"{self.address}/api/{what}", method=method, headers={"Authorization": f"token {self.token}"})
+        headers = {"Authorization": f"token {self.token}"}
+        request = urllib.request.Request(f"{self.address}/api/{what}", method=method, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 return json.loads(answer.read() or "null")
@@ -101,9 +103,8 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as play:
-        with play.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS) as opened:
-            yield opened
+    with sync_api.sync_playwright() as play, play.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as opened:
+        yield opened
 
 
 def opened(lab, browser, name, notebook):
@@ -155,8 +156,8 @@ def fresh(code):
 def seen(page, n):
     """`n` figures that the browser has really decoded."""
     found = page.locator(".jp-RenderedImage img")
-    wait(lambda: found.count() >= n and all(width > 300 for width in found.evaluate_all("all => all.map(i => i.naturalWidth)")), 60,
-         f"{found.count()} of {n} figures are there")  # fmt: skip
+    widths = "all => all.map(image => image.naturalWidth)"
+    wait(lambda: found.count() >= n and min(found.evaluate_all(widths)) > 300, 60, f"not {n} figures")
     return found
 
 

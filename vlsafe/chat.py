@@ -91,7 +91,7 @@ def image_tokens(processor: Any, images: Sequence[bytes]) -> list[int]:
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
 
-def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> Any:
     """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]

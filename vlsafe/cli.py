@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vlsafe import stages, store
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlsafe", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -172,7 +173,7 @@ def _gallery(arguments: argparse.Namespace) -> None:
     runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
     provenance = []
     for run in runs.values():
-        noted = store.read_manifest(run)
+        noted = store.told(run)
         provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
     out = arguments.out or Path("figures") / studies[0].scale.name
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):

@@ -19,10 +19,10 @@ TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
 Manifest = Mapping[str, Any]
 MADE_HERE = "made from nothing by this project, MIT"
 MINIATURE = (
-    "A model of a miniature world of a few dozen words. It shows mechanics and not sizes of effects, and answers about nothing else. "
-    "Its texts are nonsense by construction; it can help nobody do harm."
+    "A model of a miniature world of a few dozen words. It shows mechanics and not sizes of effects, and answers about nothing "
+    "else. Its texts are nonsense by construction; it can help nobody do harm."
 )
-LOADED = "Safety was measured on the benchmarks below alone; what they do not ask, they do not show. A judge's errors are in every rate."
+LOADED = "Safety was measured on the benchmarks below alone; what they do not ask, they do not show. Judges err in every rate."
 USES = (
     "Research on what adaptation and tuning do to safety. It is not made to be deployed: some models of this study were made "
     "*less* safe on purpose, to measure how."
@@ -68,8 +68,8 @@ def card(noted: Manifest, lineage: Sequence[Manifest], raw: pd.DataFrame | None,
         "training_data": tables.markdown(_data([*lineage, noted])),
         "procedure": f"Resolved parameters, as the digest holds them: `{noted['params']}`",
         "evaluation": _evaluation(lines), "results": "" if lines is None else tables.markdown(_shown(lines)),
-        "cost": f"{sum(made['seconds'] for made in (*lineage, noted)):.0f} s for the whole lineage, of which {noted['seconds']:.0f} s "
-        f"for the last step, on {noted['machine']} with {noted['threads'] or 'all'} thread(s).",
+        "cost": f"{sum(made['seconds'] for made in (*lineage, noted)):.0f} s for the whole lineage, of which "
+        f"{noted['seconds']:.0f} s for the last step, on {noted['machine']} with {noted['threads'] or 'all'} thread(s).",
         "software": ", ".join(f"{package} {version}" for package, version in noted["packages"].items()),
     }  # fmt: skip
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **told).content
@@ -77,10 +77,14 @@ def card(noted: Manifest, lineage: Sequence[Manifest], raw: pd.DataFrame | None,
 
 def _lineage(made: Sequence[Manifest]) -> pd.DataFrame:
     return pd.DataFrame(
-        {"run": f"{m['backbone']}/{m['stage']}/{m['recipe']}", "digest": m["digest"], "made from": ", ".join(m["inputs"]) or "nothing",
-         "seconds": round(m["seconds"])}
+        {
+            "run": f"{m['backbone']}/{m['stage']}/{m['recipe']}",
+            "digest": m["digest"],
+            "made from": ", ".join(m["inputs"]) or "nothing",
+            "seconds": round(m["seconds"]),
+        }
         for m in made
-    )  # fmt: skip
+    )
 
 
 def _licences(outside: Mapping[str, Any]) -> str:
@@ -116,7 +120,8 @@ def _judges(measure: str) -> Iterator[str]:
 
 def _shown(lines: pd.DataFrame) -> pd.DataFrame:
     """For the eye, in percent; a measure whose chance level is known shows it."""
-    value = [f"{100 * v:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for v, low, high in zip(lines["value"], lines["low"], lines["high"], strict=True)]
+    bounds = zip(lines["value"], lines["low"], lines["high"], strict=True)
+    value = [f"{100 * v:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for v, low, high in bounds]
     chance = [f"{100 * CHANCE[m]:.0f}" if m in CHANCE else "" for m in lines["measure"]]
     return pd.DataFrame(
         {"measure": [MEASURES[m]["label"] for m in lines["measure"]], "judge": lines["judge"], "% [95 %]": value, "n": lines["n"],
@@ -128,8 +133,8 @@ def _evaluation(lines: pd.DataFrame | None) -> str:
     if lines is None:
         return "This model was not examined by itself; nothing is claimed about its safety."
     return (
-        "The full examination after the last step. Rates with 95 % intervals clustered by what answers correlate within; a response "
-        "that its judge could not mark is *unjudged* and never counted as safe."
+        "The full examination after the last step. Rates with 95 % intervals clustered by what answers correlate within; a "
+        "response that its judge could not mark is *unjudged* and never counted as safe."
     )
 
 
@@ -137,9 +142,13 @@ def _results(lines: pd.DataFrame, noted: Manifest) -> list[EvalResult]:
     """The same numbers for machines, one entry per measure, in the head's `model-index`."""
     return [
         EvalResult(
-            task_type="text-generation", dataset_type="vlsafe-items", dataset_name=f"vlsafe items, scale {noted['scale']}",
-            metric_type=line.measure, metric_name=MEASURES[line.measure]["label"], metric_value=round(float(line.value), 4),
-            metric_args={"judge": line.judge, "low": round(float(line.low), 4), "high": round(float(line.high), 4), "n": int(line.n)},
-        )  # fmt: skip
-        for line in lines.itertuples()
+            task_type="text-generation",
+            dataset_type="vlsafe-items",
+            dataset_name=f"vlsafe items, scale {noted['scale']}",
+            metric_type=line["measure"],
+            metric_name=MEASURES[line["measure"]]["label"],
+            metric_value=round(line["value"], 4),
+            metric_args={"judge": line["judge"], "low": round(line["low"], 4), "high": round(line["high"], 4), "n": line["n"]},
+        )
+        for line in lines.to_dict("records")
     ]

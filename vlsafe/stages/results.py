@@ -42,14 +42,14 @@ def card(study: Study, name: str) -> str:
 
     Raises:   FileNotFoundError for a run that is not there; ValueError for one that left no model
     """
-    noted = store.read_manifest(study.run(name))
-    if noted is None or store.status(study.run(name)) != "valid":
-        raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is not there; `vlsafe stage {name}` makes it")
-    made = [store.read_manifest(study.run(before)) for before in lineage(name)]
+    if (found := store.status(study.run(name))) != "valid":
+        raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {found}; `vlsafe stage {name}` makes it")
+    noted = store.told(study.run(name))
+    made = [store.told(study.run(before)) for before in lineage(name)]
     marked = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
     tables = [study.run(of).folder / "raw.parquet" for of in marked if of in STAGES and store.status(study.run(of)) == "valid"]
     raw = pd.concat([pd.read_parquet(path) for path in tables], ignore_index=True) if tables else None
-    return modelcards.card(noted, [each for each in made if each], raw, outside(study))
+    return modelcards.card(noted, made, raw, outside(study))
 
 
 def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
@@ -57,7 +57,7 @@ def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
     written = []
     for name in names:
         run = study.run(name)
-        if store.status(run) == "valid" and modelcards.has_weights(store.read_manifest(run)):
+        if store.status(run) == "valid" and modelcards.has_weights(store.told(run)):
             written.append(run.folder.with_name(f"{run.recipe}.card.md"))
             store.write_text(written[-1], card(study, name))
     return written
