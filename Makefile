@@ -67,7 +67,9 @@ lab: setup
 notebooks: reproduce
 	$(BIN)/vlsafe notebooks --root $(ROOT)
 
+# The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup
+	$(BIN)/python -m pytest -p no:xdist tests/test_golden.py
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
 
 clean:

@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, required=True)
     added = command("notebooks", _notebooks, "copy the outputs of mini, seed 0, into the committed notebooks")
     _place(added)
+    added = command("golden", _golden, "record the miniature's golden numbers, from a clean tree")
+    _place(added)
+    added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
+    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -128,6 +132,21 @@ def _notebooks(arguments: argparse.Namespace) -> None:
         print(f"{name}: outputs taken over")
 
 
+def _golden(arguments: argparse.Namespace) -> None:
+    from vlsafe import golden
+
+    golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
+    print(f"{golden.FILE}: recorded")
+
+
+def _readme(arguments: argparse.Namespace) -> None:
+    from vlsafe import readme
+
+    path = Path("README.md")
+    store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
+    print(f"{path}: generated parts made anew")
+
+
 def _unlock(arguments: argparse.Namespace) -> None:
     """A killed Snakemake leaves its lock behind; the lock of a living one is respected."""
     locks = arguments.root / ".snakemake" / "locks"
@@ -174,7 +193,9 @@ def _gallery(arguments: argparse.Namespace) -> None:
     provenance = []
     for run in runs.values():
         noted = store.told(run)
-        provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
+        provenance.append(
+            {k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
+        )
     out = arguments.out or Path("figures") / studies[0].scale.name
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
