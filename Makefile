@@ -18,13 +18,20 @@ export MKL_NUM_THREADS := 1
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
-.PHONY: setup reproduce test soak perf perf-sources lab notebooks nbval lint clean
+.PHONY: setup dev reproduce test soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# What only developers need: a type checker, pre-commit, a driver for the browser.
+dev: .venv/.dev
+
+.venv/.dev: .venv/.installed env/dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/dev.lock
 	touch $@
 
 reproduce: setup
@@ -48,6 +55,13 @@ perf-sources: setup
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
 
+# JupyterLab in a headless Chromium, from cached runs; pictures of the screen in build/browser. Needs the system's Chromium.
+browser: dev
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_browser.py
+
+types: dev
+	$(BIN)/mypy
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -58,7 +72,9 @@ lab: setup
 notebooks: reproduce
 	$(BIN)/vlsafe notebooks --root $(ROOT)
 
+# The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup
+	$(BIN)/python -m pytest -p no:xdist tests/test_golden.py
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
 
 clean:

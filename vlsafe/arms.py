@@ -92,7 +92,7 @@ def redrawn(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: i
     """
     found = events(rows, measure)
     found = found.assign(event=[0.0 if pd.isna(event) else float(event) for event in found["event"]])
-    values: np.ndarray | float = 0.0
+    values = np.zeros((1, 1))
     for _, part in found.groupby("part", sort=False):
         for _, of in part.groupby("stratum", sort=False):
             by = of.groupby(["cluster", "recipe", "step"])["event"]

@@ -123,7 +123,7 @@ def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
 
-def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> dict[str, Any]:
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> Any:
     """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]

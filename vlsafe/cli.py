@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vlsafe import stages, store
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlsafe", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -41,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         _place(added)
         added.add_argument("--backbone", default="mini-chat")
         added.add_argument("--seed", type=int, default=0)
+    added = command("card", _card, "write the model cards of finished runs, beside their folders (all runs without a name)")
+    added.add_argument("names", nargs="*")
+    _place(added)
+    added.add_argument("--backbone", default="mini-chat")
+    added.add_argument("--seed", type=int, default=0)
     added = command("notebook", _notebook, "execute one notebook with checked parameters")
     added.add_argument("name")
     _place(added)
@@ -70,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--gpu", default="A100-80G", help="which one to count with")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
+    added = command("golden", _golden, "record the miniature's golden numbers, from a clean tree")
+    _place(added)
+    added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
+    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -123,6 +133,16 @@ def _fresh(arguments: argparse.Namespace) -> None:
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     for name in [known(name, STAGES, "stage") for name in arguments.names]:
         store.forget(study.run(name))
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from vlsafe.stages.results import card, write_cards
+
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for name in arguments.names:
+        card(study, known(name, STAGES, "stage"))  # a mistake is told before anything is written
+    for path in write_cards(study, arguments.names or list(STAGES)):
+        print(path)
 
 
 def _notebook(arguments: argparse.Namespace) -> None:
@@ -187,6 +207,21 @@ def _dryrun(arguments: argparse.Namespace) -> None:
     print("\nComputed from shapes unless the last column says otherwise; what is assumed stands in costs.py and Scale.traffic.")
 
 
+def _golden(arguments: argparse.Namespace) -> None:
+    from vlsafe import golden
+
+    golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
+    print(f"{golden.FILE}: recorded")
+
+
+def _readme(arguments: argparse.Namespace) -> None:
+    from vlsafe import readme
+
+    path = Path("README.md")
+    store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
+    print(f"{path}: generated parts made anew")
+
+
 def _unlock(arguments: argparse.Namespace) -> None:
     """A killed Snakemake leaves its lock behind; the lock of a living one is respected."""
     locks = arguments.root / ".snakemake" / "locks"
@@ -247,14 +282,18 @@ def _download(arguments: argparse.Namespace) -> None:
 
 def _gallery(arguments: argparse.Namespace) -> None:
     from vlsafe import gallery
-    from vlsafe.stages.results import made, results
+    from vlsafe.stages.results import made, results, write_cards
 
     studies = _studies(arguments)
     runs = {folder: study.run(name) for study, name, folder in made(studies, stages.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
-        noted = store.read_manifest(run)
-        provenance.append({k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages")})
+        noted = store.told(run)
+        provenance.append(
+            {k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
+        )
     out = arguments.out or Path("figures") / studies[0].scale.name
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
+    for study in studies:
+        write_cards(study, stages.planned(arguments.grid))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from vlsafe.scales import LanguageSpec, VisionSpec
 
@@ -221,6 +224,14 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return language_part(getattr(model, "get_base_model", lambda: model)()).norm
 
 
+def read_out(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """What the model would say next if a state were its last one: final norm and head.
+
+    Shapes:   [..., D]  ->  logits [..., vocabulary]
+    """
+    return model.get_output_embeddings()(final_norm(model)(states))
+
+
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
     """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
     in_memory_layout(model).save_pretrained(folder)
@@ -248,7 +259,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    with _quiet(len(list(folder.glob("*.safetensors"))) < 2):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
@@ -281,6 +293,19 @@ def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
     }  # fmt: skip
     if other := {name: value for name, value in told.items() if value != getattr(spec, name)}:
         raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
+
+
+@contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    """Without the library's bar: over a single file it is gone before it says anything, and stays behind in notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    if really:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_processor(folder: Path) -> Any:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlsafe.chat import last_positions, prompt_batch
-from vlsafe.models import language_layers
+from vlsafe.models import language_layers, read_out
 from vlsafe.schema import Turn
 
 Prompts = Sequence[tuple[Sequence[Turn], Sequence[bytes]]]
@@ -137,3 +137,23 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
         if max(count for *_, used, count in counts if used == factor) > plain:
             return Located(band, f"scaling by {factor} moves refusals most in [{band[0]}, {band[1]})", tuple(counts))
     return Located(None, f"no scaling up to {max(factors)} adds a refusal of a harmless prompt", tuple(counts))
+
+
+@torch.inference_mode()
+def refusal_by_layer(model: PreTrainedModel, processor: Any, prompts: Prompts, starts: Sequence[str]) -> torch.Tensor:
+    """How likely every layer, read as if it were the last one, finds an answer that starts like a refusal (logit lens).
+
+    It is the probability of the *first token* of the answer, added up over the first tokens of `starts`, in lower case and
+    capitalised; starts that the tokenizer does not know are left out. A token that also begins other answers ("i") counts
+    whole, so a layer's number is an upper bound; the last layer's is what the model says.
+
+    Shapes:   N prompts  ->  [N, L], fractions in [0, 1]
+    Source:   nostalgebraist 2020, the logit lens: final norm and head applied to what a block puts out
+    Raises:   ValueError where the tokenizer knows no start
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    spoken = {form for start in starts for form in (start, start.capitalize())}
+    first = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spoken} - {tokenizer.unk_token_id}
+    if not first:
+        raise ValueError(f"the tokenizer knows no first word of the refusals {list(starts)[:3]} …; name some that it has")
+    return read_out(model, last_states(model, processor, prompts)).softmax(-1)[..., sorted(first)].sum(-1)

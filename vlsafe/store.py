@@ -118,6 +118,19 @@ def read_manifest(run: Run) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
 
 
+def told(run: Run) -> dict[str, Any]:
+    """The manifest of a finished run.
+
+    Raises:   FileNotFoundError where there is none that can be read
+    """
+    manifest = read_manifest(run)
+    if manifest is None:
+        raise FileNotFoundError(
+            f"{run.stage}/{run.recipe} of {run.backbone} seed {run.seed} is not there; `vlsafe stage` makes it"
+        )
+    return manifest
+
+
 def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], None]) -> Path:
     """The folder of a valid run, made first if it is not there.
 
@@ -133,12 +146,12 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
             if found != "missing":
                 say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it anew")
             _make(run, make)
-        elif (made_by := read_manifest(run)["source"]) != source_digest() and run.folder not in _SAID:
+        elif (made_by := told(run)["source"]) != source_digest() and run.folder not in _SAID:
             _SAID.add(run.folder)
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
-        told = (run.folder / MANIFEST).read_text(encoding="utf-8")
-        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != told:
-            write_text(run.receipt, told)
+        manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")
+        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != manifest:
+            write_text(run.receipt, manifest)
     return run.folder
 
 

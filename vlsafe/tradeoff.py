@@ -90,7 +90,7 @@ def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
     found = found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
     keys = list(zip(found["backbone"], found["seed"], found["measure"], strict=True))
     values = {
-        (*unit, measure): stats.sign_flip(tables.contributions(judged, measure), np.random.default_rng(unit[1]))
+        (*unit, measure): stats.sign_flip(tables.contributions(judged, measure).tolist(), np.random.default_rng(unit[1]))
         for measure in found["measure"].unique()
         for unit, judged, _ in tables.paired(rows, before, after, measure)
         if (*unit, measure) in keys

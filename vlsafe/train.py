@@ -77,7 +77,9 @@ def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
     """Preference rows as TRL takes them: the whole conversation is the prompt, only the two last answers are compared."""
     spoken = {"prompt": [pair.turns for pair in pairs]}
     spoken |= {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
-    table = {name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()}
+    table: dict[str, list[Any]] = {
+        name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()
+    }
     features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
     words = [sum(len(t.text.split()) for part in spoken.values() for t in part[n]) for n in range(len(pairs))]
     table["length"] = [n + IMAGE_LENGTH * len(pair.images) for n, pair in zip(words, pairs, strict=True)]

@@ -23,8 +23,8 @@ EVENTS = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_f
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
     """Harmful deeds of a split, each in as many wordings as `n` needs (at least one)."""
-    deeds = world.deeds(split, "harmful")
-    deeds = [deeds[i] for i in sorted(rng.permutation(len(deeds))[:n])]
+    pool = world.deeds(split, "harmful")
+    deeds = [pool[i] for i in sorted(rng.permutation(len(pool))[:n])]
     wordings = max(1, round(n / len(deeds)))
     items = []
     for deed in deeds:

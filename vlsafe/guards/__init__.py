@@ -129,7 +129,7 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
             turns += [
                 Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(scene, rng, FOLLOWING), strict=True)
             ]
-        rows.append((guard_prompt(turns), f"unsafe {GUARD_CODES[harm(deed)]}" if kind == "harmful" else "safe"))
+        rows.append((guard_prompt(turns), f"unsafe {GUARD_CODES[str(harm(deed))]}" if deed and kind == "harmful" else "safe"))
     return rows
 
 

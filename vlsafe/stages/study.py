@@ -77,7 +77,7 @@ class Study:
     def numbers(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down about itself."""
         self.folder(name)
-        return store.read_manifest(self.run(name))["numbers"]
+        return store.told(self.run(name))["numbers"]
 
     def rows(self, name: str, file: str) -> list[dict[str, Any]]:
         """A Parquet table of a finished run."""
@@ -121,13 +121,13 @@ class Bar:
             self.bar.close()
 
 
-def world_of(study: Study):
+def world_of(study: Study) -> Any:
     from vlsafe.miniature.language import World
 
     return World(study.seed)
 
 
-def tokenizer_of(study: Study, template: str | None = None):
+def tokenizer_of(study: Study, template: str | None = None) -> Any:
     from vlsafe import chat
     from vlsafe.miniature.language import vocabulary
 
@@ -137,7 +137,7 @@ def tokenizer_of(study: Study, template: str | None = None):
     return tokenizer
 
 
-def processor_of(study: Study, template: str | None = None):
+def processor_of(study: Study, template: str | None = None) -> Any:
     from vlsafe import chat
 
     spec, loaded = study.scale.vision, study.scale.loaded
@@ -149,7 +149,7 @@ def processor_of(study: Study, template: str | None = None):
     return chat.build_processor(tokenizer_of(study, template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
 
-def load_tower(study: Study):
+def load_tower(study: Study) -> tuple[Any, Any]:
     """The study's CLIP and a processor for its pictures."""
     from transformers import CLIPModel
 

@@ -251,7 +251,8 @@ def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
     Units:    fractions in [0, 1]
     Raises:   ValueError where a group has no harmful or no harmless request
     """
-    scores, found = [], {}
+    scores: list[float] = []
+    found: dict[str, float] = {}
     for group in dict.fromkeys(item.group for item in asked):
         said: dict[bool, list[str]] = {True: [], False: []}
         for item, label in zip(asked, labels, strict=True):
