@@ -22,7 +22,7 @@ from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, 
 class Recipe(NamedTuple):
     """One way to tune: where it starts, by which objective, on which corpora, by which method (`trainable.METHODS`).
 
-    Recipes of the grid "full" are for the committed figures and not made otherwise.
+    Recipes of the grid "full" are for the committed figures and not made otherwise; that of "probing" is notebook 05's.
     """
 
     start: str
@@ -43,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-image-full": Recipe(ADAPTED, "dpo", ("spa_vl",)),
     "dpo-both-full": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl")),
     "grpo-text-full": Recipe(ADAPTED, "grpo", ("safe_rlhf",)),
+    "mtl-pcgrad-full": Recipe(STAGE_1, "pcgrad", ("general", "safety"), grid="probing"),
     "sl-lora": Recipe(ADAPTED, "sft", ("safety",), "lora", "full"),
     "sl-sppft": Recipe(ADAPTED, "sft", ("safety",), "sppft", "full"),
     "dpo-both-lora": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "lora", "full"),
@@ -64,7 +65,7 @@ def inputs_of(name: str) -> tuple[str, ...]:
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe depends on."""
     scale, recipe = study.scale, RECIPES[name]
-    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout, "sft": None}[recipe.objective]
+    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout}.get(recipe.objective)
     replay = scale.tuning.replay if "replay" in recipe.corpora else None
     lora = scale.lora if recipe.method == "lora" else None
     chosen_by = [scale.tuning.pairs, scale.tuning.milestones, scale.exam.max_new_tokens]
@@ -76,6 +77,8 @@ def base_fit(study: Study, name: str) -> Fit:
     scale, recipe = study.scale, RECIPES[name]
     fits = {"sft": scale.tuning.sft, "dpo": scale.tuning.preference.fit, "grpo": scale.tuning.rollout.fit}
     fit = scale.instruct if "general" in recipe.corpora else fits[recipe.objective]
+    if recipe.objective == "pcgrad":
+        fit = dataclasses.replace(fit, micro_batches=scale.tuning.task_batches)
     rate = scale.lora.rate if recipe.method == "lora" else 1.0
     return dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
 
@@ -84,7 +87,7 @@ def _limit(study: Study) -> int:
     return min(study.scale.language.context, study.scale.tuning.sft.max_length or study.scale.language.context)
 
 
-def _corpus(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
+def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
     """The rows of one corpus that can be trained on, and how many were dropped for which reason."""
     from vlsafe import mix
 
@@ -108,7 +111,7 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
     rows: list[Any] = []
     sizes, dropped, told = {}, {}, {}
     for corpus in RECIPES[name].corpora:
-        found, why = _corpus(study, corpus, processor, len(rows))
+        found, why = rows_of(study, corpus, processor, len(rows))
         rows += found
         sizes[corpus], dropped[corpus] = len(found), why
         if corpus == "replay":
@@ -128,7 +131,7 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     rows, told = _corpora(study, name, models.load_processor(start))
     first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
     fit = dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first)))
-    history, band = _train(study, name, training, start, rows, fit)
+    history, band = _train(study, name, training, start, rows, fit, first)
     tried = _validated(study, [start, *train.settle(training, models.load_processor(start), start)], train.tokens_seen(history))
     best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
     store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
@@ -142,9 +145,12 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
 
 
 def _train(
-    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit
+    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, first: int
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen."""
+    """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen.
+
+    The recipe's first corpus are the first `first` rows.
+    """
     import torch
 
     from vlsafe import guards, models, train, trainable
@@ -159,6 +165,9 @@ def _train(
     pictured = any(row.images for row in rows)
     if recipe.objective == "sft":
         history = train.sft_history(model, processor, train.chat_dataset(rows, with_images=True), fit, *how)
+    elif recipe.objective == "pcgrad":
+        data = train.chat_dataset(rows, with_images=True)
+        history = train.sft_without_conflict(model, processor, data, first, fit, *how)
     elif recipe.objective == "dpo":
         data = train.pair_dataset(rows, with_images=pictured)
         history = train.dpo(model, models.load(start), processor, data, tuning.preference, fit, *how)
@@ -249,6 +258,11 @@ def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
 
 def tuned_by(name: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_tuned(study, work, name)
+
+
+def examination(name: str) -> str:
+    """The stage that examines a tuned model."""
+    return f"examination/{name.replace('/', '.')}"
 
 
 def examined(grid: str = "default") -> list[str]:
