@@ -1,4 +1,4 @@
-"""Two tasks in one step: an order of rows in which a micro-batch holds one task, and gradients that do not work against each other."""
+"""Two tasks in one step: rows ordered so that a micro-batch holds one task, and gradients that do not work against each other."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def along(study: Study, run: str, examine: Callable[..., Rows]) -> Rows:
 
 
 def make_transplants(study: Study, work: Path) -> dict[str, Any]:
-    """The parent's blocks in the adapted model, by bands and by random sets; the adapted model's in the parent at the located width.
+    """The parent's blocks in the adapted model, by bands and random sets; the adapted model's in the parent at the located width.
 
     With everything of the parent's but the eyes, the model is the parent behind the adapted model's tower and projector:
     that is where the reverse begins.

@@ -13,7 +13,7 @@ import numpy as np
 from vlsafe import store
 from vlsafe.schema import MAIN_LINE, Item
 from vlsafe.stages import adaptation, tuning
-from vlsafe.stages.study import Study, checkpoints, drop, examples, world_of
+from vlsafe.stages.study import Study, checkpoints, drop, world_of
 
 PARENT, STAGE_1, ADAPTED = (MAIN_LINE[name] for name in ("parent", "stage 1", "adapted"))
 DIRECTION = "probe/direction"
@@ -167,7 +167,7 @@ def _compared(study: Study, pair: dict[str, Path], asked: Sequence[Item], scores
 
 
 def _scores(pair: dict[str, Path], asked: Sequence[Item]) -> dict[int, dict[str, np.ndarray]]:
-    """Held-out scores of linear probes for harm, per layer: the model's own, the reference's, the reference's read on the model."""
+    """Held-out scores of probes for harm, per layer: the model's own, the reference's, the reference's read on the model."""
     from vlsafe import probe
 
     groups, harmful = np.array([item.group for item in asked]), np.array([item.harmful for item in asked])
@@ -208,7 +208,7 @@ def _alignments(pair: dict[str, Path], asked: Sequence[Item]) -> Iterator[dict[s
 
 
 def make_drift(study: Study, work: Path) -> dict[str, Any]:
-    """How far the weights of every checkpoint of every recipe have moved from the parent's, and how alike its states on text are."""
+    """How far the weights of all checkpoints have moved from the parent's, and how alike their states on text are."""
     import torch
 
     from vlsafe import models, probe
