@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, tables, tradeoff
+from vlsafe import arms, figures, fronts, interventions, layers, maps, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
-    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale)):
+    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale), _probing(found, scale)):
         for name, (frame, title, *more) in sheets.items():
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
@@ -108,4 +108,47 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
         ),
         "T05_checkpoints": (found["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
+    return written, drawn
+
+
+def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """F07 to F11, and T06 where its grid was made."""
+    similar, located = layers.similarity(found["layers"]), found["located"]
+    patched = interventions.transplants(found["patched"], located)
+    vectors, gradients = layers.task_vectors(found["vectors"]), layers.gradients(found["gradients"])
+    gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
+    drawn = {
+        "F07_layer_similarity": (maps.similarity(similar, scale), layers.last(similar)),
+        "F08_layers_over_steps": (maps.along(similar, scale), gap[gap["stage"] == "instruct"]),
+        "F09_localisation": (maps.localisation(found["curves"], found["scaling"], located, scale), found["curves"]),
+        "F10_transplants": (maps.transplants(patched, scale), patched),
+        "F11_objectives": (maps.objectives(vectors, gradients, scale), gradients),
+    }
+    written: Written = {
+        "F07_probes": (layers.probes(found["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
+        "F07_cka": (layers.alignments(found["sets"]), "F07. CKA of model and reference, jackknife over deeds"),
+        "F07_drift": (layers.drift(found["drift"]), "F07. Drift of weights from the parent, and effective rank of the change"),
+        "F09_scaling": (found["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
+        "F10_against_random": (
+            interventions.against_random(found["patched"], located),
+            "F10. The located and the best band of each width against other sets of as many blocks",
+        ),
+        "F10_directions": (
+            interventions.directed(found["directed"]),
+            "F10. The parent's refusal direction ablated and added, random directions beside",
+        ),
+        "F11_task_vectors": (vectors, "F11. Cosine of task vectors per layer; chance: what random vectors reach"),
+        "F11_prediction": (
+            layers.prediction(found["drift"], found["alike"], found["raw"]),
+            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end",
+        ),
+        "T05_conflict_free": (
+            interventions.remedy(found["remedy"]),
+            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired",
+        ),
+    }
+    if len(found["frozen"]):
+        frozen = interventions.frozen(found["frozen"], found["patched"], located)
+        written["T06_sppft"] = (frozen, "T06. SPPFT: the located band, all bands of its width, random sets of as many blocks")
+        written["T06_sppft_over_seeds"] = (interventions.frozen_over_seeds(frozen), "T06. The same over seeds")
     return written, drawn

@@ -67,6 +67,12 @@ def similarity(prompts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def last(lines: pd.DataFrame) -> pd.DataFrame:
+    """The adapted model after its last step."""
+    of = lines[lines["stage"] == "instruct"]
+    return of[of["step"] == of["step"].max()]
+
+
 def probes(prompts: pd.DataFrame) -> pd.DataFrame:
     """Held-out AUC of the linear probes for harm: the model's own, the reference's, and the reference's read on the model."""
     lines, scored = [], prompts.dropna(subset=["probe_own"])
