@@ -170,12 +170,17 @@ def _correlated(points: pd.DataFrame, x: str, y: str, draws: int = 1000) -> Iter
             "all",
             np.array([rank_correlation(np.concatenate([studies[i] for i in of])) for of in (range(len(studies)), *drawn)]),
         )
-        yield "within", np.array([np.nanmean(rho), *(np.nanmean(rho[of]) for of in drawn)])
+        yield "within", np.array([_mean(rho), *(_mean(rho[of]) for of in drawn)])
         return
     drawn = [[part[rng.integers(len(part), size=len(part))] for part in studies] for _ in range(draws)]
     yield "all", np.array([rank_correlation(np.concatenate(parts)) for parts in (studies, *drawn)])
     if len(studies) > 1:
-        yield "within", np.array([np.mean([rank_correlation(part) for part in parts]) for parts in (studies, *drawn)])
+        yield "within", np.array([_mean(np.array([rank_correlation(of) for of in parts])) for parts in (studies, *drawn)])
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the numbers among them; not a number where there is none."""
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
 
 
 def rank_correlation(points: np.ndarray) -> float:
