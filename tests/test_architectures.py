@@ -1,4 +1,4 @@
-"""Grouped-query attention with and without QKV bias: probing and transplants work on any of these, by `models`' addresses alone."""
+"""Grouped-query attention with and without QKV bias: probing and transplants work on all, by `models`' addresses alone."""
 
 import numpy as np
 import pytest

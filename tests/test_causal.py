@@ -25,7 +25,7 @@ def tokenizer():
 def wired(tokenizer, planted=True):
     """Six blocks that pass everything on, but for two: block 2 collects hints of harm into a refusal, block 3 amplifies it.
 
-    The residual stream has a constant (0), what a word hints at (1), and the refusal (2), which the head weighs against an answer.
+    The residual stream has a constant (0), what a word hints at (1), and the refusal (2); the head weighs it against an answer.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=4, num_hidden_layers=LAYERS, num_attention_heads=1,
@@ -90,7 +90,7 @@ def test_none_is_located_where_nothing_is_planted(tokenizer):
 
 
 def test_the_direction_is_a_switch_in_the_wired_model(tokenizer):
-    """Its refusal is one direction: without it nothing is refused, with it everything is, and a direction beside it does nothing."""
+    """Its refusal is one direction: without it nothing is refused, with it everything is, and another one does nothing."""
     model = wired(tokenizer)
     words = ["bomb", "gun", "drum", "boat"]
     states = probe.last_states(model, tokenizer, [prompt(word) for word in words])

@@ -56,8 +56,9 @@ def test_what_is_planted_early_is_foretold_and_what_is_not_is_not():
 
 
 def test_gradients_of_one_task_are_the_yardstick():
-    pairs = [{"backbone": "b", "seed": 0, "step": 0, "layer": 0, "a": a, "b": b, "task_a": ta, "task_b": tb, "cosine": c}
-             for a, b, ta, tb, c in ((0, 1, "vl", "vl", 0.8), (0, 2, "vl", "safety", 0.2), (1, 2, "vl", "safety", -0.4))]  # fmt: skip
+    told = {"backbone": "b", "seed": 0, "step": 0, "layer": 0}
+    of = ((0, 1, "vl", "vl", 0.8), (0, 2, "vl", "safety", 0.2), (1, 2, "vl", "safety", -0.4))
+    pairs = [told | dict(zip(("a", "b", "task_a", "task_b", "cosine"), pair, strict=True)) for pair in of]
     found = layers.gradients(pd.DataFrame(pairs)).set_index("kind")
     assert found.loc["vl", "value"] == 0.8 and found.loc["both", "value"] == pytest.approx(-0.1)
     assert found.loc["both", "low"] < -0.1 < found.loc["both", "high"]
@@ -76,8 +77,8 @@ def answers(recipe, safe, helpful, kind="curve", stage="causal", step=0):
     ):  # fmt: skip
         for k in range(10):
             event = k >= safe if harmful else k < helpful if label == "right" else False
-            rows.append(told | {"benchmark": benchmark, "judge": judge, "harmful": harmful, "group": group, "item": f"{benchmark}{harmful}{k}",
-                                "cluster": str(k), "event": event, "label": label if event else "other"})  # fmt: skip
+            of = {"benchmark": benchmark, "judge": judge, "harmful": harmful, "group": group, "cluster": str(k)}
+            rows.append(told | of | {"item": f"{benchmark}{harmful}{k}", "event": event, "label": label if event else "other"})
     return rows
 
 

@@ -122,7 +122,7 @@ def test_the_kept_states_of_the_stage_are_a_thousand_prompts_at_mini_and_safeten
 
 
 def test_probed_deeds_are_not_those_of_the_direction(study):
-    """The direction is fixed on validation deeds, everything else is about test deeds; harmful and benign share their verbs' kinds."""
+    """The direction is fixed on validation deeds, everything else is about test deeds; kinds are equally many."""
     world = World(0)
     asked, fixed = (probing.prompts(world, split, 30) for split in ("test", "validation"))
     assert not {item.cluster for item in asked} & {item.cluster for item in fixed}
