@@ -136,6 +136,8 @@ def test_frozen_sets_are_compared_at_equal_steps_and_at_equal_helpfulness():
 
 @pytest.fixture(scope="module")
 def frames(study):
+    for name in probed("full"):
+        study.folder(name)
     return inside([study], "full")
 
 

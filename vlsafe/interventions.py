@@ -35,7 +35,11 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
             blocks = tuple(int(part) for part in patch.recipe.split("-")[1:])
             told = dict(zip(UNIT, unit, strict=True)) | {"patch": patch.recipe, "kind": patch.kind, "width": len(blocks)}
             at_band = patch.kind in ("band", "reverse") and blocks == band_of(located, unit)
-            told |= {"start": blocks[0] if blocks else None, "located": at_band}
+            told |= {
+                "start": blocks[0] if blocks else None,
+                "located": at_band,
+                "shares": bool(set(blocks) & set(band_of(located, unit))),
+            }
             for measure, points in drawn.items():
                 here = points[patch.recipe, 0]
                 line = told | {"measure": measure, "n": n[measure], **interval(here)}
@@ -127,12 +131,14 @@ def directed(raw: pd.DataFrame) -> pd.DataFrame:
 def frozen(raw: pd.DataFrame, patched: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
     """T06: SPPFT with every set of blocks, at equal steps and at equal helpfulness, beside stage 2 with nothing frozen.
 
-    `raw` are the answers of the grid's checkpoints, `patched` those of transplants, which hold stage 2's own curve. A study
-    in which all sets of as many blocks are bands has no random ones.
+    `raw` are the answers of the grid's checkpoints, `patched` those of transplants, which hold stage 2's own curve; a study
+    without these is left out. A study in which all sets of as many blocks are bands has no random ones.
     """
     lines = []
     for unit, grid in raw.groupby(UNIT):
         own = patched[(patched[UNIT] == list(unit)).all(axis=1) & (patched["kind"] == "curve")]
+        if own.empty:
+            continue
         shared = set(grid["step"])
         start = own[own["stage"] == "projector"].assign(recipe=arms.START[0], step=arms.START[1])
         rows = pd.concat([start, own[(own["stage"] == "instruct") & own["step"].isin(shared)], grid])

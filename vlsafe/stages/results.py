@@ -2,78 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pandas as pd
 
-from vlsafe.stages import probed, tables, tried
+from vlsafe import store
+from vlsafe.stages import planned, probed, tables
 from vlsafe.stages.study import Study
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """The frames that `gallery.make` takes, by name; what is missing is made.
+    """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints.
+    of all tuned checkpoints. A frame none of whose stages is made is left out.
     """
-    seeds = {study.seed: study for study in studies}  # a screen does not depend on the backbone
-    audits = [
-        pd.DataFrame(study.rows("screen/filtered", "audit.parquet")).assign(seed=seed)[lambda f: ["seed", *f.columns[:-1]]]
-        for seed, study in seeds.items()
-    ]
-    return {
+    once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    tuned = [name for name in planned(grid) if name.startswith("safety/")]
+    found = {
         "raw": read(studies, tables(grid), "raw.parquet"),
-        "audit": pd.concat(audits, ignore_index=True),
-        "tried": pd.DataFrame([line for study in studies for line in tried(study, grid)]),
-        **inside(studies, grid),
+        "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
+        "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
     }
+    return {name: frame for name, frame in found.items() if frame is not None} | inside(studies, grid)
 
 
-# Frames of notebook 05 by name: stage and file.
+# Frames of notebook 05 by name: stage, file, and whose it is where the file does not say so itself.
 INSIDE = {
-    "layers": ("probe/layers", "layers.parquet"), "sets": ("probe/layers", "sets.parquet"),
-    "drift": ("probe/drift", "drift.parquet"), "alike": ("probe/drift", "alike.parquet"),
-    "vectors": ("probe/objectives", "vectors.parquet"), "gradients": ("probe/objectives", "gradients.parquet"),
-    "patched": ("causal/transplants", "raw.parquet"), "directed": ("causal/directions", "raw.parquet"),
-    "chosen_layer": ("probe/direction", "layers.parquet"), "curves": ("probe/localisation", "curves.parquet"),
-    "scaling": ("probe/localisation", "scaling.parquet"),
+    "layers": ("probe/layers", "layers.parquet", ()), "sets": ("probe/layers", "sets.parquet", ()),
+    "drift": ("probe/drift", "drift.parquet", ()), "alike": ("probe/drift", "alike.parquet", ()),
+    "vectors": ("probe/objectives", "vectors.parquet", ()), "gradients": ("probe/objectives", "gradients.parquet", ()),
+    "patched": ("causal/transplants", "raw.parquet", ()), "directed": ("causal/directions", "raw.parquet", ()),
+    "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
+    "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
 }  # fmt: skip
 
 
 def inside(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """What notebook 05 and its pictures read, by the names of INSIDE.
+    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are made.
 
     And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
-    their checkpoints; `frozen`: raw rows of the SPPFT grid, empty unless the grid is "full".
+    their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
     """
-    found = {name: _of_each(studies, *place) for name, place in INSIDE.items()}
-    bands = [(study, study.numbers("probe/localisation")) for study in studies]
-    found["located"] = pd.DataFrame(
-        [_whose(study) | {"start": told["band"][0], "end": told["band"][1], "located": told["located"], "reason": told["reason"],
-                          "prompts": told["prompts"]} for study, told in bands]
-    )  # fmt: skip
+    found = {name: read(studies, [stage], file, whose) for name, (stage, file, whose) in INSIDE.items()}
+    bands = []
+    for study, name, _ in made(studies, ["probe/localisation"]):
+        told = study.numbers(name)
+        line = {"backbone": study.backbone, "seed": study.seed, "start": told["band"][0], "end": told["band"][1]}
+        bands.append(line | {key: told[key] for key in ("located", "reason", "prompts")})
+    found["located"] = pd.DataFrame(bands) if bands else None
     remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
     found["remedy"] = read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet")
-    found["validated"] = pd.concat(
-        [_of_each(studies, name, "validation.parquet").assign(recipe=name.partition("/")[2]) for name in remedies]
-    )
-    grids = [name for name in probed(grid) if name.startswith("sppft/")]
-    frozen = [study.folder(name) / "raw.parquet" for study in studies for name in grids]
+    found["validated"] = read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe"))
+    frozen = [
+        folder / "raw.parquet" for *_, folder in made(studies, [name for name in probed(grid) if name.startswith("sppft/")])
+    ]
     frames = [pd.read_parquet(file) for file in frozen if file.exists()]  # a study may have no random sets
-    found["frozen"] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    return found
+    found["frozen"] = pd.concat(frames, ignore_index=True) if frames else None
+    return {name: frame for name, frame in found.items() if frame is not None}
 
 
-def _whose(study: Study) -> dict[str, object]:
-    return {"backbone": study.backbone, "seed": study.seed}
+def made(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
+    """Every stage of every study whose run is valid, and its folder."""
+    for study in studies:
+        for name in names:
+            if store.status(run := study.run(name)) == "valid":
+                yield study, name, run.folder
 
 
-def _of_each(studies: Sequence[Study], name: str, file: str) -> pd.DataFrame:
-    """One file of a stage of several studies, with whose it is."""
-    frames = [pd.read_parquet(study.folder(name) / file).assign(**_whose(study)) for study in studies]
-    return pd.concat(frames, ignore_index=True)
+def read(studies: Sequence[Study], names: Sequence[str], file: str, whose: Sequence[str] = ()) -> pd.DataFrame | None:
+    """One file of several stages of several studies as one frame; None where none of them is made.
 
-
-def read(studies: Sequence[Study], names: Sequence[str], file: str) -> pd.DataFrame:
-    """One file of several stages of several studies as one frame."""
-    return pd.concat([pd.read_parquet(study.folder(name) / file) for study in studies for name in names], ignore_index=True)
+    `whose`: which of backbone, seed, stage and recipe to put before the file's own columns.
+    """
+    frames = []
+    for study, name, folder in made(studies, names):
+        stage, _, recipe = name.partition("/")
+        told = {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe}
+        frame = pd.read_parquet(folder / file)
+        for place, column in enumerate(whose):
+            frame.insert(place, column, told[column])
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else None
