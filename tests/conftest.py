@@ -46,6 +46,17 @@ NANO = dataclasses.replace(
     checkpoints=(2, 3),
     arm_checkpoints=(2,),
     search=dataclasses.replace(MINI.search, prompts=8, pairs=20, factors=(1.1, 1.6)),
+    probing=dataclasses.replace(
+        MINI.probing,
+        prompts=20,
+        along=6,
+        items=8,
+        random_sets=3,
+        strengths=(1.0,),
+        random_directions=2,
+        gradient_batches=2,
+        gradient_points=2,
+    ),
 )
 SCALES["nano"] = NANO
 

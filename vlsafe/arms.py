@@ -63,7 +63,7 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             recipes = [recipe for recipe in dict.fromkeys(rows["recipe"]) if recipe != START[0]]
             n = {measure: len(events(rows[rows["step"] == START[1]], measure)) for measure in LEVELLED}
             given = dict(zip(UNIT, unit, strict=True))
-            lines += [given | line | {"n": n[line["measure"]]} for line in _levelled(found, recipes)]
+            lines += [given | line | {"n": n[line["measure"]]} for line in levelled(found, recipes)]
     return pd.DataFrame(lines)
 
 
@@ -106,7 +106,7 @@ def redrawn(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: i
     return {point: values[:, place] for place, point in enumerate(sums.columns)}
 
 
-def _levelled(found: dict[str, Draws], recipes: Sequence[str]) -> list[dict[str, Any]]:
+def levelled(found: dict[str, Draws], recipes: Sequence[str]) -> list[dict[str, Any]]:
     """One line per recipe × measure at the level of one backbone and seed; see `equal_helpfulness`."""
     points = sorted(found["helpfulness"])
     curves = {recipe: [START, *(p for p in points if p[0] == recipe)] for recipe in recipes}

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, tables, tradeoff
+from vlsafe import arms, figures, fronts, interventions, layers, maps, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -118,5 +118,52 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
     return written, drawn
 
 
-FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}}
+def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """F07 to F11, and T06 where its grid was made."""
+    similar, located = layers.similarity(found["layers"]), found["located"]
+    patched = interventions.transplants(found["patched"], located)
+    vectors, gradients = layers.task_vectors(found["vectors"]), layers.gradients(found["gradients"])
+    gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
+    drawn = {
+        "F07_layer_similarity": (maps.similarity(similar, scale), layers.last(similar)),
+        "F08_layers_over_steps": (maps.along(similar, scale), gap[gap["stage"] == "instruct"]),
+        "F09_localisation": (maps.localisation(found["curves"], found["scaling"], located, scale), found["curves"]),
+        "F10_transplants": (maps.transplants(patched, scale), patched),
+        "F11_objectives": (maps.objectives(vectors, gradients, scale), gradients),
+    }
+    written: Written = {
+        "F07_probes": (layers.probes(found["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
+        "F07_cka": (layers.alignments(found["sets"]), "F07. CKA of model and reference, jackknife over deeds"),
+        "F07_drift": (layers.drift(found["drift"]), "F07. Drift of weights from the parent, and effective rank of the change"),
+        "F09_scaling": (found["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
+        "F10_against_random": (
+            interventions.against_random(found["patched"], located),
+            "F10. The located and the best band of each width against other sets of as many blocks",
+        ),
+        "F10_directions": (
+            interventions.directed(found["directed"]),
+            "F10. The parent's refusal direction ablated and added, random directions beside",
+        ),
+        "F11_task_vectors": (vectors, "F11. Cosine of task vectors per layer; chance: what random vectors reach"),
+        "F11_prediction": (
+            layers.prediction(found["drift"], found["alike"], found["raw"]),
+            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end",
+        ),
+        "T05_conflict_free": (
+            interventions.remedy(found["remedy"]),
+            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired",
+        ),
+    }
+    if "frozen" in found:
+        frozen = interventions.frozen(found["frozen"], found["patched"], located)
+        written["T06_sppft"] = (frozen, "T06. SPPFT: the located band, all bands of its width, random sets of as many blocks")
+        written["T06_sppft_over_seeds"] = (interventions.frozen_over_seeds(frozen), "T06. The same over seeds")
+    return written, drawn
+
+
+INSIDE = {
+    "raw", "layers", "sets", "drift", "alike", "vectors", "gradients", "patched", "directed", "curves", "scaling", "located",
+    "remedy",
+}  # fmt: skip
+FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE}
 """What makes tables and figures -> the frames that it needs."""

@@ -44,6 +44,8 @@ class Job:
     milestones: tuple[int, ...]
     band: tuple[int, int] | None = None
     preference: Preference | None = None
+    blocks: tuple[int, ...] = ()
+    first: int = 0  # how many rows are the first task's, where the objective tells two apart
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -68,11 +70,13 @@ def _work(job: Job, data: Dataset, progress: train.Progress) -> tuple[train.Hist
     torch.manual_seed(job.seed)  # adapters start at random, before a trainer sets its seed
     model = models.load(start)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(models.block_names(model))  # what accelerate shards by
-    model = trainable.choose(model, job.method, job.lora, job.band)
+    model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
     moving, processor = trainable.moving(model), models.load_processor(start)
     how = (Path(job.folder), job.seed, job.milestones, progress)
     if job.objective == "dpo":
         history = train.dpo(model, models.load(start), processor, data, job.preference, job.fit, *how)
+    elif job.objective == "pcgrad":
+        history = train.sft_without_conflict(model, processor, data, job.first, job.fit, *how)
     else:
         history = train.sft_history(model, processor, data, job.fit, *how)
     return history, moving

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -230,6 +231,63 @@ def read_out(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     Shapes:   [..., D]  ->  logits [..., vocabulary]
     """
     return model.get_output_embeddings()(final_norm(model)(states))
+
+
+def language_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of decoder and head, named alike in a grafted and a plain model: `layers.3.mlp.up_proj.weight`."""
+    return {name: weight for key, weight in model.named_parameters() if (name := language_name(key))}
+
+
+def language_name(key: str) -> str | None:
+    """What a checkpoint's tensor is called within the decoder, in whichever layout it lies; None for eyes and projector."""
+    if any(organ in key for organ in ("vision_tower", "vision_model", "multi_modal_projector", "image_newline")):
+        return None
+    prefixes = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+    return key.removeprefix(next((prefix for prefix in prefixes if key.startswith(prefix)), ""))
+
+
+def address(name: str) -> tuple[int | None, str]:
+    """Block and module of a language weight, as `language_weights` names it; no block: embeddings, final norm, head."""
+    parts = name.split(".")
+    return (int(parts[1]), parts[-2]) if parts[0] == "layers" else (None, parts[0])
+
+
+Place = tuple[Path, str]
+"""A file in safetensors, and the key of a tensor in it."""
+
+
+def language_places(where: Path) -> dict[str, Place]:
+    """Where each language weight of a checkpoint (a folder, or one file) lies; nothing is read but headers.
+
+    Raises:   FileNotFoundError where there is no safetensors file
+    """
+    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], {}
+    if not files:
+        raise FileNotFoundError(f"{where} holds no weights in safetensors")
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
+    return found
+
+
+def read_tensor(place: Place) -> torch.Tensor:
+    """One tensor of a checkpoint, alone."""
+    with safe_open(place[0], "pt") as tensors:
+        return tensors.get_tensor(place[1])
+
+
+@torch.no_grad()
+def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
+    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time; its eyes stay.
+
+    Raises:   ValueError where the two do not have the same language weights
+    """
+    weights = language_weights(model)
+    if set(weights) != set(places):
+        raise ValueError(f"language weights do not fit, names differ: {sorted(set(weights) ^ set(places))[:6]}")
+    for name, weight in weights.items():
+        weight.copy_(read_tensor(places[name]))
+    return model
 
 
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
-from vlsafe.stages import STAGES, compared, examinations, planned
+from vlsafe.stages import STAGES, compared, examinations, planned, probed
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
@@ -21,6 +21,7 @@ NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
     "03_safety_degradation": tuple(examinations()),
     "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
+    "05_probing": (*probed(), "safety/mtl-full", "examination/safety.mtl-full", *examinations()),
 }
 LINKS = "*Notebooks:*"
 DEAD = "application/vnd.jupyter.widget-view+json"  # a widget without its kernel

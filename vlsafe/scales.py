@@ -128,6 +128,7 @@ class Tuning:
 
     `replay` is how many general rows are seen again per safety row. `milestones` are fractions of a training at which a
     checkpoint is left, beside its end; `pairs` is how many validation pairs of each modality choose among them.
+    `task_batches` is into how many micro-batches of one task each a step is cut where gradients may not conflict.
     """
 
     sft: Fit
@@ -136,6 +137,7 @@ class Tuning:
     replay: float = 2.5  # VLGuard's post-hoc recipe: 5,000 rows of LLaVA's beside 2,000 of its own
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     pairs: int = 100
+    task_batches: int = 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,28 @@ class Search:
     prompts: int = 100
     pairs: int = 500
     factors: tuple[float, ...] = (1.1, 1.3, 1.6)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How models are looked into and operated on.
+
+    `prompts` of each kind and modality whose states are kept, `along` at every checkpoint and for other recipes; `items` a
+    benchmark in the examination of an intervention; `widths` of transplanted bands, `random_sets` of blocks per width;
+    `strengths` at which the refusal direction is added, beside `random_directions`; batches of each task whose gradients
+    are compared, at so many points of a training; `frozen_sets` of random blocks in the SPPFT grid.
+    """
+
+    prompts: int = 175
+    along: int = 60
+    items: int = 72
+    widths: tuple[int, ...] = (1, 2, 3)
+    random_sets: int = 20
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    random_directions: int = 5
+    gradient_batches: int = 6
+    gradient_points: int = 4
+    frozen_sets: int = 5
 
 
 @dataclass(frozen=True)
@@ -231,6 +255,7 @@ class Scale:
     exam: Exam = field(default_factory=Exam)
     lora: LoraSpec = field(default_factory=LoraSpec)
     search: Search = field(default_factory=Search)
+    probing: Probing = field(default_factory=Probing)
     checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2

@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from vlsafe import processes, store
+from vlsafe import conflict, processes, store
 from vlsafe.models import in_memory_layout, load, save
 from vlsafe.scales import Fit, Preference, Rollout
 from vlsafe.schema import Example, Pair, Picture, Stored, Turn
@@ -124,6 +124,53 @@ def sft_history(
     return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress)
 
 
+def sft_without_conflict(
+    model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """`sft_history` on two tasks, the first `first` rows and the others, without their gradients working against each other.
+
+    Rows are seen in the proportion that plain training on both would have; where nothing conflicts, a step is as it would be.
+
+    Units:    -> records that also hold `task_cosine`, of the two gradients before anything is taken out of them
+    """
+    rng, second = np.random.default_rng(seed), len(data) - first
+    leading = conflict.shares(first, second, fit.steps, fit.micro_batches)
+    size = fit.batch_size // fit.micro_batches
+    data = data.select(conflict.ordered(first, second, leading, fit.micro_batches, size, rng))
+    own = {
+        "max_length": fit.max_length,
+        "assistant_only_loss": True,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 0.0,
+    }
+    arguments = _arguments(SFTConfig, fit, folder, seed, own)
+    told = {"callbacks": [conflict.ConflictFree(leading)]}
+    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress, **told)
+
+
+def gradients(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int, note: Callable[[], None]
+) -> None:
+    """Go through a training without moving: `note` is called where the weights hold the gradient of each step.
+
+    Draws:    data order from `seed`
+    """
+    arguments = _arguments(SFTConfig, fit, folder, seed, {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH})
+    _run(SFTTrainer, arguments, model, processor, data, fit, (), lambda step: None, optimizer=_Still(model, note))
+
+
+class _Still(torch.optim.Optimizer):
+    """An optimiser that takes no step and tells when it would have."""
+
+    def __init__(self, model: PreTrainedModel, note: Callable[[], None]) -> None:
+        super().__init__([weight for weight in model.parameters() if weight.requires_grad], {"lr": 0.0})
+        self.note = note
+
+    def step(self, closure: Any = None) -> None:
+        self.note()
+
+
 def dpo(
     model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit, folder: Path,
     seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
@@ -171,7 +218,8 @@ def tokens_seen(history: History) -> list[int]:
 
 def _run(
     kind: type[Trainer], arguments: TrainingArguments, model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit,
-    milestones: Sequence[int], progress: Progress, **own: Any,
+    milestones: Sequence[int], progress: Progress, optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (), **own: Any,
 ) -> History:  # fmt: skip
     """Build one of TRL's trainers, go on from the last complete checkpoint, and tell what was logged at every step."""
     [last] = broadcast_object_list([_last_complete(Path(arguments.output_dir)) if PartialState().is_main_process else None])
@@ -184,9 +232,10 @@ def _run(
         trainer = kind(
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
             train_dataset=data, args=arguments,
-            callbacks=[processes.Guards(), _Milestones(frozenset(milestones)), _Tick(progress)], **own,
+            callbacks=[*callbacks, processes.Guards(), _Milestones(frozenset(milestones)), _Tick(progress)], **own,
         )  # fmt: skip
         trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
+        trainer.optimizer = optimizer  # none: made from the line above
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()

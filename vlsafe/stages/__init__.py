@@ -11,13 +11,13 @@ from functools import partial
 
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, inside, loading, origins, screening, tuning
+from vlsafe.stages import adaptation, causes, inside, loading, origins, probing, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 from vlsafe.stages.tuning import tried
 
 __all__ = [
     "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "jobs",
-    "planned", "tables", "tried",
+    "planned", "probed", "tables", "tried",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
@@ -86,6 +86,37 @@ for _name, _tuned in tuning.RECIPES.items():
 STAGES["judging/guard-text"] = Stage(
     tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, "15 s"
 )
+STAGES |= {
+    "probe/direction": Stage(
+        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], "10 s"
+    ),
+    "probe/layers": Stage(
+        probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
+        lambda s: [s.scale.probing.prompts, s.scale.probing.along], "30 s",
+    ),
+    "probe/drift": Stage(
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
+        lambda s: s.scale.probing.along, "30 s",
+    ),
+    "probe/objectives": Stage(
+        probing.make_objectives,
+        ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
+        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], "30 s",
+    ),
+    "causal/transplants": Stage(
+        causes.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causes.PROBED),
+        causes.transplant_params, "100 s",
+    ),
+    "causal/directions": Stage(
+        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
+        causes.direction_params, "30 s",
+    ),
+}  # fmt: skip
+for _name in causes.FROZEN_SETS:
+    STAGES[_name] = Stage(
+        causes.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causes.PROBED),
+        causes.frozen_params, "6 min",
+    )  # fmt: skip
 GRIDS = ("default", "full")
 
 
@@ -99,6 +130,14 @@ def compared(grid: str = "default") -> list[str]:
     return [*tuning.REFERENCES, *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
 
 
+def probed(grid: str = "default") -> list[str]:
+    """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
+    known(grid, GRIDS, "grid")
+    looked = [name for name in STAGES if name.startswith("probe/") or name.startswith("causal/")]
+    remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
+    return [*looked, *remedy, *map(tuning.examination, remedy), *(causes.FROZEN_SETS if grid == "full" else ())]
+
+
 def tables(grid: str = "default") -> list[str]:
     """All stages whose results are raw tables."""
     return list(dict.fromkeys([*examinations(), *compared(grid)]))
@@ -107,7 +146,8 @@ def tables(grid: str = "default") -> list[str]:
 def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
     wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
-    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety."))]
+    wanted |= set(probed(grid))
+    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety.", "sppft/"))]
 
 
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:
@@ -119,5 +159,6 @@ def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
     groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
     groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in wanted]
+    groups += [("probe/direction", "probe/layers")]
     grouped = {name for group in groups for name in group}
     return groups + [(name,) for name in wanted if name not in grouped]

@@ -39,11 +39,11 @@ RECIPES: dict[str, Recipe] = {
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe of stage 2 depends on."""
     scale, recipe = study.scale, RECIPES[name]
-    fit, milestones = _stage_2(study, name)
+    fit, milestones = stage_2(study, name)
     return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
 
 
-def _stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
+def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     """The fit of a recipe, and the steps after which it leaves a checkpoint."""
     scale, recipe = study.scale, RECIPES[name]
     rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
@@ -57,9 +57,9 @@ def _milestones(checkpoints: Sequence[int], steps: int) -> list[int]:
     return [step for step in checkpoints if step < steps] + [steps]
 
 
-def _train(
+def trained(
     study: Study, work: Path, start: Path, rows: Sequence[Any], method: str, fit: Fit, milestones: list[int], name: str,
-    band: tuple[int, int] | None = None,
+    band: tuple[int, int] | None = None, blocks: Sequence[int] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
 
@@ -70,7 +70,9 @@ def _train(
     if (done := work / "trained.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
     data = train.chat_dataset(rows, with_images=True)
-    job = launch.Job("sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band)
+    job = launch.Job(
+        "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
+    )
     history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
     train.settle(work, models.load_processor(start), start, fit.saved)
     losses = [record["loss"] for record in history]
@@ -91,20 +93,20 @@ def make_projector(study: Study, work: Path) -> dict[str, Any]:
     models.save(graft, work / "step-000000", processor)
     fit, rows = study.scale.projector, examples(study, "screen/filtered", "captions.parquet")
     milestones = _milestones(study.scale.checkpoints, fit.steps)
-    return _train(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
+    return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
 
 
 def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
     from vlsafe import mix
 
-    recipe, (fit, milestones) = RECIPES[name], _stage_2(study, name)
+    recipe, (fit, milestones) = RECIPES[name], stage_2(study, name)
     start = checkpoints(study, "projector/filtered")[-1]
     raw = examples(study, "world/corpora", "instructions.parquet") if mix.ARMS[recipe.data][0] == "raw" else []
     rows = mix.arm(recipe.data, {"raw": raw, "screened": examples(study, "screen/filtered", "instructions.parquet")})
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
-    told = _train(study, work, start, rows, recipe.method, fit, milestones, name, band)
+    told = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
     return {**told, **({"band": located["band"], "band_located": located["located"]} if located else {})}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe import modelcards, store
-from vlsafe.stages import STAGES, planned, tables
+from vlsafe.stages import STAGES, planned, probed, tables
 from vlsafe.stages.study import Study
 
 
@@ -27,6 +27,41 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
         "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
     }
+    return {name: frame for name, frame in found.items() if frame is not None} | inside(studies, grid)
+
+
+# Frames of notebook 05 by name: stage, file, and whose it is where the file does not say so itself.
+INSIDE = {
+    "layers": ("probe/layers", "layers.parquet", ()), "sets": ("probe/layers", "sets.parquet", ()),
+    "drift": ("probe/drift", "drift.parquet", ()), "alike": ("probe/drift", "alike.parquet", ()),
+    "vectors": ("probe/objectives", "vectors.parquet", ()), "gradients": ("probe/objectives", "gradients.parquet", ()),
+    "patched": ("causal/transplants", "raw.parquet", ()), "directed": ("causal/directions", "raw.parquet", ()),
+    "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
+    "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
+}  # fmt: skip
+
+
+def inside(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
+    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are made.
+
+    And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
+    their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
+    """
+    found = {name: read(studies, [stage], file, whose) for name, (stage, file, whose) in INSIDE.items()}
+    bands = []
+    for study, name, _ in made(studies, ["probe/localisation"]):
+        told = study.numbers(name)
+        line = {"backbone": study.backbone, "seed": study.seed, "start": told["band"][0], "end": told["band"][1]}
+        bands.append(line | {key: told[key] for key in ("located", "reason", "prompts")})
+    found["located"] = pd.DataFrame(bands) if bands else None
+    remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
+    found["remedy"] = read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet")
+    found["validated"] = read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe"))
+    frozen = [
+        folder / "raw.parquet" for *_, folder in made(studies, [name for name in probed(grid) if name.startswith("sppft/")])
+    ]
+    frames = [pd.read_parquet(file) for file in frozen if file.exists()]  # a study may have no random sets
+    found["frozen"] = pd.concat(frames, ignore_index=True) if frames else None
     return {name: frame for name, frame in found.items() if frame is not None}
 
 

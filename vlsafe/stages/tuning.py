@@ -22,7 +22,7 @@ from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, 
 class Recipe(NamedTuple):
     """One way to tune: where it starts, by which objective, on which corpora, by which method (`trainable.METHODS`).
 
-    Recipes of the grid "full" are for the committed figures and not made otherwise.
+    Recipes of the grid "full" are for the committed figures and not made otherwise; that of "probing" is notebook 05's.
     """
 
     start: str
@@ -43,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-image-full": Recipe(ADAPTED, "dpo", ("spa_vl",)),
     "dpo-both-full": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl")),
     "grpo-text-full": Recipe(ADAPTED, "grpo", ("safe_rlhf",)),
+    "mtl-pcgrad-full": Recipe(STAGE_1, "pcgrad", ("general", "safety"), grid="probing"),
     "sl-lora": Recipe(ADAPTED, "sft", ("safety",), "lora", "full"),
     "sl-sppft": Recipe(ADAPTED, "sft", ("safety",), "sppft", "full"),
     "dpo-both-lora": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "lora", "full"),
@@ -64,7 +65,7 @@ def inputs_of(name: str) -> tuple[str, ...]:
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe depends on."""
     scale, recipe = study.scale, RECIPES[name]
-    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout, "sft": None}[recipe.objective]
+    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout}.get(recipe.objective)
     replay = scale.tuning.replay if "replay" in recipe.corpora else None
     lora = scale.lora if recipe.method == "lora" else None
     chosen_by = [scale.tuning.pairs, scale.tuning.milestones, scale.exam.max_new_tokens]
@@ -76,6 +77,8 @@ def base_fit(study: Study, name: str) -> Fit:
     scale, recipe = study.scale, RECIPES[name]
     fits = {"sft": scale.tuning.sft, "dpo": scale.tuning.preference.fit, "grpo": scale.tuning.rollout.fit}
     fit = scale.instruct if "general" in recipe.corpora else fits[recipe.objective]
+    if recipe.objective == "pcgrad":
+        fit = dataclasses.replace(fit, micro_batches=scale.tuning.task_batches)
     rate = scale.lora.rate if recipe.method == "lora" else 1.0
     return dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
 
@@ -84,7 +87,7 @@ def _limit(study: Study) -> int:
     return min(study.scale.language.context, study.scale.tuning.sft.max_length or study.scale.language.context)
 
 
-def _corpus(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
+def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
     """The rows of one corpus that can be trained on, and how many were dropped for which reason."""
     from vlsafe import mix
 
@@ -108,7 +111,7 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
     rows: list[Any] = []
     sizes, dropped, told = {}, {}, {}
     for corpus in RECIPES[name].corpora:
-        found, why = _corpus(study, corpus, processor, len(rows))
+        found, why = rows_of(study, corpus, processor, len(rows))
         rows += found
         sizes[corpus], dropped[corpus] = len(found), why
         if corpus == "replay":
@@ -130,7 +133,7 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
     fit = dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first)))
     if not done.exists():
-        history = _train(study, name, training, start, rows, fit)
+        history = _train(study, name, training, start, rows, fit, first)
         train.settle(training, models.load_processor(start), start, fit.saved)
         store.write_text(done, json.dumps(history))
     if not (work / "validation.parquet").exists():
@@ -157,8 +160,10 @@ def _band(study: Study, name: str) -> dict[str, Any]:
     return {"band": located["band"], "band_located": located["located"]}
 
 
-def _train(study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit) -> list[dict[str, float]]:
-    """Train the model in the folder `start` by a recipe's objective: what was logged."""
+def _train(
+    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, first: int
+) -> list[dict[str, float]]:
+    """Train the model in the folder `start` by a recipe's objective: what was logged. Its first corpus are the first rows."""
     from vlsafe import launch, train
 
     recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)
@@ -168,7 +173,7 @@ def _train(study: Study, name: str, folder: Path, start: Path, rows: Sequence[An
     band = tuple(_band(study, name).get("band", ())) or None
     job = launch.Job(
         recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
-        tuning.preference if recipe.objective == "dpo" else None,
+        tuning.preference if recipe.objective == "dpo" else None, first=first,
     )  # fmt: skip
     pictured = any(row.images for row in rows)
     data = train.pair_dataset(rows, pictured) if recipe.objective == "dpo" else train.chat_dataset(rows, with_images=True)
@@ -271,6 +276,11 @@ def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
 
 def tuned_by(name: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_tuned(study, work, name)
+
+
+def examination(name: str) -> str:
+    """The stage that examines a tuned model."""
+    return f"examination/{name.replace('/', '.')}"
 
 
 def examined(grid: str = "default") -> list[str]:
