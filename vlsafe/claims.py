@@ -141,7 +141,7 @@ def compared(part: Part, readings: Mapping[Unit, Reading]) -> dict[str, Any]:
     before, after = (float(np.mean([reading[place] for reading in readings.values()])) for place in (1, 2))
     room = part.sign * ((part.sign > 0) - before - part.against)
     told = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
-    told |= {"part": part.what, "before": before, "after": after, "against": part.against, "n": whole.n, "seeds": len(readings)}
+    told |= {"part": part.what, "sign": part.sign, "before": before, "after": after, "against": part.against, "n": whole.n, "seeds": len(readings)}
     told["ceiling"] = bool(told["p"] >= LEVEL and room < told["detectable"])
     return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
 
@@ -254,8 +254,9 @@ def _verdict(p: float, holds: bool, ceiling: bool) -> str:
 
 
 COLUMNS = [
-    "these_models", "this_recipe", "part", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n", "seeds",
-    "detectable", "effects", "recipe_low", "recipe_high", "recipe_p", "recipe_p_holm", "recipe_detectable", "sd_items", "sd_seeds",
+    "these_models", "this_recipe", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n", "seeds",
+    "detectable", "effects", "recipe_low", "recipe_high", "recipe_p", "recipe_p_holm", "recipe_detectable", "sd_items",
+    "sd_seeds",
 ]  # fmt: skip
 DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
 
@@ -308,3 +309,12 @@ CLAIMS = (
     Claim("5b", "The same of multitask SFT", _mitigates("safety/mtl-full")),
     Claim("6", "RLHF lowers ASR, but not to the parent's level or at a cost (DPO)", _mitigates("safety/dpo-both-full")),
 )  # fmt: skip
+TUNED = ("safety/sl-full", "safety/dpo-both-full")  # the tuned models that F00 shows beside the adapted one
+
+
+def is_merged(run: str) -> bool:
+    """Whether a run is the merged model that claims 10 and 11 are about, and F00 shows."""
+    return fnmatchcase(run, MERGED)
+
+
+MERGED = "merge/linear/filtered-full+sl-full/*"

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "SFT": dict(color="#0072B2", marker="^"),
     "DPO": dict(color="#D55E00", marker="v"),
     "GRPO": dict(color="#CC79A7", marker="P"),
+    "merged": dict(color="#009E73", marker="*"),
 }
 
 

@@ -107,6 +107,30 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     return merged.sort_values(["backbone", "seed", "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
 
 
+OVERVIEW = (
+    "text_asr", "wildjailbreak_asr", "multimodal_asr", "figstep_asr", "siuo_asr", "twin_refusal", "exaggerated_refusal",
+    "picture_refusal", "helpfulness", "helpfulness_rescaled", "mmbench_circular", "mme_score", "seed_likelihood", "text_incoherent",
+    "multimodal_incoherent",
+)  # fmt: skip
+
+
+def everything(raw: pd.DataFrame) -> pd.DataFrame:
+    """T08: one line per backbone × seed × model × measure, of every model's full examination."""
+    return rates(raw[raw["exam"] == "full"], OVERVIEW, ["backbone", "seed", "stage", "recipe"])
+
+
+def overview(lines: pd.DataFrame) -> pd.DataFrame:
+    """T08 for the eye: one line per backbone × model, a column per measure, in percent: the mean over seeds and their range."""
+    index = ["backbone", "stage", "recipe"]
+    by = lines.groupby([*index, "measure"], sort=False)["value"]
+    told = (100 * by.agg(["mean", "min", "max"])).round().astype(int)
+    ranged = told["mean"].astype(str) + " (" + told["min"].astype(str) + "–" + told["max"].astype(str) + ")"
+    cells = ranged.where(by.size() > 1, told["mean"].astype(str)).unstack("measure")  # one seed has no range
+    found = cells.reindex(columns=list(OVERVIEW)).rename(columns=lambda name: MEASURES[name]["label"])
+    order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
+    return found.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
+
+
 def dynamics(raw: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """F02: every checkpoint of the main line, from the graft with its random projector (stage 1, step 0) to the last."""
     return rates(main_line(raw), measures)
