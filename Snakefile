@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vlsafe.notebooks import NOTEBOOKS, code_digest
+from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
 from vlsafe.stages import STAGES, Study, jobs, planned, tables
 
@@ -57,7 +57,7 @@ for study in STUDIES:
             name: f"notebook_{notebook}_{study.backbone.replace('-', '_')}_{study.seed}"
             input:
                 ancient(f"notebooks/{notebook}.ipynb"),
-                [receipt(study, name) for name in NOTEBOOKS[notebook]],
+                [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in NOTEBOOKS[notebook]],
             output: touch(executed(study, notebook, ".done"))
             log: executed(study, notebook, ".ipynb")
             params:

@@ -65,7 +65,9 @@ def test_a_packet_is_balanced_and_blind(packet):
     whole = (packet / "packet.html").read_text()
     for told in (*MODELS, "mini-chat", "sl-full", "instruct", "sorry_bench", "mm_safetybench", *key["item"].unique()):
         assert told not in whole, told
-    assert all(len(unit["images"]) == (unit["id"] in set(key.loc[key["benchmark"] == "mm_safetybench", "id"])) for unit in shown["units"])
+    assert all(
+        len(unit["images"]) == (unit["id"] in set(key.loc[key["benchmark"] == "mm_safetybench", "id"])) for unit in shown["units"]
+    )
     assert not re.search(r"https?://|src=|@import", whole) and "default-src 'none'" in whole
 
 

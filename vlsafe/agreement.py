@@ -21,7 +21,7 @@ ANSWER = [*METHOD, "seed", "item", "cluster"]
 
 
 def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One line per answer to a harmful request at the end of each run, a column per judge: did the attack succeed? NaN: unjudged."""
+    """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged."""
     rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
     of = rows[(rows["exam"] == "full") & rows["benchmark"].isin(list(ATTACKS)) & rows["harmful"].astype(bool)]
     of = of.assign(modality=of["benchmark"].map(ATTACKS), event=pd.to_numeric(of["event"].astype("Float64")))

@@ -145,7 +145,7 @@ def report(folder: Path, out: Path) -> Path:
         for suffix, text in ((".png", f"## {name}\n\n![{name}]({name}.png)"), (".md", None)):
             if (folder / f"{name}{suffix}").exists():
                 cells.append(text or f"## {name}\n\n" + (folder / f"{name}.md").read_text(encoding="utf-8"))
-    cells.append("## Provenance\n\nEach table and figure has a sidecar, `<name>.provenance.json`, with its runs and their digests.")
+    cells.append("## Provenance\n\nThe sidecar of each artefact, `<name>.provenance.json`, names its runs and their digests.")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id=f"c{i}") for i, text in enumerate(cells)])
     exporter = HTMLExporter(embed_images=True)
     exporter.exclude_input_prompt = True

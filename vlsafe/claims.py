@@ -97,7 +97,7 @@ def _strata(asked: pd.DataFrame, values: pd.Series, measure: str) -> list[stats.
 
 
 def trend(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """The rise that a line through a run's checkpoints, evenly spaced, has from the first to the last one, on the panel's items."""
+    """The rise of a line fitted through a run's checkpoints, evenly spaced, from the first to the last; on the panel's items."""
     asked = found["panels"].get((*unit, part.measures[0]))
     if asked is None or asked.shape[1] < 3:
         return None
@@ -109,10 +109,72 @@ def trend(part: Part, found: Found, unit: Unit) -> Reading | None:
     )
 
 
+def band(part: Part, found: Found, unit: Unit) -> Reading | None:
+    """How much less alike parent and adapted model are inside the parent's located band than outside, per harmful text prompt.
+
+    `part.measures` names the cosine. Not measured where no band was located.
+    """
+    place, told = _of(found, "located", unit), _of(found, "layers", unit)
+    if place is None or told is None or not place["located"].iloc[0]:
+        return None
+    told = told[(named(told) == ADAPTED) & told["harmful"].astype(bool) & (told["group"] == "text")]
+    told = told[told["step"] == told["step"].max()]
+    loss = 1 - told.pivot(index=["item", "cluster"], columns="layer", values=part.measures[0])
+    inside = (loss.columns >= place["start"].iloc[0]) & (loss.columns < place["end"].iloc[0])
+    if inside.all() or not inside.any():
+        return None
+    after, before = loss.loc[:, inside].mean(axis=1), loss.loc[:, ~inside].mean(axis=1)
+    return Reading([_stratum(after - before, loss.index.get_level_values("cluster"))], float(before.mean()), float(after.mean()))
+
+
+def frozen(part: Part, found: Found, unit: Unit) -> Reading | None:
+    """ASR after stage 2 with the located band frozen, less the mean over all other sets of as many blocks (the full grid's)."""
+    told = _of(found, "frozen", unit)
+    place = _of(found, "located", unit)
+    if told is None or place is None or not place["located"].iloc[0]:
+        return None
+    told = told[told["step"] == told["step"].max()]
+    counted = events(told.assign(recipe=told["recipe"].where(~told["located"].astype(bool), "located")), part.measures[0])
+    asked = counted.pivot_table(index=INDEX, columns="recipe", values="event", aggfunc=lambda v: float(v.iloc[0])).dropna()
+    if "located" not in asked or asked.shape[1] < 2:
+        return None
+    after, before = asked["located"], asked.drop(columns="located").mean(axis=1)
+    return Reading(_strata(asked, after - before, part.measures[0]), float(before.mean()), float(after.mean()))
+
+
+def pulls(part: Part, found: Found, unit: Unit) -> Reading | None:
+    """Cosines of gradients of two batches, one of each task, against zero or ("within") against two batches of one task.
+
+    The mean over layers and checkpoints; pairs that share their first batch are one cluster.
+    """
+    told = _of(found, "gradients", unit)
+    if told is None:
+        return None
+    told = told.assign(kind=np.where(told["task_a"] == told["task_b"], "within", "between"))
+    pairs = told.groupby(["kind", "a", "b"])["cosine"].mean().reset_index()
+    sides = {kind: pairs[pairs["kind"] == kind] for kind in part.measures}
+    strata = [_stratum(of["cosine"], of["a"], 1.0 if kind == "between" else -1.0) for kind, of in sides.items()]
+    before = float(sides["within"]["cosine"].mean()) if "within" in sides else 0.0
+    return Reading(strata, before, float(sides["between"]["cosine"].mean()))
+
+
+def _of(found: Found, name: str, unit: Unit) -> pd.DataFrame | None:
+    """A frame's lines of one study, or None where there is no such frame or no such line."""
+    frame = found.get(name)
+    if frame is None or frame.empty:
+        return None
+    of = frame[(frame["backbone"] == unit[0]) & (frame["seed"] == unit[1])]
+    return None if of.empty else of
+
+
+def _stratum(values: pd.Series, clusters: Any, weight: float = 1.0) -> stats.Stratum:
+    return stats.Stratum(weight, values.tolist(), values.tolist(), list(clusters))
+
+
 def prepared(found: Found) -> dict[str, Any]:
     """The frames with every study's answers laid out for comparison: item × run at the end, item × checkpoint on the panel."""
     laid: dict[str, Any] = {**found, "answers": {}, "panels": {}}
-    used = {measure for claim in CLAIMS for part in leaves(claim.decided_by) for measure in part.measures}
+    used = {m for claim in CLAIMS for part in leaves(claim.decided_by) for m in part.measures if m in measured.MEASURES}
     for unit, raw in found["raw"].groupby(["backbone", "seed"]):
         final, line = raw[raw["exam"] == "full"], raw[(named(raw) == ADAPTED) & raw["exam"].isin(["panel", "full"])]
         line = line[line["item"].isin(line.loc[line["exam"] == "panel", "item"])]
@@ -141,7 +203,15 @@ def compared(part: Part, readings: Mapping[Unit, Reading]) -> dict[str, Any]:
     before, after = (float(np.mean([reading[place] for reading in readings.values()])) for place in (1, 2))
     room = part.sign * ((part.sign > 0) - before - part.against)
     told = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
-    told |= {"part": part.what, "sign": part.sign, "before": before, "after": after, "against": part.against, "n": whole.n, "seeds": len(readings)}
+    told |= {
+        "part": part.what,
+        "sign": part.sign,
+        "before": before,
+        "after": after,
+        "against": part.against,
+        "n": whole.n,
+        "seeds": len(readings),
+    }
     told["ceiling"] = bool(told["p"] >= LEVEL and room < told["detectable"])
     return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
 
@@ -229,12 +299,15 @@ def judged(lines: Lines) -> pd.DataFrame:
             told.append(line)
             continue
         models, recipe = (weigh(trees[name].decided_by, of, p) for p in ("p", "recipe_p"))
-        deciding = of[models.supporting if models.support <= models.contradict or min(models[:2]) >= LEVEL else models.contradicting]
+        falls = models.contradict < min(LEVEL, models.support)
+        deciding = of[models.contradicting if falls else models.supporting]
         line |= {column: value for column, value in deciding.items() if column not in ("ceiling", "p", "recipe_p")}
         line |= {"p": min(models[:2]), "recipe_p": min(recipe[:2]), "ceiling": any(part["ceiling"] for part in of.values())}
         line |= {"models_hold": models.support < models.contradict, "recipe_holds": recipe.support < recipe.contradict}
         told.append(line)
-    frame = pd.DataFrame(told).reindex(columns=dict.fromkeys(["claim", "statement", "backbone", *COLUMNS, *pd.DataFrame(told)]))
+    frame = pd.DataFrame(told).reindex(
+        columns=["claim", "statement", "backbone", *COLUMNS, "models_hold", "recipe_holds", "ceiling"]
+    )
     for _, family in frame[frame["p"].notna()].groupby("backbone"):
         for p in ("p", "recipe_p"):
             frame.loc[family.index, f"{p}_holm"] = multipletests(family[p].astype(float), method="holm")[1]
@@ -254,20 +327,77 @@ def _verdict(p: float, holds: bool, ceiling: bool) -> str:
 
 
 COLUMNS = [
-    "these_models", "this_recipe", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n", "seeds",
-    "detectable", "effects", "recipe_low", "recipe_high", "recipe_p", "recipe_p_holm", "recipe_detectable", "sd_items",
+    "these_models", "this_recipe", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
+    "seeds", "detectable", "effects", "recipe_low", "recipe_high", "recipe_p", "recipe_p_holm", "recipe_detectable", "sd_items",
     "sd_seeds",
 ]  # fmt: skip
+
+
+def every_part(laid: Found) -> pd.DataFrame:
+    """One line per claim × backbone × comparison, as found and not yet weighed."""
+    found = parts(laid)
+    return pd.DataFrame([{"claim": name, "backbone": b, **line} for (name, b), of in found.items() for line in of.values()])
+
+
+def by_seed(laid: Found) -> pd.DataFrame:
+    """The ledger of every seed by itself: verdicts on its models alone."""
+    seeds = sorted({key[1] for key in laid["answers"]})
+    return pd.concat([ledger(laid, [seed]).assign(seed=seed) for seed in seeds], ignore_index=True)
+
+
+def precision(laid: Found) -> pd.DataFrame:
+    """What each benchmark could have shown: the smallest difference found in nine of ten comparisons of the adapted model with
+    its predecessor, over items and over seeds, and how the spread of that difference divides between items and seeds.
+    """
+    units, lines = sorted({key[:2] for key in laid["answers"]}), []
+    for backbone in sorted({unit[0] for unit in units}):
+        for measure, before in PRECISION.items():
+            part = Part(measure, 1, before, ADAPTED, (measure,))
+            found = {unit: reading for unit in units if unit[0] == backbone and (reading := answers(part, laid, unit))}
+            if found:
+                line = compared(part, found)
+                lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in PRECISE})
+    return pd.DataFrame(lines)
+
+
+PRECISE = ("seeds", "n", "effect", "low", "high", "detectable", "sd_items", "sd_seeds", "recipe_detectable")
+
+
+def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
+    """T09 for the eye, in points."""
+    points = 100 * ledger[["effect", "low", "high", "recipe_low", "recipe_high", "detectable"]]
+
+    def interval(low: str, high: str) -> pd.Series:
+        return points.apply(lambda x: "" if pd.isna(x[low]) else f"[{x[low]:+.0f}, {x[high]:+.0f}]", axis=1)
+
+    shown = ledger[["claim", "statement", "backbone", "these_models", "this_recipe"]].copy()
+    shown["decided by"] = ledger["part"]
+    shown["effect"] = [
+        ("" if pd.isna(value) else f"{value:+.0f} ") + told
+        for value, told in zip(points["effect"], interval("low", "high"), strict=True)
+    ]
+    shown["over seeds"] = interval("recipe_low", "recipe_high")
+    shown["p (Holm)"] = [f"{p:.3f}" if p == p else "" for p in ledger["p_holm"]]
+    shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
+    shown["detectable"] = [f"{value:.0f}" if value == value else "" for value in points["detectable"]]
+    return shown
+
+
 DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
 
-PRECISION = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
+PRECISION = {  # measures whose smallest detectable difference is printed -> with what the adapted model is compared
+    "text_asr": PARENT, "wildjailbreak_asr": PARENT, "exaggerated_refusal": PARENT, "multimodal_asr": STAGE_1,
+    "twin_refusal": STAGE_1, "figstep_asr": STAGE_1, "siuo_asr": STAGE_1, "mmbench_circular": STAGE_1, "mme_score": STAGE_1,
+    "seed_likelihood": STAGE_1, "helpfulness": STAGE_1,
+}  # fmt: skip
 
 
 def _costs(after: str) -> Joint:
     """Ways not to restore safety for nothing: text ASR above the parent's, less help, more refusals of harmless requests."""
     over = f"more than {round(100 * MARGIN)} points"
     told = (
-        ("text_asr", 1, PARENT, f"text ASR {over} above the parent's"), ("helpfulness", -1, ADAPTED, f"helpfulness falls by {over}"),
+        ("text_asr", 1, PARENT, f"text ASR {over} above the parent's"),
+        ("helpfulness", -1, ADAPTED, f"helpfulness falls by {over}"),
         ("twin_refusal", 1, ADAPTED, f"refusal of benign twins rises by {over}"),
         ("exaggerated_refusal", 1, ADAPTED, f"exaggerated refusal rises by {over}"),
     )  # fmt: skip
@@ -282,6 +412,20 @@ def _pictures_rise(after: str) -> Part:
     return Part("multimodal ASR rises from stage 1's", 1, STAGE_1, after, ("multimodal_asr",))
 
 
+def _not_beaten(by: str) -> Joint:
+    """No method is better than the merged model by more than the margin in both: ASR (text and pictures) and helpfulness."""
+    asr = Part(f"ASR of text plus pictures at most the margin above {by}'s", -1, f"safety/{by}", MERGED, BOTH, 2 * MARGIN)
+    return Joint("any", (asr, Part(f"helpfulness at most the margin below {by}'s", 1, f"safety/{by}", MERGED, HELP, -MARGIN)))
+
+
+def _beats(before: str, after: str) -> Joint:
+    """No worse than the margin in anything, and better in something."""
+    sides = (("text ASR", -1, ("text_asr",)), ("multimodal ASR", -1, ("multimodal_asr",)), ("helpfulness", 1, HELP))
+    no_worse = tuple(Part(f"{what} no worse than the margin", s, before, after, m, -s * MARGIN) for what, s, m in sides)
+    better = tuple(Part(f"{what} better", s, before, after, m) for what, s, m in sides)
+    return Joint("all", (*no_worse, Joint("any", better)))
+
+
 def _both_rise(after: str) -> Joint:
     return Joint("all", (_text_rises(after), _pictures_rise(after)))
 
@@ -292,29 +436,51 @@ def _mitigates(after: str) -> Joint:
     return Joint("all", (*lower, _costs(after)))
 
 
+TUNED = ("safety/sl-full", "safety/dpo-both-full")  # SFT and RLHF, in the claims and in F00
+MERGED, ENSEMBLE = (f"merge/{rule}/filtered-full+sl-full/*" for rule in ("linear", "ensemble"))  # each at its chosen ratio
+BOTH, HELP = ("text_asr", "multimodal_asr"), ("helpfulness",)
+METHODS = tuple(
+    f"{name}-full" for name in ("mtl", "sl", "sl-replay", "textsft", "sibling", "dpo-text", "dpo-image", "dpo-both", "grpo-text")
+)
 UNFILTERED, CLEAN, LOOKING, TWIN = (f"instruct/{data}-full" for data in ("unfiltered", "clean", "looking", "textonly"))
 CLAIMS = (
     Claim("1", "Adaptation raises text ASR (data as they come)", _text_rises(UNFILTERED)),
     Claim("2", "Adaptation raises multimodal ASR (data as they come)", _pictures_rise(UNFILTERED)),
     Claim("3", "So it does with filtered data, text and pictures", _both_rise(ADAPTED)),
     Claim("3b", "So it does with data that are clean beyond doubt", _both_rise(CLEAN)),
-    Claim("4", "Degradation grows along stage 2", Part("text ASR rises along the checkpoints", 1, ADAPTED, ADAPTED, read=trend)),
-    Claim("4b", "Pictures cause more of it than the same rows as text", Part("text ASR above the text-only twin's", 1, TWIN, ADAPTED)),
+    Claim("4", "Degradation grows along stage 2", Part("text ASR rises along it", 1, ADAPTED, ADAPTED, read=trend)),
+    Claim("4b", "Pictures cause more of it than the same rows as text", Part("text ASR above the twin's", 1, TWIN, ADAPTED)),
     Claim(
         "4c", "The multimodal rise is more than lost over-refusal",
-        Part("rise of multimodal ASR less the fall of benign twins' refusal", 1, STAGE_1, ADAPTED, ("multimodal_asr", "twin_refusal")),
+        Part("rise of multimodal ASR less the fall of twins' refusal", 1, STAGE_1, ADAPTED, ("multimodal_asr", "twin_refusal")),
     ),
     Claim("4d", "Instruction rows cause it, captions do not", Part("text ASR above that without how-tos", 1, LOOKING, ADAPTED)),
-    Claim("5", "SFT lowers ASR, but not to the parent's level or at a cost (sequential)", _mitigates("safety/sl-full")),
+    Claim("5", "SFT lowers ASR, but not to the parent's level or at a cost (sequential)", _mitigates(TUNED[0])),
     Claim("5b", "The same of multitask SFT", _mitigates("safety/mtl-full")),
-    Claim("6", "RLHF lowers ASR, but not to the parent's level or at a cost (DPO)", _mitigates("safety/dpo-both-full")),
+    Claim("6", "RLHF lowers ASR, but not to the parent's level or at a cost (DPO)", _mitigates(TUNED[1])),
+    Claim(
+        "7", "Similarity to the parent falls most in the located layers",
+        Part("1 - cosine inside the band above outside", 1, PARENT, ADAPTED, ("cosine",), read=band),
+    ),
+    Claim(
+        "7b", "So it does with each block's own increment",
+        Part("1 - cosine of increments inside above outside", 1, PARENT, ADAPTED, ("increment",), read=band),
+    ),
+    Claim(
+        "8", "Freezing them protects more than freezing other blocks",
+        Part("text ASR below that of other sets", -1, "sppft/*", "sppft/located", read=frozen),
+    ),
+    Claim(
+        "9", "The objectives diverge: gradients differ more between tasks than within",
+        Part("cosine below that within a task", -1, "", "", ("between", "within"), read=pulls),
+    ),
+    Claim("9b", "They pull against each other", Part("cosine of gradients below zero", -1, "", "", ("between",), read=pulls)),
+    Claim("10", "Merging lies on or beyond the front of all tuning methods", Joint("all", tuple(map(_not_beaten, METHODS)))),
+    Claim("11", "Merging beats the ensemble of its members", _beats(ENSEMBLE, MERGED)),
+    Claim("12", "The loss is not specific to the LLaMA block", _text_rises(ADAPTED), only=("mini-qwen",)),
 )  # fmt: skip
-TUNED = ("safety/sl-full", "safety/dpo-both-full")  # the tuned models that F00 shows beside the adapted one
 
 
 def is_merged(run: str) -> bool:
     """Whether a run is the merged model that claims 10 and 11 are about, and F00 shows."""
     return fnmatchcase(run, MERGED)
-
-
-MERGED = "merge/linear/filtered-full+sl-full/*"

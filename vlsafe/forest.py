@@ -1,4 +1,4 @@
-"""F14, F15 and F00 as pictures: the claims, the judges, the answer. Draws what `claims`, `agreement` and `tables` have counted."""
+"""F14, F15 and F00: the claims, the judges, the answer as pictures. Draws what `claims`, `agreement` and `tables` counted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
                    for i, name in enumerate(backbones)]  # fmt: skip
         axis.legend(handles=handles, loc="lower left", frameon=False, fontsize=6)
         figure.suptitle(_count(ledger), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "thick: 95 % interval over items, clustered by deed; thin: t-interval over seeds, cut off at the frame; ticks: seeds\n"
+        note = "thick: 95 % interval over items, clustered by deed; thin: t-interval over seeds; ticks: seeds\n"
         note += "these models: Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
         figure.supxlabel(f"{origin(scale)}; {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
@@ -110,7 +110,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
         figure.legend(handles=handles, loc="outside right center", frameon=False)
         figure.suptitle(_judged(pairs), x=0.01, ha="left", fontsize=9, fontweight="bold")
         note = "one line per model, all its seeds; bars: 95 % intervals, clustered by deed; world: the miniature's truth\n"
-        note += f"κ: agreement on single answers beyond chance; τ: on the order of the models; up to n = {int(rates['n'].max())} a point"
+        note += f"κ: agreement on answers beyond chance; τ: on the order of the models; up to n = {int(rates['n'].max())} a point"
         figure.supxlabel(f"{origin(scale)}; {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
@@ -118,8 +118,8 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
 
 def _judged(pairs: pd.DataFrame) -> str:
     told = pairs.groupby("modality")[["kappa", "tau"]].min().iloc[::-1]
-    ranks, answers = (", ".join(f"{name} ≥ {value:.2f}" for name, value in told[column].items()) for column in ("tau", "kappa"))
-    return f"Judges agree on the ranking (τ: {ranks}), less on answers (κ: {answers})"
+    ranks, answers = (", ".join(f"{name} {value:.2f}" for name, value in told[column].items()) for column in ("tau", "kappa"))
+    return f"Least agreement of two judges: ranking τ {ranks}; answers κ {answers}"
 
 
 def kind(stage: str, recipe: str) -> str:
@@ -139,12 +139,15 @@ def path(lines: pd.DataFrame) -> pd.DataFrame:
     chosen = lines[runs.isin([claims.PARENT, claims.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
     wide = chosen.pivot(index=["backbone", "seed", "stage", "recipe"], columns="measure", values=["value", "low", "high"])
     names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-    found = {(name if end == "value" else f"{name}_{end}"): wide[end].get(name) for name in names for end in ("value", "low", "high")}
+    found = {
+        (name if end == "value" else f"{name}_{end}"): wide[end].get(name) for name in names for end in ("value", "low", "high")
+    }
     points = pd.DataFrame(found, index=wide.index).astype(float).reset_index()
     return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
 
 
 ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
+MADE_OF = {"adapted": ("parent",), "SFT": ("adapted",), "DPO": ("adapted",), "merged": ("adapted", "SFT")}
 
 
 def answer(points: pd.DataFrame, scale: str) -> Figure:
@@ -154,8 +157,9 @@ def answer(points: pd.DataFrame, scale: str) -> Figure:
     """
     backbones = sorted(points["backbone"].unique())
     with plt.style.context(STYLE):
+        size = (7.0, 0.8 + 2.3 * len(backbones))
         figure, axes = plt.subplots(
-            len(backbones), 2, figsize=(7.0, 0.8 + 2.3 * len(backbones)), squeeze=False, sharex=True, sharey=True, layout="constrained"
+            len(backbones), 2, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
         )
         left = 100 * points["helpfulness"].min() - 12
         for row, backbone in zip(axes, backbones, strict=True):
@@ -171,7 +175,7 @@ def answer(points: pd.DataFrame, scale: str) -> Figure:
             axis.set_xlabel("helpfulness, percent (→ better)")
         figure.suptitle(_answered(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
         seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
-        note = f"seeds {seeds}; mean, small marks: seeds; bars: mean of the 95 % intervals, clustered by deed; judge: the world's truth\n"
+        note = f"seeds {seeds} (small marks); bars: mean 95 % intervals, clustered by deed; judge: the world's truth\n"
         note += "the models that the claims are decided by; twins: how often harmless requests with pictures are refused"
         figure.supxlabel(f"{origin(scale)}, {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
@@ -185,7 +189,7 @@ def _draw_path(axis: Any, points: pd.DataFrame, measure: str) -> None:
     arrow = dict(arrowstyle="-|>", color="#BBBBBB", linewidth=1.0, mutation_scale=7, shrinkA=4, shrinkB=4)
     for line in mean.itertuples():
         look, (x, y) = KINDS[line.kind], (line.helpfulness, getattr(line, measure))
-        for source in {"adapted": ("parent",), "SFT": ("adapted",), "DPO": ("adapted",), "merged": ("adapted", "SFT")}.get(line.kind, ()):
+        for source in MADE_OF.get(line.kind, ()):
             if source in at:
                 axis.annotate("", (x, y), at[source], arrowprops=arrow, zorder=1)
         axis.plot([x, x], [getattr(line, f"{measure}_low"), getattr(line, f"{measure}_high")], color=look["color"], linewidth=0.8)

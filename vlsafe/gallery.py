@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, tables, tradeoff
+from vlsafe import agreement, arms, cards, claims, figures, forest, fronts, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -19,7 +19,7 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """Every table and figure with its CSV twin, and one provenance file that says which runs they are made of.
+    """Every table and figure with its CSV twin and a sidecar that says which runs it is made of; one more file for all runs.
 
     `found` are the results of `stages.results` by name.
     """
@@ -27,13 +27,15 @@ def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
-    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale)):
+    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale), _claims(found, scale)):
         for name, (frame, title, *more) in sheets.items():
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
         for name, (figure, frame) in pictures.items():
-            figures.write(figure, frame, folder, name)
+            figures.write(figure, frame, folder, name, cards.stamp(name, scale, provenance))
         written += [*sheets, *pictures]
+    for name in written:
+        cards.write_stamp(folder, cards.stamp(name, scale, provenance))
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
     return written
 
@@ -108,4 +110,41 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
         ),
         "T05_checkpoints": (found["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
+    return written, drawn
+
+
+def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T08, T09, F00, F14 and F15."""
+    laid, lines = claims.prepared(found), tables.everything(found["raw"])
+    ledger, points = claims.ledger(laid), forest.path(lines)
+    wide = agreement.verdicts(found["raw"])
+    judged, pairs = agreement.rates(wide), agreement.pairs(wide)
+    drawn = {
+        "F14_claims": (forest.forest(ledger, scale), ledger),
+        "F15_judges": (forest.judges(judged, pairs, scale), judged),
+        "F00_answer": (forest.answer(points, scale), points),
+    }
+    written: Written = {
+        "T08_models": (
+            lines, "T08. Every model on every benchmark, in percent: mean over seeds (lowest–highest)", tables.overview(lines),
+            "Intervals and each seed: the CSV.",
+        ),
+        "T08_precision": (
+            claims.precision(laid),
+            "T08. What each benchmark could have shown: adapted model against its predecessor, in fractions",
+            None,
+            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference.",
+        ),
+        "T08_published": (cards.beside(found["published"], lines), "T08. Published numbers beside ours, as fractions"),
+        "T09_claims": (
+            ledger,
+            "T09. What the paper claims, what was measured, how sure we are; in points",
+            claims.sheet(ledger),
+            "These models: items are the sample, Holm over the claims of a backbone; this recipe: seeds are the sample, "
+            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand.",
+        ),
+        "T09_by_seed": (claims.by_seed(laid), "T09. Each seed by itself, in fractions: verdicts on its models alone"),
+        "T09_parts": (claims.every_part(laid), "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
+        "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
+    }  # fmt: skip
     return written, drawn

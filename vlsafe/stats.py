@@ -201,12 +201,13 @@ def compare(
         scaled = stats.norm.ppf(0.5 + level / 2) * (against - effect[k]) / reach  # an interval that ends there has p = 1 - level
         p[k] = _sign_test(column) if against == 0 else 2 * stats.norm.sf(scaled)
     se = drawn.std(0) * stretch
-    found = (low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se)
-    return Compared(effect, *found, _detectable(parts, se, free, level))
+    reach = _detectable(parts, se, free, level)
+    se = np.where(changed < RARE, (high - low) / 2 / stats.norm.ppf(0.5 + level / 2), se)
+    return Compared(effect, low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se, reach)
 
 
 def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of n clusters is in each bootstrap sample: [draws, n]. Counted, being twenty times as fast as a multinomial."""
+    """How often each of n clusters is in each bootstrap sample, [draws, n]; twenty times as fast as asking for multinomials."""
     chosen = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(chosen.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
 

@@ -109,8 +109,8 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
 
 OVERVIEW = (
     "text_asr", "wildjailbreak_asr", "multimodal_asr", "figstep_asr", "siuo_asr", "twin_refusal", "exaggerated_refusal",
-    "picture_refusal", "helpfulness", "helpfulness_rescaled", "mmbench_circular", "mme_score", "seed_likelihood", "text_incoherent",
-    "multimodal_incoherent",
+    "picture_refusal", "helpfulness", "helpfulness_rescaled", "mmbench_circular", "mme_score", "seed_likelihood",
+    "text_incoherent", "multimodal_incoherent",
 )  # fmt: skip
 
 
