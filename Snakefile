@@ -27,7 +27,7 @@ def executed(study, notebook, suffix):
 
 rule all:
     input:
-        FIGURES / "provenance.json",
+        FIGURES / "report.html",
         [executed(study, notebook, ".done") for study in STUDIES for notebook in NOTEBOOKS],
     default_target: True
 
@@ -72,3 +72,9 @@ rule gallery:
     params:
         call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"
+
+
+rule report:
+    input: FIGURES / "provenance.json"
+    output: FIGURES / "report.html"
+    shell: "vlsafe report --figures {FIGURES} --out {output}"

@@ -202,8 +202,8 @@ def inside(seed, lost, located=True):
         for i in range(40) for layer in range(6)
     ]  # fmt: skip
     gradients = [
-        {**unit, "layer": 0, "step": 0, "a": a, "b": b, "task_a": "vl" if a < 6 else "safety", "task_b": "vl" if b < 6 else "safety",
-         "cosine": (0.5 if (a < 6) == (b < 6) else -0.2) + rng.normal(0, 0.02)}
+        {**unit, "layer": 0, "step": 0, "a": a, "b": b, "task_a": ("vl", "safety")[a >= 6],
+         "task_b": ("vl", "safety")[b >= 6], "cosine": (0.5 if (a < 6) == (b < 6) else -0.2) + rng.normal(0, 0.02)}
         for b in range(12) for a in range(b)
     ]  # fmt: skip
     place = [{**unit, "start": 2, "end": 4, "located": located}]
