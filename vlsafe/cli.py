@@ -178,10 +178,10 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _gallery(arguments: argparse.Namespace) -> None:
     from vlsafe import gallery
-    from vlsafe.stages.results import results
+    from vlsafe.stages.results import made, results
 
     studies = _studies(arguments)
-    runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
+    runs = {folder: study.run(name) for study, name, folder in made(studies, stages.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
         noted = store.read_manifest(run)
@@ -236,8 +236,7 @@ def _human_report(arguments: argparse.Namespace) -> None:
     from vlsafe.stages.results import read
 
     studies = _studies(arguments)
-    names = [name for name in stages.tables(arguments.grid) if store.status(studies[0].run(name)) == "valid"]
-    wide = agreement.verdicts(read(studies, names, "raw.parquet"), pd.read_csv(arguments.people))
+    wide = agreement.verdicts(read(studies, stages.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people))
     rates, pairs = agreement.rates(wide), agreement.pairs(wide)
     figures.write(forest.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
     pairs.to_csv(arguments.out / "F15_agreement.csv", index=False)

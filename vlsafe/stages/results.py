@@ -3,64 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from vlsafe import cards, store
-from vlsafe.stages import tables, tried
+from vlsafe.stages import planned, tables
 from vlsafe.stages.study import Study, project_root
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """The frames that `gallery.make` takes, by name; what is missing is made.
+    """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints. `published`: what others have printed.
+    of all tuned checkpoints. `published`: numbers that others have printed. A frame none of whose stages is made is left out.
     """
-    seeds = {study.seed: study for study in studies}  # a screen does not depend on the backbone
-    audits = [
-        pd.DataFrame(study.rows("screen/filtered", "audit.parquet")).assign(seed=seed)[lambda f: ["seed", *f.columns[:-1]]]
-        for seed, study in seeds.items()
-    ]
-    return {
+    once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    tuned = [name for name in planned(grid) if name.startswith("safety/")]
+    found = {
         "raw": read(studies, tables(grid), "raw.parquet"),
-        "audit": pd.concat(audits, ignore_index=True),
+        "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
+        "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
         "published": cards.published(project_root() / "env" / "published"),
-        "tried": pd.DataFrame([line for study in studies for line in tried(study, grid)]),
     }
+    return {name: frame for name, frame in found.items() if frame is not None}
 
 
-def read(studies: Sequence[Study], names: Sequence[str], file: str) -> pd.DataFrame:
-    """One file of several stages of several studies as one frame."""
-    return pd.concat([pd.read_parquet(study.folder(name) / file) for study in studies for name in names], ignore_index=True)
+def made(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
+    """Every stage of every study whose run is valid, and its folder."""
+    for study in studies:
+        for name in names:
+            if store.status(run := study.run(name)) == "valid":
+                yield study, name, run.folder
 
 
-def across(study: Study, grid: str = "default") -> list[Study]:
-    """The given study, whether made or not, and all others of its scale and cellar whose raw tables are finished."""
-    found = [study]
-    for folder in sorted((study.root / study.scale.name).glob("*/seed*")):
-        other = dataclasses.replace(study, backbone=folder.parent.name, seed=int(folder.name.removeprefix("seed")))
-        known = other.backbone in study.scale.backbones and other != study
-        if known and all(store.status(other.run(name)) == "valid" for name in tables(grid)):
-            found.append(other)
-    return found
+def read(studies: Sequence[Study], names: Sequence[str], file: str, whose: Sequence[str] = ()) -> pd.DataFrame | None:
+    """One file of several stages of several studies as one frame; None where none of them is made.
+
+    `whose`: which of backbone, seed, stage and recipe to put before the file's own columns.
+    """
+    frames = []
+    for study, name, folder in made(studies, names):
+        stage, _, recipe = name.partition("/")
+        told = {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe}
+        frame = pd.read_parquet(folder / file)
+        for place, column in enumerate(whose):
+            frame.insert(place, column, told[column])
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def across(study: Study) -> list[Study]:
+    """All studies of a scale that have runs in the cellar, the given one first."""
+    places = sorted((study.root / study.scale.name).glob("*/seed*"))
+    found = [(place.parent.name, int(place.name.removeprefix("seed"))) for place in places]
+    known = [place for place in found if place[0] in study.scale.backbones and place != (study.backbone, study.seed)]
+    return [study, *(dataclasses.replace(study, backbone=backbone, seed=seed) for backbone, seed in known)]
 
 
 def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
-    """What every finished model answered in its full examination to what people can rate, with the prompt: what `human` takes."""
+    """What every finished model answered in its full examination, with the prompt: what `human.export` takes.
+
+    Raises:   ValueError where nothing was examined yet
+    """
     frames = []
     for study in studies:
-        names = [n for n in tables(grid) if n.startswith("examination/") and store.status(study.run(n)) == "valid"]
-        prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet"))[["id", "turns", "images"]].rename(
-            columns={"id": "item"}
-        )
-        for name in names:
-            raw, said = (read([study], [name], file) for file in ("raw.parquet", "responses.parquet"))
-            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")]
-            frames.append(
-                judged.merge(said[["item", "model", "text"]], on=["item", "model"]).merge(
-                    prompts[["item", "turns", "images"]], on="item"
-                )
+        prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet")).rename(columns={"id": "item"})
+        for _, _, folder in made([study], [name for name in tables(grid) if name.startswith(("examination/", "merge/"))]):
+            raw, said = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))
+            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")].merge(
+                said[["item", "model", "text"]], on=["item", "model"]
             )
+            frames.append(judged.merge(prompts[["item", "turns", "images"]], on="item"))
+    if not frames:
+        raise ValueError("no examination is made yet; `make reproduce` makes them")
     return pd.concat(frames, ignore_index=True)
