@@ -20,7 +20,7 @@ FLOORS = {
     "judges": 4, "human": 4,
     "evaluate": 5, "causal": 5,
     "measures": 6, "tables": 6, "arms": 6, "tradeoff": 6, "figures": 6, "fronts": 6, "gallery": 6, "claims": 6, "cards": 6,
-    "agreement": 6, "forest": 6,
+    "readings": 6, "agreement": 6, "forest": 6,
     "stages": 7, "notebooks": 7, "plan": 7, "cli": 8,
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate"}

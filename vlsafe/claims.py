@@ -7,7 +7,7 @@ runs are the sample; all seeds must lie on one side, and the t-interval over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -16,41 +16,16 @@ import pandas as pd
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
-from vlsafe import measures as measured
-from vlsafe import stats
-from vlsafe.measures import events, named
+from vlsafe import readings, stats
+from vlsafe.readings import ADAPTED, Found, Part, Reading, Unit, band, frozen, pulls, read, trend
 from vlsafe.schema import MAIN_LINE
 
 LEVEL, SEEDS, MARGIN = 0.05, 3, 0.05  # of a verdict; the fewest that speak of a recipe; what "the same level" allows
 SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, NOT = (
     "supported", "contradicted", "undecided", "undecided (ceiling)", "not measured"
 )  # fmt: skip
-PARENT, STAGE_1, ADAPTED = MAIN_LINE["parent"], MAIN_LINE["stage 1"], MAIN_LINE["adapted"]
-Found = Mapping[str, pd.DataFrame]
-Unit = tuple[str, int]
-
-
-class Reading(NamedTuple):
-    """What a part found in one study: changes of items, and the mean rate on both sides."""
-
-    strata: list[stats.Stratum]
-    before: float
-    after: float
-
-
-class Part(NamedTuple):
-    """One comparison: `after` minus `before`, claimed to lie above (sign 1) or below (-1) `against`.
-
-    Runs are stage/recipe patterns; several that match are averaged. Several measures are added up. `read` finds the items.
-    """
-
-    what: str
-    sign: int
-    before: str
-    after: str
-    measures: tuple[str, ...] = ("text_asr",)
-    against: float = 0.0
-    read: Callable[[Part, Found, Unit], Reading | None] | None = None
+PARENT, STAGE_1 = MAIN_LINE["parent"], MAIN_LINE["stage 1"]
+DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
 
 
 class Joint(NamedTuple):
@@ -61,7 +36,7 @@ class Joint(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A statement of the paper (or of this project, then without a source) and what decides it; `only`: of these backbones."""
+    """A statement of the paper or about it, and what decides it; `only`: of these backbones."""
 
     name: str
     text: str
@@ -69,125 +44,10 @@ class Claim(NamedTuple):
     only: tuple[str, ...] = ()
 
 
-def answers(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """Changes between two groups of runs over the items that all of them were asked and that could be judged."""
-    strata: list[stats.Stratum] = []
-    ends: list[float] = []
-    for measure in part.measures:
-        asked = found["answers"].get((*unit, measure))
-        if asked is None:
-            return None
-        sides = [[run for run in asked.columns if fnmatchcase(run, glob)] for glob in (part.before, part.after)]
-        sides[0] = [run for run in sides[0] if run not in sides[1]]
-        if not all(sides):
-            return None
-        judged = asked.dropna(subset=[run for side in sides for run in side])
-        before, after = (judged[side].mean(axis=1) for side in sides)
-        of = _strata(judged, after - before, measure)
-        if not of:
-            return None
-        strata += of
-        ends += [sum(s.weight * np.mean(s.least) for s in _strata(judged, side, measure)) for side in (before, after)]
-    return Reading(strata, *ends[:2])
-
-
-def _strata(asked: pd.DataFrame, values: pd.Series, measure: str) -> list[stats.Stratum]:
-    rows = asked.index.to_frame(index=False)
-    return measured.strata(rows.assign(least=values.to_numpy(), most=values.to_numpy()), measure)
-
-
-def trend(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """The rise of a line fitted through a run's checkpoints, evenly spaced, from the first to the last; on the panel's items."""
-    asked = found["panels"].get((*unit, part.measures[0]))
-    if asked is None or asked.shape[1] < 3:
-        return None
-    judged = asked.dropna()
-    place = np.linspace(-0.5, 0.5, judged.shape[1])
-    rise = judged.to_numpy(float) @ (place / (place**2).sum())
-    return Reading(
-        _strata(judged, pd.Series(rise), part.measures[0]), float(judged.iloc[:, 0].mean()), float(judged.iloc[:, -1].mean())
-    )
-
-
-def band(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """How much less alike parent and adapted model are inside the parent's located band than outside, per harmful text prompt.
-
-    `part.measures` names the cosine. Not measured where no band was located.
-    """
-    place, told = _of(found, "located", unit), _of(found, "layers", unit)
-    if place is None or told is None or not place["located"].iloc[0]:
-        return None
-    told = told[(named(told) == ADAPTED) & told["harmful"].astype(bool) & (told["group"] == "text")]
-    told = told[told["step"] == told["step"].max()]
-    loss = 1 - told.pivot(index=["item", "cluster"], columns="layer", values=part.measures[0])
-    inside = (loss.columns >= place["start"].iloc[0]) & (loss.columns < place["end"].iloc[0])
-    if inside.all() or not inside.any():
-        return None
-    after, before = loss.loc[:, inside].mean(axis=1), loss.loc[:, ~inside].mean(axis=1)
-    return Reading([_stratum(after - before, loss.index.get_level_values("cluster"))], float(before.mean()), float(after.mean()))
-
-
-def frozen(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """ASR after stage 2 with the located band frozen, less the mean over all other sets of as many blocks (the full grid's)."""
-    told = _of(found, "frozen", unit)
-    place = _of(found, "located", unit)
-    if told is None or place is None or not place["located"].iloc[0]:
-        return None
-    told = told[told["step"] == told["step"].max()]
-    counted = events(told.assign(recipe=told["recipe"].where(~told["located"].astype(bool), "located")), part.measures[0])
-    asked = counted.pivot_table(index=INDEX, columns="recipe", values="event", aggfunc=lambda v: float(v.iloc[0])).dropna()
-    if "located" not in asked or asked.shape[1] < 2:
-        return None
-    after, before = asked["located"], asked.drop(columns="located").mean(axis=1)
-    return Reading(_strata(asked, after - before, part.measures[0]), float(before.mean()), float(after.mean()))
-
-
-def pulls(part: Part, found: Found, unit: Unit) -> Reading | None:
-    """Cosines of gradients of two batches, one of each task, against zero or ("within") against two batches of one task.
-
-    The mean over layers and checkpoints; pairs that share their first batch are one cluster.
-    """
-    told = _of(found, "gradients", unit)
-    if told is None:
-        return None
-    told = told.assign(kind=np.where(told["task_a"] == told["task_b"], "within", "between"))
-    pairs = told.groupby(["kind", "a", "b"])["cosine"].mean().reset_index()
-    sides = {kind: pairs[pairs["kind"] == kind] for kind in part.measures}
-    strata = [_stratum(of["cosine"], of["a"], 1.0 if kind == "between" else -1.0) for kind, of in sides.items()]
-    before = float(sides["within"]["cosine"].mean()) if "within" in sides else 0.0
-    return Reading(strata, before, float(sides["between"]["cosine"].mean()))
-
-
-def _of(found: Found, name: str, unit: Unit) -> pd.DataFrame | None:
-    """A frame's lines of one study, or None where there is no such frame or no such line."""
-    frame = found.get(name)
-    if frame is None or frame.empty:
-        return None
-    of = frame[(frame["backbone"] == unit[0]) & (frame["seed"] == unit[1])]
-    return None if of.empty else of
-
-
-def _stratum(values: pd.Series, clusters: Any, weight: float = 1.0) -> stats.Stratum:
-    return stats.Stratum(weight, values.tolist(), values.tolist(), list(clusters))
-
-
 def prepared(found: Found) -> dict[str, Any]:
-    """The frames with every study's answers laid out for comparison: item × run at the end, item × checkpoint on the panel."""
-    laid: dict[str, Any] = {**found, "answers": {}, "panels": {}}
-    used = {m for claim in CLAIMS for part in leaves(claim.decided_by) for m in part.measures if m in measured.MEASURES}
-    for unit, raw in found["raw"].groupby(["backbone", "seed"]):
-        final, line = raw[raw["exam"] == "full"], raw[(named(raw) == ADAPTED) & raw["exam"].isin(["panel", "full"])]
-        line = line[line["item"].isin(line.loc[line["exam"] == "panel", "item"])]
-        for measure in sorted(used | set(PRECISION)):
-            for name, rows, column in (("answers", final, "run"), ("panels", line, "step")):
-                counted = events(rows, measure)
-                if len(counted):
-                    counted = counted.assign(run=named(counted), event=pd.to_numeric(counted["event"].astype("Float64")))
-                    laid[name][(*unit, measure)] = counted.pivot(index=INDEX, columns=column, values="event").astype(float)
-    return laid
-
-
-INDEX = ["part", "item", "stratum", "floor", "cluster"]
+    """The frames as `ledger` and `precision` take them."""
+    used = {measure for claim in CLAIMS for part in leaves(claim.decided_by) for measure in part.measures}
+    return readings.prepared(found, used | set(PRECISION))
 
 
 def leaves(tree: Part | Joint) -> list[Part]:
@@ -195,12 +55,12 @@ def leaves(tree: Part | Joint) -> list[Part]:
     return [tree] if isinstance(tree, Part) else [leaf for part in tree.parts for leaf in leaves(part)]
 
 
-def compared(part: Part, readings: Mapping[Unit, Reading]) -> dict[str, Any]:
+def compared(part: Part, found: Mapping[Unit, Reading]) -> dict[str, Any]:
     """A part over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample."""
-    pooled = [s._replace(weight=s.weight / len(readings)) for reading in readings.values() for s in reading.strata]
+    pooled = [s._replace(weight=s.weight / len(found)) for reading in found.values() for s in reading.strata]
     whole = stats.compare(pooled, np.random.default_rng(0), part.against, DRAWS)
-    single = [stats.compare(r.strata, np.random.default_rng(unit[1]), part.against) for unit, r in readings.items()]
-    before, after = (float(np.mean([reading[place] for reading in readings.values()])) for place in (1, 2))
+    single = [stats.compare(r.strata, np.random.default_rng(unit[1]), part.against) for unit, r in found.items()]
+    before, after = (float(np.mean([reading[place] for reading in found.values()])) for place in (1, 2))
     room = part.sign * ((part.sign > 0) - before - part.against)
     told = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
     told |= {
@@ -210,7 +70,7 @@ def compared(part: Part, readings: Mapping[Unit, Reading]) -> dict[str, Any]:
         "after": after,
         "against": part.against,
         "n": whole.n,
-        "seeds": len(readings),
+        "seeds": len(found),
     }
     told["ceiling"] = bool(told["p"] >= LEVEL and room < told["detectable"])
     return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
@@ -283,7 +143,7 @@ def parts(laid: Found, seeds: Sequence[int] | None = None) -> Lines:
     for claim in CLAIMS:
         for backbone in claim.only or sorted({unit[0] for unit in units}):
             whole = leaves(claim.decided_by)
-            found = {u: [(part.read or answers)(part, laid, u) for part in whole] for u in units if u[0] == backbone}
+            found = {u: [read(part, laid, u) for part in whole] for u in units if u[0] == backbone}
             found = {unit: readings for unit, readings in found.items() if None not in readings}
             of = [compared(part, {u: readings[i] for u, readings in found.items()}) for i, part in enumerate(whole) if found]
             lines[claim.name, backbone] = {line["part"]: line for line in of}
@@ -353,7 +213,7 @@ def precision(laid: Found) -> pd.DataFrame:
     for backbone in sorted({unit[0] for unit in units}):
         for measure, before in PRECISION.items():
             part = Part(measure, 1, before, ADAPTED, (measure,))
-            found = {unit: reading for unit in units if unit[0] == backbone and (reading := answers(part, laid, unit))}
+            found = {unit: reading for unit in units if unit[0] == backbone and (reading := read(part, laid, unit))}
             if found:
                 line = compared(part, found)
                 lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in PRECISE})
@@ -382,8 +242,6 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     shown["detectable"] = [f"{value:.0f}" if value == value else "" for value in points["detectable"]]
     return shown
 
-
-DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
 
 PRECISION = {  # measures whose smallest detectable difference is printed -> with what the adapted model is compared
     "text_asr": PARENT, "wildjailbreak_asr": PARENT, "exaggerated_refusal": PARENT, "multimodal_asr": STAGE_1,
