@@ -102,7 +102,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
                 axis.set(xlim=(-0.3, len(names) - 0.7), ylim=(-4, 104))
                 axis.set_title(f"{backbone}, {modality}", loc="left", fontsize=7)
                 of = pairs[(pairs["backbone"] == backbone) & (pairs["modality"] == modality)]
-                told = [f"{p.judge} – {p.other}: κ {p.kappa:.2f}, τ {p.tau:.2f}" for p in of.itertuples()]
+                told = [f"{p.judge} – {p.other}: κ {_figure(p.kappa)}, τ {_figure(p.tau)}" for p in of.itertuples()]
                 axis.set_xlabel("\n".join(told), fontsize=5.5, loc="left")
             row[0].set_ylabel("attack success, percent (↓ safer)")
         shown = {kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)}
@@ -118,8 +118,14 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
 
 def _judged(pairs: pd.DataFrame) -> str:
     told = pairs.groupby("modality")[["kappa", "tau"]].min().iloc[::-1]
-    ranks, answers = (", ".join(f"{name} {value:.2f}" for name, value in told[column].items()) for column in ("tau", "kappa"))
+    ranks, answers = (
+        ", ".join(f"{name} {_figure(value)}" for name, value in told[column].items()) for column in ("tau", "kappa")
+    )
     return f"Least agreement of two judges: ranking τ {ranks}; answers κ {answers}"
+
+
+def _figure(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.2f}"
 
 
 def kind(stage: str, recipe: str) -> str:

@@ -183,6 +183,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
 def commit() -> str | None:
     """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
     here = Path(__file__).parent
