@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vlsafe.notebooks import NOTEBOOKS, code_digest
+from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
 from vlsafe.stages import Study, jobs, planned, tables
 
@@ -27,7 +27,7 @@ def executed(study, notebook, suffix):
 
 rule all:
     input:
-        FIGURES / "provenance.json",
+        FIGURES / "report.html",
         [executed(study, notebook, ".done") for study in STUDIES for notebook in NOTEBOOKS],
     default_target: True
 
@@ -57,7 +57,7 @@ for study in STUDIES:
             name: f"notebook_{notebook}_{study.backbone.replace('-', '_')}_{study.seed}"
             input:
                 ancient(f"notebooks/{notebook}.ipynb"),
-                [receipt(study, name) for name in NOTEBOOKS[notebook]],
+                [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in NOTEBOOKS[notebook]],
             output: touch(executed(study, notebook, ".done"))
             log: executed(study, notebook, ".ipynb")
             params:
@@ -72,3 +72,9 @@ rule gallery:
     params:
         call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"
+
+
+rule report:
+    input: FIGURES / "provenance.json"
+    output: FIGURES / "report.html"
+    shell: "vlsafe report --figures {FIGURES} --out {output}"

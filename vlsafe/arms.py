@@ -167,7 +167,7 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
     for measure in ("confounds_asr", "confounds_refusal"):
         rows = events(of, measure)
         for key, part in rows.groupby([*model, "group"], sort=False):
-            rate = estimate(part, measure, np.random.default_rng(0))
+            rate = estimate(part, measure)
             line = dict(zip([*model, "condition"], key, strict=True)) | {"measure": measure}
             line |= {name: getattr(rate, name) for name in ("value", "low", "high", "n")}
             if key[-1] != "none":

@@ -14,14 +14,13 @@ from vlsafe.stages import STAGES, Study
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 2 on a mistake of the caller."""
+    """Run one subcommand; 0 on success, 1 where two result sets differ, 2 on a mistake of the caller."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
-    except (ValueError, FileNotFoundError, ConnectionAbortedError) as error:
+        return arguments.run(arguments) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, ConnectionAbortedError) as error:
         print(f"vlsafe: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +106,34 @@ def _parser() -> argparse.ArgumentParser:
         else:
             added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
             added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
+    added = command("diff", _diff, "compare two folders of results; 1 where they differ")
+    added.add_argument("results", nargs=2, type=Path)
+    added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
+    added = command("report", _report, "one HTML file of a gallery's folder, the claims on top")
+    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
+    added.add_argument("--out", type=Path, default=Path("report.html"))
+    rating = command("human", _human_report, "people as a judge: packets out, ratings in").add_subparsers(required=True)
+    for name, run, text in (
+        ("export", _human_export, "write a blinded packet for raters and its key"),
+        ("import", _human_import, "read ratings: what is wrong with them, agreement, verdicts"),
+        ("report", _human_report, "judges against people"),
+    ):
+        added = rating.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--out", type=Path, required=True)
+        if name == "import":
+            added.add_argument("files", nargs="+", type=Path)
+            added.add_argument("--key", type=Path, required=True)
+            continue
+        _place(added)
+        added.add_argument("--backbones", nargs="+", default=["mini-chat"])
+        added.add_argument("--seeds", nargs="+", type=int, default=[0])
+        added.add_argument("--grid", choices=stages.GRIDS, default="default")
+        if name == "export":
+            added.add_argument("--prompts", type=int, default=4, help="prompts per study and kind; each goes to every model")
+            added.add_argument("--draw", type=int, default=0, help="seed of the choice and the order")
+        else:
+            added.add_argument("--people", type=Path, required=True, help="people.csv of an import")
     return parser
 
 
@@ -297,3 +324,55 @@ def _gallery(arguments: argparse.Namespace) -> None:
         print(f"{out}/{name}")
     for study in studies:
         write_cards(study, stages.planned(arguments.grid))
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from vlsafe import cards
+
+    found = cards.differences(*arguments.results, arguments.atol)
+    print(found.to_string(index=False) if len(found) else f"no difference above {arguments.atol}")
+    return int(len(found) > 0)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from vlsafe import cards
+
+    print(cards.report(arguments.figures, arguments.out))
+
+
+def _human_export(arguments: argparse.Namespace) -> None:
+    from vlsafe import human
+    from vlsafe.stages.results import answers
+
+    given = answers(_studies(arguments), arguments.grid)
+    print(human.export(given, arguments.out, arguments.prompts, arguments.draw))
+    print(f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it")
+
+
+def _human_import(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from vlsafe import human
+
+    key = pd.read_csv(arguments.key, keep_default_na=False)
+    found = human.read(arguments.files, key)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tables = {"problems": found.problems, "agreement": human.agreement(found, key), "people": human.verdicts(found, key)}
+    for name, frame in tables.items():
+        frame.to_csv(arguments.out / f"{name}.csv", index=False)
+    print(found.problems.to_string(index=False) if len(found.problems) else "nothing is wrong with these ratings")
+    print(tables["agreement"].round(3).to_string(index=False))
+
+
+def _human_report(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from vlsafe import agreement, figures, forest
+    from vlsafe.stages.results import read
+
+    studies = _studies(arguments)
+    wide = agreement.verdicts(read(studies, stages.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people))
+    rates, pairs = agreement.rates(wide), agreement.pairs(wide)
+    figures.write(forest.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
+    pairs.to_csv(arguments.out / "F15_agreement.csv", index=False)
+    print(pairs.round(3).to_string(index=False))

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, interventions, layers, maps, tables, tradeoff
+from vlsafe import agreement, arms, cards, claims, figures, forest, fronts, interventions, layers, maps, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -19,7 +19,7 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """Every table and figure whose frames are there, with its CSV twin, and one provenance file of the runs behind them.
+    """Every table and figure whose frames are there, each with its CSV twin and a sidecar of the runs behind it, and one of all.
 
     `found` are the results of `stages.results` by name. An artefact is left out where FAMILIES says that it needs more.
 
@@ -39,8 +39,10 @@ def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
         for name, (figure, frame) in pictures.items():
-            figures.write(figure, frame, folder, name)
+            figures.write(figure, frame, folder, name, cards.stamp(name, scale, provenance))
         written += [*sheets, *pictures]
+    for name in written:
+        cards.write_stamp(folder, cards.stamp(name, scale, provenance))
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
     return written
 
@@ -165,5 +167,44 @@ INSIDE = {
     "raw", "layers", "sets", "drift", "alike", "vectors", "gradients", "patched", "directed", "curves", "scaling", "located",
     "remedy",
 }  # fmt: skip
-FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE}
+
+
+def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T08, T09, F00, F14 and F15."""
+    laid, lines = claims.prepared(found), tables.everything(found["raw"])
+    ledger, points = claims.ledger(laid), forest.path(lines)
+    wide = agreement.verdicts(found["raw"])
+    judged, pairs = agreement.rates(wide), agreement.pairs(wide)
+    drawn = {
+        "F14_claims": (forest.forest(ledger, scale), ledger),
+        "F15_judges": (forest.judges(judged, pairs, scale), judged),
+        "F00_answer": (forest.answer(points, scale), points),
+    }
+    written: Written = {
+        "T08_models": (
+            lines, "T08. Every model on every benchmark, in percent: mean over seeds (lowest–highest)", tables.overview(lines),
+            "Intervals and each seed: the CSV.",
+        ),
+        "T08_precision": (
+            claims.precision(laid),
+            "T08. What each benchmark could have shown: adapted model against its predecessor, in fractions",
+            None,
+            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference.",
+        ),
+        "T08_published": (cards.beside(found["published"], lines), "T08. Published numbers beside ours, as fractions"),
+        "T09_claims": (
+            ledger,
+            "T09. What the paper claims, what was measured, how sure we are; in points",
+            claims.sheet(ledger),
+            "These models: items are the sample, Holm over the claims of a backbone; this recipe: seeds are the sample, "
+            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand.",
+        ),
+        "T09_by_seed": (claims.by_seed(laid), "T09. Each seed by itself, in fractions: verdicts on its models alone"),
+        "T09_parts": (claims.every_part(laid), "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
+        "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
+    }  # fmt: skip
+    return written, drawn
+
+
+FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE, _claims: {"raw", "published"}}
 """What makes tables and figures -> the frames that it needs."""

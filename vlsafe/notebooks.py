@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
-from vlsafe.stages import STAGES, compared, examinations, planned, probed
+from vlsafe.stages import STAGES, compared, examinations, planned, probed, tables
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
@@ -22,9 +22,11 @@ NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "03_safety_degradation": tuple(examinations()),
     "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
     "05_probing": (*probed(), "safety/mtl-full", "examination/safety.mtl-full", *examinations()),
+    "07_claims": tuple(tables()),
 }
 LINKS = "*Notebooks:*"
 DEAD = "application/vnd.jupyter.widget-view+json"  # a widget without its kernel
+ACROSS = ("07_claims",)  # read every study of a cellar, so they wait for all of a reproduction
 
 
 def code_digest(path: Path) -> str:

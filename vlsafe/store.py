@@ -199,7 +199,7 @@ def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: 
 def environment() -> dict[str, Any]:
     """Commit, package versions, processor: what else a result may depend on. No path, no host name."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -207,7 +207,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
     here = Path(__file__).parent
     try:
         told = subprocess.run(

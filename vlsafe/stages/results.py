@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe import modelcards, store
+from vlsafe import cards, modelcards, store
 from vlsafe.stages import STAGES, planned, probed, tables
-from vlsafe.stages.study import Study
+from vlsafe.stages.study import Study, project_root
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints. A frame none of whose stages is made is left out.
+    of all tuned checkpoints. `published`: numbers that others have printed. A frame none of whose stages is made is left out.
     """
     once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
     tuned = [name for name in planned(grid) if name.startswith("safety/")]
@@ -26,6 +27,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "raw": read(studies, tables(grid), "raw.parquet"),
         "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
         "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
+        "published": cards.published(project_root() / "env" / "published"),
     }
     return {name: frame for name, frame in found.items() if frame is not None} | inside(studies, grid)
 
@@ -128,3 +130,30 @@ def outside(study: Study) -> Mapping[str, Any]:
     found = {field.name: getattr(loaded, field.name) for field in fields(loaded)}
     found = {role: getattr(value, "origin", value) for role, value in found.items()} | {"parent": loaded.parents[study.backbone]}
     return {role: origin for role, origin in found.items() if hasattr(origin, "repo")}
+
+
+def across(study: Study) -> list[Study]:
+    """All studies of a scale that have runs in the cellar, the given one first."""
+    places = sorted((study.root / study.scale.name).glob("*/seed*"))
+    found = [(place.parent.name, int(place.name.removeprefix("seed"))) for place in places]
+    known = [place for place in found if place[0] in study.scale.backbones and place != (study.backbone, study.seed)]
+    return [study, *(dataclasses.replace(study, backbone=backbone, seed=seed) for backbone, seed in known)]
+
+
+def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
+    """What every finished model answered in its full examination, with the prompt: what `human.export` takes.
+
+    Raises:   ValueError where nothing was examined yet
+    """
+    frames = []
+    for study in studies:
+        prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet")).rename(columns={"id": "item"})
+        for _, _, folder in made([study], [name for name in tables(grid) if name.startswith(("examination/", "merge/"))]):
+            raw, said = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))
+            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")].merge(
+                said[["item", "model", "text"]], on=["item", "model"]
+            )
+            frames.append(judged.merge(prompts[["item", "turns", "images"]], on="item"))
+    if not frames:
+        raise ValueError("no examination is made yet; `make reproduce` makes them")
+    return pd.concat(frames, ignore_index=True)
