@@ -148,7 +148,7 @@ def test_what_cannot_be_merged_is_refused_by_name():
     a, b, base = three((4,))
     with pytest.raises(ValueError, match="unknown merge rule 'tie'; did you mean 'ties'"):
         merged("tie", a, b, base, How())
-    with pytest.raises(ValueError, match="ties adds task vectors .* needs a base"):
+    with pytest.raises(ValueError, match="ties adds task vectors to what both models started from"):
         merged("ties", a, b, None, How())
     for wrong in (How(1.2), How(kept=0.0), How(survived=-0.1)):
         with pytest.raises(ValueError, match="is a share in"):

@@ -96,8 +96,8 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     heads = {shard: header(shard)[1] for shard in shards}
     present = {name: shard.name for shard, head in heads.items() for name in head}
     if mapped is not None and present != mapped:
-        odd = sorted(set(present.items()) ^ set(mapped.items()))
-        raise ValueError(f"{folder / INDEX} does not fit its shards, first at {odd[0][0]}")
+        name, shard = min(set(present.items()) ^ set(mapped.items()))
+        raise ValueError(f"{folder / shard} is damaged, or not the shard that its index tells of: they disagree on {name}")
     plain = language_only and '"vision_config"' not in (folder / "config.json").read_text(encoding="utf-8")
     tensors = {}
     for shard, head in heads.items():
