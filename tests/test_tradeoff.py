@@ -100,3 +100,8 @@ def test_refusals_by_kind_of_request():
         set(found["what"]) == {"MM-SafetyBench twins"} and (found["value"] == 1).all() and set(found["modality"]) == {"pictures"}
     )
     assert fronts.refusals(found, "mini").get_suptitle().startswith("Harmless requests refused: 100 % adapted, 100–100 % tuned")
+
+
+def test_labels_keep_their_order_and_their_distance():
+    assert fronts.spread([0.0, 1.0, 30.0], gap=5.0) == [0.0, 5.0, 30.0]
+    assert fronts.spread([], gap=5.0) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -34,7 +35,7 @@ def plane(points: pd.DataFrame, scale: str) -> Figure:
             row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
         for axis in axes[-1]:
             axis.set_xlabel("helpfulness, percent (→ better)")
-        figure.legend(handles=_marks(points), loc="outside right upper", frameon=False)
+        figure.legend(handles=_marks(points), loc="outside right center", frameon=False)
         figure.suptitle(_told(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
         note = "bars: 95 % intervals, clustered by deed\nline: models that no other beats in both; dotted: parent; "
         note += "judge: the world's truth"
@@ -59,12 +60,31 @@ def _draw_plane(axis: Any, points: pd.DataFrame) -> None:
         axis.plot([100 * line.helpfulness_low, 100 * line.helpfulness_high], [y, y], color=colour, linewidth=0.7, alpha=0.6)
         axis.plot([x, x], [100 * line.asr_low, 100 * line.asr_high], color=colour, linewidth=0.7, alpha=0.6)
         axis.plot(x, y, markersize=5, linestyle="", **KINDS[line.kind])
-        axis.annotate(
-            _name(line.stage, line.recipe), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=5.5, color=colour
-        )
     best = mean[tradeoff.front(mean)].sort_values("helpfulness")
     axis.plot(100 * best["helpfulness"], 100 * best["asr"], color="#AAAAAA", linewidth=0.8, zorder=0)
     axis.set_ylim(-4, 104)
+    _label(axis, mean)
+
+
+def _label(axis: Any, points: pd.DataFrame) -> None:
+    """Names at the right edge, in the order of the points' heights and apart from each other, each tied to its point."""
+    points = points.sort_values(["asr", "helpfulness"])
+    heights = spread(list(100 * points["asr"]), gap=5.0)
+    for line, height in zip(points.itertuples(), heights, strict=True):
+        colour = KINDS[line.kind]["color"]
+        axis.annotate(
+            _name(line.stage, line.recipe), (100 * line.helpfulness, 100 * line.asr), xytext=(1.03, height), va="center",
+            textcoords=axis.get_yaxis_transform(), fontsize=5.5, color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, alpha=0.5, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),
+        )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places near the wanted ones, in their order and at least `gap` apart: each is pushed up by the one below."""
+    placed: list[float] = []
+    for place in wanted:
+        placed.append(max(place, placed[-1] + gap) if placed else place)
+    return placed
 
 
 def _name(stage: str, recipe: str) -> str:
@@ -81,12 +101,14 @@ def _marks(points: pd.DataFrame) -> list[Any]:
 
 
 def _told(points: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: the safest tuned model against the adapted one and the parent."""
-    text = points[points["modality"] == "text"].groupby(["kind", "recipe"])["asr"].mean() * 100
-    tuned = text[[key[0] in ("SFT", "DPO", "GRPO") for key in text.index]]
-    best = tuned.idxmin()[1].removesuffix("-full")
-    told = f"text ASR {text['adapted'].mean():.0f} % adapted, {tuned.min():.0f} % at best ({best})"
-    return f"Safety tuning: {told}" + (f", {text['parent'].mean():.0f} % parent" if "parent" in text.index else "")
+    """The takeaway in the numbers drawn: the adapted model and the safest tuned one, for both kinds of attack."""
+    said = []
+    for modality, what in (("text", "text ASR"), ("pictures", "with pictures")):
+        of = points[points["modality"] == modality]
+        tuned = of[of["stage"] == "safety"].groupby("recipe")["asr"].mean() * 100
+        adapted = 100 * of.loc[of["kind"] == "adapted", "asr"].mean()
+        said.append(f"{what} {adapted:.0f} → {tuned.min():.0f} % ({tuned.idxmin().removesuffix('-full')})")
+    return f"The safest after tuning: {', '.join(said)}"
 
 
 def refusals(rates: pd.DataFrame, scale: str) -> Figure:

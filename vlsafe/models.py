@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -52,30 +51,41 @@ def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) 
     return model
 
 
-def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, sized to the tokenizer.
+def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A decoder with random weights, sized to the tokenizer.
 
     Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
-    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md).
+    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Where
+    query heads share a key-value head, their mean takes the place of the one.
 
-    Raises:   ValueError where keys and queries have different shapes and the spec asks for such a start
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        spec.architecture,
         vocab_size=len(tokenizer), hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
         num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads,
         max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
         initializer_range=spec.initial_std, attention_bias=spec.attention_bias, **_token_ids(tokenizer),
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    if (spec.matching or spec.copying) and spec.heads != spec.key_value_heads:
-        raise ValueError("a start with matching or copying heads needs as many key-value heads as heads")
+    model = AutoModelForCausalLM.from_config(config)
     for layer in model.model.layers:
         attention = layer.self_attn
-        _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
-        _correlate(attention.o_proj.weight, attention.v_proj.weight.T, spec.copying)
+        _correlate(attention.k_proj.weight, _shared(attention.q_proj.weight, spec), spec.matching)
+        _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
     return _with_generation_ids(model, tokenizer)
+
+
+def _shared(queries: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
+    """The query heads of each key-value head summed, at the variance of one:  [heads * D, W]  ->  [key_value_heads * D, W]"""
+    group = spec.heads // spec.key_value_heads
+    apart = queries.unflatten(0, (spec.key_value_heads, group, -1))
+    return (apart.sum(1) / group**0.5).flatten(0, 1)
+
+
+def _per_query(values: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
+    """Each value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
+    return values.unflatten(0, (spec.key_value_heads, -1)).repeat_interleave(spec.heads // spec.key_value_heads, 0).flatten(0, 1)
 
 
 @torch.no_grad()

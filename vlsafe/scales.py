@@ -19,6 +19,11 @@ from typing import Any
 import yaml
 
 
+def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
+    """A field that was added when results existed. At its default it is left out of digests, so that they stay valid."""
+    return field(default=default, metadata={"later": True}, **more)
+
+
 @dataclass(frozen=True)
 class VisionSpec:
     """A CLIP, and which of its features the projector sees."""
@@ -37,7 +42,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """A Llama decoder."""
+    """A decoder of one of the library's architectures (`model_type`); the miniature's is a Llama."""
 
     layers: int = 8
     width: int = 96
@@ -50,6 +55,7 @@ class LanguageSpec:
     context: int = 256
     tied_head: bool = True
     initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
+    architecture: str = later("llama")
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,8 @@ class Backbone:
 
     `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
     mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
-    but sound dangerous.
+    but sound dangerous. `language`: in what its decoder differs from the scale's; it is then pre-trained by itself, else it
+    is aligned from the base model that all others share.
     """
 
     template: str
@@ -146,6 +153,7 @@ class Backbone:
     refusal_share: float = 0.35
     borderline_share: float = 0.15
     answered_categories: tuple[str, ...] = ()
+    language: Mapping[str, Any] = later(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,13 @@ class Scale:
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
     threads: int = 1
+
+    def decoder(self, name: str) -> LanguageSpec:
+        """The decoder of a backbone.
+
+        Raises:   ValueError for a field that a decoder does not have
+        """
+        return extended(self.language, self.backbone(name).language, f"scale.backbones.{name}.language")
 
     def backbone(self, name: str) -> Backbone:
         """The named backbone; an unknown name is refused with the nearest known one."""
@@ -255,7 +270,10 @@ def load_scale(name: str | Path) -> Scale:
     if not isinstance(changes, dict) or "extends" not in changes:
         raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
-    return extended(base, {"name": Path(text).stem, **changes})
+    scale = extended(base, {"name": Path(text).stem, **changes})
+    for name in scale.backbones:
+        scale.decoder(name)  # a mistake in it is told now
+    return scale
 
 
 def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any:
@@ -273,6 +291,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
         return extended(current, value, where)
+    if hint == Mapping[str, Any] and isinstance(value, Mapping):
+        return {**current, **value}
     if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
         return {**current, **{k: _backbone(v, current.get(k), f"{where}.{k}") for k, v in value.items()}}
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
@@ -301,9 +321,16 @@ def _backbone(value: Any, current: Backbone | None, where: str) -> Backbone:
 def as_plain(value: Any) -> Any:
     """A frozen value as JSON-ready dictionaries and lists; what digests and manifests hold."""
     if dataclasses.is_dataclass(value):
-        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        told = {f.name: (f, as_plain(getattr(value, f.name))) for f in dataclasses.fields(value)}
+        return {
+            name: plain for name, (f, plain) in told.items() if not ("later" in f.metadata and plain == as_plain(_default(f)))
+        }
     if isinstance(value, Mapping):
         return {str(k): as_plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [as_plain(v) for v in value]
     return value
+
+
+def _default(of: dataclasses.Field) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()

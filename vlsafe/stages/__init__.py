@@ -44,8 +44,7 @@ STAGES: dict[str, Stage] = {
         version=2, shared=True
     ),
     "parent/aligned": Stage(
-        origins.make_parent, ("base/llm",),
-        lambda s: [s.scale.backbone(s.backbone), s.scale.language.context, s.scale.threads], "40 s",
+        origins.make_parent, ("base/llm",), origins.parent_params, "40 s",
     ),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsafe import store
-from vlsafe.scales import as_plain
+from vlsafe.scales import LanguageSpec, as_plain
 from vlsafe.schema import to_row
 from vlsafe.stages.study import Bar, Study, drop, processor_of, tokenizer_of, world_of
 
@@ -76,25 +76,38 @@ def _zero_shot(study: Study, model: Any, processor: Any) -> dict[str, float]:
 
 
 def make_base(study: Study, work: Path) -> dict[str, Any]:
-    """Pre-train the language model on texts of the world, harmful how-tos included."""
-    from vlsafe import models, train
-    from vlsafe.miniature import corpora
+    """Pre-train the language model that the scale's guards and backbones share."""
+    from vlsafe import models
 
-    world, tokenizer = world_of(study), tokenizer_of(study)
-    model = models.build_llm(study.scale.language, tokenizer, study.seed)
-    fit = study.scale.pretraining
-    texts = corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
-    losses = train.sft(
-        model, tokenizer, train.text_dataset(texts, tokenizer), fit, work / "training", study.seed, (),
-        Bar("base/llm", fit.steps),
-    )  # fmt: skip
+    model, tokenizer, losses = _pretrained(study, study.scale.language, work / "training")
     drop(work / "training")
     models.save(model, work, tokenizer)
     return {"loss": losses[-1]}
 
 
+def _pretrained(study: Study, spec: LanguageSpec, folder: Path) -> tuple[Any, Any, list[float]]:
+    """A language model taught texts of the world, harmful how-tos included; its tokenizer, and its losses."""
+    from vlsafe import models, train
+    from vlsafe.miniature import corpora
+
+    world, tokenizer = world_of(study), tokenizer_of(study)
+    model = models.build_llm(spec, tokenizer, study.seed)
+    fit = study.scale.pretraining
+    texts = corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
+    data = train.text_dataset(texts, tokenizer)
+    losses = train.sft(model, tokenizer, data, fit, folder, study.seed, (), Bar("language model", fit.steps))
+    return model, tokenizer, losses
+
+
+def parent_params(study: Study) -> list[Any]:
+    """The numbers that a parent depends on; its own pre-training is among them where its decoder is its own."""
+    scale, spec = study.scale, study.scale.backbone(study.backbone)
+    own = [scale.decoder(study.backbone), scale.pretraining] if spec.language else []
+    return [spec, scale.language.context, scale.threads, *own]
+
+
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
-    """Align the base model by the backbone's chats."""
+    """Align a base model by the backbone's chats: the shared one, or one pre-trained here where the decoder is its own."""
     from vlsafe import models, train
     from vlsafe.miniature import corpora
 
@@ -104,9 +117,13 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
         world, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
         spec.answered_categories, world.rng(f"alignment {study.backbone}"),
     )  # fmt: skip
-    model = models.load(study.folder("base/llm"))
+    if spec.language:
+        model, _, before = _pretrained(study, study.scale.decoder(study.backbone), work / "pretraining")
+        drop(work / "pretraining")
+    else:
+        model, before = models.load(study.folder("base/llm")), []
     rows = train.chat_dataset(chats, with_images=False)
     losses = train.sft(model, tokenizer, rows, spec.fit, work / "training", study.seed, (), Bar("parent/aligned", spec.fit.steps))
     drop(work / "training")
     models.save(model, work, tokenizer)
-    return {"loss": losses[-1], "rows": len(chats)}
+    return {"loss": losses[-1], "rows": len(chats), **({"pretraining_loss": before[-1]} if before else {})}
