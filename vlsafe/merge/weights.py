@@ -48,3 +48,8 @@ def refuse_zero(a: Weights, b: Weights, base: Weights) -> None:
     for which, model in (("a", a), ("b", b)):
         if all(torch.equal(model[key], value) for key, value in base.items() if key in model):
             raise ValueError(f"the task vector of {which} is zero: it is the base, weight by weight")
+
+
+def near(one: Weights, other: Weights, gap: float) -> bool:
+    """Whether no weight of two models of one shape differs by more than `gap`."""
+    return all(one[key] is other[key] or bool((one[key] - other[key]).abs().max() <= gap) for key in one)

@@ -11,7 +11,7 @@ from functools import partial
 
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, inside, origins, screening, tuning
+from vlsafe.stages import adaptation, inside, merging, origins, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 from vlsafe.stages.tuning import tried
 
@@ -85,6 +85,9 @@ STAGES["judging/guard-text"] = Stage(
     tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, "15 s"
 )
 GRIDS = ("default", "full")
+for _grid in GRIDS:
+    for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, "110 s")
 
 
 def examinations() -> Iterator[str]:
@@ -99,13 +102,13 @@ def compared(grid: str = "default") -> list[str]:
 
 def tables(grid: str = "default") -> list[str]:
     """All stages whose results are raw tables."""
-    return list(dict.fromkeys([*examinations(), *compared(grid)]))
+    return list(dict.fromkeys([*examinations(), *compared(grid), *merging.names(grid)]))
 
 
 def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
     wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
-    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety."))]
+    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety.", "merge/"))]
 
 
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:

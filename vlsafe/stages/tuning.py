@@ -125,10 +125,8 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     for settled in [*training.glob("step-*"), *work.glob("step-*")]:
         drop(settled)  # an earlier attempt was killed while it was choosing
     start = checkpoints(study, RECIPES[name].start)[-1]
-    rows, told = _corpora(study, name, models.load_processor(start))
-    first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
-    fit = dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first)))
-    history, band = _train(study, name, training, start, rows, fit)
+    rows, fit, told = prepared(study, name, models.load_processor(start))
+    history, band = train_by(study, name, training, start, rows, fit)
     tried = _validated(study, [start, *train.settle(training, models.load_processor(start), start)], train.tokens_seen(history))
     best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
     store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
@@ -141,7 +139,14 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     return {**told, **band, "steps": fit.steps, **{f"chosen_{key}": best[key] for key in ("step", "tokens", "score")}}
 
 
-def _train(
+def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, dict[str, Any]]:
+    """The rows of a recipe, its fit with the steps that they ask for, and what to note of them."""
+    rows, told = _corpora(study, name, processor)
+    first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
+    return rows, dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first))), told
+
+
+def train_by(
     study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen."""
