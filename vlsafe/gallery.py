@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, tables, tradeoff
+from vlsafe import arms, figures, fronts, mergeplots, merges, tables, tradeoff
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
-    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale)):
+    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale), _merging(found, scale)):
         for name, (frame, title, *more) in sheets.items():
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
@@ -107,5 +107,37 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
             "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions",
         ),
         "T05_checkpoints": (found["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
+    }
+    return written, drawn
+
+
+def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T07, F12 and F13."""
+    merged = merges.methods(found["raw"], found["merged"])
+    verdict, swept = merges.verdicts(merged), merges.sweep(found["panel"], found["merged"])
+    plane = merges.plane(found["raw"])
+    drawn = {
+        "F12_ratio_sweep": (mergeplots.sweep(swept, scale), swept),
+        "F13_merge_fronts": (mergeplots.fronts(plane, scale), plane),
+    }
+    told = merges.answer(verdict)
+    written: Written = {
+        "T07_merging": (
+            merged,
+            "T07. Merges at the ratio that validation pairs chose; in percent; Δ: paired difference from the adapted model",
+            merges.sheet(merged, verdict),
+            f"Does merging dominate? {told} Clear: Holm p < 0.05 over rules, partners, five measures. All references: the CSV.",
+        ),
+        "T07_dominance": (verdict, "T07. Each merge against each tuning and its ensemble, on five headline measures"),
+        "T07_hypervolume": (
+            merges.hypervolumes(found["raw"]),
+            "T07. Area under the front of 1 − ASR against helpfulness, from (0, 0); the more models, the larger it can be",
+        ),
+        "T07_ensembles": (
+            merges.against_ensemble(found["panel"]),
+            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel",
+        ),
+        "T07_barriers": (merges.barriers(found["merged"]), "T07. Loss barrier on the line to each partner, nats per answer"),
+        "T07_choice": (found["merged"], "T07. What every merge did on the validation pairs, and which one was chosen"),
     }
     return written, drawn

@@ -22,6 +22,9 @@ CONTROLS = ("ensemble", "checkpoint")
 TUNED = {"mtl": "safety/mtl-full", "sl": "safety/sl-full", "dpo": "safety/dpo-both-full"}
 SWEPT = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
 HEADLINE = tradeoff.HEADLINE
+VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
+    (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
+}  # fmt: skip
 
 
 def chosen(lines: pd.DataFrame) -> pd.Series:
@@ -113,37 +116,42 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
         clear = of[of["p_holm"] < 0.05]
         good = [(row.difference < 0) == (MEASURES[row.measure]["worse"] == "higher") for row in clear.itertuples()]
         better, worse = (clear["measure"][[flag == side for flag in good]].tolist() for side in (True, False))
-        kinds = {
-            (True, False): "dominates",
-            (False, True): "is dominated",
-            (True, True): "trades",
-            (False, False): "not resolved",
-        }
         line = dict(zip([*KEYS, "recipe", "reference"], key, strict=True))
         shown = [", ".join(MEASURES[m]["label"] for m in names) for names in (better, worse)]
         whole = set(HEADLINE) == set(of["measure"])
-        lines.append(line | {"verdict": kinds[bool(better), bool(worse)], "better": shown[0], "worse": shown[1], "whole": whole})
+        lines.append(
+            line | {"verdict": VERDICTS[bool(better), bool(worse)], "better": shown[0], "worse": shown[1], "whole": whole}
+        )
     return pd.DataFrame(lines)
 
 
 def answer(verdict: pd.DataFrame) -> str:
-    """Does merging dominate? The statistics' own answer, counted over merges that were asked all five measures, per reference."""
-    of = verdict[~verdict["rule"].isin(CONTROLS) & verdict["whole"]]
-    parts = []
-    for name in ("mtl", "sl", "dpo", "ensemble"):
-        against = of[of["reference"] == name]["verdict"]
-        if len(against):
-            counts = ", ".join(
-                f"{(against == kind).sum()} {kind}" for kind in ("dominates", "trades", "not resolved", "is dominated")
-            )
-            parts.append(f"{name}: {counts}")
-    beaten = (
-        of[of["reference"].isin(["mtl", "sl", "dpo", "ensemble"])]
-        .groupby([*KEYS])["verdict"]
-        .agg(lambda told: (told == "dominates").all())
-    )
-    told = f"{int(beaten.sum())} of {len(beaten)} merges dominate every tuning and their ensemble"
-    return f"{'Yes, some' if beaten.any() else 'No'}: {told} ({'; '.join(parts)})."
+    """Does merging dominate? The statistics' own answer, over merges that were asked all five measures."""
+    rivals = [*TUNED, "ensemble"]
+    of = verdict[~verdict["rule"].isin(CONTROLS) & verdict["whole"] & verdict["reference"].isin(rivals)]
+    if of.empty:
+        return "Nothing can be said: no merge was asked all five measures."
+    told = []
+    for name in [rival for rival in rivals if rival in set(of["reference"])]:
+        counts = of.loc[of["reference"] == name, "verdict"].value_counts()
+        told.append(f"{name}: " + ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in VERDICTS.values()))
+    best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].all()
+    said = "Yes, some" if best.any() else "No"
+    return f"{said}: {best.sum()} of {len(best)} merges dominate every tuning and their ensemble ({'; '.join(told)})."
+
+
+def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
+    """What the linear merge changes over the output ensemble of the same two models at the same ratio, paired, on the panel.
+
+    Units:    fractions; p-values two-sided, Holm over partners × ratios × measures
+    """
+    of, found = parsed(panel).assign(exam="full"), []
+    for recipe, partner in of[of["rule"] == "ensemble"].groupby("recipe", sort=False)["partner"].first().items():
+        line = recipe.replace("ensemble/", "linear/", 1)
+        if line in set(of["recipe"]):
+            told = tradeoff.compared(of, f"merge/{recipe}", f"merge/{line}", HEADLINE)
+            found.append(told.assign(partner=partner, ratio=float(recipe.rpartition("/")[2])))
+    return tradeoff.holm(pd.concat(found, ignore_index=True))
 
 
 def plane(raw: pd.DataFrame) -> pd.DataFrame:
@@ -152,22 +160,32 @@ def plane(raw: pd.DataFrame) -> pd.DataFrame:
     index, frames = [*UNIT, "stage", "recipe"], []
     found = tables.rates(final, ("text_asr", "multimodal_asr", "helpfulness"), index)
     helpful = found[found["measure"] == "helpfulness"].set_index(index)[["value", "low", "high"]].add_prefix("helpfulness_")
+    renamed = {"asr_value": "asr", "helpfulness_value": "helpfulness", "asr_n": "n"}
     for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
         of = found[found["measure"] == measure].set_index(index)[["value", "low", "high", "n"]]
-        frames.append(of.add_prefix("asr_").join(helpful, how="inner").reset_index().assign(modality=modality))
-    points = pd.concat(frames, ignore_index=True)
+        frames.append(of.add_prefix("asr_").join(helpful, how="left").reset_index().assign(modality=modality))
+    points = pd.concat(frames, ignore_index=True).rename(columns=renamed)
     points["family"] = [family(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
-    points = points.rename(columns={"asr_value": "asr", "helpfulness_value": "helpfulness", "asr_n": "n"})
-    told = [tradeoff.front(part) for _, part in points.groupby([*UNIT, "modality", "family"])]
-    return points.assign(front=pd.concat(told).reindex(points.index))
+    points["name"] = [named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
+    told = [tradeoff.front(part) for _, part in points.dropna().groupby([*UNIT, "modality", "family"])]
+    return points.assign(front=pd.concat(told).reindex(points.index, fill_value=False) if told else False)
 
 
 def family(stage: str, recipe: str) -> str:
-    """Which front a model belongs to: merge, ensemble, checkpoint, or its tuning."""
+    """Which front a model belongs to: merged, ensemble, checkpoint, or its tuning's kind."""
     if stage == "merge":
         rule = recipe.partition("/")[0]
-        return rule if rule in CONTROLS else "merge"
-    return "adapted" if f"{stage}/{recipe}" == MAIN_LINE["adapted"] else tradeoff.kind(stage, recipe)
+        return rule if rule in CONTROLS else "merged"
+    return tradeoff.kind(stage, recipe)
+
+
+def named_short(stage: str, recipe: str) -> str:
+    """What a model is called where seeds are averaged: a merge by rule and partner, without the ratio, which seeds choose."""
+    if stage != "merge":
+        return tradeoff.kind(stage, recipe) if stage == "instruct" else recipe.removesuffix("-full")
+    rule, pair, *_ = recipe.split("/")
+    partner = pair.partition("+")[2].removesuffix("-full")
+    return f"{rule.replace('_', ' ')} + {partner if partner != 'aligned' else 'parent'}"
 
 
 def hypervolume(points: np.ndarray) -> np.ndarray:
@@ -203,13 +221,13 @@ def hypervolumes(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             for name, area in areas.items():
                 line = dict(zip(UNIT, unit, strict=True)) | {"measure": measure, "family": name}
                 line |= {"models": len(families(stages)[name])} | _spread("area", area)
-                lines.append(line | (_spread("merges_exceed_by", areas["merge"] - area) if name != "merge" else {}))
+                lines.append(line | (_spread("merges_exceed_by", areas["merged"] - area) if name != "merged" else {}))
     return pd.DataFrame(lines)
 
 
 def families(stages: pd.Series) -> dict[str, list[str]]:
     """Sets of models whose fronts are compared: all merges, the single tunings, all tunings, the ensembles."""
-    found: dict[str, list[str]] = {"merge": []}
+    found: dict[str, list[str]] = {"merged": []}
     for recipe, stage in stages.items():
         of = family(stage, recipe)
         found.setdefault(of if stage == "merge" or of == "adapted" else "tuned", []).append(recipe)

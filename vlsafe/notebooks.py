@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
-from vlsafe.stages import STAGES, compared, examinations, planned
+from vlsafe.stages import STAGES, compared, examinations, merging, planned
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
@@ -21,6 +21,7 @@ NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
     "03_safety_degradation": tuple(examinations()),
     "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
+    "06_merging": (*merging.names("default"), *compared()),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vlsafe.stages import tables, tried
+from vlsafe.stages import merging, tables, tried
 from vlsafe.stages.study import Study
 
 
@@ -14,7 +14,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     """The frames that `gallery.make` takes, by name; what is missing is made.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints.
+    of all tuned checkpoints. `panel` and `merged`: panel answers and validation lines of all merges that were examined.
     """
     seeds = {study.seed: study for study in studies}  # a screen does not depend on the backbone
     audits = [
@@ -25,6 +25,8 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "raw": read(studies, tables(grid), "raw.parquet"),
         "audit": pd.concat(audits, ignore_index=True),
         "tried": pd.DataFrame([line for study in studies for line in tried(study, grid)]),
+        "panel": read(studies, merging.names(grid), "panel.parquet"),
+        "merged": read(studies, merging.names(grid), "validation.parquet"),
     }
 
 
