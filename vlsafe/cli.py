@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _place(added)
     added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
     added.add_argument("--figures", type=Path, default=Path("figures/mini"))
+    _add_merge(command("merge", _merge, "merge two checkpoints into a new one, on disk and tensor by tensor"))
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -135,6 +136,20 @@ def _parser() -> argparse.ArgumentParser:
         else:
             added.add_argument("--people", type=Path, required=True, help="people.csv of an import")
     return parser
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rule", help="linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, …_l1 or model_stock")
+    parser.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
+    parser.add_argument("b", type=Path, help="another one with the same tensors")
+    parser.add_argument("--ratio", type=float, help="the weight of B, from 0 to 1")
+    parser.add_argument("--base", type=Path, help="what both started from, for rules on task vectors")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--kept", type=float, default=0.2, help="TIES: the share of each task vector that is kept")
+    parser.add_argument("--survived", type=float, default=0.5, help="DARE: the share of each task vector that is not dropped")
+    parser.add_argument("--scaling", type=float, default=1.0, help="the factor of the merged task vector")
+    parser.add_argument("--seed", type=int, default=0, help="of DARE's draws")
+    parser.add_argument("--language-only", action="store_true", help="the rest is A's; B and the base may be language models")
 
 
 def _place(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +262,19 @@ def _readme(arguments: argparse.Namespace) -> None:
     path = Path("README.md")
     store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
     print(f"{path}: generated parts made anew")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from vlsafe.merge import files
+    from vlsafe.merge.rules import RULES, How
+
+    rated = RULES[known(arguments.rule, RULES, "merge rule")].rated
+    if rated == (arguments.ratio is None):
+        raise ValueError(f"{arguments.rule} {'needs' if rated else 'has no'} --ratio")
+    folders = {"a": arguments.a, "b": arguments.b, **({"base": arguments.base} if arguments.base else {})}
+    how = How(0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling)
+    told = files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
+    print(f"{arguments.out}: {told['tensors']} tensors, {told['bytes'] / 2**20:.0f} MiB in {told['shards']} shard(s)")
 
 
 def _unlock(arguments: argparse.Namespace) -> None:

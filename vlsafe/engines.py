@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from vlsafe.chat import prompt_batch, rendered
 from vlsafe.schema import Item, Response, Turn
@@ -140,3 +141,49 @@ def continued(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], ma
     stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=new.device)
     ended = torch.isin(new, stop).any(1).tolist()
     return [(text, not done) for text, done in zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True)]
+
+
+class Ensemble(torch.nn.Module):
+    """Two models that speak as one: the next token's distribution is the mean of theirs, `ratio` the weight of the second.
+
+    It is called, and generates, as a model does; greedily, with a cache for each member.
+    """
+
+    def __init__(self, first: PreTrainedModel, second: PreTrainedModel, ratio: float) -> None:
+        super().__init__()
+        self.members, self.ratio = torch.nn.ModuleList([first, second]), ratio
+        self.generation_config, self.device = first.generation_config, first.device
+
+    def forward(self, **inputs: Any) -> CausalLMOutput:
+        """Shapes:   as the members'; the logits are log-probabilities"""
+        return self._mean([member(**inputs) for member in self.members])
+
+    def _mean(self, outputs: Sequence[Any]) -> CausalLMOutput:
+        first, second = (out.logits.float().softmax(-1) for out in outputs)
+        return CausalLMOutput(logits=torch.lerp(first, second, self.ratio).log())
+
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, do_sample: bool, use_cache: bool,
+        **pictures: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Prompts and their greedy continuations; after a row's end it is padded.
+
+        Shapes:   input_ids, attention_mask  [N, T]  ->  [N, T + up to max_new_tokens]
+        Raises:   ValueError where it is to sample, or without its cache
+        """
+        if do_sample or not use_cache:
+            raise ValueError("an ensemble speaks greedily and with its cache")
+        stop, pad = self.generation_config.eos_token_id, self.generation_config.pad_token_id
+        made, caches, ended = input_ids, [None, None], torch.zeros(len(input_ids), dtype=torch.bool)
+        while made.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
+            new = made if caches[0] is None else made[:, -1:]
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            told = dict(input_ids=new, attention_mask=attention_mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+            shown = pictures if caches[0] is None else {}
+            outputs = [m(**told, **shown, past_key_values=cache) for m, cache in zip(self.members, caches, strict=True)]
+            caches = [out.past_key_values for out in outputs]
+            chosen = self._mean(outputs).logits[:, -1].argmax(-1).masked_fill(ended, pad)
+            ended = ended | (chosen == stop)
+            made = torch.cat([made, chosen[:, None]], 1)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
+        return made

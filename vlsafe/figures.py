@@ -31,7 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "SFT": dict(color="#0072B2", marker="^"),
     "DPO": dict(color="#D55E00", marker="v"),
     "GRPO": dict(color="#CC79A7", marker="P"),
-    "merged": dict(color="#009E73", marker="*"),
+    "merged": dict(color="#009E73", marker="D"),
+    "ensemble": dict(color="#56B4E9", marker="X"),
+    "checkpoint": dict(color="#777777", marker="."),
 }
 
 

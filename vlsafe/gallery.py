@@ -10,7 +10,22 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import agreement, arms, cards, claims, figures, forest, fronts, interventions, layers, maps, tables, tradeoff
+from vlsafe import (
+    agreement,
+    arms,
+    cards,
+    claims,
+    figures,
+    forest,
+    fronts,
+    interventions,
+    layers,
+    maps,
+    mergeplots,
+    merges,
+    tables,
+    tradeoff,
+)
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -206,5 +221,40 @@ def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
     return written, drawn
 
 
-FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE, _claims: {"raw", "published"}}
+def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T07, F12 and F13."""
+    merged = merges.methods(found["raw"], found["merged"])
+    verdict, swept = merges.verdicts(merged), merges.sweep(found["panel"], found["merged"])
+    plane = merges.plane(found["raw"])
+    drawn = {
+        "F12_ratio_sweep": (mergeplots.sweep(swept, scale), swept),
+        "F13_merge_fronts": (mergeplots.fronts(plane, scale), plane),
+    }
+    told = merges.answer(verdict)
+    written: Written = {
+        "T07_merging": (
+            merged,
+            "T07. Merges at the ratio that validation pairs chose; in percent; Δ: paired difference from the adapted model",
+            merges.sheet(merged, verdict),
+            f"Does merging dominate? {told} Clear: Holm p < 0.05 over rules, partners, five measures. All references: the CSV.",
+        ),
+        "T07_dominance": (verdict, "T07. Each merge against each tuning and its ensemble, on five headline measures"),
+        "T07_hypervolume": (
+            merges.hypervolumes(found["raw"]),
+            "T07. Area under the front of 1 − ASR against helpfulness, from (0, 0); the more models, the larger it can be",
+        ),
+        "T07_ensembles": (
+            merges.against_ensemble(found["panel"]),
+            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel",
+        ),
+        "T07_barriers": (merges.barriers(found["merged"]), "T07. Loss barrier on the line to each partner, nats per answer"),
+        "T07_choice": (found["merged"], "T07. What every merge did on the validation pairs, and which one was chosen"),
+    }
+    return written, drawn
+
+
+FAMILIES = {
+    _adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE, _merging: {"raw", "panel", "merged"},
+    _claims: {"raw", "published"},
+}  # fmt: skip
 """What makes tables and figures -> the frames that it needs."""

@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from vlsafe.scales import known
-from vlsafe.stages import STAGES, compared, examinations, planned, probed, tables
+from vlsafe.stages import STAGES, compared, examinations, merging, planned, probed, tables
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
@@ -22,6 +22,7 @@ NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
     "03_safety_degradation": tuple(examinations()),
     "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
     "05_probing": (*probed(), "safety/mtl-full", "examination/safety.mtl-full", *examinations()),
+    "06_merging": (*merging.names("default"), *compared()),
     "07_claims": tuple(tables()),
 }
 LINKS = "*Notebooks:*"

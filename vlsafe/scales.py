@@ -141,6 +141,24 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """Merging: `ratios` of the linear merge, `few` of all other rules; TIES keeps and DARE spares a share of a task vector.
+
+    `margin` is by how much the upper bound of a merge's ASR may exceed its parent's where a ratio is chosen, `items` how many
+    validation items a benchmark helpfulness is measured on there; `random_bands` are as many blocks as the located band's.
+    """
+
+    ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    few: tuple[float, ...] = (0.3, 0.5, 0.7)
+    kept: float = 0.2  # Yadav et al. 2023: the top 20 %
+    survived: float = 0.5  # assumed: Yu et al. 2024 drop up to 90 % of far larger models
+    scaling: float = 1.0
+    margin: float = 0.05
+    items: int = 36
+    random_bands: int = 3
+
+
+@dataclass(frozen=True)
 class Search:
     """How the safety band of a parent is looked for: prompts per kind, pairs per cosine, factors of the scaling."""
 
@@ -256,6 +274,7 @@ class Scale:
     lora: LoraSpec = field(default_factory=LoraSpec)
     search: Search = field(default_factory=Search)
     probing: Probing = field(default_factory=Probing)
+    merging: Merging = field(default_factory=Merging)
     checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2

@@ -21,6 +21,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -263,6 +264,47 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder that is written completely or not at all: work in the one that is given, it is renamed at the end.
+
+    What a killed attempt has left is removed first; an error removes everything.
+
+    Raises:   ValueError where the folder exists already
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another place, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
+        work = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        for path in work.rglob("*"):
+            _sync(path)
+        os.rename(work, folder)
+        _sync(folder.parent)
+
+
+def recorded_digest(path: Path) -> str | None:
+    """The SHA-256 that was noted of a file when it was written: by a manifest in its folder or the one above, or, in the
+    Hub's cache, by the name of the blob that it points to. None where nobody noted it.
+    """
+    for folder in (path.parent, path.parent.parent):
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            return files[str(path.relative_to(folder))]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    blob = path.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

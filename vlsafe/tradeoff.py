@@ -82,11 +82,15 @@ def methods(raw: pd.DataFrame, tried: pd.DataFrame) -> pd.DataFrame:
 
 
 def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
-    """Paired changes of one recipe from a reference: difference, interval, p-value of every shown measure."""
-    before, after = MAIN_LINE[reference], f"safety/{recipe}"
-    found = tables.differences(rows, before, after, SHOWN)
+    """Paired changes of one tuned recipe from a reference: difference, interval, p-value of every shown measure."""
+    return compared(rows, MAIN_LINE[reference], f"safety/{recipe}", SHOWN).assign(stage="safety", recipe=recipe)
+
+
+def compared(rows: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
+    """Paired changes from one run (stage/recipe) to another: difference, interval, p-value of each measure; of none, no lines."""
+    found = tables.differences(rows, before, after, measures)
     if found.empty:
-        return pd.DataFrame(columns=[*UNIT, *JOINED, "difference", "difference_low", "difference_high", "n_left_out", "p"])
+        return pd.DataFrame(columns=[*UNIT, "measure", "difference", "difference_low", "difference_high", "n_left_out", "p"])
     found = found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
     keys = list(zip(found["backbone"], found["seed"], found["measure"], strict=True))
     values = {
@@ -95,7 +99,7 @@ def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
         for unit, judged, _ in tables.paired(rows, before, after, measure)
         if (*unit, measure) in keys
     }
-    return found.assign(stage="safety", recipe=recipe, p=[values[key] for key in keys])
+    return found.assign(p=[values[key] for key in keys])
 
 
 def holm(changes: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from functools import partial
 
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, causes, inside, loading, origins, probing, screening, tuning
+from vlsafe.stages import adaptation, causes, inside, loading, merging, origins, probing, screening, tuning
 from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
 from vlsafe.stages.tuning import tried
 
@@ -118,6 +118,10 @@ for _name in causes.FROZEN_SETS:
         causes.frozen_params, "6 min",
     )  # fmt: skip
 GRIDS = ("default", "full")
+OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
+for _grid in GRIDS:
+    for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, "110 s")
 
 
 def examinations() -> Iterator[str]:
@@ -140,14 +144,14 @@ def probed(grid: str = "default") -> list[str]:
 
 def tables(grid: str = "default") -> list[str]:
     """All stages whose results are raw tables."""
-    return list(dict.fromkeys([*examinations(), *compared(grid)]))
+    return list(dict.fromkeys([*examinations(), *compared(grid), *merging.names(grid)]))
 
 
 def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
     wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
     wanted |= set(probed(grid))
-    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety.", "sppft/"))]
+    return [name for name in STAGES if name in wanted or not name.startswith(OPTIONAL)]
 
 
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:

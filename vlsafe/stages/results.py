@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe import cards, modelcards, store
-from vlsafe.stages import STAGES, planned, probed, tables
+from vlsafe.stages import STAGES, merging, planned, probed, tables
 from vlsafe.stages.study import Study, project_root
 
 
@@ -19,7 +19,8 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints. `published`: numbers that others have printed. A frame none of whose stages is made is left out.
+    of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
+    lines of all merges. A frame none of whose stages is made is left out.
     """
     once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
     tuned = [name for name in planned(grid) if name.startswith("safety/")]
@@ -28,6 +29,8 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
         "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
         "published": cards.published(project_root() / "env" / "published"),
+        "panel": read(studies, merging.names(grid), "panel.parquet"),
+        "merged": read(studies, merging.names(grid), "validation.parquet"),
     }
     return {name: frame for name, frame in found.items() if frame is not None} | inside(studies, grid)
 

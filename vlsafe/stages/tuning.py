@@ -129,11 +129,9 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
 
     training, done = work / "training", work / "history.json"
     start = checkpoints(study, RECIPES[name].start)[-1]
-    rows, told = _corpora(study, name, models.load_processor(start))
-    first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
-    fit = dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first)))
+    rows, fit, told = prepared(study, name, models.load_processor(start))
     if not done.exists():
-        history = _train(study, name, training, start, rows, fit, first)
+        history = train_by(study, name, training, start, rows, fit, told["rows"][RECIPES[name].corpora[0]])
         train.settle(training, models.load_processor(start), start, fit.saved)
         store.write_text(done, json.dumps(history))
     if not (work / "validation.parquet").exists():
@@ -160,10 +158,20 @@ def _band(study: Study, name: str) -> dict[str, Any]:
     return {"band": located["band"], "band_located": located["located"]}
 
 
-def _train(
-    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, first: int
+def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, dict[str, Any]]:
+    """The rows of a recipe, its fit with the steps that they ask for, and what to note of them."""
+    rows, told = _corpora(study, name, processor)
+    first, fit = told["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
+    return rows, dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first))), told
+
+
+def train_by(
+    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, first: int = 0
 ) -> list[dict[str, float]]:
-    """Train the model in the folder `start` by a recipe's objective: what was logged. Its first corpus are the first rows."""
+    """Train the model in the folder `start` by a recipe's objective: what was logged.
+
+    `first`: how many rows are of its first corpus, for an objective that tells corpora apart.
+    """
     from vlsafe import launch, train
 
     recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)

@@ -1,0 +1,155 @@
+"""F12 and F13 as pictures: how to choose the ratio of a merge, and whether merging dominates. Draws what `merges` has counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from vlsafe import tradeoff
+from vlsafe.figures import KINDS, LINES, STYLE, origin
+from vlsafe.fronts import MEAN, spread
+from vlsafe.measures import MEASURES
+
+PARTNERS = {  # what each partner is for the eye
+    "sl-full": "child: SL", "dpo-both-full": "child: DPO on both", "sibling-full": "sibling", "aligned": "parent",
+}  # fmt: skip
+FRONTS = {"merged": ("merged",), "ensemble": ("ensemble",), "SFT": ("SFT", "DPO", "GRPO")}  # colour of -> whose points
+
+
+def sweep(rates: pd.DataFrame, scale: str) -> Figure:
+    """F12: attack success, refusals and helpfulness against the ratio of the linear merge, a column per partner.
+
+    `rates` is `merges.sweep`'s. Seeds are thin lines behind their mean; the band is the interval of the items, or the range over
+    seeds where there are several. Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
+    """
+    backbones = sorted(rates["backbone"].unique())
+    partners = [name for name in PARTNERS if name in set(rates["partner"])]
+    with plt.style.context(STYLE):
+        size = (7.0, 0.9 + 2.2 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), len(partners), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            for axis, partner in zip(row, partners, strict=True):
+                of = rates[(rates["backbone"] == backbone) & (rates["partner"] == partner)]
+                for measure, look in LINES.items():
+                    _draw_sweep(axis, of[of["measure"] == measure], look)
+                picked = of.loc[(of["rule"] == "linear") & of["chosen"].eq(True), "ratio"].drop_duplicates()
+                axis.plot(picked, [-6] * len(picked), marker="^", color="black", markersize=4, linestyle="", clip_on=False)
+                axis.set_title(PARTNERS[partner], loc="left", fontsize=7)
+                axis.set_xlim(-0.03, 1.03)
+                axis.set_ylim(-6, 104)
+            row[0].set_ylabel(f"{backbone}\npercent")
+        for axis in axes[-1]:
+            axis.set_xlabel("ratio (weight of the safe partner)", fontsize=6)
+        marks = [plt.Line2D([], [], markersize=3, label=MEASURES[m]["label"], **look) for m, look in LINES.items()]
+        marks.append(plt.Line2D([], [], linestyle="", marker="x", color="black", markersize=4, label="ensemble"))
+        marks.append(plt.Line2D([], [], linestyle="", marker="^", color="black", markersize=4, label="chosen ratio"))
+        figure.legend(handles=marks, loc="outside upper left", ncols=4, frameon=False, fontsize=6)
+        figure.suptitle(_chosen(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        figure.supxlabel(_caption(rates, scale), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    return figure
+
+
+def _draw_sweep(axis: Any, rates: pd.DataFrame, look: dict[str, Any]) -> None:
+    line = rates[rates["rule"] == "linear"].sort_values("ratio")
+    if line.empty:
+        return
+    by = line.groupby("ratio")
+    mean, several = 100 * by["value"].mean(), line["seed"].nunique() > 1
+    low = 100 * (by["value"].min() if several else by["low"].min())
+    high = 100 * (by["value"].max() if several else by["high"].max())
+    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    for _, of in line.groupby("seed") if several else []:
+        axis.plot(of["ratio"], 100 * of["value"], color=look["color"], linewidth=0.4, alpha=0.5)
+    axis.plot(mean.index, mean, markersize=2.5, linewidth=1.1, **look)
+    both = 100 * rates[rates["rule"] == "ensemble"].groupby("ratio")["value"].mean()
+    axis.plot(both.index, both, marker="x", color=look["color"], markersize=4.5, linestyle="")
+
+
+def _chosen(rates: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: the linear merge's chosen ratios, and the attacks with pictures that remain there."""
+    of = rates[(rates["rule"] == "linear") & rates["chosen"].eq(True) & (rates["measure"] == "multimodal_asr")]
+    told = []
+    for partner in PARTNERS:
+        at = of[of["partner"] == partner]
+        if len(at):
+            ratios = "–".join(f"{r:.1f}" for r in sorted({at["ratio"].min(), at["ratio"].max()}))
+            told.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios} ({100 * at['value'].mean():.0f} %)")
+    return f"Chosen ratio (multimodal ASR there): {', '.join(told)}"
+
+
+def _caption(rates: pd.DataFrame, scale: str) -> str:
+    seeds = ", ".join(str(seed) for seed in sorted(rates["seed"].unique()))
+    band = "range over seeds" if rates["seed"].nunique() > 1 else "95 % interval, clustered by deed"
+    n = rates.groupby("measure")["n"].max()
+    asked = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
+    note = "linear merge with the adapted model; chosen on validation pairs, drawn on the panel; judge: the world's truth"
+    return f"{origin(scale)}, seeds {seeds}; bands: {band}\n{note}\nn: {asked}"
+
+
+def fronts(points: pd.DataFrame, scale: str) -> Figure:
+    """F13: attack success against helpfulness of every chosen merge, its controls and all tunings, a front for each.
+
+    `points` is `merges.plane`'s. Several seeds are averaged, intervals too; names are given to what lies on a front.
+    """
+    backbones = sorted(points["backbone"].unique())
+    with plt.style.context(STYLE):
+        size = (7.0, 0.9 + 2.9 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            for axis, modality in zip(row, ("text", "pictures"), strict=True):
+                of = points[(points["backbone"] == backbone) & (points["modality"] == modality)].dropna()
+                _draw_fronts(axis, of.groupby(["family", "name"], sort=False)[MEAN].mean().reset_index())
+                axis.set_title("attacks in text" if modality == "text" else "attacks with pictures", loc="left", fontsize=7)
+            row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
+        for axis in axes[-1]:
+            axis.set_xlabel("helpfulness, percent (→ better)")
+        looks = [(name, look) for name, look in KINDS.items() if name in set(points["family"])]
+        marks = [plt.Line2D([], [], linestyle="", markersize=4, label=name, **look) for name, look in looks]
+        figure.legend(handles=marks, loc="outside upper left", ncols=len(marks), frameon=False, fontsize=6)
+        figure.suptitle(_best(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
+        note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, clustered by deed"
+        caption = f"{origin(scale)}, seeds {seeds}; {note}\nn ≥ {int(points['n'].min())} a mark; judge: the world's truth"
+        figure.supxlabel(caption, x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        plt.close(figure)
+    return figure
+
+
+def _draw_fronts(axis: Any, mean: pd.DataFrame) -> None:
+    named = []
+    for line in mean.itertuples():
+        axis.plot(100 * line.helpfulness, 100 * line.asr, markersize=3.5, linestyle="", alpha=0.7, **KINDS[line.family])
+    for colour, families in FRONTS.items():
+        of = mean[mean["family"].isin(families)]
+        best = of[tradeoff.front(of)].sort_values("helpfulness") if len(of) else of
+        axis.plot(100 * best["helpfulness"], 100 * best["asr"], color=KINDS[colour]["color"], linewidth=0.9, zorder=1)
+        named.append(best)
+        for line in best.itertuples():
+            x, y, bar = 100 * line.helpfulness, 100 * line.asr, dict(color=KINDS[line.family]["color"], linewidth=0.7, alpha=0.5)
+            axis.plot([100 * line.helpfulness_low, 100 * line.helpfulness_high], [y, y], **bar)
+            axis.plot([x, x], [100 * line.asr_low, 100 * line.asr_high], **bar)
+    axis.set_ylim(-4, 104)
+    told = pd.concat([*named, mean[mean["family"] == "adapted"]]).sort_values(["asr", "helpfulness"])
+    for line, height in zip(told.itertuples(), spread(list(100 * told["asr"]), gap=5.0), strict=True):
+        colour = KINDS[line.family]["color"]
+        axis.annotate(
+            line.name, (100 * line.helpfulness, 100 * line.asr), xytext=(1.03, height), va="center",
+            textcoords=axis.get_yaxis_transform(), fontsize=5.5, color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, alpha=0.5, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),
+        )  # fmt: skip
+
+
+def _best(points: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: the most helpful merge, tuning and ensemble that resist most attacks with pictures."""
+    of = points[points["modality"] == "pictures"].groupby(["family", "name"])[["asr", "helpfulness"]].mean() * 100
+    told = []
+    for what, families in (("merged", ("merged",)), ("tuned", ("SFT", "DPO", "GRPO")), ("ensemble", ("ensemble",))):
+        part = of[of.index.get_level_values("family").isin(families)].sort_values("helpfulness")
+        safe = part[part["asr"] <= 20]
+        if len(safe):
+            told.append(f"{what} {safe['helpfulness'].iloc[-1]:.0f} %")
+    return f"Greatest helpfulness at a multimodal ASR of at most 20 %: {', '.join(told) if told else 'none is that safe'}"
