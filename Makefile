@@ -4,7 +4,7 @@ SCALE     ?= mini
 SEEDS     ?= 0
 BACKBONES ?= mini-chat
 CORES     ?= 2
-# "full" adds LoRA and SPPFT variants of safety tuning, for the committed figures.
+# "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
 GRID      ?= default
 ROOT      ?= runs
 BIN       := .venv/bin

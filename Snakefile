@@ -44,7 +44,7 @@ for study in STUDIES:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
             input: [receipt(study, needed) for name in job for needed in study.stage(name).inputs if needed not in job]
             output: targets
-            priority: int(job[0].startswith("instruct/"))  # the long ones first; short ones fill the gap at the end
+            priority: int(job[0].startswith(("instruct/", "safety/mtl", "sppft/")))  # the long ones first; short ones fill the gap at the end
             log: targets[0].replace(".json", ".log")
             params:
                 digest=[study.run(name).digest for name in job],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -298,11 +297,3 @@ def _gradients(study: Study, folder: Path, task: str, rows: Sequence[Any], work:
 
     train.gradients(model, models.load_processor(folder), data, fit, work / f"trainer-{task}", study.seed, note)
     return files
-
-
-def remedy_steps(study: Study) -> list[dict[str, Any]]:
-    """Cosine of the two tasks' gradients at every step of conflict-free multitask tuning, as the trainer noted it."""
-    name = "safety/mtl-pcgrad-full"
-    history = json.loads((study.folder(name) / "history.json").read_text(encoding="utf-8"))
-    whose = {"backbone": study.backbone, "seed": study.seed}
-    return [{**whose, "step": i, "cosine": record["task_cosine"]} for i, record in enumerate(history, 1)]
