@@ -352,7 +352,7 @@ SMALL = dataclasses.replace(
         rollout=Rollout(Fit(steps=200, batch_size=64, learning_rate=1e-6)),  # assumed
         pairs=200,  # assumed
     ),
-    backbones={"smollm2": Backbone(template="chatml", fit=_MADE_ELSEWHERE)},
+    backbones={"smollm2": Backbone(template="smollm2", fit=_MADE_ELSEWHERE)},
     exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
     lora=LoraSpec(rank=64, alpha=128),  # assumed
     checkpoints=(20, 50, 100, 250, 500),
