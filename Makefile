@@ -40,6 +40,7 @@ test: setup
 # Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. About a minute.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+	PYTHONPATH=. $(BIN)/python tests/perf_score.py
 
 # The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
 soak: setup

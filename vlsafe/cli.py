@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConnectionAbortedError) as error:
         print(f"vlsafe: {error}", file=sys.stderr)
         return 2
     return 0
@@ -57,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--gpu", default="A100-80G", help="which one to count with")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
+    added = command("score", _score, "score stored responses to a real benchmark by its official metric")
+    added.add_argument("benchmark")
+    added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
+    added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
+    added.add_argument("--responses", type=Path, required=True, help='lines of {"id", "response"}; for MME also its folder')
+    added.add_argument("--judge", dest="judges", nargs="+", default=[], help="by default the official one")
+    added.add_argument("--judgements", type=Path, help='verdict texts made elsewhere: lines of {"id", "judgement"}')
+    added.add_argument("--endpoint", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
+    added.add_argument("--judge-model", help="the model to ask for there; by default the judge's own")
+    added.add_argument("--key", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
+    added.add_argument("--parallel", type=int, default=8, help="requests at a time")
+    added.add_argument("--timeout", type=float, default=120.0, help="seconds")
+    added.add_argument("--weights", type=Path, help="a model folder that judges here")
+    added.add_argument("--out", type=Path, required=True, help="the result, as JSON; judgements are kept beside it")
+    added.add_argument("--verdicts", type=Path, help="also write every verdict, a line each")
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -151,6 +166,28 @@ def _dryrun(arguments: argparse.Namespace) -> None:
         print(f"measured {name}: {value}")
     print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, told.get("mfu")), gpu)))
     print("\nComputed from shapes unless the last column says otherwise; what is assumed stands in costs.py and Scale.traffic.")
+def _score(arguments: argparse.Namespace) -> None:
+    from vlsafe import score, servers
+    from vlsafe.judges import WRITTEN
+
+    if arguments.data is None:
+        raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
+    if arguments.endpoint and arguments.weights:
+        raise ValueError("a judge is asked either at an --endpoint or by --weights")
+    asker = score.weights(arguments.weights) if arguments.weights else None
+    if arguments.endpoint:
+        own = [WRITTEN[name].model for name in arguments.judges if name in WRITTEN]
+        model = arguments.judge_model or (own[0] if own else "")
+        if not model:
+            raise ValueError("say which model the endpoint is to be asked for: --judge-model")
+        asker = score.endpoint(
+            servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
+        )
+    result = score.score(
+        arguments.benchmark, Path(arguments.data), arguments.responses, arguments.out, arguments.judges, arguments.subset,
+        arguments.judgements, asker, arguments.verdicts,
+    )  # fmt: skip
+    print(*score.lines(result), sep="\n")
 
 
 def _unlock(arguments: argparse.Namespace) -> None:

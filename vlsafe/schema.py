@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from vlsafe import store
@@ -86,7 +86,9 @@ class Item:
 
     `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
     how a response comes about: written by the model, or the letter of that option which it finds most likely as its
-    answer; such options are texts as the assistant would speak them.
+    answer; such options are texts as the assistant would speak them. `asked` is what a judge is told was asked, where
+    that is not what the last user turn says (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what
+    else a judge has to know (SIUO's safety warning).
 
     Raises:   ValueError for an unknown scoring, or a ranking without at least two options
     """
@@ -102,6 +104,8 @@ class Item:
     harmful: bool = False
     options: tuple[str, ...] = ()
     scoring: str = "generated"
+    asked: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
@@ -154,13 +158,13 @@ def _cell(image: Picture) -> dict[str, Any]:
 
 
 def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
-    """The inverse of `to_row`.
+    """The inverse of `to_row`. A column may be absent where its field has a default: rows may be older than the field.
 
     Raises:   ValueError when the row has other columns than `kind` has fields, naming the difference.
     """
-    expected = {f.name for f in fields(kind)}
-    if set(row) != expected:
-        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(set(row) ^ expected)}")
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}
+    if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
+        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")
     values = dict(row)
     if "turns" in values:
         values["turns"] = tuple(Turn(turn["role"], turn["text"]) for turn in values["turns"])

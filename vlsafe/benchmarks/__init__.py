@@ -2,7 +2,8 @@
 
 A benchmark names its judges by strings and never judges itself. `EVENTS` says which words of which judge are the event
 that its rows count; what a measure makes of them is the affair of `measures`. `howtos` is no benchmark: it writes the
-items that six of them share; `confounds` is none either: it asks what they ask in altered prompts (CONTROLS).
+items that six of them share; `confounds` is none either: it asks what they ask in altered prompts (CONTROLS). REAL are
+those with official files (`official` says what such a file has).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlsafe.benchmarks import (
     seed_bench,
     siuo,
     sorry_bench,
+    vlguard,
     wildjailbreak,
     xstest,
 )
@@ -36,3 +38,6 @@ BENCHMARKS: dict[str, ModuleType] = {
     "capability": capability,
 }
 CONTROLS: dict[str, ModuleType] = {"confounds": confounds}
+REAL: dict[str, ModuleType] = {name: module for name, module in BENCHMARKS.items() if module is not capability} | {
+    "vlguard": vlguard
+}
