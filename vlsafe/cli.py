@@ -166,6 +166,8 @@ def _dryrun(arguments: argparse.Namespace) -> None:
         print(f"measured {name}: {value}")
     print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, told.get("mfu")), gpu)))
     print("\nComputed from shapes unless the last column says otherwise; what is assumed stands in costs.py and Scale.traffic.")
+
+
 def _score(arguments: argparse.Namespace) -> None:
     from vlsafe import score, servers
     from vlsafe.judges import WRITTEN

@@ -34,6 +34,7 @@ STAGES: dict[str, Stage] = {
     "base/llm": Stage(
         origins.make_base, (),
         lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
+        load=origins.BASE,
     ),
     "guard/text": Stage(
         screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True,
