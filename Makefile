@@ -7,6 +7,8 @@ CORES     ?= 2
 # "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
 GRID      ?= default
 ROOT      ?= runs
+# A Snakemake profile: env/profiles/node (one machine, GPUs as a resource), env/profiles/slurm, or your own.
+PROFILE   ?=
 BIN       := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -15,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
+SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
 .PHONY: setup dev reproduce test soak perf perf-sources browser lab notebooks nbval lint types clean

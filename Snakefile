@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import Study, jobs, planned, tables
+from vlsafe.stages import Study, jobs, needs, planned, tables
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
@@ -39,6 +39,7 @@ for study in STUDIES:
         if targets[0] in made:
             continue
         made.update(targets)
+        asked = needs(study, job)
 
         rule:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
@@ -46,9 +47,11 @@ for study in STUDIES:
             output: targets
             priority: int(job[0].startswith(("instruct/", "safety/mtl", "sppft/")))  # the long ones first; short ones fill the gap at the end
             log: targets[0].replace(".json", ".log")
+            resources: **{key: value for key, value in asked.items() if key != "threads"}
+            threads: asked.get("threads", 1)
             params:
                 digest=[study.run(name).digest for name in job],
-                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT} --gpus {asked.get('gpu', 0)}",
             shell: "vlsafe stage {params.call} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
     for notebook in NOTEBOOKS:

@@ -6,9 +6,11 @@ import os
 import signal
 
 import official
+import official_files
 import pytest
 import torch
 from conftest import NANO
+from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlsafe import chat, models, store, train, trainable
@@ -18,7 +20,7 @@ from vlsafe.outside import LoadedGuard, Origin
 from vlsafe.scales import PAPER, SCALES, as_plain, load_scale
 from vlsafe.schema import Example, Stored, Turn
 from vlsafe.sources import Refused
-from vlsafe.stages import STAGES, Study, examples, loading
+from vlsafe.stages import STAGES, Study, checkpoints, examples, loading
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +28,12 @@ def loaded(tmp_path_factory):
     """A study of a scale that loads: fixture corpora, hand-made guards, tiny parents."""
     home = tmp_path_factory.mktemp("outside")
     data = official.corpora(home / "data")
+    official_files.everything(data)
     spec = NANO.vision
     for name in NANO.backbones:
         tokenizer = chat.build_tokenizer(vocabulary(), NANO.language.context)
-        tokenizer.save_pretrained(home / name)
+        models.save(models.build_llm(NANO.language, tokenizer, 0), home / name, tokenizer)
+    models.save(models.build_clip(spec, tokenizer, 0), home / "tower")
     side = spec.image_size
     CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -37,8 +41,10 @@ def loaded(tmp_path_factory):
     here = lambda name: Origin(str(home / name), kind="model")  # noqa: E731
     official.tiny_llama_guard(home / "llama-guard")
     official.tiny_nsfw(home / "nsfw")
+    grouped = lambda fit: dataclasses.replace(fit, steps=2, grouped=True, at_once=2, saved="bfloat16")  # noqa: E731
     scale = dataclasses.replace(
-        NANO, name="nano-load", source="load",
+        NANO, name="nano-load", source="load", projector=grouped(NANO.projector), instruct=grouped(NANO.instruct),
+        tuning=dataclasses.replace(NANO.tuning, sft=grouped(NANO.tuning.sft), pairs=0),
         loaded=dataclasses.replace(
             PAPER.loaded,
             **{name: dataclasses.replace(getattr(PAPER.loaded, name), rows=None) for name in loading.CORPORA},
@@ -216,3 +222,36 @@ def test_a_pin_is_taken_up_by_readers_and_noted_but_makes_nothing_stale(loaded, 
 def test_a_guard_that_is_not_here_says_what_to_do():
     with pytest.raises(FileNotFoundError, match=r"the guard nobody/nothing is not here .* `vlsafe download` fetches it"):
         hub.load_guard(as_plain(LoadedGuard(Origin("nobody/nothing", kind="model"))))
+
+
+def test_a_loaded_parent_and_tower_go_through_both_stages_and_safety_tuning(loaded):
+    """The real-data path to its tuned model; weights at rest in bfloat16, the last checkpoint chosen as in the paper."""
+    parent, graft = models.load(loaded.folder("parent/aligned")), models.load(checkpoints(loaded, "projector/filtered")[0])
+    prompt = torch.randint(12, 200, (5, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(parent(prompt).logits, graft(prompt).logits)
+    last = checkpoints(loaded, "instruct/filtered-full")[-1]
+    assert {weight.dtype for weight in load_file(last / "model.safetensors").values()} == {torch.bfloat16}
+    lines = loaded.rows("safety/sl-full", "validation.parquet")
+    assert [line["step"] for line in lines if line["chosen"]] == [max(line["step"] for line in lines)]
+    sat = loaded.rows("examination/instruct.filtered-full", "raw.parquet")
+    assert {row["judge"] for row in sat} >= {"xstest-strings", "letters", "mme-yes-no"} and "world" not in {
+        row["judge"] for row in sat
+    }
+    with pytest.raises(ValueError, match="asks about the miniature's world, and 'nano-load' is loaded"):
+        loaded.folder("probe/localisation")
+
+
+def test_a_parent_that_is_another_one_than_the_scale_says_is_refused(loaded):
+    config = models.load(loaded.folder("parent/aligned")).config
+    with pytest.raises(ValueError, match=r"x is another decoder than the scale says: {'layers': 2}; correct"):
+        models.refuse_other(config, dataclasses.replace(NANO.language, layers=3), "x")
+
+
+def test_a_token_that_a_parent_lacks_gets_the_mean_of_all_others(loaded, tmp_path):
+    folder = loaded.scale.loaded.parents["mini-chat"].repo
+    tokenizer = models.load_processor(folder)
+    tokenizer.add_tokens(["<new>"])
+    model, before = models.from_hub(folder, "main", tokenizer), models.load(folder)
+    new, old = model.get_input_embeddings().weight, before.get_input_embeddings().weight
+    assert torch.equal(new[:-1], old) and torch.allclose(new[-1], old.mean(0), atol=1e-6)

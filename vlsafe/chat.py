@@ -34,6 +34,9 @@ WITH_SYSTEM = {
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
         "and assist the user with a variety of tasks using natural language.",
     ),
+    # What these two write by themselves where no system line is given.
+    "qwen2.5": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "smollm2": ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
 }
 
 

@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         _place(added)
         added.add_argument("--backbone", default="mini-chat")
         added.add_argument("--seed", type=int, default=0)
+        if name == "stage":
+            added.add_argument("--gpus", type=int, default=0, help="keep to so many that no other stage on this machine uses")
     added = command("card", _card, "write the model cards of finished runs, beside their folders (all runs without a name)")
     added.add_argument("names", nargs="*")
     _place(added)
@@ -166,9 +168,12 @@ def _studies(arguments: argparse.Namespace) -> list[Study]:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
+    from vlsafe import processes
+
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
-    for name in [known(name, STAGES, "stage") for name in arguments.names]:
-        study.folder(name)
+    with processes.claimed(arguments.gpus, study.root):
+        for name in [known(name, STAGES, "stage") for name in arguments.names]:
+            study.folder(name)
 
 
 def _fresh(arguments: argparse.Namespace) -> None:

@@ -325,6 +325,11 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.eval()
 
 
+def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """A checkpoint to be asked: on a GPU where there is one."""
+    return load(folder, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A language model from the hub's cache, with embeddings for every token of the tokenizer.
 

@@ -11,12 +11,14 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from accelerate.utils import fsdp_utils
+from filelock import FileLock, Timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -159,6 +161,34 @@ def refuse_unsound_shards(model: Any) -> None:
 
 def _unit(module: Any) -> Any:
     return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+
+
+@contextlib.contextmanager
+def claimed(many: int, folder: Path) -> Iterator[None]:
+    """Keep to GPUs that no other stage of this cellar uses. A cluster has chosen them already and says so in the environment;
+    on one machine the scheduler knows how many are free but not which.
+
+    Raises:   ValueError where the machine has fewer; RuntimeError where too many are taken
+    """
+    if not many or "CUDA_VISIBLE_DEVICES" in os.environ:
+        yield
+        return
+    if many > (here := torch.cuda.device_count()):
+        raise ValueError(f"{many} GPUs are needed and {here} are here; give the profile's `gpu` the right number")
+    with contextlib.ExitStack() as held:
+        mine: list[str] = []
+        for number in range(here):
+            with contextlib.suppress(Timeout):
+                if len(mine) < many:
+                    held.enter_context(FileLock(str(folder / f".gpu{number}.lock")).acquire(blocking=False))
+                    mine.append(str(number))
+        if len(mine) < many:
+            raise RuntimeError(f"{many} GPUs are needed and only {len(mine)} of {here} are free in this cellar")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        try:
+            yield
+        finally:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def die_with_parent() -> None:

@@ -355,7 +355,7 @@ PAPER = Scale(
             steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_SHARED_OUT,
         )),
         rollout=Rollout(Fit(steps=500, batch_size=64, learning_rate=1e-6)),  # assumed; not in the paper
-        pairs=500,  # assumed
+        pairs=0,  # the paper's rule: the last checkpoint
     ),
     backbones={
         "llama2-chat": Backbone(template="llama2", fit=_MADE_ELSEWHERE),
@@ -394,9 +394,9 @@ SMALL = dataclasses.replace(
         sft=Fit(steps=94, batch_size=64, learning_rate=2e-5, **_ALONE),  # three epochs of VLGuard
         preference=Preference(Fit(steps=1000, batch_size=8, learning_rate=1e-6, **_ALONE)),  # assumed
         rollout=Rollout(Fit(steps=200, batch_size=64, learning_rate=1e-6)),  # assumed
-        pairs=200,  # assumed
+        pairs=0,
     ),
-    backbones={"smollm2": Backbone(template="chatml", fit=_MADE_ELSEWHERE)},
+    backbones={"smollm2": Backbone(template="smollm2", fit=_MADE_ELSEWHERE)},
     exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
     lora=LoraSpec(rank=64, alpha=128),  # assumed
     checkpoints=(20, 50, 100, 250, 500),

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import yaml
+
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, causes, inside, loading, merging, origins, probing, screening, tuning
-from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
+from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items, project_root
 from vlsafe.stages.tuning import tried
 
 __all__ = [
     "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "jobs",
-    "planned", "probed", "tables", "tried",
+    "needs", "planned", "probed", "tables", "tried",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
@@ -32,6 +34,7 @@ STAGES: dict[str, Stage] = {
     "base/llm": Stage(
         origins.make_base, (),
         lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
+        load=origins.BASE,
     ),
     "guard/text": Stage(
         screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True,
@@ -166,3 +169,31 @@ def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     groups += [("probe/direction", "probe/layers")]
     grouped = {name for group in groups for name in group}
     return groups + [(name,) for name in wanted if name not in grouped]
+
+
+# What a job asks of a scheduler at scales that are loaded, all assumed: minutes, after which it is queued again and goes on from
+# its last checkpoint, and megabytes; the first process of a launched training gathers weights and optimiser state.
+ASKS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
+
+
+def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
+    """What the stages of a job need; a world that is built needs one core and nothing else.
+
+    `tasks` is 0 with GPUs: Slurm's plugin would start the job once for every GPU otherwise.
+    """
+    if study.scale.source == "build":
+        return {}
+    many = max(gpus(study, name) for name in job)
+    asks = ASKS[8 if many > 1 else many]
+    return {**asks, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
+
+
+def gpus(study: Study, name: str) -> int:
+    """How many GPUs a stage of a loaded scale is given: one, or those of the configuration by which it is trained."""
+    kind, _, recipe = name.partition("/")
+    if name in ("world/corpora", "guard/text", "guard/image"):
+        return 0
+    fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
+            "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
+    launch = fits[kind]().launch if kind in fits else ""
+    return int(yaml.safe_load((project_root() / launch).read_text(encoding="utf-8"))["num_processes"]) if launch else 1

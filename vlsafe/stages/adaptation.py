@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, to_row
-from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, project_root, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, project_root, stream
 
 
 class Recipe(NamedTuple):
@@ -124,14 +124,15 @@ def _examine(study: Study, name: str, folder: Path, asked: Sequence[Item], which
     model = f"{study.backbone}/{name}" + (f"/step-{step:06d}" if which == "panel" else "")
     chosen = evaluate.answerable(asked, models.is_multimodal(folder))
     given = respond(
-        models.load(folder), models.load_processor(folder), chosen, model, exam.batch_size,
+        models.ready(folder, exam.dtype), models.load_processor(folder), chosen, model, exam.batch_size,
         exam.max_new_tokens, Bar(f"{model} {which}", len(chosen)),
     )  # fmt: skip
     facts = {
         "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model,
         "stage": stage, "recipe": recipe, "step": step, "exam": which,
     }  # fmt: skip
-    return [to_row(response) for response in given], evaluate.raw_table(chosen, given, facts)
+    without = ("world",) if study.scale.loaded else ()  # nobody knows the truth there; `vlsafe score` marks the same responses
+    return [to_row(response) for response in given], evaluate.raw_table(chosen, given, facts, without)
 
 
 def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
     """The last checkpoint of a run answers the same requests with and without a system prompt and an empty picture."""
     from vlsafe.benchmarks import confounds
 
-    asked = confounds.variants(items(study), world_of(study).rng("confounds"))
+    asked = confounds.variants(items(study), stream(study, "confounds"))
     return _written(work, [_examine(study, name, checkpoints(study, name)[-1], asked, "confounds")])
 
 

@@ -122,9 +122,22 @@ class Bar:
 
 
 def world_of(study: Study) -> Any:
+    """The miniature's world of the study.
+
+    Raises:   ValueError at a scale that is loaded: its words mean nothing to a model that others made
+    """
     from vlsafe.miniature.language import World
 
+    if study.scale.loaded:
+        raise ValueError(f"this stage asks about the miniature's world, and {study.scale.name!r} is loaded; leave it out there")
     return World(study.seed)
+
+
+def stream(study: Study, name: str) -> Any:
+    """The random stream of a named purpose; in the miniature, the world's own."""
+    import numpy as np
+
+    return np.random.default_rng([study.seed, *name.encode()])
 
 
 def tokenizer_of(study: Study, template: str | None = None) -> Any:
@@ -162,8 +175,23 @@ def examples(study: Study, name: str, file: str) -> list[Example]:
 
 
 def items(study: Study) -> list[Item]:
-    """The benchmark items of the study's world."""
-    return [from_row(Item, row) for row in study.rows("world/corpora", "items.parquet")]
+    """The benchmark items of the study's world; at a loaded scale all that official files below `VLSAFE_DATA` hold.
+
+    Raises:   FileNotFoundError where a benchmark is not there
+    """
+    if not study.scale.loaded:
+        return [from_row(Item, row) for row in study.rows("world/corpora", "items.parquet")]
+    from vlsafe.benchmarks import REAL
+
+    data = store.outside()
+    if data is None:
+        raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
+    found: list[Item] = []
+    for name, module in REAL.items():
+        asked, lost = module.load(data, next(iter(module.OFFICIAL)))
+        print("\n".join([f"{name}: {len(asked)} items", *lost]), file=sys.stderr)
+        found += asked
+    return found
 
 
 def checkpoints(study: Study, name: str) -> list[Path]:

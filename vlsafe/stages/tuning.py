@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, Pair, Turn, from_row
-from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, project_root, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, project_root, stream, world_of
 
 
 class Recipe(NamedTuple):
@@ -95,7 +95,7 @@ def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[lis
         rows = examples(study, "screen/filtered", "instructions.parquet")  # intake was part of the screen
         if name == "general":
             return rows, {}
-        return mix.replayed(rows, round(study.scale.tuning.replay * n_before), world_of(study).rng("replay")), {}
+        return mix.replayed(rows, round(study.scale.tuning.replay * n_before), stream(study, "replay")), {}
     if name == "safety":
         return mix.sound(examples(study, "world/corpora", "safety.parquet"), mix.unsound, [processor], _limit(study))
     file = "safe_rlhf" if name == "chosen" else name
@@ -220,11 +220,17 @@ def validation_items(study: Study) -> list[Item]:
 
 
 def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """What the start and every checkpoint do on the validation pairs; the start stands at step 0."""
+    """What the start and every checkpoint do on the validation pairs; the start stands at step 0.
+
+    Without validation pairs the last checkpoint counts, as in the paper.
+    """
     from vlsafe import models
     from vlsafe.engines import option_losses, respond
     from vlsafe.judges import judge
 
+    if not study.scale.tuning.pairs:
+        steps = [0, *(int(folder.name.split("-")[1]) for folder in folders[1:])]
+        return [{"step": step, "tokens": tokens[step - 1] if step else 0, "score": float(step)} for step in steps]
     asked, exam, lines, before = validation_items(study), study.scale.exam, [], None
     for number, folder in enumerate(folders):
         model, processor = models.load(folder), models.load_processor(folder)
