@@ -79,7 +79,9 @@ def test_a_table_stands_in_the_readme_word_for_word_and_mistakes_are_named():
     folder = ROOT / "figures/mini"
     made = readme.generated("a\n<!-- generated: T02_degradation -->\nold\n<!-- end generated -->\nb", folder)
     assert (folder / "T02_degradation.md").read_text(encoding="utf-8").rstrip() in made and "old" not in made
-    with pytest.raises(ValueError, match="unknown generated part of README.md 'T02_degradaton'; did you mean 'T02_degradation'"):
+    with pytest.raises(
+        ValueError, match=r"unknown generated part of README\.md 'T02_degradaton'; did you mean 'T02_degradation'"
+    ):
         readme.generated("<!-- generated: T02_degradaton -->\n<!-- end generated -->", folder)
     with pytest.raises(ValueError, match="does not close it"):
         readme.generated("<!-- generated: headline -->\n", folder)
