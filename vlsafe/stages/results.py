@@ -2,77 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from vlsafe import modelcards, store
-from vlsafe.stages import STAGES, tables, tried
+from vlsafe import store
+from vlsafe.stages import planned, tables
 from vlsafe.stages.study import Study
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """The frames that `gallery.make` takes, by name; what is missing is made.
+    """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
-    of all tuned checkpoints.
+    of all tuned checkpoints. A frame none of whose stages is made is left out.
     """
-    seeds = {study.seed: study for study in studies}  # a screen does not depend on the backbone
-    audits = [
-        pd.DataFrame(study.rows("screen/filtered", "audit.parquet")).assign(seed=seed)[lambda f: ["seed", *f.columns[:-1]]]
-        for seed, study in seeds.items()
-    ]
-    return {
+    once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    tuned = [name for name in planned(grid) if name.startswith("safety/")]
+    found = {
         "raw": read(studies, tables(grid), "raw.parquet"),
-        "audit": pd.concat(audits, ignore_index=True),
-        "tried": pd.DataFrame([line for study in studies for line in tried(study, grid)]),
+        "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
+        "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
     }
+    return {name: frame for name, frame in found.items() if frame is not None}
 
 
-def read(studies: Sequence[Study], names: Sequence[str], file: str) -> pd.DataFrame:
-    """One file of several stages of several studies as one frame."""
-    return pd.concat([pd.read_parquet(study.folder(name) / file) for study in studies for name in names], ignore_index=True)
+def made(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
+    """Every stage of every study whose run is valid, and its folder."""
+    for study in studies:
+        for name in names:
+            if store.status(run := study.run(name)) == "valid":
+                yield study, name, run.folder
 
 
-def card(study: Study, name: str) -> str:
-    """The model card of a finished run, from its lineage and whatever examined it; nothing is made for it.
+def read(studies: Sequence[Study], names: Sequence[str], file: str, whose: Sequence[str] = ()) -> pd.DataFrame | None:
+    """One file of several stages of several studies as one frame; None where none of them is made.
 
-    Raises:   FileNotFoundError for a run that is not there; ValueError for one that left no model
+    `whose`: which of backbone, seed, stage and recipe to put before the file's own columns.
     """
-    if (found := store.status(study.run(name))) != "valid":
-        raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {found}; `vlsafe stage {name}` makes it")
-    noted = store.told(study.run(name))
-    made = [store.told(study.run(before)) for before in lineage(name)]
-    marked = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
-    tables = [study.run(of).folder / "raw.parquet" for of in marked if of in STAGES and store.status(study.run(of)) == "valid"]
-    raw = pd.concat([pd.read_parquet(path) for path in tables], ignore_index=True) if tables else None
-    return modelcards.card(noted, made, raw, outside(study))
-
-
-def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
-    """The cards of those finished runs that left a model, each beside its run's folder: what is in a folder stays as it was."""
-    written = []
-    for name in names:
-        run = study.run(name)
-        if store.status(run) == "valid" and modelcards.has_weights(store.told(run)):
-            written.append(run.folder.with_name(f"{run.recipe}.card.md"))
-            store.write_text(written[-1], card(study, name))
-    return written
-
-
-def lineage(name: str) -> list[str]:
-    """All stages that a run is made from, the first ones first."""
-    return list(dict.fromkeys(each for needed in STAGES[name].inputs for each in (*lineage(needed), needed)))
-
-
-def outside(study: Study) -> Mapping[str, Any]:
-    """What a study takes from others, by role: everything with a repository among what its scale loads."""
-    loaded = getattr(study.scale, "loaded", None)
-    if loaded is None:
-        return {}
-    found = {field.name: getattr(loaded, field.name) for field in fields(loaded)}
-    found = {role: getattr(value, "origin", value) for role, value in found.items()} | {"parent": loaded.parents[study.backbone]}
-    return {role: origin for role, origin in found.items() if hasattr(origin, "repo")}
+    frames = []
+    for study, name, folder in made(studies, names):
+        stage, _, recipe = name.partition("/")
+        told = {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe}
+        frame = pd.read_parquet(folder / file)
+        for place, column in enumerate(whose):
+            frame.insert(place, column, told[column])
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else None
