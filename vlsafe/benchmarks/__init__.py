@@ -7,6 +7,8 @@ items that six of them share; `confounds` is none either: it asks what they ask 
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from types import ModuleType
 
 from vlsafe.benchmarks import (
@@ -36,3 +38,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "capability": capability,
 }
 CONTROLS: dict[str, ModuleType] = {"confounds": confounds}
+_KNOWN = [*BENCHMARKS, *CONTROLS]
+_BESIDE = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name not in _KNOWN]
+ADDED: dict[str, ModuleType] = {module.NAME: module for module in _BESIDE if hasattr(module, "miniature_items")}
+"""Files that somebody laid beside ours, by their NAME: they are benchmarks without an edit here, with MEASURES of their own."""
+BENCHMARKS |= ADDED

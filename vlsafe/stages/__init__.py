@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlsafe.benchmarks import ADDED
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, inside, origins, screening, tuning
@@ -22,7 +23,7 @@ __all__ = [
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], "10 s", version=2, shared=True
     ),
     "tower/clip": Stage(
         origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
