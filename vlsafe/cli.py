@@ -183,7 +183,7 @@ def _fresh(arguments: argparse.Namespace) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from vlsafe.stages.results import card, write_cards
+    from vlsafe.stages.cards import card, write_cards
 
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     for name in arguments.names:
@@ -342,7 +342,8 @@ def _download(arguments: argparse.Namespace) -> None:
 
 def _gallery(arguments: argparse.Namespace) -> None:
     from vlsafe import gallery
-    from vlsafe.stages.results import made, results, write_cards
+    from vlsafe.stages.cards import write_cards
+    from vlsafe.stages.results import made, results
 
     studies = _studies(arguments)
     runs = {folder: study.run(name) for study, name, folder in made(studies, stages.planned(arguments.grid))}

@@ -93,7 +93,9 @@ def record(study: Study, path: Path) -> None:
             f"{absent[0]} is not valid in {study.root}, nor are {len(absent) - 1} others; `make reproduce` makes them"
         )
     whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed}
-    store.write_text(path, json.dumps({**whose, "environment": told, "numbers": measure(study)}, indent=1) + "\n")
+    made = {golden.stage: store.told(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
+    found = {**whose, "environment": told, "runs_made_at": made, "numbers": measure(study)}
+    store.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def moved(recorded: Mapping[str, float], now: Mapping[str, float]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe import stats
+from vlsafe.benchmarks import ADDED
 from vlsafe.schema import MAIN_LINE
 
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
@@ -178,6 +179,8 @@ MEASURES: dict[str, dict[str, Any]] = {
         for group in CAPABILITIES
     },
 }  # fmt: skip
+for _module in ADDED.values():
+    MEASURES |= _module.MEASURES
 # What guessing scores: independent letters, and coins for MME, where always saying yes scores less (0.25).
 CHANCE = {
     "capability_yes_no": 0.5, "capability_letter": 0.25, "mmbench_circular": 0.25**4, "mme_accuracy": 0.5,

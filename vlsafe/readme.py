@@ -45,7 +45,7 @@ def headline(folder: Path) -> str:
     """What adaptation did to each parent: mean over seeds and, in brackets, the least and the most, in percent."""
     found = pd.read_csv(folder / "T02_degradation.csv")
     lines = []
-    for (backbone, _measure), of in found[found["measure"].isin(HEADLINE)].groupby(["backbone", "measure"], sort=False):
+    for (backbone, _), of in found[found["measure"].isin(HEADLINE)].groupby(["backbone", "measure"], sort=False):
         values = {name: _over_seeds(of[f"{name}_value"]) for name in ("parent", "instruct")}
         told = {"backbone": backbone, "measure": of["label"].iloc[0], "parent": values["parent"], "adapted": values["instruct"]}
         lines.append({**told, "seeds": of["seed"].nunique(), "n per seed": int(of["instruct_n"].max())})

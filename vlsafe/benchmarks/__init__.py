@@ -8,6 +8,8 @@ those with official files (`official` says what such a file has).
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from types import ModuleType
 
 from vlsafe.benchmarks import (
@@ -38,6 +40,11 @@ BENCHMARKS: dict[str, ModuleType] = {
     "capability": capability,
 }
 CONTROLS: dict[str, ModuleType] = {"confounds": confounds}
-REAL: dict[str, ModuleType] = {name: module for name, module in BENCHMARKS.items() if module is not capability} | {
-    "vlguard": vlguard
-}
+_KNOWN = [*BENCHMARKS, *CONTROLS]
+_BESIDE = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name not in _KNOWN]
+ADDED: dict[str, ModuleType] = {module.NAME: module for module in _BESIDE if hasattr(module, "miniature_items")}
+"""Files that somebody laid beside ours, by their NAME: they are benchmarks without an edit here, with MEASURES of their own."""
+BENCHMARKS |= ADDED
+REAL: dict[str, ModuleType] = {
+    name: module for name, module in BENCHMARKS.items() if module is not capability and name not in ADDED
+} | {"vlguard": vlguard}

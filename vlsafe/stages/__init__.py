@@ -11,6 +11,7 @@ from functools import partial
 
 import yaml
 
+from vlsafe.benchmarks import ADDED
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
 from vlsafe.stages import adaptation, causes, inside, loading, merging, origins, probing, screening, tuning
@@ -24,7 +25,7 @@ __all__ = [
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True,
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], "10 s", version=2, shared=True,
         load=loading.WORLD,
     ),
     "tower/clip": Stage(
