@@ -43,7 +43,7 @@ NANO = dataclasses.replace(
     backbones={name: dataclasses.replace(b, fit=smaller(b.fit, 3)) for name, b in MINI.backbones.items()},
     corpora=dataclasses.replace(MINI.corpora, pictures=204, guard_pictures=60, captions=80, instructions=80, safety=8, pairs=8),
     exam=dataclasses.replace(MINI.exam, panel=4, full=14, batch_size=32, max_new_tokens=6),
-    merging=dataclasses.replace(MINI.merging, ratios=(0.0, 0.5, 1.0), few=(0.5,), items=4),
+    merging=dataclasses.replace(MINI.merging, ratios=(0.0, 0.5, 1.0), few=(0.5,), votes=(0.5,), items=8),
     checkpoints=(2, 3),
     arm_checkpoints=(2,),
     search=dataclasses.replace(MINI.search, prompts=8, pairs=20, factors=(1.1, 1.6)),

@@ -44,17 +44,21 @@ def chosen(lines: pd.DataFrame) -> pd.Series:
     return found
 
 
-def parsed(raw: pd.DataFrame) -> pd.DataFrame:
-    """Rows of merges with what their recipe tells: rule, partner, place (the ratio as it is written, or a step)."""
-    of = raw[raw["stage"] == "merge"]
-    parts = of["recipe"].str.split("/", expand=True).reindex(columns=range(3))
-    return of.assign(rule=parts[0], partner=parts[1].str.partition("+")[2], place=parts[2].fillna(""))
+def parsed(lines: pd.DataFrame) -> pd.DataFrame:
+    """Lines on merges with what their recipe tells: rule, partner, place (the ratio as it is written, or a step)."""
+    parts = lines["recipe"].str.split("/", expand=True).reindex(columns=range(3))
+    return lines.assign(rule=parts[0], partner=parts[1].str.partition("+")[2], place=parts[2].fillna(""))
+
+
+def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """One line per merge × measure: what its recipe tells, value, interval, n."""
+    found = tables.rates(raw[raw["stage"] == "merge"], measures, [*UNIT, "recipe"])
+    return parsed(found) if len(found) else found
 
 
 def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """F12: every model of a sweep on the panel: rates with intervals, its ratio, and whether it was chosen."""
-    found = tables.rates(parsed(panel), SWEPT, [*KEYS, "recipe"])
-    return found.merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
+    return rates(panel, SWEPT).merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
 
 
 def barriers(lines: pd.DataFrame) -> pd.DataFrame:
@@ -76,10 +80,9 @@ def barriers(lines: pd.DataFrame) -> pd.DataFrame:
 
 def references(raw: pd.DataFrame, partner: str) -> dict[str, str]:
     """What a merge with a partner is compared with, by name: adapted model, tunings, the ensemble with this partner."""
-    present = set(named(raw))
-    of = parsed(raw)
-    ensemble = of.loc[(of["rule"] == "ensemble") & (of["partner"] == partner), "recipe"].head(1)
-    found = {"adapted": MAIN_LINE["adapted"], **TUNED, "ensemble": f"merge/{ensemble.item()}" if len(ensemble) else ""}
+    present = dict.fromkeys(named(raw))
+    own = [run for run in present if run.startswith("merge/ensemble/") and run.split("/")[2].endswith(f"+{partner}")]
+    found = {"adapted": MAIN_LINE["adapted"], **TUNED, **dict(zip(["ensemble"], own, strict=False))}
     return {name: run for name, run in found.items() if run in present}
 
 
@@ -90,13 +93,12 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     Raises:   ValueError where there is no merge
     """
     final = raw[raw["exam"] == "full"]
-    of = parsed(final)
-    if of.empty:
+    found, changes = rates(final, HEADLINE), []
+    if found.empty:
         raise ValueError("there is no full examination of a merge; make the stages of notebook 06 first")
-    found = tables.rates(of, HEADLINE, [*KEYS, "place", "recipe"])
-    changes = []
     for unit, part in final.groupby(UNIT):
-        for recipe, partner in of[(of[UNIT] == list(unit)).all(axis=1)].groupby("recipe")["partner"].first().items():
+        merged = found[(found[UNIT] == list(unit)).all(axis=1)].drop_duplicates("recipe")
+        for recipe, partner in zip(merged["recipe"], merged["partner"], strict=True):
             for name, before in references(part, partner).items():
                 if before != f"merge/{recipe}":
                     told = tradeoff.compared(part, before, f"merge/{recipe}", HEADLINE)
@@ -145,12 +147,12 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
 
     Units:    fractions; p-values two-sided, Holm over partners × ratios × measures
     """
-    of, found = parsed(panel).assign(exam="full"), []
-    for recipe, partner in of[of["rule"] == "ensemble"].groupby("recipe", sort=False)["partner"].first().items():
-        line = recipe.replace("ensemble/", "linear/", 1)
+    of, found = panel.assign(exam="full"), []
+    for recipe in [recipe for recipe in of["recipe"].unique() if recipe.startswith("ensemble/")]:
+        line, (_, pair, ratio) = recipe.replace("ensemble/", "linear/", 1), recipe.split("/")
         if line in set(of["recipe"]):
             told = tradeoff.compared(of, f"merge/{recipe}", f"merge/{line}", HEADLINE)
-            found.append(told.assign(partner=partner, ratio=float(recipe.rpartition("/")[2])))
+            found.append(told.assign(partner=pair.partition("+")[2], ratio=float(ratio)))
     return tradeoff.holm(pd.concat(found, ignore_index=True))
 
 

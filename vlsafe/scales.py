@@ -142,7 +142,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Merging:
-    """Merging: `ratios` of the linear merge, `few` of all other rules; TIES keeps and DARE spares a share of a task vector.
+    """Merging: `ratios` of the linear merge, `votes` of the ensemble, `few` of all other rules; TIES keeps and DARE spares a
+    share of a task vector.
 
     `margin` is by how much the upper bound of a merge's ASR may exceed its parent's where a ratio is chosen, `items` how many
     validation items a benchmark helpfulness is measured on there; `random_bands` are as many blocks as the located band's.
@@ -150,6 +151,7 @@ class Merging:
 
     ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     few: tuple[float, ...] = (0.3, 0.5, 0.7)
+    votes: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     kept: float = 0.2  # Yadav et al. 2023: the top 20 %
     survived: float = 0.5  # assumed: Yu et al. 2024 drop up to 90 % of far larger models
     scaling: float = 1.0

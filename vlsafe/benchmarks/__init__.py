@@ -45,6 +45,4 @@ _BESIDE = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_m
 ADDED: dict[str, ModuleType] = {module.NAME: module for module in _BESIDE if hasattr(module, "miniature_items")}
 """Files that somebody laid beside ours, by their NAME: they are benchmarks without an edit here, with MEASURES of their own."""
 BENCHMARKS |= ADDED
-REAL: dict[str, ModuleType] = {
-    name: module for name, module in BENCHMARKS.items() if module is not capability and name not in ADDED
-} | {"vlguard": vlguard}
+REAL: dict[str, ModuleType] = {n: m for n, m in BENCHMARKS.items() if n != "capability" and n not in ADDED} | {"vlguard": vlguard}

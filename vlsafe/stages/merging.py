@@ -1,15 +1,15 @@
 """Merges of the adapted model with a safe partner: a sweep over rules and ratios in memory, and what each choice does.
 
 Every merge answers the panel and the validation pairs and is then forgotten; per rule one is chosen by the validation pairs
-alone and sits the full examination. Two controls go the same way: an ensemble of both members, and (grid "full") the
-checkpoints on the way to the partner, trained once more.
+alone and sits the full examination, of the benchmarks that the headline measures need (grid "full": of all). Two controls go
+the same way: an ensemble of both members, and (grid "full") the checkpoints on the way to the partner, trained once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe import store
-from vlsafe.schema import MAIN_LINE, Item, to_row
+from vlsafe.schema import MAIN_LINE, Item, Response, to_row
 from vlsafe.stages import tuning
 from vlsafe.stages.study import Bar, Study, checkpoints, drop, items, world_of
 
@@ -52,20 +52,15 @@ SAME = 1e-6  # weights nearer than this are those of one model
 
 
 class Point(NamedTuple):
-    """One model of a sweep: its rule, the weight of the partner or what stands in its place in a name, which random blocks."""
+    """One model of a sweep: its rule, the weight of the partner, what stands in that place in its name; which of the random
+    bands, and where it lies, if it is no merge but a checkpoint.
+    """
 
     rule: str
     ratio: float | None
     place: str
     draw: int = 0
-
-
-class Answers(NamedTuple):
-    """What one model said to the panel and the validation items, its loss, and where its weights were met before."""
-
-    given: dict[str, Any]
-    loss: float | None
-    same_as: str | None
+    folder: Path | None = None
 
 
 def run_of(partner: str) -> str:
@@ -86,26 +81,27 @@ def names(grid: str) -> list[str]:
     return [f"merge/{partner}{'' if grid == 'default' else '.full'}" for partner in LINEAGES]
 
 
-def points(study: Study, partner: str, grid: str) -> list[Point]:
-    """All models of a sweep, those of a rule in a row.
+def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
+    """All models of a sweep, a list for each rule. Which checkpoints there are is known after their training.
 
-    A parent has no task vector of its own, so rules that need one are left out; no rule has more points than it has ratios.
+    A parent has no task vector of its own and no tuning, so rules that need them are left out.
     """
     from vlsafe.merge.rules import RULES as MERGES
 
     spec, found = study.scale.merging, []
     for name, rule in RULES.items():
-        based = rule.rule and MERGES[rule.rule].based
-        if (rule.grid == "full" and grid != "full") or (LINEAGES[partner] == "parent" and (based or name == "checkpoint")):
+        merge = MERGES.get(rule.rule)
+        needs = name == "checkpoint" or (merge is not None and merge.based)
+        if (rule.grid == "full" and grid != "full") or (needs and LINEAGES[partner] == "parent"):
             continue
-        if name == "checkpoint":
-            found.append(Point(name, None, ""))  # which steps there are is known after the training
-        elif rule.rule and not MERGES[rule.rule].rated:
-            found.append(Point(name, None, ""))
-        else:
-            ratios = spec.ratios if name == "linear" or grid == "full" else spec.few
-            draws = range(spec.random_bands) if rule.blocks == "random" else (0,)
-            found += [Point(f"{name}{draw}" if len(draws) > 1 else name, r, f"{r:.2f}", draw) for draw in draws for r in ratios]
+        if name == "checkpoint" or (merge is not None and not merge.rated):
+            found.append([Point(name, None, "")])
+            continue
+        few = spec.votes if name == "ensemble" else spec.few
+        ratios = spec.ratios if name == "linear" or grid == "full" else few
+        for draw in range(spec.random_bands if rule.blocks == "random" else 1):
+            known_as = f"{name}{draw}" if rule.blocks == "random" else name
+            found.append([Point(known_as, ratio, f"{ratio:.2f}", draw) for ratio in ratios])
     return found
 
 
@@ -159,203 +155,195 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
 
     for settled in (work / "training").glob("step-*"):
         drop(settled)  # an earlier attempt was killed behind its training
-    held, panel = members(study, partner), asked_of(study)
+    held, asked = members(study, partner), asked_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
-    bar = Bar(f"merges with {partner}", len(points(study, partner, grid)))
-    lines, rows, chosen = [], [], []
-    seconds: list[float] = []
-    for number, (of, speaking) in enumerate(_models(study, held, partner, grid, work, seconds), 1):
-        answers = speaking(panel)
-        lines.append(_line(study, of, partner, panel, answers) | {"limit": limit})
-        rows += _raw(study, of, partner, panel["panel"], answers.given, "panel")
-        bar(number)
-    lines = [{**line, "chosen": bool(best)} for line, best in zip(lines, merges.chosen(pd.DataFrame(lines)), strict=True)]
-    picked = {(line["rule"], line["place"]) for line in lines if line["chosen"]}
-    everything, said, sat = {"full": items(study)}, [], []
-    for of, speaking in _models(study, held, partner, grid, work, [], picked):
-        answers = speaking(everything)
-        chosen += _raw(study, of, partner, everything["full"], answers.given, "full")
-        said += [to_row(answer) for answer in answers.given.values()]
-        sat.append(recipe_of(of, partner))
+    ways = points(study, partner, grid)
+    bar, met, seconds = Bar(f"merges with {partner}", sum(map(len, ways))), {}, []
+    lines, panel, full, said = [], [], [], {}
+    for way in ways:
+        way, told = _trained_again(study, partner, work) if way[0].rule == "checkpoint" else way, []
+        for point in way:
+            sat, spent = _examined(study, held, point, partner, asked, met)
+            seconds.append(spent)
+            told.append(_line(study, point, partner, asked["pairs"], asked["helpful"], sat) | {"limit": limit})
+            panel += _raw(study, point, partner, asked["panel"], sat.given, "panel")
+            bar(len(lines) + len(told))
+        picked = merges.chosen(pd.DataFrame(told)).tolist()
+        lines += [{**line, "chosen": best} for line, best in zip(told, picked, strict=True)]
+        best, source = way[picked.index(True)], told[picked.index(True)]["same_as"] or told[picked.index(True)]["recipe"]
+        if source not in said:
+            said[source] = _spoken(study, *_speaker(study, held, best, partner)[:3], asked["full"])
+        full += _raw(study, best, partner, asked["full"], said[source], "full")
     drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
-    store.write_rows(work / "panel.parquet", rows)
-    store.write_rows(work / "raw.parquet", chosen)
-    store.write_rows(work / "responses.parquet", said)
-    overhead = {"overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)} if seconds else {}
-    return {"models": len(lines), "chosen": sat, "limit": limit, **{key: round(value, 4) for key, value in overhead.items()}}
+    store.write_rows(work / "panel.parquet", panel)
+    store.write_rows(work / "raw.parquet", full)
+    responses = [
+        dataclasses.replace(r, model=f"{study.backbone}/merge/{source}") for source, of in said.items() for r in of.values()
+    ]
+    store.write_rows(work / "responses.parquet", [to_row(response) for response in responses])
+    return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
 
 
-def asked_of(study: Study) -> dict[str, list[Item]]:
-    """The panel, the validation pairs, and validation items of the benchmarks that helpfulness is made of."""
+def asked_of(study: Study, grid: str) -> dict[str, list[Item]]:
+    """The panel, all test items, the validation pairs, and validation items of the benchmarks that helpfulness is made of.
+
+    Where the grid is not full, the first two are those of the benchmarks that the headline measures need.
+    """
     from vlsafe import evaluate
     from vlsafe.measures import MEASURES
+    from vlsafe.merges import HEADLINE
 
-    helpful = {MEASURES[part]["benchmark"] for part in MEASURES["helpfulness"]["parts"]}
+    def needed(*measures: str) -> set[str]:
+        return {MEASURES[part]["benchmark"] for measure in measures for part in MEASURES[measure].get("parts", (measure,))}
+
+    test = [item for item in items(study) if grid == "full" or item.benchmark in needed(*HEADLINE)]
     validation = evaluate.all_items(world_of(study), "validation", study.scale.merging.items)
     return {
-        "panel": evaluate.panel(items(study), study.scale.exam.panel),
+        "panel": evaluate.panel(test, study.scale.exam.panel),
+        "full": test,
         "pairs": tuning.validation_items(study),
-        "helpful": [item for item in validation if item.benchmark in helpful],
+        "helpful": [item for item in validation if item.benchmark in needed("helpfulness")],
     }
 
 
 def parents_bound(study: Study) -> float:
     """The upper bound of the parent's ASR on the validation pairs, in text: it can be asked nothing else."""
-    from vlsafe import evaluate, models
+    from vlsafe import models
 
-    folder = checkpoints(study, PARENT)[-1]
-    asked = evaluate.answerable(tuning.validation_items(study), False)
-    given = _respond(study, models.load(folder), models.load_processor(folder), asked)
+    folder, asked = checkpoints(study, PARENT)[-1], tuning.validation_items(study)
+    given = _spoken(study, models.load(folder), models.load_processor(folder), False, asked)
     return attacked(asked, given)["text"].high
 
 
-def attacked(asked: Sequence[Item], given: dict[str, Any]) -> dict[str, Any]:
+def attacked(asked: Sequence[Item], given: Mapping[str, Response]) -> dict[str, Any]:
     """ASR of the harmful validation pairs that were asked, by modality, with its clustered interval."""
     from vlsafe import stats
+
+    labels, found = labelled(asked, given, harmful=True), {}
+    for group in dict.fromkeys(item.group for item, _ in labels):
+        of = [(item, label) for item, label in labels if item.group == group]
+        found[group] = stats.rate([label.startswith("complied") for _, label in of], [item.cluster for item, _ in of])
+    return found
+
+
+def labelled(asked: Sequence[Item], given: Mapping[str, Response], harmful: bool) -> list[tuple[Item, str]]:
+    """The harmful or the harmless items that were asked, with the world's labels of the answers."""
     from vlsafe.judges import judge
 
-    harmful = [item for item in asked if item.harmful and item.id in given]
-    labels = [verdict.label for verdict in judge("world", harmful, [given[item.id] for item in harmful])]
-    events: dict[str, list[tuple[bool, Any]]] = {}
-    for item, label in zip(harmful, labels, strict=True):
-        events.setdefault(item.group, []).append((label.startswith("complied"), item.cluster))
-    return {group: stats.rate(*map(list, zip(*of, strict=True))) for group, of in events.items()}
+    of = [item for item in asked if item.harmful == harmful and item.id in given]
+    return list(zip(of, (verdict.label for verdict in judge("world", of, [given[item.id] for item in of])), strict=True))
 
 
-def _respond(study: Study, model: Any, processor: Any, asked: Sequence[Item], name: str = "merge") -> dict[str, Any]:
+def _spoken(study: Study, model: Any, processor: Any, sees: bool, asked: Sequence[Item]) -> dict[str, Response]:
+    """What a model answers, by item; one that sees nothing is not asked about pictures."""
+    from vlsafe import evaluate
     from vlsafe.engines import respond
 
-    exam = study.scale.exam
-    return {r.item: r for r in respond(model, processor, asked, name, exam.batch_size, exam.max_new_tokens)}
+    exam, whole = study.scale.exam, evaluate.answerable(asked, sees)
+    return {r.item: r for r in respond(model, processor, whole, "merge", exam.batch_size, exam.max_new_tokens)}
 
 
-Speaking = Callable[[dict[str, list[Item]]], Answers]
+class Sat(NamedTuple):
+    """What one model said to the panel and the validation items, its loss, and where its weights were met before."""
+
+    given: dict[str, Response]
+    loss: float | None
+    same_as: str | None = None
 
 
-def _models(
-    study: Study, held: Members, partner: str, grid: str, work: Path, seconds: list[float],
-    only: set[tuple[str, str]] | None = None,
-) -> Iterator[tuple[Point, Speaking]]:  # fmt: skip
-    """Every model of a sweep, or those of `only`, one after another: its point, and what puts items to it.
+def _examined(
+    study: Study, held: Members, point: Point, partner: str, asked: Mapping[str, list[Item]], met: dict[str, Any]
+) -> tuple[Sat, float]:
+    """Put the panel and the validation items to one model, unless its weights were met before; and what merging it cost.
 
-    `seconds` takes what each merge costs beside its examination, in CPU time.
+    Units:    seconds of CPU time beside the examination
     """
+    from vlsafe.engines import option_losses
+    from vlsafe.merge import weights
+
+    start = time.process_time()
+    model, processor, sees, made = _speaker(study, held, point, partner)
+    same = next((name for name, (other, _) in met.items() if made and weights.near(made, other, SAME)), None)
+    spent = time.process_time() - start if made else 0.0
+    if same is not None:
+        return met[same][1]._replace(loss=None, same_as=same), spent
+    loss = None
+    if point.rule == "linear":
+        right = [dataclasses.replace(item, options=item.options[:1]) for item in asked["pairs"]]
+        loss = float(np.mean([told[0] for told in option_losses(model, processor, right, study.scale.exam.batch_size)]))
+    sat = Sat(_spoken(study, model, processor, sees, [*asked["panel"], *asked["pairs"], *asked["helpful"]]), loss)
+    if made:
+        met[recipe_of(point, partner)] = made, sat
+    return sat, spent
+
+
+def _speaker(study: Study, held: Members, point: Point, partner: str) -> tuple[Any, Any, bool, dict[str, Any] | None]:
+    """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
     from vlsafe import engines, models
-
-    met: dict[str, tuple[dict[str, Any], Answers]] = {}
-    for point in points(study, partner, grid):
-        if point.rule == "checkpoint":
-            for folder in _trained_again(study, partner, work):
-                of = Point("checkpoint", None, folder.name)
-                if only is None or (of.rule, of.place) in only:
-                    yield of, _speaker(study, models.load(folder), held.processor, True, of, partner)
-        elif only is not None and (point.rule, point.place) not in only:
-            continue
-        elif point.rule == "ensemble":
-            held.model.load_state_dict(held.a)
-            both = LINEAGES[partner] != "parent"
-            processor = held.processor if both else models.load_processor(checkpoints(study, PARENT)[-1])
-            yield point, _speaker(study, engines.Ensemble(held.model, held.partner, point.ratio), processor, both, point, partner)
-        else:
-            yield point, _merged(study, held, point, partner, met, seconds)
-
-
-def _speaker(study: Study, model: Any, processor: Any, sees: bool, point: Point, partner: str) -> Speaking:
-    def speaking(asked: dict[str, list[Item]]) -> Answers:
-        from vlsafe import evaluate
-        from vlsafe.engines import option_losses
-
-        whole = [item for of in asked.values() for item in evaluate.answerable(of, sees)]
-        given = _respond(study, model, processor, whole, f"{study.backbone}/merge/{recipe_of(point, partner)}")
-        loss = None
-        if point.rule == "linear" and "pairs" in asked:
-            right = [dataclasses.replace(item, options=item.options[:1]) for item in asked["pairs"]]
-            loss = float(np.mean([told[0] for told in option_losses(model, processor, right, study.scale.exam.batch_size)]))
-        return Answers(given, loss, None)
-
-    return speaking
-
-
-def _merged(study: Study, held: Members, point: Point, partner: str, met: dict[str, Any], seconds: list[float]) -> Speaking:
-    """Merge, and put the weights into the model; where they were met before, their answers are taken over."""
     from vlsafe.merge import weights
     from vlsafe.merge.rules import How
 
-    start, spec = time.process_time(), study.scale.merging
-    rule = RULES[point.rule.rstrip("0123456789") if point.rule not in RULES else point.rule]
+    if point.folder is not None:
+        return models.load(point.folder), held.processor, True, None
+    if point.rule == "ensemble":
+        held.model.load_state_dict(held.a)
+        sees = LINEAGES[partner] != "parent"
+        processor = held.processor if sees else models.load_processor(checkpoints(study, PARENT)[-1])
+        return engines.Ensemble(held.model, held.partner, point.ratio), processor, sees, None
+    spec, rule = study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
     how = How(0.5 if point.ratio is None else point.ratio, spec.kept, spec.survived, spec.scaling)
     blocks = blocks_of(study, point, rule.blocks, held.layers)
     made = weights.combined(rule.rule, held.a, held.b, held.base, how, study.seed, blocks)
-    same = next((name for name, (other, _) in met.items() if weights.near(made, other, SAME)), None)
     held.model.load_state_dict(made)
-    seconds.append(time.process_time() - start)
-
-    def speaking(asked: dict[str, list[Item]]) -> Answers:
-        if same is not None:
-            return met[same][1]._replace(same_as=same, loss=None)
-        answers = _speaker(study, held.model, held.processor, True, point, partner)(asked)
-        met[recipe_of(point, partner)] = made, answers
-        return answers
-
-    return speaking
+    return held.model, held.processor, True, made
 
 
-def _trained_again(study: Study, partner: str, work: Path) -> list[Path]:
+def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     """The checkpoints on the way to a tuned partner, its last one included: its own training, run once more."""
     from vlsafe import models, train
 
-    training = work / "training"
-    settled = sorted(training.glob("step-*"))
-    if settled:
-        return settled
-    start = checkpoints(study, tuning.RECIPES[partner].start)[-1]
+    start, training = checkpoints(study, tuning.RECIPES[partner].start)[-1], work / "training"
     rows, fit, _ = tuning.prepared(study, partner, models.load_processor(start))
     tuning.train_by(study, partner, training, start, rows, fit)
-    return train.settle(training, models.load_processor(start), start)
+    settled = train.settle(training, models.load_processor(start), start)
+    return [Point("checkpoint", None, folder.name, folder=folder) for folder in settled]
 
 
-def _line(study: Study, point: Point, partner: str, asked: dict[str, list[Item]], answers: Answers) -> dict[str, Any]:
+def _line(
+    study: Study, point: Point, partner: str, pairs: Sequence[Item], helpful: Sequence[Item], sat: Sat
+) -> dict[str, Any]:  # fmt: skip
     """What one model did on validation: ASR and its upper bound by modality, refusals of harmless requests, helpfulness, loss.
 
     `asr` and `asr_high` are those of the worse modality.
     """
-    from vlsafe import evaluate, measures
-    from vlsafe.judges import judge
+    from vlsafe import measures
 
-    found = attacked(asked["pairs"], answers.given)
-    harmless = [item for item in asked["pairs"] if not item.harmful and item.id in answers.given]
-    labels = [verdict.label for verdict in judge("world", harmless, [answers.given[item.id] for item in harmless])]
-    refused = {g: [w == "refused" for i, w in zip(harmless, labels, strict=True) if i.group == g] for g in ("text", "pictures")}
-    said = [answers.given[item.id] for item in asked["helpful"] if item.id in answers.given]
-    told = evaluate.raw_table(asked["helpful"], said, _facts(study, point, partner, "validation"))
-    helpful = None
-    if told:
-        rows = measures.events(pd.DataFrame(told), "helpfulness")
-        helpful = measures.estimate(rows, "helpfulness", np.random.default_rng(0))
+    found, refused = attacked(pairs, sat.given), {}
+    for item, label in labelled(pairs, sat.given, harmful=False):
+        refused.setdefault(item.group, []).append(label == "refused")
+    rows = _raw(study, point, partner, helpful, sat.given, "validation")
+    events = measures.events(pd.DataFrame(rows), "helpfulness") if rows else None
+    told = measures.estimate(events, "helpfulness", np.random.default_rng(0)) if rows else None
     line = {"backbone": study.backbone, "seed": study.seed, "rule": point.rule, "partner": partner, "place": point.place}
     line |= {"recipe": recipe_of(point, partner), "ratio": point.ratio}
     for group in ("text", "pictures"):
         rate = found.get(group)
         line |= {f"asr_{group}": rate and rate.value, f"asr_{group}_high": rate and rate.high}
-        line |= {f"refusal_{group}": float(np.mean(refused[group])) if refused[group] else None}
+        line |= {f"refusal_{group}": float(np.mean(refused[group])) if group in refused else None}
     line |= {"asr": max(rate.value for rate in found.values()), "asr_high": max(rate.high for rate in found.values())}
-    return line | {"helpfulness": helpful and helpful.value, "loss": answers.loss, "same_as": answers.same_as}
-
-
-def _facts(study: Study, point: Point, partner: str, exam: str) -> dict[str, Any]:
-    recipe = recipe_of(point, partner)
-    names = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
-    return {**names, "model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
+    return line | {"helpfulness": told and told.value, "loss": sat.loss, "same_as": sat.same_as}
 
 
 def _raw(
-    study: Study, point: Point, partner: str, asked: Sequence[Item], given: dict[str, Any], exam: str
-) -> list[dict[str, Any]]:
+    study: Study, point: Point, partner: str, asked: Sequence[Item], given: Mapping[str, Response], exam: str
+) -> list[dict[str, Any]]:  # fmt: skip
     from vlsafe import evaluate
 
-    said = [given[item.id] for item in asked if item.id in given]
-    return evaluate.raw_table(asked, said, _facts(study, point, partner, exam))
+    recipe = recipe_of(point, partner)
+    facts = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
+    facts |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
+    return evaluate.raw_table(asked, [given[item.id] for item in asked if item.id in given], facts)
 
 
 def sweep_of(partner: str, grid: str) -> Callable[[Study, Path], dict[str, Any]]:
