@@ -120,7 +120,7 @@ def test_the_report_is_one_file_with_the_claims_on_top(folder, tmp_path):
     assert order == sorted(order)
     pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
     assert len(pictures) == len(list(folder.glob("*.png"))) and set(pictures) == {"data:"}
-    assert not re.findall(r'(?:src|href)="https?://[^"]*"', html)
+    assert "<script" not in html and not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http', html)
     with pytest.raises(FileNotFoundError, match="vlsafe gallery"):
         cards.report(tmp_path, tmp_path / "none.html")
 
