@@ -35,7 +35,7 @@ def test_a_stamp_names_the_runs_that_an_artefact_reads():
 @pytest.fixture
 def results(tmp_path):
     """Two folders with one table each: the second in another order, one number moved by 0.003."""
-    frame = pd.DataFrame({"recipe": ["a", "b", "b"], "seed": [0, 0, 1], "value": [0.1, 0.2, 0.3], "n": [10, 10, 10]})
+    frame = pd.DataFrame({"recipe": ["a", None, None], "seed": [0, 0, 1], "value": [0.1, 0.2, 0.3], "n": [10, 10, 10]})
     for name, of in (("one", frame), ("two", frame.iloc[::-1].assign(value=[0.303, 0.2, 0.1]))):
         (tmp_path / name).mkdir()
         of.to_csv(tmp_path / name / "T02.csv", index=False)

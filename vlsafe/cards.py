@@ -94,7 +94,8 @@ def _compared(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[st
 
 def _keyed(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Lines by their keys as text; equal keys are told apart by their order."""
-    text = frame[list(keys)].astype(str).agg("|".join, axis=1) if keys else pd.Series("", index=frame.index)
+    words = [["" if pd.isna(v) else f"{v:g}" if isinstance(v, int | float) else str(v) for v in frame[key]] for key in keys]
+    text = pd.Series(["|".join(of) for of in zip(*words, strict=True)] if words else "", index=frame.index, dtype=object)
     return frame.set_index(text + "|" + text.groupby(text).cumcount().astype(str))
 
 
