@@ -35,7 +35,7 @@ def test_a_stamp_names_the_runs_that_an_artefact_reads():
 @pytest.fixture
 def results(tmp_path):
     """Two folders with one table each: the second in another order, one number moved by 0.003."""
-    frame = pd.DataFrame({"recipe": ["a", "b", "b"], "seed": [0, 0, 1], "value": [0.1, 0.2, 0.3], "n": [10, 10, 10]})
+    frame = pd.DataFrame({"recipe": ["a", None, None], "seed": [0, 0, 1], "value": [0.1, 0.2, 0.3], "n": [10, 10, 10]})
     for name, of in (("one", frame), ("two", frame.iloc[::-1].assign(value=[0.303, 0.2, 0.1]))):
         (tmp_path / name).mkdir()
         of.to_csv(tmp_path / name / "T02.csv", index=False)
@@ -120,7 +120,7 @@ def test_the_report_is_one_file_with_the_claims_on_top(folder, tmp_path):
     assert order == sorted(order)
     pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
     assert len(pictures) == len(list(folder.glob("*.png"))) and set(pictures) == {"data:"}
-    assert not re.findall(r'(?:src|href)="https?://[^"]*"', html)
+    assert "<script" not in html and not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http', html)
     with pytest.raises(FileNotFoundError, match="vlsafe gallery"):
         cards.report(tmp_path, tmp_path / "none.html")
 

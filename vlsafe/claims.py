@@ -231,7 +231,7 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
         return points.apply(lambda x: "" if pd.isna(x[low]) else f"[{x[low]:+.0f}, {x[high]:+.0f}]", axis=1)
 
     shown = ledger[["claim", "statement", "backbone", "these_models", "this_recipe"]].copy()
-    shown["decided by"] = ledger["part"]
+    shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": ledger["part"]})
     shown["effect"] = [
         ("" if pd.isna(value) else f"{value:+.0f} ") + told
         for value, told in zip(points["effect"], interval("low", "high"), strict=True)

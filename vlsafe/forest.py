@@ -86,11 +86,10 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     backbones, names = sorted(rates["backbone"].unique()), list(dict.fromkeys(rates["judge"]))
     names = sorted(names, key=lambda name: (name == "people", name != "world", name))
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(backbones), figsize=(1.2 + 2.9 * len(backbones), 5.2), squeeze=False, sharey=True, layout="constrained"
-        )
-        for row, modality in zip(axes, ("text", "pictures"), strict=True):
-            for axis, backbone in zip(row, backbones, strict=True):
+        size = (7.0, 0.9 + 2.4 * len(backbones))
+        figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for row, backbone in zip(axes, backbones, strict=True):
+            for axis, modality in zip(row, ("text", "pictures"), strict=True):
                 of = rates[(rates["backbone"] == backbone) & (rates["modality"] == modality)]
                 for (stage, recipe), line in of.groupby(["stage", "recipe"]):
                     line = line.set_index("judge").reindex(names).dropna(subset=["value"])
@@ -121,7 +120,7 @@ def _judged(pairs: pd.DataFrame) -> str:
     ranks, answers = (
         ", ".join(f"{name} {_figure(value)}" for name, value in told[column].items()) for column in ("tau", "kappa")
     )
-    return f"Least agreement of two judges: ranking τ {ranks}; answers κ {answers}"
+    return f"Two judges at worst: ranking τ {ranks}; answers κ {answers}"
 
 
 def _figure(value: float) -> str:
