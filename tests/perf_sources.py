@@ -111,7 +111,8 @@ def main() -> int:
         with open(Path(folder) / "lines.jsonl", encoding="utf-8") as file:
             numbers = [int(json.loads(row)["id"].partition("#")[2]) for row in file]
         whole = killed and numbers == list(range(LINES))
-        held.append(line(f"{len(numbers):,} audit lines, {rows:,} of them after a SIGKILL, none lost or twice", *cost, whole, cost[0] + OWN))
+        what = f"{len(numbers):,} audit lines, {rows:,} of them after a SIGKILL, none lost or twice"
+        held.append(line(what, *cost, whole, cost[0] + OWN))
     return 0 if all(held) else 1
 
 
