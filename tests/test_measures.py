@@ -136,7 +136,8 @@ def test_a_composite_is_compared_part_by_part():
     assert found["low"].tolist() == [0, 0] and found["high"].tolist() == pytest.approx([1 / 3, 256 / 255 / 3])
 
 
-OPEN = dict.fromkeys(("letters", "mmbench-letters", "siuo-letters"), "what a picture")  # per judge that can be at a loss: a response that it cannot judge
+# Per judge that can be at a loss: a response that it cannot judge.
+OPEN = dict.fromkeys(("letters", "mmbench-letters", "siuo-letters"), "what a picture")
 
 
 def test_only_the_known_judges_can_be_at_a_loss():
