@@ -190,10 +190,10 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _gallery(arguments: argparse.Namespace) -> None:
     from vlsafe import gallery
-    from vlsafe.stages.results import results
+    from vlsafe.stages.results import made, results
 
     studies = _studies(arguments)
-    runs = {study.run(name).folder: study.run(name) for study in studies for name in stages.planned(arguments.grid)}
+    runs = {folder: study.run(name) for study, name, folder in made(studies, stages.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
         noted = store.read_manifest(run)

@@ -19,15 +19,22 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """Every table and figure with its CSV twin, and one provenance file that says which runs they are made of.
+    """Every table and figure whose frames are there, with its CSV twin, and one provenance file of the runs behind them.
 
-    `found` are the results of `stages.results` by name.
+    `found` are the results of `stages.results` by name. An artefact is left out where FAMILIES says that it needs more.
+
+    Raises:   ValueError where there is no raw table at all
     """
+    if "raw" not in found:
+        raise ValueError("no examination is made yet; `make reproduce` makes them")
     raw = found["raw"]
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
-    for sheets, pictures in (_adaptation(found, scale), _tuning(found, scale)):
+    for family, needed in FAMILIES.items():
+        if not needed <= set(found):
+            continue
+        sheets, pictures = family(found, scale)
         for name, (frame, title, *more) in sheets.items():
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
@@ -109,3 +116,7 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
         "T05_checkpoints": (found["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }
     return written, drawn
+
+
+FAMILIES = {_adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}}
+"""What makes tables and figures -> the frames that it needs."""
