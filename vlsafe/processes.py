@@ -188,7 +188,7 @@ def claimed(many: int, folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
 def die_with_parent() -> None:
