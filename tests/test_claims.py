@@ -174,8 +174,8 @@ def test_the_ledger_repeats_and_names_every_claim_of_the_issue(three):
 def merged(text, pictures, helpful, ensemble):
     """Nine tuned models alike, a merged model, and the ensemble of its members."""
     tuned = {f"safety/{name}": of_two(30, 40) for name in claims.METHODS}
-    own = {claims.MERGED.replace("*", "0.60"): of_two(text, pictures, help=helpful)}
-    return study(n=200, **tuned, **own, **{claims.ENSEMBLE.replace("*", "0.50"): ensemble})
+    own = {claims.MERGED[0].replace("[1-9]*", "60"): of_two(text, pictures, help=helpful)}
+    return study(n=200, **tuned, **own, **{claims.ENSEMBLE[0].replace("[1-9]*", "50"): ensemble})
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,9 @@ def merged(text, pictures, helpful, ensemble):
 def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, better):
     ledger = claims.ledger(found(merged(*model, ensemble))).set_index("claim")
     assert (ledger.loc["10", "these_models"], ledger.loc["11", "these_models"]) == (front, better)
-    assert claims.is_merged(claims.MERGED.replace("*", "0.60")) and not claims.is_merged("merge/ties/filtered-full+sl-full/0.60")
+    assert claims.is_merged("merge/linear/filtered-full+sl-full/0.60") and ledger.loc["10b", "these_models"] == NOT
+    others = ("merge/ties/filtered-full+sl-full/0.60", "merge/linear/filtered-full+sl-full/1.00")  # the latter is SL itself
+    assert not any(map(claims.is_merged, others))
 
 
 def inside(seed, lost, located=True):
@@ -229,6 +231,7 @@ def test_claims_about_the_inside(lost, asr, verdict):
     assert ledger.loc["7", "effect"] == pytest.approx(lost, abs=0.01) and ledger.loc["7b", "these_models"] != SUPPORTED
     assert ledger.loc["8", "these_models"] == verdict and ledger.loc["8", "effect"] == pytest.approx((asr[0] - asr[1]) / 100)
     assert ledger.loc["9", "these_models"] == ledger.loc["9b", "these_models"] == SUPPORTED
+    assert ledger.loc["7", "detectable"] < 0.1  # a change of a cosine is smaller than one of an answer
     assert ledger.loc["9b", "effect"] == pytest.approx(-0.2, abs=0.01)
     nowhere = claims.prepared(whole | {"located": whole["located"].assign(located=False)})
     assert set(claims.ledger(nowhere).set_index("claim").loc[["7", "7b", "8"], "these_models"]) == {NOT}

@@ -72,7 +72,8 @@ def compared(part: Part, found: Mapping[Unit, Reading]) -> dict[str, Any]:
         "n": whole.n,
         "seeds": len(found),
     }
-    told["ceiling"] = bool(told["p"] >= LEVEL and room < told["detectable"])
+    strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to move
+    told["ceiling"] = bool(strict and told["p"] >= LEVEL and room < told["detectable"])
     return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
 
 
@@ -270,10 +271,10 @@ def _pictures_rise(after: str) -> Part:
     return Part("multimodal ASR rises from stage 1's", 1, STAGE_1, after, ("multimodal_asr",))
 
 
-def _not_beaten(by: str) -> Joint:
+def _not_beaten(merged: str, by: str) -> Joint:
     """No method is better than the merged model by more than the margin in both: ASR (text and pictures) and helpfulness."""
-    asr = Part(f"ASR of text plus pictures at most the margin above {by}'s", -1, f"safety/{by}", MERGED, BOTH, 2 * MARGIN)
-    return Joint("any", (asr, Part(f"helpfulness at most the margin below {by}'s", 1, f"safety/{by}", MERGED, HELP, -MARGIN)))
+    asr = Part(f"ASR of text plus pictures at most the margin above {by}'s", -1, f"safety/{by}", merged, BOTH, 2 * MARGIN)
+    return Joint("any", (asr, Part(f"helpfulness at most the margin below {by}'s", 1, f"safety/{by}", merged, HELP, -MARGIN)))
 
 
 def _beats(before: str, after: str) -> Joint:
@@ -295,7 +296,10 @@ def _mitigates(after: str) -> Joint:
 
 
 TUNED = ("safety/sl-full", "safety/dpo-both-full")  # SFT and RLHF, in the claims and in F00
-MERGED, ENSEMBLE = (f"merge/{rule}/filtered-full+sl-full/*" for rule in ("linear", "ensemble"))  # each at its chosen ratio
+# Linear merges and ensembles with either, each at the ratio that validation chose; at 0 or 1 nothing would be merged.
+MERGED, ENSEMBLE = (
+    [f"merge/{rule}/filtered-full+{run.partition('/')[2]}/0.[1-9]*" for run in TUNED] for rule in ("linear", "ensemble")
+)
 BOTH, HELP = ("text_asr", "multimodal_asr"), ("helpfulness",)
 METHODS = tuple(
     f"{name}-full" for name in ("mtl", "sl", "sl-replay", "textsft", "sibling", "dpo-text", "dpo-image", "dpo-both", "grpo-text")
@@ -333,12 +337,17 @@ CLAIMS = (
         Part("cosine below that within a task", -1, "", "", ("between", "within"), read=pulls),
     ),
     Claim("9b", "They pull against each other", Part("cosine of gradients below zero", -1, "", "", ("between",), read=pulls)),
-    Claim("10", "Merging lies on or beyond the front of all tuning methods", Joint("all", tuple(map(_not_beaten, METHODS)))),
-    Claim("11", "Merging beats the ensemble of its members", _beats(ENSEMBLE, MERGED)),
+    Claim(
+        "10", "Merging lies on or beyond the front of all tuning methods (with sequential SFT)",
+        Joint("all", tuple(_not_beaten(MERGED[0], method) for method in METHODS)),
+    ),
+    Claim("10b", "The same with DPO", Joint("all", tuple(_not_beaten(MERGED[1], method) for method in METHODS))),
+    Claim("11", "Merging beats the ensemble of its members (with sequential SFT)", _beats(ENSEMBLE[0], MERGED[0])),
+    Claim("11b", "The same with DPO", _beats(ENSEMBLE[1], MERGED[1])),
     Claim("12", "The loss is not specific to the LLaMA block", _text_rises(ADAPTED), only=("mini-qwen",)),
 )  # fmt: skip
 
 
 def is_merged(run: str) -> bool:
-    """Whether a run is the merged model that claims 10 and 11 are about, and F00 shows."""
-    return fnmatchcase(run, MERGED)
+    """Whether a run is a merged model that claims 10 and 11 are about, and F00 shows."""
+    return any(fnmatchcase(run, glob) for glob in MERGED)

@@ -240,10 +240,13 @@ def _sign_test(column: _Column) -> float:
 def _detectable(parts: Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]], se: np.ndarray, free: int, level: float):
     """The smallest difference that is found with a probability of POWER, were the items as many and as clustered as here.
 
-    A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero.
+    A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
+    change of one item is, where none was seen, is taken to be 1.
     """
     reach = stats.t.ppf(0.5 + level / 2, free) + stats.norm.ppf(POWER)
     own = sum(weight**2 / _effective((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
+    total, changed = sum(np.abs(values).sum(0) for _, values, *_ in parts), sum((values != 0).sum(0) for _, values, *_ in parts)
+    own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
     return np.maximum(reach * se, reach**2 * own / (1 + reach**2 * own))
 
 
