@@ -22,7 +22,7 @@ FLOORS = {
     "layers": 6, "interventions": 6, "maps": 6, "merges": 6, "mergeplots": 6,
     "measures": 6, "tables": 6, "arms": 6, "tradeoff": 6, "figures": 6, "fronts": 6, "gallery": 6, "claims": 6, "cards": 6,
     "modelcards": 6, "readme": 6, "readings": 6, "agreement": 6, "forest": 6,
-    "stages": 7, "notebooks": 7, "beside": 7, "golden": 7, "plan": 7, "score": 7, "cli": 8,
+    "stages": 7, "notebooks": 7, "costs": 7, "dryrun": 7, "beside": 7, "golden": 7, "plan": 7, "score": 7, "cli": 8,
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate"}
 
