@@ -1,12 +1,13 @@
 """A dozen numbers of the miniature that a change of code must not move unseen.
 
-They are recorded from a clean tree by `vlsafe golden` and compared by a test, with a tolerance for other processors: counts
-are exact, losses are relative, rates absolute. They say nothing about whether a number is right, only that it is the same.
+They are recorded from a clean tree by `vlsafe golden` and compared by a test. Counts are exact and hold everywhere. What was trained
+is compared, with a tolerance, on the kind of processor that it was recorded on: a training amplifies the last bit (LOG.md). They say nothing about whether a number is right, only that it is the same.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,21 @@ GOLDEN: dict[str, Golden] = {
 }
 
 
+def processor() -> str:
+    """The kind of processor, as far as the bits of a training depend on it: its model, and the instruction set that is used."""
+    from torch.backends import cpu
+
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {cpu.get_cpu_capability()}"
+
+
+def comparable(recorded_on: str) -> set[str]:
+    """The numbers that can be compared here: all on the processor of the record, else those that nothing was trained for."""
+    return {name for name, number in GOLDEN.items() if recorded_on == processor() or not number.absolute + number.relative}
+
+
 def missing(study: Study) -> list[str]:
     """The stages whose runs are not there or not valid; without them nothing can be compared."""
     return [
@@ -94,7 +110,7 @@ def record(study: Study, path: Path) -> None:
         )
     whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed}
     made = {golden.stage: store.told(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
-    found = {**whose, "environment": told, "runs_made_at": made, "numbers": measure(study)}
+    found = {**whose, "environment": {**told, "processor": processor()}, "runs_made_at": made, "numbers": measure(study)}
     store.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
