@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from vlsafe import stats
@@ -120,16 +119,10 @@ def weighted(
     metric: str, over: str, judge: str, strata: Mapping[str, Sequence[tuple[Hashable, float, float]]], weight: float,
     full: float = 1.0,
 ) -> Score:  # fmt: skip
-    """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown.
-
-    Draws:    clusters within strata, from a generator of fixed seed, so that the same responses give the same interval
-    """
+    """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown."""
     parts = [stats.Stratum(weight, *([row[i] for row in rows] for i in (1, 2, 0))) for rows in strata.values()]
-    least, most, low, high = stats.stratified(parts, np.random.default_rng(0))
+    least, most, low, high = stats.stratified(parts)
     sizes = [len({str(row[0]) for row in part}) for part in strata.values()]
-    if low == high:  # all clusters agree: the bootstrap knows no spread, Wilson does, on as many as they are worth together
-        worth = len(sizes) ** 2 / sum(1 / size for size in sizes)
-        low, high = (full * end for end in stats.wilson(min(1.0, least / full), worth))
     rows = [row for part in strata.values() for row in part]
     unknown = sum(row[1] != row[2] for row in rows)
     return Score(metric, over, judge, least, most, low, high, len(rows), unknown, sum(sizes), full)
