@@ -1,7 +1,8 @@
 """A dozen numbers of the miniature that a change of code must not move unseen.
 
-They are recorded from a clean tree by `vlsafe golden` and compared by a test. Counts are exact and hold everywhere. What was trained
-is compared, with a tolerance, on the kind of processor that it was recorded on: a training amplifies the last bit (LOG.md). They say nothing about whether a number is right, only that it is the same.
+They are recorded from a clean tree by `vlsafe golden` and compared by a test. Counts are exact and hold everywhere; what was
+trained is compared, with a tolerance, on the kind of processor that it was recorded on: a training amplifies the last bit.
+They say nothing about whether a number is right, only that it is the same.
 """
 
 from __future__ import annotations

@@ -120,7 +120,11 @@ def weighted(
     full: float = 1.0,
 ) -> Score:  # fmt: skip
     """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown."""
-    parts = [stats.Stratum(weight, *([row[i] for row in rows] for i in (1, 2, 0))) for rows in strata.values()]
+    unit = full / weight / len(strata)  # the best mean of a stratum
+    parts = [
+        stats.Stratum(weight * unit, *([row[i] / unit for row in rows] for i in (1, 2)), [row[0] for row in rows])
+        for rows in strata.values()
+    ]
     least, most, low, high = stats.stratified(parts)
     sizes = [len({str(row[0]) for row in part}) for part in strata.values()]
     rows = [row for part in strata.values() for row in part]
