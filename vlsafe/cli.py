@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionAbortedError) as error:
+    except (ValueError, OSError) as error:
         print(f"vlsafe: {error}", file=sys.stderr)
         return 2
 
@@ -265,6 +265,8 @@ def _readme(arguments: argparse.Namespace) -> None:
     from vlsafe import readme
 
     path = Path("README.md")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
     store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
     print(f"{path}: generated parts made anew")
 
@@ -287,7 +289,8 @@ def _unlock(arguments: argparse.Namespace) -> None:
     locks = arguments.root / ".snakemake" / "locks"
     owner = arguments.root / ".snakemake" / "owner"
     if owner.exists() and _alive(int(owner.read_text())):
-        raise ValueError("another `make reproduce` is at work in this folder; wait for it or stop it")
+        told = f"another `make reproduce` (process {owner.read_text()}) is at work in this folder; wait for it or stop it"
+        raise ValueError(told)
     for lock in locks.glob("*"):
         lock.unlink()
     owner.parent.mkdir(exist_ok=True)

@@ -41,6 +41,8 @@ def parameters(path: Path) -> dict[str, Any]:
 
     Raises:   ValueError unless there is exactly one such cell, made of plain assignments of literals
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no notebook {str(path)!r} below this folder; run this where the Snakefile is")
     cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", ())]
     if len(cells) != 1:
         raise ValueError(f"{path.name} has {len(cells)} cells tagged 'parameters', it needs one")
@@ -91,6 +93,8 @@ def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
     What went to stderr (progress, notes on older runs) was said to whoever ran it and is left out, and so are widgets, which
     are dead without a kernel. The first cell gets its line of links to the other notebooks.
     """
+    if not executed.exists():
+        raise FileNotFoundError(f"{executed.name} was not executed in this cellar; `make reproduce` does")
     done, source = nbformat.read(executed, as_version=4), nbformat.read(committed, as_version=4)
     ran = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ())]
     own = [c for c in source.cells if c.cell_type == "code"]

@@ -405,6 +405,7 @@ SMALL = dataclasses.replace(
     arm_checkpoints=(100, 500),
 )  # fmt: skip
 SCALES: dict[str, Scale] = {"mini": MINI, "small": SMALL, "paper": PAPER}
+FEW = 10  # names in an error; of more than twice as many the nearest are shown
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -415,9 +416,10 @@ def known(name: str, names: Iterable[str], what: str) -> str:
     choices = sorted(names)
     if name in choices:
         return name
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), choices, n=FEW, cutoff=0.0)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(choices)})")
+    listed = ", ".join(choices) if len(choices) <= 2 * FEW else f"{', '.join(near)} and {len(choices) - len(near)} more"
+    raise ValueError(f"unknown {what} {name!r}{hint} (known: {listed})")
 
 
 def load_scale(name: str | Path) -> Scale:
@@ -429,7 +431,12 @@ def load_scale(name: str | Path) -> Scale:
     text = str(name)
     if not text.endswith((".yaml", ".yml")):
         return SCALES[known(text, SCALES, "scale")]
-    changes = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"there is no scale file {text!r}; a scale is such a file or one of {', '.join(sorted(SCALES))}")
+    try:
+        changes = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(changes, dict) or "extends" not in changes:
         raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
@@ -446,7 +453,10 @@ def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any
     for key, value in changes.items():
         known(key, hints, f"key of {where}")
         values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
-    return dataclasses.replace(base, **values)
+    try:
+        return dataclasses.replace(base, **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
@@ -479,6 +489,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
 
 def _backbone(value: Any, those: Mapping[str, Backbone], name: str, where: str) -> Backbone:
     """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
     value = dict(value)
     base = value.pop("extends", name)
     if base not in those and base == name:

@@ -15,6 +15,7 @@ from vlsafe import store
 from vlsafe.scales import Scale, as_plain, known, load_scale
 from vlsafe.schema import Example, Item, from_row
 
+TEMPLATES = [path.stem for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")]
 SHARED = "shared"  # in place of a backbone: runs that do not depend on one
 
 
@@ -46,6 +47,9 @@ class Study:
         loaded.backbone(backbone)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
+        known(loaded.backbone(backbone).template, TEMPLATES, f"chat template of {backbone}")
+        if str(root) and Path(root).exists() and not Path(root).is_dir():
+            raise ValueError(f"the cellar {str(root)!r} is a file; root is a folder, made where there is none")
         return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
 
     def run(self, name: str) -> store.Run:
