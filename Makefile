@@ -35,9 +35,11 @@ reproduce: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. About a minute.
+# Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. A minute, then the streaming
+# merge: minutes, 10 GB of disk, and far longer where mergekit is installed or named in MERGEKIT, which it is then held to.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+	PYTHONPATH=. $(BIN)/python tests/perf_merge.py
 
 # The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
 soak: setup
