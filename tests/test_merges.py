@@ -97,8 +97,8 @@ def test_the_pictures_and_fronts_tell_their_numbers():
     assert set(points["family"]) == {"merged", "ensemble", "SFT", "adapted"}
     assert set(points["name"]) == {"linear + sl", "ties + sl", "ensemble + sl", "sl", "adapted"}
     assert points[points["family"] == "merged"]["front"].all()
-    told = mergeplots.fronts(points, "mini").get_suptitle()
-    assert told == "Greatest helpfulness at a multimodal ASR of at most 20 %: merged 67 %"
+    told = mergeplots.fronts(points, "No: 0 of 2 merges dominate every tuning (sl: 2 trades).", "mini").get_suptitle()
+    assert told == "No: 0 of 2 merges dominate every tuning"
     areas = merges.hypervolumes(table, draws=50).set_index(["measure", "family"])
     text = areas.loc["text_asr"]
     assert text.loc["merged", "area"] == pytest.approx(11 / 12 * 8 / 12 + 9 / 12 * 3 / 12)

@@ -225,12 +225,11 @@ def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
     """T07, F12 and F13."""
     merged = merges.methods(found["raw"], found["merged"])
     verdict, swept = merges.verdicts(merged), merges.sweep(found["panel"], found["merged"])
-    plane = merges.plane(found["raw"])
+    plane, told = merges.plane(found["raw"]), merges.answer(verdict)
     drawn = {
         "F12_ratio_sweep": (mergeplots.sweep(swept, scale), swept),
-        "F13_merge_fronts": (mergeplots.fronts(plane, scale), plane),
+        "F13_merge_fronts": (mergeplots.fronts(plane, told, scale), plane),
     }
-    told = merges.answer(verdict)
     written: Written = {
         "T07_merging": (
             merged,
@@ -245,7 +244,7 @@ def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
         ),
         "T07_ensembles": (
             merges.against_ensemble(found["panel"]),
-            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel",
+            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel; in fractions",
         ),
         "T07_barriers": (merges.barriers(found["merged"]), "T07. Loss barrier on the line to each partner, nats per answer"),
         "T07_choice": (found["merged"], "T07. What every merge did on the validation pairs, and which one was chosen"),

@@ -41,16 +41,24 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
                 axis.set_xlim(-0.03, 1.03)
                 axis.set_ylim(-6, 104)
             row[0].set_ylabel(f"{backbone}\npercent")
+            _label(row[-1], of[of["rule"] == "linear"])
         for axis in axes[-1]:
             axis.set_xlabel("ratio (weight of the safe partner)", fontsize=6)
-        marks = [plt.Line2D([], [], markersize=3, label=MEASURES[m]["label"], **look) for m, look in LINES.items()]
-        marks.append(plt.Line2D([], [], linestyle="", marker="x", color="black", markersize=4, label="ensemble"))
-        marks.append(plt.Line2D([], [], linestyle="", marker="^", color="black", markersize=4, label="chosen ratio"))
-        figure.legend(handles=marks, loc="outside upper left", ncols=4, frameon=False, fontsize=6)
         figure.suptitle(_chosen(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
         figure.supxlabel(_caption(rates, scale), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
+
+
+def _label(axis: Any, rates: pd.DataFrame) -> None:
+    """Name each line at its right end."""
+    last = rates[rates["ratio"] == rates["ratio"].max()].groupby("measure")["value"].mean().mul(100).sort_values()
+    for (measure, value), height in zip(last.items(), spread(last.tolist(), gap=9.0), strict=True):
+        place = dict(xy=(1.0, value), xytext=(1.06, height), xycoords=axis.get_yaxis_transform())
+        axis.annotate(
+            MEASURES[measure]["label"].replace("benign picture ", "picture\n"), **place, textcoords=axis.get_yaxis_transform(),
+            va="center", fontsize=6, color=LINES[measure]["color"], annotation_clip=False,
+        )  # fmt: skip
 
 
 def _draw_sweep(axis: Any, rates: pd.DataFrame, look: dict[str, Any]) -> None:
@@ -61,7 +69,7 @@ def _draw_sweep(axis: Any, rates: pd.DataFrame, look: dict[str, Any]) -> None:
     mean, several = 100 * by["value"].mean(), line["seed"].nunique() > 1
     low = 100 * (by["value"].min() if several else by["low"].min())
     high = 100 * (by["value"].max() if several else by["high"].max())
-    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.09, linewidth=0)
     for _, of in line.groupby("seed") if several else []:
         axis.plot(of["ratio"], 100 * of["value"], color=look["color"], linewidth=0.4, alpha=0.5)
     axis.plot(mean.index, mean, markersize=2.5, linewidth=1.1, **look)
@@ -86,14 +94,15 @@ def _caption(rates: pd.DataFrame, scale: str) -> str:
     band = "range over seeds" if rates["seed"].nunique() > 1 else "95 % interval, clustered by deed"
     n = rates.groupby("measure")["n"].max()
     asked = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
-    note = "linear merge with the adapted model; chosen on validation pairs, drawn on the panel; judge: the world's truth"
-    return f"{origin(scale)}, seeds {seeds}; bands: {band}\n{note}\nn: {asked}"
+    note = "lines: linear merge; crosses: ensemble of the same two models; triangle: the ratio that validation pairs chose"
+    return f"{origin(scale)}, seeds {seeds}; bands: {band}; judge: the world's truth\n{note}\non the panel, n: {asked}"
 
 
-def fronts(points: pd.DataFrame, scale: str) -> Figure:
+def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     """F13: attack success against helpfulness of every chosen merge, its controls and all tunings, a front for each.
 
-    `points` is `merges.plane`'s. Several seeds are averaged, intervals too; names are given to what lies on a front.
+    `points` is `merges.plane`'s, and the title the beginning of `answer`, that of `merges.answer`. Several seeds are averaged,
+    intervals too; names are given to what lies on a front.
     """
     backbones = sorted(points["backbone"].unique())
     with plt.style.context(STYLE):
@@ -109,8 +118,8 @@ def fronts(points: pd.DataFrame, scale: str) -> Figure:
             axis.set_xlabel("helpfulness, percent (→ better)")
         looks = [(name, look) for name, look in KINDS.items() if name in set(points["family"])]
         marks = [plt.Line2D([], [], linestyle="", markersize=4, label=name, **look) for name, look in looks]
-        figure.legend(handles=marks, loc="outside upper left", ncols=len(marks), frameon=False, fontsize=6)
-        figure.suptitle(_best(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        figure.legend(handles=marks, loc="outside right center", frameon=False)
+        figure.suptitle(answer.partition(" (")[0], x=0.01, ha="left", fontsize=9, fontweight="bold")
         seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
         note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, clustered by deed"
         caption = f"{origin(scale)}, seeds {seeds}; {note}\nn ≥ {int(points['n'].min())} a mark; judge: the world's truth"
@@ -141,15 +150,3 @@ def _draw_fronts(axis: Any, mean: pd.DataFrame) -> None:
             textcoords=axis.get_yaxis_transform(), fontsize=5.5, color=colour,
             arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, alpha=0.5, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),
         )  # fmt: skip
-
-
-def _best(points: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: the most helpful merge, tuning and ensemble that resist most attacks with pictures."""
-    of = points[points["modality"] == "pictures"].groupby(["family", "name"])[["asr", "helpfulness"]].mean() * 100
-    told = []
-    for what, families in (("merged", ("merged",)), ("tuned", ("SFT", "DPO", "GRPO")), ("ensemble", ("ensemble",))):
-        part = of[of.index.get_level_values("family").isin(families)].sort_values("helpfulness")
-        safe = part[part["asr"] <= 20]
-        if len(safe):
-            told.append(f"{what} {safe['helpfulness'].iloc[-1]:.0f} %")
-    return f"Greatest helpfulness at a multimodal ASR of at most 20 %: {', '.join(told) if told else 'none is that safe'}"

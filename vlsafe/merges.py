@@ -6,7 +6,7 @@ over all rules × partners × headline measures against one reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ HEADLINE = tradeoff.HEADLINE
 VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
     (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
 }  # fmt: skip
+
+
+def needed(*measures: str) -> set[str]:
+    """The benchmarks that some measures are about."""
+    return {MEASURES[part]["benchmark"] for measure in measures for part in MEASURES[measure].get("parts", (measure,))}
 
 
 def chosen(lines: pd.DataFrame) -> pd.Series:
@@ -78,12 +83,11 @@ def barriers(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def references(raw: pd.DataFrame, partner: str) -> dict[str, str]:
+def references(runs: Collection[str], partner: str) -> dict[str, str]:
     """What a merge with a partner is compared with, by name: adapted model, tunings, the ensemble with this partner."""
-    present = dict.fromkeys(named(raw))
-    own = [run for run in present if run.startswith("merge/ensemble/") and run.split("/")[2].endswith(f"+{partner}")]
+    own = [run for run in runs if run.startswith("merge/ensemble/") and run.split("/")[2].endswith(f"+{partner}")]
     found = {"adapted": MAIN_LINE["adapted"], **TUNED, **dict(zip(["ensemble"], own, strict=False))}
-    return {name: run for name, run in found.items() if run in present}
+    return {name: run for name, run in found.items() if run in runs}
 
 
 def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
@@ -92,16 +96,18 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     Units:    fractions; p-values two-sided by flipping the signs of clusters, Holm per reference
     Raises:   ValueError where there is no merge
     """
-    final = raw[raw["exam"] == "full"]
+    final = raw[(raw["exam"] == "full") & raw["benchmark"].isin(needed(*HEADLINE))]
     found, changes = rates(final, HEADLINE), []
     if found.empty:
         raise ValueError("there is no full examination of a merge; make the stages of notebook 06 first")
     for unit, part in final.groupby(UNIT):
+        runs = dict(list(part.groupby(named(part), sort=False)))
         merged = found[(found[UNIT] == list(unit)).all(axis=1)].drop_duplicates("recipe")
         for recipe, partner in zip(merged["recipe"], merged["partner"], strict=True):
-            for name, before in references(part, partner).items():
-                if before != f"merge/{recipe}":
-                    told = tradeoff.compared(part, before, f"merge/{recipe}", HEADLINE)
+            after = f"merge/{recipe}"
+            for name, before in references(runs, partner).items():
+                if before != after:
+                    told = tradeoff.compared(pd.concat([runs[before], runs[after]]), before, after, HEADLINE)
                     changes.append(told.assign(recipe=recipe, reference=name))
     change = pd.concat([part for part in changes if len(part)], ignore_index=True)
     change = pd.concat([tradeoff.holm(part) for _, part in change.groupby("reference", sort=False)], ignore_index=True)
@@ -145,15 +151,19 @@ def answer(verdict: pd.DataFrame) -> str:
 def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
     """What the linear merge changes over the output ensemble of the same two models at the same ratio, paired, on the panel.
 
-    Units:    fractions; p-values two-sided, Holm over partners × ratios × measures
+    The panel's few deeds allow an interval and no test that could survive a correction.
+
+    Units:    fractions
     """
     of, found = panel.assign(exam="full"), []
-    for recipe in [recipe for recipe in of["recipe"].unique() if recipe.startswith("ensemble/")]:
+    runs = dict(list(of.groupby("recipe", sort=False)))
+    for recipe in [recipe for recipe in runs if recipe.startswith("ensemble/")]:
         line, (_, pair, ratio) = recipe.replace("ensemble/", "linear/", 1), recipe.split("/")
-        if line in set(of["recipe"]):
-            told = tradeoff.compared(of, f"merge/{recipe}", f"merge/{line}", HEADLINE)
+        if line in runs:
+            both = pd.concat([runs[recipe], runs[line]])
+            told = tables.differences(both, f"merge/{recipe}", f"merge/{line}", HEADLINE)
             found.append(told.assign(partner=pair.partition("+")[2], ratio=float(ratio)))
-    return tradeoff.holm(pd.concat(found, ignore_index=True))
+    return pd.concat(found, ignore_index=True)
 
 
 def plane(raw: pd.DataFrame) -> pd.DataFrame:

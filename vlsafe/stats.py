@@ -278,6 +278,8 @@ def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: i
     values = np.asarray(contributions, float)
     if not len(values):
         raise ValueError("a test of paired differences needs at least one cluster")
+    if not values.any():
+        return 1.0  # every flip is as far out
     flipped = (rng.integers(2, size=(draws, len(values))) * 2 - 1) @ values
     return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
 

@@ -191,11 +191,7 @@ def asked_of(study: Study, grid: str) -> dict[str, list[Item]]:
     Where the grid is not full, the first two are those of the benchmarks that the headline measures need.
     """
     from vlsafe import evaluate
-    from vlsafe.measures import MEASURES
-    from vlsafe.merges import HEADLINE
-
-    def needed(*measures: str) -> set[str]:
-        return {MEASURES[part]["benchmark"] for measure in measures for part in MEASURES[measure].get("parts", (measure,))}
+    from vlsafe.merges import HEADLINE, needed
 
     test = [item for item in items(study) if grid == "full" or item.benchmark in needed(*HEADLINE)]
     validation = evaluate.all_items(world_of(study), "validation", study.scale.merging.items)
