@@ -37,6 +37,14 @@ COMMANDS = {
     "status --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
     "golden --root empty": ("golden|world/corpora", "clean tree|not valid", "commit first|`make reproduce`"),
     "readme": ("README.md", "no", "where the Snakefile is"),
+    "diff a b": ("folder of results", "a", "no CSV file"),
+    "doctor --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
+    "download --scale paper --only caption": ("thing from outside", "'caption'", "did you mean 'captions'"),
+    "dryrun --scale paper --gpu H10": ("GPU", "'H10'", "did you mean 'H100'"),
+    "human import --key k.csv --out o f.csv": ("key", "k.csv", "`vlsafe human export`"),
+    "merge lineer a b --ratio 0.5 --out o": ("merge rule", "'lineer'", "did you mean 'linear'"),
+    "report --figures none": ("ledger", "none", "`vlsafe gallery`"),
+    "score xstest --responses r.jsonl --out o": ("official files", "where", "--data DIR"),
     "sttus": ("argument", "'sttus'", "choose from .*status"),
 }
 FILES = {

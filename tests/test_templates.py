@@ -59,5 +59,7 @@ def test_a_picture_stands_before_the_first_request_in_every_template(pieces):
 
 
 def test_an_unknown_template_names_the_known_ones():
-    with pytest.raises(ValueError, match="there is no chat template 'llama3'; there are llama2, llama2-neutral, tulu, vicuna"):
-        chat.template("llama3")
+    with pytest.raises(
+        ValueError, match=r"there is no chat template 'llama9'; there are .*llama2, llama2-neutral, .*tulu, vicuna"
+    ):
+        chat.template("llama9")

@@ -49,6 +49,7 @@ def compare(study: Study, names: Sequence[str], text: str, picture: bytes | None
     begins like a refusal, read from each layer (`probe.refusal_by_layer`).
     """
     from vlsafe import engines, judges, models, probe
+    from vlsafe.judges import strings
     from vlsafe.schema import Item, Turn
 
     item = Item("asked", "xstest", (Turn("user", text),), (picture,) if picture else ())
@@ -59,7 +60,7 @@ def compare(study: Study, names: Sequence[str], text: str, picture: bytes | None
             continue
         model, processor = _loaded(folder)
         said = engines.respond(model, processor, [item], name, 1, study.scale.exam.max_new_tokens)[0].text
-        layers = probe.refusal_by_layer(model, processor, [(item.turns, item.images)], judges.XSTEST_PREFIXES)[0]
+        layers = probe.refusal_by_layer(model, processor, [(item.turns, item.images)], strings.XSTEST)[0]
         refused = judges.xstest_strings(item, said).label == "2_full_refusal"
         told = {"answer": said if _open(study) else WITHHELD, "refused": refused}
         lines[name] = {**told, **{f"layer {i}": round(float(share), 3) for i, share in enumerate(layers)}}

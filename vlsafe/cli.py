@@ -391,6 +391,8 @@ def _human_import(arguments: argparse.Namespace) -> None:
 
     from vlsafe import human
 
+    if not arguments.key.exists():
+        raise FileNotFoundError(f"there is no key {arguments.key}; `vlsafe human export` writes it beside its packet")
     key = pd.read_csv(arguments.key, keep_default_na=False)
     found = human.read(arguments.files, key)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -69,11 +69,15 @@ def inside(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Data
 
 
 def made(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
-    """Every stage of every study whose run is valid, and its folder."""
+    """Every stage of every study whose run is valid, and its folder.
+
+    For a sweep of merges that only the grid "full" makes, the default one stands in, which is a part of it.
+    """
     for study in studies:
-        for name in names:
-            if store.status(run := study.run(name)) == "valid":
-                yield study, name, run.folder
+        for wanted in names:
+            valid = (n for n in dict.fromkeys((wanted, wanted.removesuffix(".full"))) if store.status(study.run(n)) == "valid")
+            if name := next(valid, None):
+                yield study, name, study.run(name).folder
 
 
 def read(studies: Sequence[Study], names: Sequence[str], file: str, whose: Sequence[str] = ()) -> pd.DataFrame | None:
