@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlsafe.scales import MINI, SCALES
-from vlsafe.stages import Study, tables
+from vlsafe.stages import Study, planned
 
 torch.set_num_threads(1)
 
@@ -66,6 +66,6 @@ SCALES["nano"] = NANO
 def study(tmp_path_factory):
     """A whole NANO study, made once."""
     made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
-    for name in tables():
+    for name in planned():
         made.folder(name)
     return made

@@ -99,7 +99,8 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     A process that is done before its kill is no kill: its cellar is emptied and the next one starts from nothing.
     """
     rng, context = random.Random(0), multiprocessing.get_context("fork")
-    total = sum(store.read_manifest(study.run(name))["seconds"] for name in planned())
+    made = [name for name in planned() if name not in stages.probed()]  # what `_work` makes
+    total = sum(store.read_manifest(study.run(name))["seconds"] for name in made)
     root, kills = tmp_path / "cellar", 0
     for _ in range(20):
         process = context.Process(target=_work, args=(root,))

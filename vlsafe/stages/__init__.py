@@ -119,7 +119,7 @@ STAGES |= {
 for _name in causes.FROZEN_SETS:
     STAGES[_name] = Stage(
         causes.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causes.PROBED),
-        causes.frozen_params, "6 min",
+        causes.frozen_params, "8 min",
     )  # fmt: skip
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
@@ -141,7 +141,7 @@ def compared(grid: str = "default") -> list[str]:
 def probed(grid: str = "default") -> list[str]:
     """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
     known(grid, GRIDS, "grid")
-    looked = [name for name in STAGES if name.startswith("probe/") or name.startswith("causal/")]
+    looked = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
     remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
     return [*looked, *remedy, *map(tuning.examination, remedy), *(causes.FROZEN_SETS if grid == "full" else ())]
 
