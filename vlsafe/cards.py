@@ -24,7 +24,8 @@ _TUNED = (*_MAIN, "examination/safety.*", "safety/*", "judging/*")
 READS: dict[str, tuple[str, ...]] = {
     "T01": ("screen/*",), "F01": ("screen/*",), "T02": _MAIN, "F02": _MAIN, "F03": _MAIN,
     "T03": (*_MAIN, "examination/instruct.*"), "T04": ("examination/confounds.*",),
-    "T05": _TUNED, "F05": _TUNED, "F06": _TUNED, "T08": ("examination/*", "merge/*"), "F15": ("examination/*", "merge/*", "judging/*"),
+    "T05": _TUNED, "F05": _TUNED, "F06": _TUNED, "T08": ("examination/*", "merge/*"),
+    "F15": ("examination/*", "merge/*", "judging/*"),
 }  # fmt: skip
 
 
