@@ -138,13 +138,13 @@ def test_the_ends_of_the_linear_sweep_are_the_members(study):
         mine = panel[panel["recipe"] == f"linear/{PAIR}/{ratio}"]
         theirs = pd.DataFrame(study.rows(name, "raw.parquet")).query("exam == 'full'")
         both = mine.merge(theirs, on=["item", "judge"])
-        assert len(both) == len(mine) > 50 and (both["label_x"] == both["label_y"]).all()
+        assert len(both) == len(mine) > 20 and (both["label_x"] == both["label_y"]).all()
 
 
 def test_task_arithmetic_is_not_examined_twice(study):
     found = pd.DataFrame(study.rows("merge/sl-full", "validation.parquet")).set_index("recipe")
     assert found.loc[f"task_arithmetic/{PAIR}/0.50", "same_as"] == f"linear/{PAIR}/0.50"
-    assert found.loc[f"linear/{PAIR}/0.50", "same_as"] is None and found.loc[f"ties/{PAIR}/0.50", "same_as"] is None
+    assert found.loc[[f"linear/{PAIR}/0.50", f"ties/{PAIR}/0.50"], "same_as"].isna().all()
 
 
 def test_a_parents_merge_keeps_projector_and_tower_and_has_no_task_vector(study):

@@ -35,11 +35,14 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
     return pd.DataFrame(lines)
 
 
-def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
+def differences(
+    raw: pd.DataFrame, before: str, after: str, measures: Sequence[str], tested: bool = False
+) -> pd.DataFrame:  # fmt: skip
     """Paired change from one model to another over the items that both answered, per backbone and seed.
 
     `before` and `after` are stage/recipe; the last checkpoint of each (exam "full") is compared. Unjudged items are
-    left out of the difference and counted; a composite is compared where both models were asked all its parts.
+    left out of the difference and counted; a composite is compared where both models were asked all its parts. Where they are
+    `tested`, every line has a two-sided p-value by flipping the signs of clusters.
     """
     lines = []
     for measure in measures:
@@ -47,10 +50,10 @@ def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[s
             found = _change(judged, measure, np.random.default_rng(seed)) if len(judged) else None
             if found is None:
                 continue
-            lines.append(
-                {"backbone": backbone, "seed": seed, "measure": measure, "difference": found[0], "low": found[1],
-                 "high": found[2], "n": len(judged), "n_left_out": left_out}
-            )  # fmt: skip
+            line = dict(zip(("difference", "low", "high"), found, strict=True)) | {"n": len(judged), "n_left_out": left_out}
+            if tested:
+                line["p"] = stats.sign_flip(contributions(judged, measure), np.random.default_rng(seed))
+            lines.append({"backbone": backbone, "seed": seed, "measure": measure, **line})
     return pd.DataFrame(lines)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from vlsafe import arms, stats, tables
+from vlsafe import arms, tables
 from vlsafe.measures import MEASURES, named
 from vlsafe.schema import MAIN_LINE
 
@@ -88,18 +88,10 @@ def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
 
 def compared(rows: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
     """Paired changes from one run (stage/recipe) to another: difference, interval, p-value of each measure; of none, no lines."""
-    found = tables.differences(rows, before, after, measures)
+    found = tables.differences(rows, before, after, measures, tested=True)
     if found.empty:
         return pd.DataFrame(columns=[*UNIT, "measure", "difference", "difference_low", "difference_high", "n_left_out", "p"])
-    found = found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
-    keys = list(zip(found["backbone"], found["seed"], found["measure"], strict=True))
-    values = {
-        (*unit, measure): stats.sign_flip(tables.contributions(judged, measure), np.random.default_rng(unit[1]))
-        for measure in found["measure"].unique()
-        for unit, judged, _ in tables.paired(rows, before, after, measure)
-        if (*unit, measure) in keys
-    }
-    return found.assign(p=[values[key] for key in keys])
+    return found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
 
 
 def holm(changes: pd.DataFrame) -> pd.DataFrame:
