@@ -34,11 +34,14 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
     return pd.DataFrame(lines)
 
 
-def differences(raw: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
+def differences(
+    raw: pd.DataFrame, before: str, after: str, measures: Sequence[str], tested: bool = False
+) -> pd.DataFrame:  # fmt: skip
     """Paired change from one model to another over the items that both answered, per backbone and seed.
 
     `before` and `after` are stage/recipe; the last checkpoint of each (exam "full") is compared. Unjudged items are
-    left out of the difference and counted; a composite is compared where both models were asked all its parts.
+    left out of the difference and counted; a composite is compared where both models were asked all its parts. Where they are
+    `tested`, every line has a two-sided p-value by flipping the signs of clusters.
     """
     lines = []
     for measure in measures:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from vlsafe import arms, stats, tables
+from vlsafe import arms, tables
 from vlsafe.measures import MEASURES, named
 from vlsafe.schema import MAIN_LINE
 
@@ -89,7 +89,7 @@ def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
 
 def compared(rows: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
     """Paired changes from one run (stage/recipe) to another: difference, interval, p-value of each measure; of none, no lines."""
-    found = tables.differences(rows, before, after, measures)
+    found = tables.differences(rows, before, after, measures, tested=True)
     if found.empty:
         return pd.DataFrame(columns=[*UNIT, "measure", "difference", "difference_low", "difference_high", "n_left_out", "p"])
     found = found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})

@@ -195,11 +195,12 @@ def asked_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
     test = [item for item in items(study) if grid == "full" or item.benchmark in needed(*HEADLINE)]
     validation = evaluate.all_items(world_of(study), "validation", study.scale.merging.items)
+    helpful = [item for item in validation if item.benchmark in needed("helpfulness")]
     return {
         "panel": evaluate.panel(test, study.scale.exam.panel),
         "full": test,
         "pairs": tuning.validation_items(study),
-        "helpful": [item for item in validation if item.benchmark in needed("helpfulness")],
+        "helpful": [dataclasses.replace(item, id=f"validation-{item.id}") for item in helpful],  # test items have the same ids
     }
 
 
@@ -237,6 +238,8 @@ def _spoken(study: Study, model: Any, processor: Any, sees: bool, asked: Sequenc
     from vlsafe.engines import respond
 
     exam, whole = study.scale.exam, evaluate.answerable(asked, sees)
+    if len({item.id for item in whole}) < len(whole):
+        raise ValueError("two items that are asked together have one id; their answers could not be told apart")
     return {r.item: r for r in respond(model, processor, whole, "merge", exam.batch_size, exam.max_new_tokens)}
 
 
