@@ -50,10 +50,11 @@ def differences(
             if not strata:
                 continue
             found = stats.compare(strata, np.random.default_rng(seed))
-            lines.append(
-                {"backbone": backbone, "seed": seed, "measure": measure, "difference": float(found.effect[0]),
-                 "low": float(found.low[0]), "high": float(found.high[0]), "n": len(judged), "n_left_out": left_out}
-            )  # fmt: skip
+            line = {"difference": float(found.effect[0]), "low": float(found.low[0]), "high": float(found.high[0])}
+            line |= {"n": len(judged), "n_left_out": left_out}
+            if tested:
+                line["p"] = stats.sign_flip(contributions(judged, measure).tolist(), np.random.default_rng(seed))
+            lines.append({"backbone": backbone, "seed": seed, "measure": measure, **line})
     return pd.DataFrame(lines)
 
 
