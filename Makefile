@@ -42,7 +42,8 @@ perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
 	PYTHONPATH=. $(BIN)/python tests/perf_score.py
 
-# The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
+# At NANO: the chain of notebooks from an empty cellar, and the whole graph through Snakemake and papermill under twenty random
+# kills. A quarter of an hour, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
 

@@ -13,12 +13,15 @@ from vlsafe.stages import STAGES, Study
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 2 on a mistake of the caller."""
+    """Run one subcommand; 0 on success, 2 on a mistake of the caller or a failure of the machine."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError, ConnectionAbortedError) as error:
-        print(f"vlsafe: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(
+            f"vlsafe: {error.strerror if isinstance(error, OSError) and not error.filename and error.strerror else error}",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -51,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, required=True)
     added = command("notebooks", _notebooks, "copy the outputs of mini, seed 0, into the committed notebooks")
     _place(added)
+    added = command("agree", _agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare")
+    added.add_argument("model", help="a run, such as instruct/filtered-full")
+    added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
+    _place(added)
+    added.add_argument("--backbone", default="mini-chat")
+    added.add_argument("--seed", type=int, default=0)
     added = command("dryrun", _dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine")
     _place(added)
     added.add_argument("--backbone")
@@ -147,6 +156,15 @@ def _notebooks(arguments: argparse.Namespace) -> None:
         done = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
         notebooks.adopt(done, notebooks.FOLDER / f"{name}.ipynb", stamp)
         print(f"{name}: outputs taken over")
+
+
+def _agree(arguments: argparse.Namespace) -> None:
+    from vlsafe.stages.adaptation import engines_agree
+
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for line in engines_agree(study, known(arguments.model, STAGES, "run"), arguments.serve):
+        change = "; change {:+.3f} [{:+.3f}, {:+.3f}]".format(*line["change"]) if "change" in line else ""
+        print(f"{line['what']}: {line['share']:.3f} the same of {line['n']}{change}")
 
 
 def _dryrun(arguments: argparse.Namespace) -> None:
