@@ -36,7 +36,7 @@ def served(command: str, folder: Path) -> Iterator[servers.Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = [part.format(folder=folder, port=port) for part in shlex.split(command)]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log:  # noqa: SIM117  (the log outlives the server)
         with subprocess.Popen(line, stdout=log, stderr=log, preexec_fn=processes.die_with_parent) as running:
             try:
                 _wait(running, port, log)
