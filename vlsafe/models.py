@@ -6,6 +6,7 @@ Everything is an ordinary Hugging Face checkpoint in safetensors; code that come
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     """A decoder with random weights, sized to the tokenizer.
 
     Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
-    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Where
-    query heads share a key-value head, their mean takes the place of the one.
+    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Query heads
+    that share a key start from that key, each with the same correlation.
 
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
@@ -71,20 +72,16 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     model = AutoModelForCausalLM.from_config(config)
     for layer in model.model.layers:
         attention = layer.self_attn
-        _correlate(attention.k_proj.weight, _shared(attention.q_proj.weight, spec), spec.matching)
+        if spec.heads == spec.key_value_heads:
+            _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
+        else:
+            _correlate(attention.q_proj.weight, _per_query(attention.k_proj.weight, spec), spec.matching)
         _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
     return _with_generation_ids(model, tokenizer)
 
 
-def _shared(queries: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
-    """The query heads of each key-value head summed, at the variance of one:  [heads * D, W]  ->  [key_value_heads * D, W]"""
-    group = spec.heads // spec.key_value_heads
-    apart = queries.unflatten(0, (spec.key_value_heads, group, -1))
-    return (apart.sum(1) / group**0.5).flatten(0, 1)
-
-
 def _per_query(values: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
-    """Each value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
+    """Each key or value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
     return values.unflatten(0, (spec.key_value_heads, -1)).repeat_interleave(spec.heads // spec.key_value_heads, 0).flatten(0, 1)
 
 
@@ -206,9 +203,17 @@ def load_processor(folder: Path) -> Any:
     folder = Path(folder)
     if is_multimodal(folder):
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        processor.tokenizer = AutoTokenizer.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
+        processor.tokenizer = _load_tokenizer(folder)  # "backend" reaches the tokenizer too, and unmakes it
         return processor
-    return AutoTokenizer.from_pretrained(folder)
+    return _load_tokenizer(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved. The library goes by the model's architecture and gives a Qwen2 with our words Qwen2's own
+    way of splitting text, which knows none of them, without a word."""
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = PreTrainedTokenizerFast if told.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(folder)
 
 
 def is_multimodal(folder: Path) -> bool:
