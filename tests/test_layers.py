@@ -29,6 +29,20 @@ def test_auc_by_hand():
     assert np.nanmin(sure) == 1.0
 
 
+def test_drift_by_hand_with_single_modules_at_the_end_only():
+    """Two modules of a block with lengths 3 and 4 that move by 0.3 and 0.4: the block, of length 5, drifts by a tenth."""
+    told = dict(backbone="b", seed=0, stage="instruct", recipe="r", layer=0, rank=np.nan, full_rank=np.nan, n=1)
+    rows = [
+        told | dict(step=step, module=module, norm=length**2, change=(length / 10) ** 2)
+        for step in (1, 2)
+        for module, length in (("up_proj", 3.0), ("down_proj", 4.0))
+    ]
+    found = layers.drift(pd.DataFrame(rows))
+    assert found["drift"].to_numpy() == pytest.approx(0.1)
+    assert found.groupby("step")["module"].agg(set).to_dict() == {1: {"all"}, 2: {"all", "up_proj", "down_proj"}}
+    assert layers.drift_sheet(found)[[0, "step"]].to_numpy().tolist() == [[10.0, 2]]
+
+
 def test_rank_correlation_is_spearmans():
     points = RNG(0).integers(0, 6, size=(30, 2)).astype(float)  # with ties
     assert layers.rank_correlation(points) == pytest.approx(spearmanr(*points.T).statistic)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlsafe import stages, store
 from vlsafe.scales import known, load_scale
@@ -24,15 +25,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+"""Adds a subcommand: its name, what it runs, what it says of itself."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlsafe", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
 
+    for group in (_add_runs, _add_outside, _add_studies, _add_results):
+        group(command)
+    return parser
+
+
+def _add_runs(command: Command) -> None:
+    """What is about the runs of one study."""
     for name, run, text in (
         ("stage", _stage, "make stages, and what they need, one after another"),
         ("fresh", _fresh, "remove the runs of stages, so that they are made anew"),
@@ -63,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     _place(added)
     added.add_argument("--backbone", default="mini-chat")
     added.add_argument("--seed", type=int, default=0)
+    added = command("golden", _golden, "record the miniature's golden numbers, from a clean tree")
+    _place(added)
+
+
+def _add_outside(command: Command) -> None:
+    """What is about models, data and answers that others made, and about what a scale needs of them."""
     added = command("score", _score, "score stored responses to a real benchmark by its official metric")
     added.add_argument("benchmark")
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
@@ -84,11 +102,22 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--gpu", default="A100-80G", help="which one to count with")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
-    added = command("golden", _golden, "record the miniature's golden numbers, from a clean tree")
-    _place(added)
-    added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
-    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
     _add_merge(command("merge", _merge, "merge two checkpoints into a new one, on disk and tensor by tensor"))
+    for name, run, text in (
+        ("doctor", _doctor, "say what a scale needs from outside and what of it is here"),
+        ("download", _download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("--scale", default="paper", help="a preset or the path of a YAML file")
+        if name == "doctor":
+            added.add_argument("--deep", action="store_true", help="compare checksums as well")
+        else:
+            added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
+            added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
+
+
+def _add_studies(command: Command) -> None:
+    """What is about all runs of several studies."""
     added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
     added.add_argument("--root", type=Path, default=Path("."))
     for name, run, text in (
@@ -105,17 +134,12 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--grid", choices=stages.GRIDS, default="default", help="which safety-tuning recipes")
         else:
             added.add_argument("--deep", action="store_true", help="compare file contents, not times")
-    for name, run, text in (
-        ("doctor", _doctor, "say what a scale needs from outside and what of it is here"),
-        ("download", _download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA"),
-    ):
-        added = command(name, run, text)
-        added.add_argument("--scale", default="paper", help="a preset or the path of a YAML file")
-        if name == "doctor":
-            added.add_argument("--deep", action="store_true", help="compare checksums as well")
-        else:
-            added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
-            added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
+
+
+def _add_results(command: Command) -> None:
+    """What is made of results: pages, comparisons, packets for raters."""
+    added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
+    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
     added = command("diff", _diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
     added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
@@ -144,7 +168,6 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--draw", type=int, default=0, help="seed of the choice and the order")
         else:
             added.add_argument("--people", type=Path, required=True, help="people.csv of an import")
-    return parser
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

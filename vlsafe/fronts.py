@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,25 +21,29 @@ def plane(points: pd.DataFrame, scale: str) -> Figure:
     `points` is `tradeoff.plane`'s. Several seeds are averaged, intervals too, and each seed is a small mark; the front is that
     of the points drawn.
     """
+    note = "bars: 95 % intervals, clustered by deed\nline: models that no other beats in both; dotted: parent; "
+    note += "judge: the world's truth"
+    return planes(points, 2.7, _draw_plane, _marks(points), _told(points), _caption(points, scale, note))
+
+
+def planes(
+    points: pd.DataFrame, inches: float, draw: Callable[[Any, pd.DataFrame], None], marks: Sequence[Any], title: str, caption: str
+) -> Figure:
+    """Attack success against helpfulness, a row of `inches` per backbone, text left, pictures right; `draw` fills a plane."""
     backbones = sorted(points["backbone"].unique())
     with plt.style.context(STYLE):
-        size = (7.0, 0.7 + 2.7 * len(backbones))
+        size = (7.0, 0.8 + inches * len(backbones))
         figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
         for row, backbone in zip(axes, backbones, strict=True):
             for axis, modality in zip(row, ("text", "pictures"), strict=True):
-                of = points[(points["backbone"] == backbone) & (points["modality"] == modality)]
-                _draw_plane(axis, of)
-                axis.set_title(
-                    f"attacks in {modality}" if modality == "text" else "attacks with pictures", loc="left", fontsize=7
-                )
+                draw(axis, points[(points["backbone"] == backbone) & (points["modality"] == modality)])
+                axis.set_title("attacks in text" if modality == "text" else "attacks with pictures", loc="left", fontsize=7)
             row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
         for axis in axes[-1]:
             axis.set_xlabel("helpfulness, percent (→ better)")
-        figure.legend(handles=_marks(points), loc="outside right center", frameon=False)
-        figure.suptitle(_told(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "bars: 95 % intervals, clustered by deed\nline: models that no other beats in both; dotted: parent; "
-        note += "judge: the world's truth"
-        figure.supxlabel(_caption(points, scale, note), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
+        figure.legend(handles=marks, loc="outside right center", frameon=False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+        figure.supxlabel(caption, x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
         plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
     return figure
 

@@ -140,6 +140,7 @@ def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
     similar, located = layers.similarity(found["layers"]), found["located"]
     patched = interventions.transplants(found["patched"], located)
     vectors, gradients = layers.task_vectors(found["vectors"]), layers.gradients(found["gradients"])
+    drifted = layers.drift(found["drift"])
     gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
     drawn = {
         "F07_layer_similarity": (maps.similarity(similar, scale), layers.last(similar)),
@@ -151,7 +152,12 @@ def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
     written: Written = {
         "F07_probes": (layers.probes(found["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
         "F07_cka": (layers.alignments(found["sets"]), "F07. CKA of model and reference, jackknife over deeds"),
-        "F07_drift": (layers.drift(found["drift"]), "F07. Drift of weights from the parent, and effective rank of the change"),
+        "F07_drift": (
+            drifted,
+            "F07. Drift of weights from the parent after the last step, per block, in percent",
+            layers.drift_sheet(drifted),
+            "Layer -1: what is in no block. Every step, single modules and the effective rank of the change: the CSV.",
+        ),
         "F09_scaling": (found["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
         "F10_against_random": (
             interventions.against_random(found["patched"], located),

@@ -109,19 +109,29 @@ def alignments(sets: pd.DataFrame) -> pd.DataFrame:
 def drift(weights: pd.DataFrame) -> pd.DataFrame:
     """Per model × layer × module: length of the change against that of the weights, and effective rank as a share of the full.
 
-    Module "all" is the whole block; what is in no block stands at layer -1.
+    Module "all" is the whole block, told at every step; single modules only at a model's last. What is in no block stands at
+    layer -1.
     """
     weights = weights.assign(layer=weights["layer"].fillna(-1).astype(int))
+    final = weights[weights["step"] == weights.groupby(MODEL[:-1])["step"].transform("max")]
     frames = []
     for by, module in (([*MODEL, "layer", "module"], None), ([*MODEL, "layer"], "all")):
-        found = weights.groupby(by, sort=False).agg(
+        of = weights if module else final
+        found = of.groupby(by, sort=False).agg(
             norm=("norm", "sum"), change=("change", "sum"), rank=("rank", "sum"), n=("n", "sum")
         )
-        ranked = weights.dropna(subset=["rank"]).groupby(by, sort=False)["full_rank"].sum()
+        ranked = of.dropna(subset=["rank"]).groupby(by, sort=False)["full_rank"].sum()
         found["drift"], found["rank_share"] = np.sqrt(found["change"] / found["norm"]), found["rank"] / ranked
         frames.append(found.reset_index().assign(**({"module": module} if module else {})))
     columns = [*MODEL, "layer", "module", "drift", "rank_share", "n"]
     return pd.concat(frames, ignore_index=True)[columns]
+
+
+def drift_sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """`drift` for the eye: the drift of each block after the last step, in percent, one line per model."""
+    whole = lines[lines["module"] == "all"]
+    whole = whole[whole["step"] == whole.groupby(MODEL[:-1])["step"].transform("max")]
+    return whole.pivot(index=MODEL, columns="layer", values="drift").mul(100).round(1).reset_index()
 
 
 def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from vlsafe import tradeoff
 from vlsafe.figures import KINDS, LINES, STYLE, origin
-from vlsafe.fronts import MEAN, spread
+from vlsafe.fronts import MEAN, planes, spread
 from vlsafe.measures import MEASURES
 
 PARTNERS = {  # what each partner is for the eye
@@ -104,32 +104,16 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     `points` is `merges.plane`'s, and the title the beginning of `answer`, that of `merges.answer`. Several seeds are averaged,
     intervals too; names are given to what lies on a front.
     """
-    backbones = sorted(points["backbone"].unique())
-    with plt.style.context(STYLE):
-        size = (7.0, 0.9 + 2.9 * len(backbones))
-        figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
-        for row, backbone in zip(axes, backbones, strict=True):
-            for axis, modality in zip(row, ("text", "pictures"), strict=True):
-                of = points[(points["backbone"] == backbone) & (points["modality"] == modality)].dropna()
-                _draw_fronts(axis, of.groupby(["family", "name"], sort=False)[MEAN].mean().reset_index())
-                axis.set_title("attacks in text" if modality == "text" else "attacks with pictures", loc="left", fontsize=7)
-            row[0].set_ylabel(f"{backbone}\nattack success, percent (↓ safer)")
-        for axis in axes[-1]:
-            axis.set_xlabel("helpfulness, percent (→ better)")
-        looks = [(name, look) for name, look in KINDS.items() if name in set(points["family"])]
-        marks = [plt.Line2D([], [], linestyle="", markersize=4, label=name, **look) for name, look in looks]
-        figure.legend(handles=marks, loc="outside right center", frameon=False)
-        figure.suptitle(answer.partition(" (")[0], x=0.01, ha="left", fontsize=9, fontweight="bold")
-        seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
-        note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, clustered by deed"
-        caption = f"{origin(scale)}, seeds {seeds}; {note}\nn ≥ {int(points['n'].min())} a mark; judge: the world's truth"
-        figure.supxlabel(caption, x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
-        plt.close(figure)
-    return figure
+    looks = [(name, look) for name, look in KINDS.items() if name in set(points["family"])]
+    marks = [plt.Line2D([], [], linestyle="", markersize=4, label=name, **look) for name, look in looks]
+    seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
+    note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, clustered by deed"
+    caption = f"{origin(scale)}, seeds {seeds}; {note}\nn ≥ {int(points['n'].min())} a mark; judge: the world's truth"
+    return planes(points, 2.9, _draw_fronts, marks, answer.partition(" (")[0], caption)
 
 
-def _draw_fronts(axis: Any, mean: pd.DataFrame) -> None:
-    named = []
+def _draw_fronts(axis: Any, points: pd.DataFrame) -> None:
+    mean, named = points.dropna().groupby(["family", "name"], sort=False)[MEAN].mean().reset_index(), []
     for line in mean.itertuples():
         axis.plot(100 * line.helpfulness, 100 * line.asr, markersize=3.5, linestyle="", alpha=0.7, **KINDS[line.family])
     for colour, families in FRONTS.items():

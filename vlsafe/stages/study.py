@@ -155,6 +155,7 @@ def tokenizer_of(study: Study, template: str | None = None) -> Any:
 
 
 def processor_of(study: Study, template: str | None = None) -> Any:
+    """Words and pictures as a grafted model takes them, with a backbone's chat template where one is named."""
     from vlsafe import chat
 
     spec, loaded = study.scale.vision, study.scale.loaded
