@@ -10,6 +10,7 @@ import time
 
 import pandas as pd
 import pytest
+from datasets.fingerprint import fingerprint_rng
 
 from vlsafe import cli, gallery, stages, store
 from vlsafe.benchmarks import BENCHMARKS
@@ -86,6 +87,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(capsys):
 
 
 def _work(root):
+    fingerprint_rng.seed()  # a forked process would name its temporary files as its parent will: they share the folder
     study = Study.open("nano", "mini-chat", 0, root)
     for name in stages.tables():
         study.folder(name)
