@@ -164,7 +164,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
         way, told = _trained_again(study, partner, work) if way[0].rule == "checkpoint" else way, []
         for point in way:
             sat, spent = _examined(study, held, point, partner, asked, met)
-            seconds.append(spent)
+            seconds += [spent] if spent else []
             told.append(_line(study, point, partner, asked["pairs"], asked["helpful"], sat) | {"limit": limit})
             panel += _raw(study, point, partner, asked["panel"], sat.given, "panel")
             bar(len(lines) + len(told))
