@@ -4,9 +4,11 @@ SCALE     ?= mini
 SEEDS     ?= 0
 BACKBONES ?= mini-chat
 CORES     ?= 2
-# "full" adds LoRA and SPPFT variants of safety tuning, for the committed figures.
+# "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
 GRID      ?= default
 ROOT      ?= runs
+# A Snakemake profile: env/profiles/node (one machine, GPUs as a resource), env/profiles/slurm, or your own.
+PROFILE   ?=
 BIN       := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -15,16 +17,23 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
+SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
-.PHONY: setup reproduce test soak perf lab notebooks nbval lint clean
+.PHONY: setup dev reproduce test soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# What only developers need: a type checker, pre-commit, a driver for the browser.
+dev: .venv/.dev
+
+.venv/.dev: .venv/.installed env/dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/dev.lock
 	touch $@
 
 reproduce: setup
@@ -39,11 +48,23 @@ test: setup
 # merge: minutes, 10 GB of disk, and far longer where mergekit is installed or named in MERGEKIT, which it is then held to.
 perf: setup
 	PYTHONPATH=. $(BIN)/python tests/perf.py
+	PYTHONPATH=. $(BIN)/python tests/perf_score.py
 	PYTHONPATH=. $(BIN)/python tests/perf_merge.py
+
+# The paper's corpora at full size, synthesised: memory of the loaders, and a screen that is killed half-way.
+perf-sources: setup
+	PYTHONPATH=. $(BIN)/python tests/perf_sources.py
 
 # The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
+
+# JupyterLab in a headless Chromium, from cached runs; pictures of the screen in build/browser. Needs the system's Chromium.
+browser: dev
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_browser.py
+
+types: dev
+	$(BIN)/mypy
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -55,7 +76,9 @@ lab: setup
 notebooks: reproduce
 	$(BIN)/vlsafe notebooks --root $(ROOT)
 
+# The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup
+	$(BIN)/python -m pytest -p no:xdist tests/test_golden.py
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
 
 clean:

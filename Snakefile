@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from vlsafe.notebooks import NOTEBOOKS, code_digest
+from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import STAGES, Study, jobs, planned, tables
+from vlsafe.stages import Study, jobs, needs, planned, tables
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
@@ -27,7 +27,7 @@ def executed(study, notebook, suffix):
 
 rule all:
     input:
-        FIGURES / "provenance.json",
+        FIGURES / "report.html",
         [executed(study, notebook, ".done") for study in STUDIES for notebook in NOTEBOOKS],
     default_target: True
 
@@ -39,16 +39,19 @@ for study in STUDIES:
         if targets[0] in made:
             continue
         made.update(targets)
+        asked = needs(study, job)
 
         rule:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
-            input: [receipt(study, needed) for name in job for needed in STAGES[name].inputs if needed not in job]
+            input: [receipt(study, needed) for name in job for needed in study.stage(name).inputs if needed not in job]
             output: targets
-            priority: int(job[0].startswith("instruct/"))  # the long ones first; short ones fill the gap at the end
+            priority: int(job[0].startswith(("instruct/", "safety/mtl", "sppft/")))  # the long ones first; short ones fill the gap at the end
             log: targets[0].replace(".json", ".log")
+            resources: **{key: value for key, value in asked.items() if key != "threads"}
+            threads: asked.get("threads", 1)
             params:
                 digest=[study.run(name).digest for name in job],
-                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT} --gpus {asked.get('gpu', 0)}",
             shell: "vlsafe stage {params.call} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
     for notebook in NOTEBOOKS:
@@ -57,7 +60,7 @@ for study in STUDIES:
             name: f"notebook_{notebook}_{study.backbone.replace('-', '_')}_{study.seed}"
             input:
                 ancient(f"notebooks/{notebook}.ipynb"),
-                [receipt(study, name) for name in NOTEBOOKS[notebook]],
+                [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in NOTEBOOKS[notebook]],
             output: touch(executed(study, notebook, ".done"))
             log: executed(study, notebook, ".ipynb")
             params:
@@ -72,3 +75,9 @@ rule gallery:
     params:
         call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"
+
+
+rule report:
+    input: FIGURES / "provenance.json"
+    output: FIGURES / "report.html"
+    shell: "vlsafe report --figures {FIGURES} --out {output}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlsafe.scales import MINI, SCALES
-from vlsafe.stages import Study, tables
+from vlsafe.stages import Study, planned
 
 torch.set_num_threads(1)
 
@@ -47,6 +47,17 @@ NANO = dataclasses.replace(
     checkpoints=(2, 3),
     arm_checkpoints=(2,),
     search=dataclasses.replace(MINI.search, prompts=8, pairs=20, factors=(1.1, 1.6)),
+    probing=dataclasses.replace(
+        MINI.probing,
+        prompts=20,
+        along=6,
+        items=8,
+        random_sets=3,
+        strengths=(1.0,),
+        random_directions=2,
+        gradient_batches=2,
+        gradient_points=2,
+    ),
 )
 SCALES["nano"] = NANO
 
@@ -55,6 +66,6 @@ SCALES["nano"] = NANO
 def study(tmp_path_factory):
     """A whole NANO study, made once."""
     made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
-    for name in tables():
+    for name in planned():
         made.folder(name)
     return made

@@ -160,6 +160,7 @@ def test_confounds_by_hand():
     found = arms.confounds(raw).set_index(["measure", "condition"])
     assert found.loc["confounds_asr", "value"].to_dict() == {c: float("noise" in c) for c in confounds.CONDITIONS}
     assert found.loc[("confounds_refusal", "system+noise"), "difference"] == -1
-    assert found.loc[("confounds_refusal", "blank"), ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
+    value, low, high = found.loc[("confounds_refusal", "blank"), ["difference", "difference_low", "difference_high"]]
+    assert value == 0 and -low == high > 0  # no change among so few deeds
     assert np.isnan(found.loc[("confounds_asr", "none"), "difference"])
     assert tables.rates(raw, ["text_asr", "exaggerated_refusal"]).empty and tables.dynamics(raw, ["confounds_asr"]).empty

@@ -65,6 +65,14 @@ def test_it_is_a_qwen_on_the_shared_runs_of_the_others(brought, study):
     assert "lm_head.weight" in names and not torch.equal(names["lm_head.weight"], model.get_input_embeddings().weight)
 
 
+def test_its_words_stay_its_words_when_it_is_read_back(brought, study):
+    text = "how do i kill the process? use the spoon and the wax."
+    folders = [brought.folder("parent/aligned"), checkpoints(brought, "projector/filtered")[0], study.folder("parent/aligned")]
+    read, grafted, others = (models.load_processor(folder) for folder in folders)
+    assert read(text).input_ids == grafted.tokenizer(text).input_ids == others(text).input_ids
+    assert read.decode(read(text).input_ids) == text
+
+
 def test_its_graft_is_its_parent_on_text(brought):
     parent, graft = (models.load(f) for f in (brought.folder("parent/aligned"), checkpoints(brought, "projector/filtered")[0]))
     prompt = torch.randint(12, 200, (5, 17), generator=torch.Generator().manual_seed(0))
@@ -72,12 +80,10 @@ def test_its_graft_is_its_parent_on_text(brought):
         assert torch.equal(parent(prompt).logits, graft(prompt).logits)
 
 
-def test_keys_start_like_the_mean_of_the_queries_that_share_them(study):
-    spec = dataclasses.replace(DECODER, width=192, heads=4, key_value_heads=2, layers=1)
-    tokenizer = chat.build_tokenizer(["a"], 16)
-    attention = models.build_llm(spec, tokenizer, 0).model.layers[0].self_attn
+def test_queries_start_like_the_key_that_they_share(study):
+    spec = dataclasses.replace(DECODER, width=192, heads=4, key_value_heads=2, layers=1, matching=0.8)
+    attention = models.build_llm(spec, chat.build_tokenizer(["a"], 16), 0).model.layers[0].self_attn
     keys = attention.k_proj.weight.unflatten(0, (2, 1, -1))
     queries = attention.q_proj.weight.unflatten(0, (2, 2, -1))
     alike = torch.nn.functional.cosine_similarity(keys.flatten(2), queries.flatten(2), dim=-1)
-    assert alike.flatten().tolist() == pytest.approx([0.5**0.5] * 4, abs=0.03)
-    assert torch.allclose(keys[:, 0], queries.sum(1) / 2**0.5, atol=1e-6)
+    assert alike.flatten().tolist() == pytest.approx([0.8] * 4, abs=0.03)

@@ -46,10 +46,10 @@ def test_a_guard_reads_back_with_its_threshold_and_needs_one(study, tmp_path):
 
 
 def test_the_word_does_not_decide_but_what_cannot_be_read_stays_unread():
-    assert guards._decided(False, (), 0.6) == (True, (), 0.6)
-    assert guards._decided(True, ("S1",), 0.4) == (False, (), 0.4)
-    assert guards._decided(True, ("S1",), 0.6) == (True, ("S1",), 0.6)
-    assert guards._decided(None, (), 0.9) == (None, (), 0.9)
+    assert guards.decided(False, (), 0.6) == (True, (), 0.6)
+    assert guards.decided(True, ("S1",), 0.4) == (False, (), 0.4)
+    assert guards.decided(True, ("S1",), 0.6) == (True, ("S1",), 0.6)
+    assert guards.decided(None, (), 0.9) == (None, (), 0.9)
 
 
 def test_guard_rows_are_labelled_by_the_world():

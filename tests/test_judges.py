@@ -3,18 +3,34 @@ from pathlib import Path
 
 import pytest
 
+from vlsafe.benchmarks import official
 from vlsafe.guards import Assessment, parse_guard
-from vlsafe.judges import JUDGES, judge
+from vlsafe.judges import JUDGES, WRITTEN, judge
 from vlsafe.mix import audit, screened
 from vlsafe.schema import Example, Item, Response, Turn
 
+ANSWERS = json.loads((Path(__file__).parent / "judge_prompts_cases.json").read_text(encoding="utf-8"))
 CASES = json.loads((Path(__file__).parent / "judge_cases.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['judge']}:{c['response'][:24]!r}")
 def test_cases(case):
-    item = Item("i", "b", (), reference=case.get("reference"), options=tuple(case.get("options", ())))
+    known = dict(reference=case.get("reference"), options=tuple(case.get("options", ())), asked=case.get("asked"))
+    item = Item("i", "b", (), **known)
     assert JUDGES[case["judge"]](item, case["response"]).label == case["label"]
+
+
+@pytest.mark.parametrize("case", ANSWERS, ids=lambda c: f"{c['judge']}:{c['answer'][:24]!r}")
+def test_answers_of_judges_that_ask(case):
+    assert WRITTEN[case["judge"]].parse(case["answer"]).label == case["label"]
+
+
+def test_every_judge_has_cases_and_every_label_a_meaning():
+    assert {case["judge"].removesuffix("-literal") for case in CASES} == {name.removesuffix("-literal") for name in JUDGES}
+    assert {case["judge"] for case in ANSWERS} >= set(WRITTEN) - {f"{name}-criteria" for name in WRITTEN}
+    for case in [*CASES, *ANSWERS]:
+        if case["label"] != "unjudged" and case["judge"] in official.MEANINGS:
+            assert case["label"] in official.MEANINGS[case["judge"]], case
 
 
 def test_strangers_are_refused():

@@ -133,10 +133,11 @@ def test_a_composite_is_compared_part_by_part():
     runs = "instruct/other", "instruct/filtered-full"
     found = tables.differences(pd.concat([before, after]), *runs, ["helpfulness", "helpfulness_rescaled"])
     assert found["difference"].tolist() == pytest.approx([(1 / 2) / 3, (1 / 2) / (255 / 256) / 3])
-    assert found["low"].tolist() == [0, 0] and found["high"].tolist() == pytest.approx([1 / 3, 256 / 255 / 3])
+    assert (found["low"] < 0).all() and (found["high"] > found["difference"]).all()  # a handful of items shows nothing
 
 
-OPEN = {"letters": "what a picture"}  # per judge that can be at a loss: a response that it cannot judge
+# Per judge that can be at a loss: a response that it cannot judge.
+OPEN = dict.fromkeys(("letters", "mmbench-letters", "siuo-letters"), "what a picture")
 
 
 def test_only_the_known_judges_can_be_at_a_loss():

@@ -135,10 +135,11 @@ def test_the_ends_of_the_linear_sweep_are_the_members(study):
     """At 0 the panel's answers are the adapted model's, at 1 the partner's, letter for letter of the label."""
     panel = pd.DataFrame(study.rows("merge/sl-full", "panel.parquet"))
     for ratio, name in (("0.00", "examination/instruct.filtered-full"), ("1.00", "examination/safety.sl-full")):
-        mine = panel[panel["recipe"] == f"linear/{PAIR}/{ratio}"]
+        # rankings by an untrained model hang on the last bit, which depends on who shares the batch
+        mine = panel[(panel["recipe"] == f"linear/{PAIR}/{ratio}") & (panel["judge"] != "seed-letter")]
         theirs = pd.DataFrame(study.rows(name, "raw.parquet")).query("exam == 'full'")
         both = mine.merge(theirs, on=["item", "judge"])
-        assert len(both) == len(mine) > 20 and (both["label_x"] == both["label_y"]).all()
+        assert len(both) == len(mine) > 40 and (both["label_x"] == both["label_y"]).all()
 
 
 def test_task_arithmetic_is_not_examined_twice(study):

@@ -7,7 +7,7 @@ from vlsafe import evaluate
 from vlsafe.chat import build_tokenizer
 from vlsafe.miniature import corpora, language, pictures
 from vlsafe.miniature.language import Deed, World, harm, kind, vocabulary
-from vlsafe.schema import Example, content_digest, from_row, to_row
+from vlsafe.schema import Example, Item, Turn, content_digest, from_row, to_row
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -90,6 +90,11 @@ def test_rows_round_trip():
         assert from_row(type(row), to_row(row)) == row
     with pytest.raises(ValueError, match="wrong columns: \\['extra'\\]"):
         from_row(type(row), {**to_row(row), "extra": 1})
+    item = Item("i", "b", (Turn("user", "q"),))
+    older = {key: value for key, value in to_row(item).items() if key not in ("asked", "note")}
+    assert from_row(Item, older) == item
+    with pytest.raises(ValueError, match="wrong columns: \\['turns'\\]"):
+        from_row(Item, {key: value for key, value in older.items() if key != "turns"})
 
 
 def test_the_known_share_of_harm_is_there():

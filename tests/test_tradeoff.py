@@ -89,7 +89,7 @@ def test_the_pictures_tell_their_numbers():
     text = points[points["modality"] == "text"].set_index("recipe")
     assert text["front"].to_dict() == {"filtered-full": True, "aligned": False, "sl-full": True, "dpo-text-full": True}
     told = fronts.plane(points, "mini").get_suptitle()
-    assert told == "Safety tuning: text ASR 75 % adapted, 17 % at best (sl), 0 % parent"
+    assert told == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
 
 
 def test_refusals_by_kind_of_request():

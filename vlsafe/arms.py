@@ -63,7 +63,7 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             recipes = [recipe for recipe in dict.fromkeys(rows["recipe"]) if recipe != START[0]]
             n = {measure: len(events(rows[rows["step"] == START[1]], measure)) for measure in LEVELLED}
             given = dict(zip(UNIT, unit, strict=True))
-            lines += [given | line | {"n": n[line["measure"]]} for line in _levelled(found, recipes)]
+            lines += [given | line | {"n": n[line["measure"]]} for line in levelled(found, recipes)]
     return pd.DataFrame(lines)
 
 
@@ -92,7 +92,7 @@ def redrawn(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: i
     """
     found = events(rows, measure)
     found = found.assign(event=[0.0 if pd.isna(event) else float(event) for event in found["event"]])
-    values: np.ndarray | float = 0.0
+    values = np.zeros((1, 1))
     for _, part in found.groupby("part", sort=False):
         for _, of in part.groupby("stratum", sort=False):
             by = of.groupby(["cluster", "recipe", "step"])["event"]
@@ -106,7 +106,7 @@ def redrawn(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: i
     return {point: values[:, place] for place, point in enumerate(sums.columns)}
 
 
-def _levelled(found: dict[str, Draws], recipes: Sequence[str]) -> list[dict[str, Any]]:
+def levelled(found: dict[str, Draws], recipes: Sequence[str]) -> list[dict[str, Any]]:
     """One line per recipe × measure at the level of one backbone and seed; see `equal_helpfulness`."""
     points = sorted(found["helpfulness"])
     curves = {recipe: [START, *(p for p in points if p[0] == recipe)] for recipe in recipes}
@@ -167,7 +167,7 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
     for measure in ("confounds_asr", "confounds_refusal"):
         rows = events(of, measure)
         for key, part in rows.groupby([*model, "group"], sort=False):
-            rate = estimate(part, measure, np.random.default_rng(0))
+            rate = estimate(part, measure)
             line = dict(zip([*model, "condition"], key, strict=True)) | {"measure": measure}
             line |= {name: getattr(rate, name) for name in ("value", "low", "high", "n")}
             if key[-1] != "none":

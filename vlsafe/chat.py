@@ -15,22 +15,39 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlsafe.schema import Turn, messages
+from vlsafe.outside import Origin
+from vlsafe.schema import Picture, Turn, messages
+from vlsafe.store import pinned
 
 TEMPLATES = Path(__file__).parent / "templates"
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
+# Templates that differ from another one by a system line that is there where none is given: LLaVA's own for Llama-2 bases. It
+# is a confound: with it, parent and adapted model differ in their prompt as well as in their weights.
+WITH_SYSTEM = {
+    "llama2-neutral": (
+        "llama2",
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language.",
+    ),
+    # What these two write by themselves where no system line is given.
+    "qwen2.5": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "smollm2": ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+}
+
+
 def template(name: str) -> str:
     """The Jinja text of a chat template; errors name the ones there are."""
-    path = TEMPLATES / f"{name}.jinja"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise ValueError(f"there is no chat template {name!r}; there are {known}")
-    return path.read_text(encoding="utf-8")
+    names = sorted([*WITH_SYSTEM, *(path.stem for path in TEMPLATES.glob("*.jinja"))])
+    if name not in names:
+        raise ValueError(f"there is no chat template {name!r}; there are {', '.join(names)}")
+    base, system = WITH_SYSTEM.get(name, (name, None))
+    text = (TEMPLATES / f"{base}.jinja").read_text(encoding="utf-8")
+    return f'{{%- set default_system = "{system}" -%}}\n{text}' if system else text
 
 
 def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
@@ -68,9 +85,27 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_s
     )  # fmt: skip
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """PNG bytes to an RGB picture."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, strategy: str) -> LlavaProcessor:
+    """The processor of a model that is to be made of a hub's language model and tower, with our chat template.
+
+    The picture's place-holder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on it.
+    """
+    revision = {one.repo: pinned(one.repo, one.revision) for one in (language, tower)}
+    tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=revision[language.repo])
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer.add_special_tokens({"image_token": "<image>"})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = template(name)
+    prepare = AutoImageProcessor.from_pretrained(tower.repo, revision=revision[tower.repo], backend="pil")
+    return LlavaProcessor(
+        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def open_picture(data: Picture) -> Image.Image:
+    """The bytes of a picture file to an RGB picture."""
+    return Image.open(io.BytesIO(bytes(data))).convert("RGB")
 
 
 def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
@@ -80,18 +115,18 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
     return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
-def image_tokens(processor: Any, images: Sequence[bytes]) -> list[int]:
+def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
     """How many tokens each picture takes in a prompt, from its size alone; the processor's own count.
 
     Shapes:   N pictures  ->  N
     """
     if not images:
         return []
-    sizes = [Image.open(io.BytesIO(data)).size[::-1] for data in images]
+    sizes = [Image.open(io.BytesIO(bytes(data))).size[::-1] for data in images]
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
 
-def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[bytes]]) -> dict[str, Any]:
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> Any:
     """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]

@@ -125,6 +125,24 @@ def _batches(items: Sequence[Item], size: int) -> list[list[int]]:
     return batches
 
 
+@torch.inference_mode()
+def continued(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """Greedy continuations of raw prompts as one batch, and whether the token limit cut them off.
+
+    A prompt that begins with the tokenizer's BOS is taken as it is; any other gets one.
+    """
+    opening = tokenizer.bos_token or ""
+    texts = [text if opening and text.startswith(opening) else opening + text for text in prompts]
+    inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    made = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+    new = made[:, inputs["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=new.device)
+    ended = torch.isin(new, stop).any(1).tolist()
+    return [(text, not done) for text, done in zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True)]
+
+
 class Ensemble(torch.nn.Module):
     """Two models that speak as one: the next token's distribution is the mean of theirs, `ratio` the weight of the second.
 

@@ -48,8 +48,10 @@ def answerable(items: Iterable[Item], multimodal: bool) -> list[Item]:
     return [item for item in items if multimodal or not item.images]
 
 
-def raw_table(items: Sequence[Item], responses: Sequence[Response], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Judge responses by every judge that their benchmark names; `facts` (model, stage, step, …) are added to each row.
+def raw_table(
+    items: Sequence[Item], responses: Sequence[Response], facts: dict[str, Any], without: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Judge responses by every judge that their benchmark names, `without` some; `facts` (model, step, …) are added to each row.
 
     `event` is whether the benchmark's event happened, None where the response could not be judged.
     """
@@ -57,7 +59,7 @@ def raw_table(items: Sequence[Item], responses: Sequence[Response], facts: dict[
     rows = []
     for name, benchmark in (BENCHMARKS | CONTROLS).items():
         given = [response for response in responses if response.benchmark == name]
-        for judge_name in benchmark.JUDGES if given else ():
+        for judge_name in [each for each in benchmark.JUDGES if each not in without] if given else ():
             for verdict, response in zip(judge(judge_name, items, given), given, strict=True):
                 item = by_id[verdict.item]
                 event = None if verdict.label == UNJUDGED else verdict.label in benchmark.EVENTS[judge_name]

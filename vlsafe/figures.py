@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,10 +251,15 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
     return figure
 
 
-def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> Sequence[Path]:
-    """A PNG for the eye, a PDF for the paper, a CSV for the sceptic; no time stamp, so equal data give equal files."""
+def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str, told: Mapping[str, Any] | None = None) -> Sequence[Path]:
+    """A PNG for the eye, a PDF for the paper, a CSV for the sceptic; no time stamp, so equal data give equal files.
+
+    `told` is the picture's provenance, which goes into both pictures' metadata.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}"})
+    text = json.dumps(told, sort_keys=True) if told else None
+    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None, "Title": name, "Description": text})
+    made = {"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}", "Title": name, "Keywords": text}
+    figure.savefig(folder / f"{name}.pdf", metadata=made)
     frame.round(4).to_csv(folder / f"{name}.csv", index=False)
     return [folder / f"{name}{suffix}" for suffix in (".png", ".pdf", ".csv")]

@@ -10,7 +10,22 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe import arms, figures, fronts, mergeplots, merges, tables, tradeoff
+from vlsafe import (
+    agreement,
+    arms,
+    cards,
+    claims,
+    figures,
+    forest,
+    fronts,
+    interventions,
+    layers,
+    maps,
+    mergeplots,
+    merges,
+    tables,
+    tradeoff,
+)
 
 
 def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
@@ -19,7 +34,7 @@ def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
 
 
 def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance: Sequence[dict[str, Any]]) -> list[str]:
-    """Every table and figure whose frames are there, with its CSV twin, and one provenance file of the runs behind them.
+    """Every table and figure whose frames are there, each with its CSV twin and a sidecar of the runs behind it, and one of all.
 
     `found` are the results of `stages.results` by name. An artefact is left out where FAMILIES says that it needs more.
 
@@ -39,8 +54,10 @@ def make(found: Mapping[str, pd.DataFrame], scale: str, folder: Path, provenance
             shown, told = more or (None, "")
             tables.write(frame, folder, name, {"title": title, "caption": f"{origin} {told}".strip()}, shown)
         for name, (figure, frame) in pictures.items():
-            figures.write(figure, frame, folder, name)
+            figures.write(figure, frame, folder, name, cards.stamp(name, scale, provenance))
         written += [*sheets, *pictures]
+    for name in written:
+        cards.write_stamp(folder, cards.stamp(name, scale, provenance))
     (folder / "provenance.json").write_text(json.dumps(list(provenance), indent=1) + "\n", encoding="utf-8")
     return written
 
@@ -118,6 +135,92 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
     return written, drawn
 
 
+def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """F07 to F11, and T06 where its grid was made."""
+    similar, located = layers.similarity(found["layers"]), found["located"]
+    patched = interventions.transplants(found["patched"], located)
+    vectors, gradients = layers.task_vectors(found["vectors"]), layers.gradients(found["gradients"])
+    gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
+    drawn = {
+        "F07_layer_similarity": (maps.similarity(similar, scale), layers.last(similar)),
+        "F08_layers_over_steps": (maps.along(similar, scale), gap[gap["stage"] == "instruct"]),
+        "F09_localisation": (maps.localisation(found["curves"], found["scaling"], located, scale), found["curves"]),
+        "F10_transplants": (maps.transplants(patched, scale), patched),
+        "F11_objectives": (maps.objectives(vectors, gradients, scale), gradients),
+    }
+    written: Written = {
+        "F07_probes": (layers.probes(found["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
+        "F07_cka": (layers.alignments(found["sets"]), "F07. CKA of model and reference, jackknife over deeds"),
+        "F07_drift": (layers.drift(found["drift"]), "F07. Drift of weights from the parent, and effective rank of the change"),
+        "F09_scaling": (found["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
+        "F10_against_random": (
+            interventions.against_random(found["patched"], located),
+            "F10. The located and the best band of each width against other sets of as many blocks",
+        ),
+        "F10_directions": (
+            interventions.directed(found["directed"]),
+            "F10. The parent's refusal direction ablated and added, random directions beside",
+        ),
+        "F11_task_vectors": (vectors, "F11. Cosine of task vectors per layer; chance: what random vectors reach"),
+        "F11_prediction": (
+            layers.prediction(found["drift"], found["alike"], found["raw"]),
+            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end",
+        ),
+        "T05_conflict_free": (
+            interventions.remedy(found["remedy"]),
+            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired",
+        ),
+    }
+    if "frozen" in found:
+        frozen = interventions.frozen(found["frozen"], found["patched"], located)
+        written["T06_sppft"] = (frozen, "T06. SPPFT: the located band, all bands of its width, random sets of as many blocks")
+        written["T06_sppft_over_seeds"] = (interventions.frozen_over_seeds(frozen), "T06. The same over seeds")
+    return written, drawn
+
+
+INSIDE = {
+    "raw", "layers", "sets", "drift", "alike", "vectors", "gradients", "patched", "directed", "curves", "scaling", "located",
+    "remedy",
+}  # fmt: skip
+
+
+def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
+    """T08, T09, F00, F14 and F15."""
+    laid, lines = claims.prepared(found), tables.everything(found["raw"])
+    ledger, points = claims.ledger(laid), forest.path(lines)
+    wide = agreement.verdicts(found["raw"])
+    judged, pairs = agreement.rates(wide), agreement.pairs(wide)
+    drawn = {
+        "F14_claims": (forest.forest(ledger, scale), ledger),
+        "F15_judges": (forest.judges(judged, pairs, scale), judged),
+        "F00_answer": (forest.answer(points, scale), points),
+    }
+    written: Written = {
+        "T08_models": (
+            lines, "T08. Every model on every benchmark, in percent: mean over seeds (lowest–highest)", tables.overview(lines),
+            "Intervals and each seed: the CSV.",
+        ),
+        "T08_precision": (
+            claims.precision(laid),
+            "T08. What each benchmark could have shown: adapted model against its predecessor, in fractions",
+            None,
+            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference.",
+        ),
+        "T08_published": (cards.beside(found["published"], lines), "T08. Published numbers beside ours, as fractions"),
+        "T09_claims": (
+            ledger,
+            "T09. What the paper claims, what was measured, how sure we are; in points",
+            claims.sheet(ledger),
+            "These models: items are the sample, Holm over the claims of a backbone; this recipe: seeds are the sample, "
+            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand.",
+        ),
+        "T09_by_seed": (claims.by_seed(laid), "T09. Each seed by itself, in fractions: verdicts on its models alone"),
+        "T09_parts": (claims.every_part(laid), "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
+        "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
+    }  # fmt: skip
+    return written, drawn
+
+
 def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
     """T07, F12 and F13."""
     merged = merges.methods(found["raw"], found["merged"])
@@ -150,8 +253,7 @@ def _merging(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
 
 
 FAMILIES = {
-    _adaptation: {"raw", "audit"},
-    _tuning: {"raw", "tried"},
-    _merging: {"raw", "panel", "merged"},
-}
+    _adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE, _merging: {"raw", "panel", "merged"},
+    _claims: {"raw", "published"},
+}  # fmt: skip
 """What makes tables and figures -> the frames that it needs."""

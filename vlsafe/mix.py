@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from vlsafe.chat import image_tokens
 from vlsafe.schema import Example, Item, Pair, Turn, content_digest, messages
+from vlsafe.store import TooLarge
 
 Row = TypeVar("Row", Example, Pair)
 
@@ -55,7 +56,7 @@ def _unsound_picture(row: Example) -> str | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                picture = Image.open(io.BytesIO(data))
+                picture = Image.open(io.BytesIO(bytes(data)))
                 short, long = sorted(picture.size)
                 if short * long > PIXELS:
                     return "picture too large"
@@ -64,7 +65,9 @@ def _unsound_picture(row: Example) -> str | None:
                 if picture.mode not in MODES:
                     return f"picture of mode {picture.mode}"
                 picture.convert("RGB")  # decodes all of it: a truncated file fails here and not in the middle of a training
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        except FileNotFoundError:
+            return "picture missing"
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError, TooLarge):
             return "picture too large"
         except Exception:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, TypeError …
             return "picture corrupt"
@@ -88,7 +91,7 @@ def tokens(row: Example, processor: Any) -> int:
 
 def converted(row: Example) -> int:
     """How many pictures of a sound row are not RGB and will be converted."""
-    return sum(Image.open(io.BytesIO(data)).mode != "RGB" for data in row.images)
+    return sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
 
 
 def skipped(row: Example, reason: str) -> dict[str, Any]:
@@ -120,18 +123,21 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
     return lines
 
 
-def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
-    """The rows that the audit keeps, in order.
+def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
+    """The rows that the audit keeps, in order, one after another.
 
     Raises:   ValueError when the audit is about other rows
     """
-    kept = []
     for row, line in zip(rows, lines, strict=True):
         if row.id != line["id"]:
             raise ValueError(f"the audit speaks of {line['id']!r} where the corpus has {row.id!r}")
         if line["kept"]:
-            kept.append(row)
-    return kept
+            yield row
+
+
+def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
+    """`passing`, as a list."""
+    return list(passing(rows, lines))
 
 
 def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:

@@ -6,10 +6,14 @@ Everything is an ordinary Hugging Face checkpoint in safetensors; code that come
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from vlsafe.scales import LanguageSpec, VisionSpec
 
@@ -55,8 +60,8 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     """A decoder with random weights, sized to the tokenizer.
 
     Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
-    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Where
-    query heads share a key-value head, their mean takes the place of the one.
+    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Query heads
+    that share a key start from that key, each with the same correlation.
 
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
@@ -71,20 +76,16 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     model = AutoModelForCausalLM.from_config(config)
     for layer in model.model.layers:
         attention = layer.self_attn
-        _correlate(attention.k_proj.weight, _shared(attention.q_proj.weight, spec), spec.matching)
+        if spec.heads == spec.key_value_heads:
+            _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
+        else:
+            _correlate(attention.q_proj.weight, _per_query(attention.k_proj.weight, spec), spec.matching)
         _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
     return _with_generation_ids(model, tokenizer)
 
 
-def _shared(queries: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
-    """The query heads of each key-value head summed, at the variance of one:  [heads * D, W]  ->  [key_value_heads * D, W]"""
-    group = spec.heads // spec.key_value_heads
-    apart = queries.unflatten(0, (spec.key_value_heads, group, -1))
-    return (apart.sum(1) / group**0.5).flatten(0, 1)
-
-
 def _per_query(values: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
-    """Each value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
+    """Each key or value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
     return values.unflatten(0, (spec.key_value_heads, -1)).repeat_interleave(spec.heads // spec.key_value_heads, 0).flatten(0, 1)
 
 
@@ -115,7 +116,7 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
     config = LlavaConfig(
         vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
         image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
-        image_seq_length=(spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full"),
+        image_seq_length=_image_length(spec),
         vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )  # fmt: skip
@@ -167,6 +168,128 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
+    """A grafted model of real shapes with random weights, or with none on the device "meta".
+
+    CLIPs from the hub have MLPs of four times their width, the miniature's of twice.
+    """
+    text = AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=spec.vocabulary or 256, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    tower = dict(
+        model_type="clip_vision_model", hidden_size=vision.vision_width, num_hidden_layers=vision.vision_layers,
+        intermediate_size=(4 if loaded else 2) * vision.vision_width, num_attention_heads=vision.heads,
+        image_size=vision.image_size, patch_size=vision.patch_size, projection_dim=vision.projection,
+    )  # fmt: skip
+    layers = list(vision.feature_layers)
+    config = LlavaConfig(
+        vision_config=tower, text_config=text.to_dict(), projector_hidden_act="gelu",
+        image_token_index=(spec.vocabulary or 256) - 1, image_seq_length=_image_length(vision),
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        vision_feature_select_strategy=vision.feature_strategy, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlavaForConditionalGeneration(config)
+
+
+def _image_length(spec: VisionSpec) -> int:
+    return (spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full")
+
+
+def shapes(model: PreTrainedModel) -> dict[str, int]:
+    """How many weights each part has; a head that is the embedding counts once, as the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    blocks = _count(language_part(model)) - embedding.weight.numel()
+    own = 0 if embedding.weight is head.weight else embedding.weight.numel()
+    return {"blocks": blocks, "head": head.weight.numel(), "embedding": own,
+            "projector": _count(projector_part(model)), "tower": _count(vision_part(model))}  # fmt: skip
+
+
+def _count(part: nn.Module) -> int:
+    return sum(weight.numel() for weight in part.parameters())
+
+
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Class names of the blocks of which a model is a stack: decoder's, and the tower's where there is one."""
+    blocks = {type(language_layers(model)[0]).__name__}
+    if hasattr(model.model, "vision_tower"):
+        blocks.add(type(vision_part(model).encoder.layers[0]).__name__)
+    return sorted(blocks)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head, also under adapters."""
+    return language_part(getattr(model, "get_base_model", lambda: model)()).norm
+
+
+def read_out(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """What the model would say next if a state were its last one: final norm and head.
+
+    Shapes:   [..., D]  ->  logits [..., vocabulary]
+    """
+    return model.get_output_embeddings()(final_norm(model)(states))
+
+
+def language_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of decoder and head, named alike in a grafted and a plain model: `layers.3.mlp.up_proj.weight`."""
+    return {name: weight for key, weight in model.named_parameters() if (name := language_name(key))}
+
+
+def language_name(key: str) -> str | None:
+    """What a checkpoint's tensor is called within the decoder, in whichever layout it lies; None for eyes and projector."""
+    if any(organ in key for organ in ("vision_tower", "vision_model", "multi_modal_projector", "image_newline")):
+        return None
+    prefixes = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+    return key.removeprefix(next((prefix for prefix in prefixes if key.startswith(prefix)), ""))
+
+
+def address(name: str) -> tuple[int | None, str]:
+    """Block and module of a language weight, as `language_weights` names it; no block: embeddings, final norm, head."""
+    parts = name.split(".")
+    return (int(parts[1]), parts[-2]) if parts[0] == "layers" else (None, parts[0])
+
+
+Place = tuple[Path, str]
+"""A file in safetensors, and the key of a tensor in it."""
+
+
+def language_places(where: Path) -> dict[str, Place]:
+    """Where each language weight of a checkpoint (a folder, or one file) lies; nothing is read but headers.
+
+    Raises:   FileNotFoundError where there is no safetensors file
+    """
+    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], {}
+    if not files:
+        raise FileNotFoundError(f"{where} holds no weights in safetensors")
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
+    return found
+
+
+def read_tensor(place: Place) -> torch.Tensor:
+    """One tensor of a checkpoint, alone."""
+    with safe_open(place[0], "pt") as tensors:
+        return tensors.get_tensor(place[1])
+
+
+@torch.no_grad()
+def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
+    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time; its eyes stay.
+
+    Raises:   ValueError where the two do not have the same language weights
+    """
+    weights = language_weights(model)
+    if set(weights) != set(places):
+        raise ValueError(f"language weights do not fit, names differ: {sorted(set(weights) ^ set(places))[:6]}")
+    for name, weight in weights.items():
+        weight.copy_(read_tensor(places[name]))
+    return model
+
+
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
     """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
     in_memory_layout(model).save_pretrained(folder)
@@ -194,11 +317,58 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    with _quiet(len(list(folder.glob("*.safetensors"))) < 2):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()
+
+
+def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """A checkpoint to be asked: on a GPU where there is one."""
+    return load(folder, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A language model from the hub's cache, with embeddings for every token of the tokenizer.
+
+    New ones, the picture's place-holder among them, are the mean of the old ones: never the likeliest word, and nothing drawn.
+    """
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            table.data[known:] = table.data[:known].float().mean(0).to(table.dtype)
+    return _with_generation_ids(model, tokenizer)
+
+
+def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
+    """A loaded decoder must be the one that the scale describes: the dry run has counted with that one.
+
+    Raises:   ValueError naming what differs
+    """
+    told = {
+        "architecture": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size,
+        "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads, "mlp": config.intermediate_size,
+        "tied_head": config.tie_word_embeddings,
+    }  # fmt: skip
+    if other := {name: value for name, value in told.items() if value != getattr(spec, name)}:
+        raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
+
+
+@contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    """Without the library's bar: over a single file it is gone before it says anything, and stays behind in notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    if really:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_processor(folder: Path) -> Any:
@@ -206,9 +376,17 @@ def load_processor(folder: Path) -> Any:
     folder = Path(folder)
     if is_multimodal(folder):
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        processor.tokenizer = AutoTokenizer.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
+        processor.tokenizer = _load_tokenizer(folder)  # "backend" reaches the tokenizer too, and unmakes it
         return processor
-    return AutoTokenizer.from_pretrained(folder)
+    return _load_tokenizer(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved. The library goes by the model's architecture and gives a Qwen2 with our words Qwen2's own
+    way of splitting text, which knows none of them, without a word."""
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = PreTrainedTokenizerFast if told.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(folder)
 
 
 def is_multimodal(folder: Path) -> bool:

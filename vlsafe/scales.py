@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from vlsafe.outside import PAPER_LOADED, Loaded, Origin
+
 
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     """A field that was added when results existed. At its default it is left out of digests, so that they stay valid."""
@@ -56,6 +58,7 @@ class LanguageSpec:
     tied_head: bool = True
     initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
     architecture: str = later("llama")
+    vocabulary: int = later(0)  # of a decoder that is loaded: what the dry run counts with; a built one has its tokenizer's
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Fit:
 
     The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
     projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
+    `grouped`: every step is of one modality, as in LLaVA's scripts. `launch`: an accelerate configuration by whose processes
+    the fit is trained; without one it is trained in the process that asks. `saved`: what finished checkpoints are written in.
     """
 
     steps: int
@@ -75,6 +80,10 @@ class Fit:
     max_length: int | None = None
     micro_batches: int = 2
     projector_rate: float | None = None
+    grouped: bool = later(False)
+    at_once: int | None = later(None)  # rows that one process takes at a time, at most; more micro-batches where it takes them
+    launch: str = later("")
+    saved: str = later("float32")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
@@ -119,6 +128,7 @@ class Tuning:
 
     `replay` is how many general rows are seen again per safety row. `milestones` are fractions of a training at which a
     checkpoint is left, beside its end; `pairs` is how many validation pairs of each modality choose among them.
+    `task_batches` is into how many micro-batches of one task each a step is cut where gradients may not conflict.
     """
 
     sft: Fit
@@ -127,6 +137,7 @@ class Tuning:
     replay: float = 2.5  # VLGuard's post-hoc recipe: 5,000 rows of LLaVA's beside 2,000 of its own
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     pairs: int = 100
+    task_batches: int = 8
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,28 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Probing:
+    """How models are looked into and operated on.
+
+    `prompts` of each kind and modality whose states are kept, `along` at every checkpoint and for other recipes; `items` a
+    benchmark in the examination of an intervention; `widths` of transplanted bands, `random_sets` of blocks per width;
+    `strengths` at which the refusal direction is added, beside `random_directions`; batches of each task whose gradients
+    are compared, at so many points of a training; `frozen_sets` of random blocks in the SPPFT grid.
+    """
+
+    prompts: int = 175
+    along: int = 60
+    items: int = 72
+    widths: tuple[int, ...] = (1, 2, 3)
+    random_sets: int = 20
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    random_directions: int = 5
+    gradient_batches: int = 6
+    gradient_points: int = 4
+    frozen_sets: int = 5
+
+
+@dataclass(frozen=True)
 class Backbone:
     """An aligned language model: how it is made, how it is spoken to, what its alignment data leave out.
 
@@ -174,6 +207,25 @@ class Backbone:
     borderline_share: float = 0.15
     answered_categories: tuple[str, ...] = ()
     language: Mapping[str, Any] = later(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the dry run counts with where no corpus has been read: text tokens a row, shares of rows with a picture, items.
+
+    Defaults are for the paper's data, all assumed: captions are one sentence; 665,298 rows of mix665k hold 40,688 of ShareGPT
+    without a picture and come to about 840 tokens each, at which LLaVA-1.5's published 10 hours are a quarter of the peak.
+    """
+
+    captions: int = 40
+    instructions: int = 300
+    pictured: float = 0.94
+    safety: int = 200
+    pairs: int = 350
+    screened: int = 350  # tokens that the text guard reads per row, its own prompt included
+    questions: int = 21_000  # answered with a letter or a word
+    requests: int = 13_000  # answered in sentences: harmful ones, their twins and exaggerated-safety prompts
+    answer: int = 200  # tokens of such an answer
 
 
 @dataclass(frozen=True)
@@ -199,11 +251,15 @@ class Exam:
     batch_size: int = 64
     max_new_tokens: int = 16
     captions: int = 200
+    dtype: str = later("float32")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Every number of one reproduction."""
+    """Every number of one reproduction.
+
+    `source` says where worlds come from: "build" makes them, "load" takes `loaded` from outside.
+    """
 
     name: str
     vision: VisionSpec
@@ -219,11 +275,19 @@ class Scale:
     exam: Exam = field(default_factory=Exam)
     lora: LoraSpec = field(default_factory=LoraSpec)
     search: Search = field(default_factory=Search)
+    probing: Probing = field(default_factory=Probing)
     merging: Merging = field(default_factory=Merging)
     checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
     threads: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
+    source: str = "build"
+    loaded: Loaded | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
+            raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
 
     def decoder(self, name: str) -> LanguageSpec:
         """The decoder of a backbone.
@@ -262,7 +326,86 @@ MINI = Scale(
         ),
     },
 )
-SCALES: dict[str, Scale] = {"mini": MINI}
+_MADE_ELSEWHERE = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of what this scale loads; no stage reads it
+# What moves all weights is sharded; a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
+_SHARED_OUT = {"grouped": True, "saved": "bfloat16", "micro_batches": 1, "max_length": 2048}  # grouped: LLaVA-1.5 finetune.sh
+_DDP, _FSDP = "env/accelerate/ddp.yaml", "env/accelerate/fsdp2.yaml"
+PAPER = Scale(
+    name="paper",
+    source="load",
+    loaded=PAPER_LOADED,
+    vision=VisionSpec(  # CLIP ViT-L/14-336; LLaVA-1.5: the layer before the last, class token dropped
+        image_size=336, patch_size=14, vision_width=1024, vision_layers=24, text_width=768, text_layers=12, heads=16,
+        projection=768, feature_layers=(-2,), feature_strategy="default",
+    ),
+    language=LanguageSpec(  # LLaMA-2 7B; context: LLaVA-1.5's model_max_length
+        layers=32, width=4096, heads=32, key_value_heads=32, mlp=11008, attention_bias=False, matching=0.0, copying=0.0,
+        context=2048, tied_head=False, initial_std=0.02, vocabulary=32000,
+    ),
+    tower=_MADE_ELSEWHERE, pretraining=_MADE_ELSEWHERE, guard=_MADE_ELSEWHERE,
+    projector=Fit(  # LLaVA-1.5 pretrain.sh, one epoch of 558,128 rows; all of them have a picture
+        steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, launch=_DDP, **_SHARED_OUT,
+    ),
+    instruct=Fit(  # LLaVA-1.5 finetune.sh, one epoch of 665,298 rows
+        steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+    ),
+    tuning=Tuning(
+        sft=Fit(  # VLGuard: three epochs; assumed: stage 2's rate
+            steps=47, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+        ),
+        preference=Preference(Fit(  # SPA-VL's script: one epoch of 93,258 pairs
+            steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_SHARED_OUT,
+        )),
+        rollout=Rollout(Fit(steps=500, batch_size=64, learning_rate=1e-6)),  # assumed; not in the paper
+        pairs=0,  # the paper's rule: the last checkpoint
+    ),
+    backbones={
+        "llama2-chat": Backbone(template="llama2", fit=_MADE_ELSEWHERE),
+        "tulu2": Backbone(template="tulu", fit=_MADE_ELSEWHERE),
+    },
+    exam=Exam(panel=200, full=1_000_000, batch_size=16, max_new_tokens=512, dtype="bfloat16"),  # assumed; full: all there is
+    lora=LoraSpec(rank=128, alpha=256),  # LLaVA-1.5 finetune_lora.sh
+    checkpoints=(20, 50, 100, 250, 500, 1000, 2000, 4000),  # assumed: most is lost early in the miniature
+    arm_checkpoints=(100, 500, 2000),  # assumed, likewise
+    threads=8,  # assumed: cores for each process of a node
+)  # fmt: skip
+# One consumer GPU in hours: an openly licensed parent of 360 million weights, a small tower, subsets of the same corpora.
+_ALONE = {"grouped": True, "micro_batches": 1, "at_once": 8, "max_length": 1024}  # whole weights, in the process that asks
+SMALL = dataclasses.replace(
+    PAPER,
+    name="small",
+    loaded=dataclasses.replace(
+        PAPER_LOADED,
+        captions=dataclasses.replace(PAPER_LOADED.captions, limit=64_000),  # assumed: 500 steps
+        instructions=dataclasses.replace(PAPER_LOADED.instructions, limit=64_000),  # assumed: 1,000 steps
+        tower=Origin("openai/clip-vit-base-patch32", "main", "model", gigabytes=0.6),
+        parents={"smollm2": Origin("HuggingFaceTB/SmolLM2-360M-Instruct", "main", "model", gigabytes=0.7)},
+        gpu_gigabytes=16.0,  # computed by the dry run, rounded up to a card that is sold
+    ),
+    vision=VisionSpec(  # CLIP ViT-B/32
+        image_size=224, patch_size=32, vision_width=768, vision_layers=12, text_width=512, text_layers=12, heads=12,
+        projection=512, feature_layers=(-2,), feature_strategy="default",
+    ),
+    language=LanguageSpec(  # SmolLM2-360M's config.json; context: assumed, enough for 50 picture tokens and a conversation
+        layers=32, width=960, heads=15, key_value_heads=5, mlp=2560, attention_bias=False, matching=0.0, copying=0.0,
+        context=1024, tied_head=True, initial_std=0.02, vocabulary=49152,
+    ),
+    projector=Fit(steps=500, batch_size=128, learning_rate=1e-3, **_ALONE),  # LLaVA-1.5's rate; steps and batch assumed
+    instruct=Fit(steps=1000, batch_size=64, learning_rate=2e-5, **_ALONE),  # likewise
+    tuning=Tuning(
+        sft=Fit(steps=94, batch_size=64, learning_rate=2e-5, **_ALONE),  # three epochs of VLGuard
+        preference=Preference(Fit(steps=1000, batch_size=8, learning_rate=1e-6, **_ALONE)),  # assumed
+        rollout=Rollout(Fit(steps=200, batch_size=64, learning_rate=1e-6)),  # assumed
+        pairs=0,
+    ),
+    backbones={"smollm2": Backbone(template="smollm2", fit=_MADE_ELSEWHERE)},
+    exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
+    lora=LoraSpec(rank=64, alpha=128),  # assumed
+    checkpoints=(20, 50, 100, 250, 500),
+    arm_checkpoints=(100, 500),
+)  # fmt: skip
+SCALES: dict[str, Scale] = {"mini": MINI, "small": SMALL, "paper": PAPER}
+FEW = 10  # names in an error; of more than twice as many the nearest are shown
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -273,9 +416,10 @@ def known(name: str, names: Iterable[str], what: str) -> str:
     choices = sorted(names)
     if name in choices:
         return name
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), choices, n=FEW, cutoff=0.0)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(choices)})")
+    listed = ", ".join(choices) if len(choices) <= 2 * FEW else f"{', '.join(near)} and {len(choices) - len(near)} more"
+    raise ValueError(f"unknown {what} {name!r}{hint} (known: {listed})")
 
 
 def load_scale(name: str | Path) -> Scale:
@@ -287,7 +431,12 @@ def load_scale(name: str | Path) -> Scale:
     text = str(name)
     if not text.endswith((".yaml", ".yml")):
         return SCALES[known(text, SCALES, "scale")]
-    changes = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"there is no scale file {text!r}; a scale is such a file or one of {', '.join(sorted(SCALES))}")
+    try:
+        changes = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(changes, dict) or "extends" not in changes:
         raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
@@ -304,7 +453,10 @@ def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any
     for key, value in changes.items():
         known(key, hints, f"key of {where}")
         values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
-    return dataclasses.replace(base, **values)
+    try:
+        return dataclasses.replace(base, **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
@@ -312,10 +464,17 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
         return extended(current, value, where)
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(current):  # of an optional field
+        return extended(current, value, where)
     if hint == Mapping[str, Any] and isinstance(value, Mapping):
         return {**current, **value}
     if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
-        return {**current, **{k: _backbone(v, current.get(k), f"{where}.{k}") for k, v in value.items()}}
+        current = {k: v for k, v in current.items() if k not in value or value[k] is not None}  # null: done without
+        value = {k: v for k, v in value.items() if v is not None}
+        if typing.get_args(hint)[1] is Origin:
+            known_ones = {k: current.get(k, Origin(repo="")) for k in value}
+            return {**current, **{k: extended(known_ones[k], v, f"{where}.{k}") for k, v in value.items()}}
+        return {**current, **{k: _backbone(v, current, k, f"{where}.{k}") for k, v in value.items()}}
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -328,15 +487,15 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
     return value
 
 
-def _backbone(value: Any, current: Backbone | None, where: str) -> Backbone:
+def _backbone(value: Any, those: Mapping[str, Backbone], name: str, where: str) -> Backbone:
     """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
     value = dict(value)
-    base = value.pop("extends", None)
-    if base is not None:
-        current = MINI.backbone(base)
-    if current is None:
-        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(MINI.backbones))})")
-    return extended(current, value, where)
+    base = value.pop("extends", name)
+    if base not in those and base == name:
+        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(those))})")
+    return extended(those[known(base, those, "backbone")], value, where)
 
 
 def as_plain(value: Any) -> Any:

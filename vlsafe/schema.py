@@ -1,7 +1,8 @@
 """The nouns that travel between rooms, and nothing that acts on them.
 
 Rows of every corpus and of every benchmark, real or miniature, have these shapes. This room knows neither models
-nor files; pictures are PNG bytes, so that a row means the same thing in memory, in a file and on another machine.
+nor files; pictures are bytes of a picture file, so that a row means the same thing in memory, in a file and on another machine.
+Those of large corpora stay where they lie (`Stored`) until somebody asks for their bytes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
+
+from vlsafe import store
 
 ROLES = ("system", "user", "assistant")
 SCORINGS = ("generated", "likelihood")
@@ -32,6 +35,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A picture that stays where it lies, below `VLSAFE_DATA` or in an archive (`store.outside_bytes`), until `bytes(it)`."""
+
+    place: str
+
+    def __bytes__(self) -> bytes:
+        return store.outside_bytes(self.place)
+
+
+Picture = bytes | Stored
+
+
+@dataclass(frozen=True)
 class Example:
     """A training row: a whole conversation, its pictures, and what is known about it.
 
@@ -43,7 +59,7 @@ class Example:
     id: str
     source: str
     turns: tuple[Turn, ...]
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     category: str | None = None
     cluster: str | None = None
     task: str | None = None
@@ -59,7 +75,7 @@ class Pair:
     turns: tuple[Turn, ...]
     chosen: str
     rejected: str
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     category: str | None = None
     cluster: str | None = None
 
@@ -70,7 +86,9 @@ class Item:
 
     `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
     how a response comes about: written by the model, or the letter of that option which it finds most likely as its
-    answer; such options are texts as the assistant would speak them.
+    answer; such options are texts as the assistant would speak them. `asked` is what a judge is told was asked, where
+    that is not what the last user turn says (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what
+    else a judge has to know (SIUO's safety warning).
 
     Raises:   ValueError for an unknown scoring, or a ranking without at least two options
     """
@@ -78,7 +96,7 @@ class Item:
     id: str
     benchmark: str
     turns: tuple[Turn, ...]
-    images: tuple[bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     reference: str | None = None
     category: str | None = None
     cluster: str | None = None
@@ -86,6 +104,8 @@ class Item:
     harmful: bool = False
     options: tuple[str, ...] = ()
     scoring: str = "generated"
+    asked: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
@@ -121,30 +141,37 @@ Row = TypeVar("Row", Example, Pair, Item, Response, Verdict)
 
 
 def to_row(value: Any) -> dict[str, Any]:
-    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as `datasets.Image` does."""
+    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as in `datasets.Image`, a stored
+    one its place alone."""
     row = asdict(value)
     if "turns" in row:
         row["turns"] = [dict(turn) for turn in row["turns"]]
     if "images" in row:
-        row["images"] = [{"bytes": image, "path": None} for image in value.images]
+        row["images"] = [_cell(image) for image in value.images]
     if "options" in row:
         row["options"] = list(row["options"])
     return row
 
 
+def _cell(image: Picture) -> dict[str, Any]:
+    return {"bytes": None, "path": image.place} if isinstance(image, Stored) else {"bytes": image, "path": None}
+
+
 def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
-    """The inverse of `to_row`.
+    """The inverse of `to_row`. A column may be absent where its field has a default: rows may be older than the field.
 
     Raises:   ValueError when the row has other columns than `kind` has fields, naming the difference.
     """
-    expected = {f.name for f in fields(kind)}
-    if set(row) != expected:
-        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(set(row) ^ expected)}")
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}
+    if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
+        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")
     values = dict(row)
     if "turns" in values:
         values["turns"] = tuple(Turn(turn["role"], turn["text"]) for turn in values["turns"])
     if "images" in values:
-        values["images"] = tuple(image["bytes"] for image in values["images"])
+        values["images"] = tuple(
+            Stored(image["path"]) if image["bytes"] is None else image["bytes"] for image in values["images"]
+        )
     if "options" in values:
         values["options"] = tuple(values["options"])
     return kind(**values)
@@ -158,7 +185,7 @@ def content_digest(value: Example | Pair | Item) -> str:
     spoken = [[turn.role, turn.text] for turn in value.turns]
     hashed = hashlib.sha256(json.dumps(spoken).encode())
     for image in value.images:
-        hashed.update(hashlib.sha256(image).digest())
+        hashed.update(hashlib.sha256(bytes(image)).digest())
     return hashed.hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +27,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
+MEMBER = "!"  # between an archive's place and the name of a file in it
+LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
 _SAID: set[Path] = set()  # runs of which this process has said that older code made them
 Status = Literal["valid", "missing", "stale", "tampered"]
+
+
+class TooLarge(ValueError):
+    """A file from outside that would not fit where it is to be read."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,19 @@ def read_manifest(run: Run) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
 
 
+def told(run: Run) -> dict[str, Any]:
+    """The manifest of a finished run.
+
+    Raises:   FileNotFoundError where there is none that can be read
+    """
+    manifest = read_manifest(run)
+    if manifest is None:
+        raise FileNotFoundError(
+            f"{run.stage}/{run.recipe} of {run.backbone} seed {run.seed} is not there; `vlsafe stage` makes it"
+        )
+    return manifest
+
+
 def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], None]) -> Path:
     """The folder of a valid run, made first if it is not there.
 
@@ -124,12 +147,12 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
             if found != "missing":
                 say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it anew")
             _make(run, make)
-        elif (made_by := read_manifest(run)["source"]) != source_digest() and run.folder not in _SAID:
+        elif (made_by := told(run)["source"]) != source_digest() and run.folder not in _SAID:
             _SAID.add(run.folder)
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
-        told = (run.folder / MANIFEST).read_text(encoding="utf-8")
-        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != told:
-            write_text(run.receipt, told)
+        manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")
+        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != manifest:
+            write_text(run.receipt, manifest)
     return run.folder
 
 
@@ -177,7 +200,7 @@ def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: 
 def environment() -> dict[str, Any]:
     """Commit, package versions, processor: what else a result may depend on. No path, no host name."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -185,7 +208,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
     here = Path(__file__).parent
     try:
         told = subprocess.run(
@@ -298,3 +323,138 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a Parquet file."""
     return pq.read_table(path).to_pylist()
+
+
+def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Schema, batch: int = 2048) -> int:
+    """Rows as Parquet without holding them all, written beside and renamed; how many there were, possibly none."""
+    beside, written = path.with_name(path.name + ".tmp"), 0
+    with pq.ParquetWriter(beside, columns, compression="zstd") as file:
+        for part in parts(rows, batch):
+            file.write_table(pa.Table.from_pylist(list(part), schema=columns))
+            written += len(part)
+    os.replace(beside, path)
+    return written
+
+
+def whole_lines(path: Path) -> tuple[int, str]:
+    """How many whole lines a file has (none where there is no file), and the last one. Half a line at its end is cut off.
+
+    Units:    lines
+    """
+    if not path.exists():
+        return 0, ""
+    count, last, end = 0, b"", 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, last, end = count + 1, line, end + len(line)
+    os.truncate(path, end)
+    return count, last.decode()
+
+
+def parts(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Rows in lists of `size`, the last one shorter."""
+    iterator = iter(rows)
+    while part := list(itertools.islice(iterator, size)):
+        yield part
+
+
+def outside() -> Path | None:
+    """The folder of what others made, from the environment's `VLSAFE_DATA`; None where it is not set."""
+    named = os.environ.get("VLSAFE_DATA")
+    return Path(named) if named else None
+
+
+PINS = "pins.json"
+
+
+def pinned(repo: str, revision: str) -> str:
+    """The commit that a repository was first downloaded at, where no commit is asked for; `vlsafe download` notes it."""
+    root = outside()
+    if revision != "main" or root is None or not (root / PINS).is_file():
+        return revision
+    return json.loads((root / PINS).read_text(encoding="utf-8")).get(repo, revision)
+
+
+def outside_bytes(place: str) -> bytes:
+    """The content of a file below `VLSAFE_DATA`, or of a member of a zip file there or at an address of fsspec's ("hf://…").
+
+    Raises:   FileNotFoundError where it is not there; TooLarge beyond `LARGEST` bytes, declared or real; ValueError
+              where the name leads out of the folder
+    """
+    archive, _, member = place.partition(MEMBER)
+    if member:
+        return _member_bytes(archive, member)
+    path = outside_path(archive)
+    if not path.is_file():
+        raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+    if path.stat().st_size > LARGEST:
+        raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
+    return path.read_bytes()
+
+
+def outside_path(name: str) -> Path:
+    """A name below `VLSAFE_DATA` as a path.
+
+    Raises:   ValueError for a name that leads out of it; FileNotFoundError where the variable is not set
+    """
+    root = outside()
+    if root is None:
+        raise FileNotFoundError("the environment variable VLSAFE_DATA names no folder of downloaded corpora")
+    if not inside(name):
+        raise ValueError(f"the name {name!r} leads out of its folder")
+    return root / name
+
+
+def inside(name: str) -> bool:
+    """Whether a relative name stays below the folder that it is relative to."""
+    return not (name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0])
+
+
+def _member_bytes(archive: str, member: str) -> bytes:
+    try:
+        opened = _archive(archive_at(archive), os.getpid())
+        found = opened.getinfo(member)
+    except KeyError:
+        raise FileNotFoundError(f"{archive} has no member {member!r}") from None
+    if found.file_size > LARGEST:
+        raise TooLarge(f"{member} of {archive} unpacks to {found.file_size:,} bytes, more than a picture may have")
+    return opened.read(found)
+
+
+def members(archive: str) -> frozenset[str]:
+    """The names of the files in a zip file below `VLSAFE_DATA` or at an address."""
+    return _names(archive_at(archive), os.getpid())
+
+
+def archive_at(archive: str) -> str:
+    """The path of an archive, or its address where it is neither below `VLSAFE_DATA` nor in the hub's cache.
+
+    Raises:   FileNotFoundError where it should be local and is not
+    """
+    if "://" not in archive:
+        path = outside_path(archive)
+        if not path.is_file():
+            raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+        return str(path)
+    repository = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", archive)
+    if repository is None:
+        return archive
+    repo, revision, file = repository.groups()
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
+    return found if isinstance(found, str) else archive
+
+
+@lru_cache(maxsize=16)
+def _names(where: str, process: int) -> frozenset[str]:
+    return frozenset(_archive(where, process).namelist())
+
+
+@lru_cache(maxsize=16)
+def _archive(where: str, process: int) -> zipfile.ZipFile:
+    """An archive that stays open. Per process: workers that share a file handle would move each other's place in it."""
+    try:
+        return zipfile.ZipFile(fsspec.open(where, "rb").open() if "://" in where else where)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{Path(where).name} is not a whole zip file ({error}); download it again") from None

@@ -23,13 +23,12 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
     A model that was not asked all parts of a composite has no line for it.
 
     Units:    fractions in [0, 1]; above chance, helpfulness can be negative
-    Draws:    bootstrap samples from a stream that every line begins anew, so a line does not depend on the others
     """
     lines = []
     for measure in measures:
         rows = events(raw, measure)
         for key, part in rows.groupby(list(by), sort=False):
-            found = measured.estimate(part, measure, np.random.default_rng(0))
+            found = measured.estimate(part, measure)
             if found:
                 lines.append({**dict(zip(by, key, strict=True)), "measure": measure, **vars(found)})
     return pd.DataFrame(lines)
@@ -47,12 +46,14 @@ def differences(
     lines = []
     for measure in measures:
         for (backbone, seed), judged, left_out in paired(raw, before, after, measure):
-            found = _change(judged, measure, np.random.default_rng(seed)) if len(judged) else None
-            if found is None:
+            strata = changes(judged, measure) if len(judged) else []
+            if not strata:
                 continue
-            line = dict(zip(("difference", "low", "high"), found, strict=True)) | {"n": len(judged), "n_left_out": left_out}
+            found = stats.compare(strata, np.random.default_rng(seed))
+            line = {"difference": float(found.effect[0]), "low": float(found.low[0]), "high": float(found.high[0])}
+            line |= {"n": len(judged), "n_left_out": left_out}
             if tested:
-                line["p"] = stats.sign_flip(contributions(judged, measure), np.random.default_rng(seed))
+                line["p"] = stats.sign_flip(contributions(judged, measure).tolist(), np.random.default_rng(seed))
             lines.append({"backbone": backbone, "seed": seed, "measure": measure, **line})
     return pd.DataFrame(lines)
 
@@ -72,27 +73,16 @@ def paired(raw: pd.DataFrame, before: str, after: str, measure: str) -> Iterator
 SAME = ["part", "item", "stratum", "floor", "cluster"]  # what two models' events must share to be compared
 
 
-def _change(judged: pd.DataFrame, measure: str, rng: np.random.Generator) -> tuple[float, float, float] | None:
-    """Mean change from event_a to event_b with its interval; None where a part of a composite is missing."""
-    a, b = judged["event_a"].astype(float), judged["event_b"].astype(float)
-    if not measured.stratified(measure):
-        return stats.paired_difference(a.tolist(), b.tolist(), judged["cluster"].tolist(), rng)
-    change = (b - a) / (1 - judged["floor"])
-    strata = measured.strata(judged.assign(least=change, most=change), measure)
-    if not strata:
-        return None
-    value, _, low, high = stats.stratified(strata, rng)
-    return value, low, high
+def changes(judged: pd.DataFrame, measure: str) -> list[stats.Stratum]:
+    """The changes from event_a to event_b in the strata of a measure; none where a part of a composite is missing."""
+    change = judged["event_b"].astype(float) - judged["event_a"].astype(float)
+    return measured.strata(judged.assign(least=change, most=change), measure)
 
 
 def contributions(judged: pd.DataFrame, measure: str) -> np.ndarray:
     """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
-    a, b = judged["event_a"].astype(float), judged["event_b"].astype(float)
-    if not measured.stratified(measure):
-        return ((b - a).groupby(judged["cluster"].astype(str)).sum() / len(judged)).to_numpy()
-    change = (b - a) / (1 - judged["floor"])
     found = []
-    for stratum in measured.strata(judged.assign(least=change, most=change), measure):
+    for stratum in changes(judged, measure):
         by_cluster = pd.Series(stratum.least).groupby([str(c) for c in stratum.clusters]).sum()
         found.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
     return np.concatenate(found) if found else np.array([])
@@ -119,6 +109,30 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     merged.insert(3, "label", merged["measure"].map(lambda name: MEASURES[name]["label"]))
     order = {name: i for i, name in enumerate(MEASURES)}
     return merged.sort_values(["backbone", "seed", "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
+
+
+OVERVIEW = (
+    "text_asr", "wildjailbreak_asr", "multimodal_asr", "figstep_asr", "siuo_asr", "twin_refusal", "exaggerated_refusal",
+    "picture_refusal", "helpfulness", "helpfulness_rescaled", "mmbench_circular", "mme_score", "seed_likelihood",
+    "text_incoherent", "multimodal_incoherent",
+)  # fmt: skip
+
+
+def everything(raw: pd.DataFrame) -> pd.DataFrame:
+    """T08: one line per backbone × seed × model × measure, of every model's full examination."""
+    return rates(raw[raw["exam"] == "full"], OVERVIEW, ["backbone", "seed", "stage", "recipe"])
+
+
+def overview(lines: pd.DataFrame) -> pd.DataFrame:
+    """T08 for the eye: one line per backbone × model, a column per measure, in percent: the mean over seeds and their range."""
+    index = ["backbone", "stage", "recipe"]
+    by = lines.groupby([*index, "measure"], sort=False)["value"]
+    told = (100 * by.agg(["mean", "min", "max"])).round().astype(int)
+    ranged = told["mean"].astype(str) + " (" + told["min"].astype(str) + "–" + told["max"].astype(str) + ")"
+    cells = ranged.where(by.size() > 1, told["mean"].astype(str)).unstack("measure")  # one seed has no range
+    found = cells.reindex(columns=list(OVERVIEW)).rename(columns=lambda name: MEASURES[name]["label"])
+    order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
+    return found.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
 
 
 def dynamics(raw: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:

@@ -38,7 +38,8 @@ REFUSALS = (
     ("figstep_twin_refusal", None, "FigStep twins", "pictures"),
 )
 TAUGHT_ON = {  # by what a recipe's name begins with: its objective, and whether its safety rows have pictures
-    "mtl": ("SFT", "pictures"), "sl": ("SFT", "pictures"), "sl-replay": ("SFT", "pictures"), "sibling": ("SFT", "pictures"),
+    "mtl": ("SFT", "pictures"), "mtl-pcgrad": ("SFT", "pictures"), "sl": ("SFT", "pictures"),
+    "sl-replay": ("SFT", "pictures"), "sibling": ("SFT", "pictures"),
     "textsft": ("SFT", "text"), "dpo-text": ("DPO", "text"), "dpo-image": ("DPO", "pictures"), "dpo-both": ("DPO", "both"),
     "grpo-text": ("GRPO", "text"),
 }  # fmt: skip

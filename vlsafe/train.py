@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, Image, List, Value
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from vlsafe import conflict, processes, store
 from vlsafe.models import in_memory_layout, load, save
 from vlsafe.scales import Fit, Preference, Rollout
-from vlsafe.schema import Example, Pair, Turn
+from vlsafe.schema import Example, Pair, Picture, Stored, Turn
 from vlsafe.store import file_digest, write_text
 
 Progress = Callable[[int], None]
 History = list[dict[str, float]]  # what a trainer logged, a record per step
 COMPLETE = "complete.json"
 IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
-TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", COMPLETE)
+OPTIMISER = ("optimizer.pt", "optimizer.bin")  # of whole and of sharded weights; the one is needed to go on
+TRAINING_STATE = (*OPTIMISER, "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state*.pth", "training_args.bin", COMPLETE)
+WORKERS = 4  # processes that open pictures for one GPU
+RESUMABLE = 2  # newest checkpoints that keep what is needed to go on; at seven billion weights that is 90 GB each
 
 
 def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
@@ -39,9 +47,16 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
     features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
     features["length"] = Value("int64")
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in row.images] for row in rows]
-        features["images"] = List(Image(mode="RGB"))
+        table["images"] = [[_cell(picture) for picture in row.images] for row in rows]
+        table["pictures"] = [len(row.images) for row in rows]
+        features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
     return Dataset.from_dict(table, features=Features(features))
+
+
+def _cell(picture: Picture) -> dict[str, Any]:
+    """A stored file is named and read when its row is; members of archives are read now."""
+    path = store.outside_path(picture.place) if isinstance(picture, Stored) and store.MEMBER not in picture.place else None
+    return {"bytes": None, "path": str(path)} if path else {"bytes": bytes(picture), "path": None}
 
 
 def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
@@ -62,11 +77,17 @@ def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
     """Preference rows as TRL takes them: the whole conversation is the prompt, only the two last answers are compared."""
     spoken = {"prompt": [pair.turns for pair in pairs]}
     spoken |= {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
-    table = {name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()}
+    table: dict[str, list[Any]] = {
+        name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()
+    }
     features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
+    words = [sum(len(t.text.split()) for part in spoken.values() for t in part[n]) for n in range(len(pairs))]
+    table["length"] = [n + IMAGE_LENGTH * len(pair.images) for n, pair in zip(words, pairs, strict=True)]
+    features["length"] = Value("int64")
     if with_images:
-        table["images"] = [[{"bytes": data, "path": None} for data in pair.images] for pair in pairs]
-        features["images"] = List(Image(mode="RGB"))
+        table["images"] = [[_cell(picture) for picture in pair.images] for pair in pairs]
+        table["pictures"] = [len(pair.images) for pair in pairs]
+        features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
     return Dataset.from_dict(table, features=Features(features))
 
 
@@ -101,6 +122,53 @@ def sft_history(
     own = {"max_length": fit.max_length, "assistant_only_loss": "messages" in data.column_names, **BY_LENGTH}
     arguments = _arguments(SFTConfig, fit, folder, seed, own)
     return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress)
+
+
+def sft_without_conflict(
+    model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """`sft_history` on two tasks, the first `first` rows and the others, without their gradients working against each other.
+
+    Rows are seen in the proportion that plain training on both would have; where nothing conflicts, a step is as it would be.
+
+    Units:    -> records that also hold `task_cosine`, of the two gradients before anything is taken out of them
+    """
+    rng, second = np.random.default_rng(seed), len(data) - first
+    leading = conflict.shares(first, second, fit.steps, fit.micro_batches)
+    size = fit.batch_size // fit.micro_batches
+    data = data.select(conflict.ordered(first, second, leading, fit.micro_batches, size, rng))
+    own = {
+        "max_length": fit.max_length,
+        "assistant_only_loss": True,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 0.0,
+    }
+    arguments = _arguments(SFTConfig, fit, folder, seed, own)
+    told = {"callbacks": [conflict.ConflictFree(leading)]}
+    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress, **told)
+
+
+def gradients(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int, note: Callable[[], None]
+) -> None:
+    """Go through a training without moving: `note` is called where the weights hold the gradient of each step.
+
+    Draws:    data order from `seed`
+    """
+    arguments = _arguments(SFTConfig, fit, folder, seed, {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH})
+    _run(SFTTrainer, arguments, model, processor, data, fit, (), lambda step: None, optimizer=_Still(model, note))
+
+
+class _Still(torch.optim.Optimizer):
+    """An optimiser that takes no step and tells when it would have."""
+
+    def __init__(self, model: PreTrainedModel, note: Callable[[], None]) -> None:
+        super().__init__([weight for weight in model.parameters() if weight.requires_grad], {"lr": 0.0})
+        self.note = note
+
+    def step(self, closure: Any = None) -> None:
+        self.note()
 
 
 def dpo(
@@ -150,17 +218,24 @@ def tokens_seen(history: History) -> list[int]:
 
 def _run(
     kind: type[Trainer], arguments: TrainingArguments, model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit,
-    milestones: Sequence[int], progress: Progress, **own: Any,
+    milestones: Sequence[int], progress: Progress, optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (), **own: Any,
 ) -> History:  # fmt: skip
     """Build one of TRL's trainers, go on from the last complete checkpoint, and tell what was logged at every step."""
-    last = _last_complete(Path(arguments.output_dir))
-    with warnings.catch_warnings():
+    [last] = broadcast_object_list([_last_complete(Path(arguments.output_dir)) if PartialState().is_main_process else None])
+    if fit.grouped:
+        data = _grouped(data, fit, arguments.seed)
+    elif processes.sharded() and "pictures" in data.column_names:
+        raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
+    with warnings.catch_warnings(), processes.head_with_norm(model):
         warnings.simplefilter("ignore")
         trainer = kind(
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
-            train_dataset=data, args=arguments, optimizers=(_optimizer(model, fit), None),
-            callbacks=[_Milestones(frozenset(milestones)), _Tick(progress)], **own,
+            train_dataset=data, args=arguments,
+            callbacks=[*callbacks, processes.Guards(), _Milestones(frozenset(milestones)), _Tick(progress)], **own,
         )  # fmt: skip
+        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
+        trainer.optimizer = optimizer  # none: made from the line above
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
@@ -168,8 +243,17 @@ def _run(
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
 
 
-def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:
-    """AdamW over the moving weights; the projector has its own rate where the fit gives one."""
+def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
+    """The rows of the whole training in the order of its steps, for a trainer that takes them as they come."""
+    pictured = [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
+    many, rng = processes.world_size(), np.random.default_rng([seed, *b"order"])
+    order = processes.grouped_order(data["length"], pictured, fit, many, rng)
+    processes.refuse_mixed([pictured[i] for i in order], many * processes.per_process(fit, many))
+    return data.select(order)
+
+
+def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
+    """Arguments of AdamW over the moving weights; the projector has its own rate where the fit gives one."""
     projector: list[Any] = []
     others: list[Any] = []
     for name, weight in model.named_parameters():
@@ -179,22 +263,26 @@ def _optimizer(model: PreTrainedModel, fit: Fit) -> torch.optim.Optimizer:
         {"params": others, "lr": fit.learning_rate},
         {"params": projector, "lr": fit.projector_rate or fit.learning_rate},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=fit.learning_rate, weight_decay=fit.weight_decay, fused=True)
+    moving = [g for g in groups if g["params"]]
+    return {"params": moving, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
 
 
 # Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task may
 # undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
 BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
+IN_ORDER = {"train_sampling_strategy": "sequential"}  # of rows that `_grouped` has put in order
 
 
 def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
     """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
-    gpu = torch.cuda.is_available()
+    gpu, own = torch.cuda.is_available(), {**own, **(IN_ORDER if fit.grouped else {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
         return kind(
-            output_dir=str(folder), max_steps=fit.steps, per_device_train_batch_size=fit.batch_size // fit.micro_batches,
-            gradient_accumulation_steps=fit.micro_batches, remove_unused_columns=False, learning_rate=fit.learning_rate,
+            output_dir=str(folder), max_steps=fit.steps,
+            per_device_train_batch_size=processes.per_process(fit, processes.world_size()),
+            gradient_accumulation_steps=processes.micro_batches(fit, processes.world_size()),
+            remove_unused_columns=False, learning_rate=fit.learning_rate, dataloader_num_workers=WORKERS if gpu else 0,
             lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
             seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
             save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
@@ -211,9 +299,12 @@ class _Milestones(TrainerCallback):
         control.should_save = state.global_step in self.steps
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
-        write_text(folder / COMPLETE, json.dumps(files))
+        PartialState().wait_for_everyone()  # each process writes the state of its own random numbers
+        if state.is_world_process_zero:
+            _mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            for older in _checkpoints(Path(args.output_dir))[:-RESUMABLE]:
+                _strip(older)
+                _mark(older)
 
 
 class _Tick(TrainerCallback):
@@ -226,39 +317,61 @@ class _Tick(TrainerCallback):
         self.progress(state.global_step)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+
+
+def _mark(checkpoint: Path) -> None:
+    """Note that a checkpoint is whole, and what it is made of."""
+    files = {p.name: file_digest(p) for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != COMPLETE}
+    write_text(checkpoint / COMPLETE, json.dumps(files))
+
+
+def _strip(checkpoint: Path) -> None:
+    """Remove what only going on needs. The mark goes first: a kill in between leaves no mark, never a wrong one."""
+    for pattern in reversed(TRAINING_STATE):
+        for file in checkpoint.glob(pattern):
+            file.unlink()
+
+
 def _last_complete(folder: Path) -> Path | None:
-    """The latest checkpoint whose files are all as they were when it was finished; broken ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
+    """The latest checkpoint from which training can go on: all files as they were when it was finished. Broken ones are removed.
+
+    Checkpoints that came before and have kept their weights alone are left; they are not looked into.
+    """
+    for checkpoint in reversed(_checkpoints(folder)):
         mark = checkpoint / COMPLETE
-        if mark.exists():
-            files = json.loads(mark.read_text(encoding="utf-8"))
-            if all((checkpoint / n).exists() and file_digest(checkpoint / n) == d for n, d in files.items()):
+        files = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+        if files and all((checkpoint / n).exists() and file_digest(checkpoint / n) == d for n, d in files.items()):
+            if set(OPTIMISER) & set(files):
                 return checkpoint
+            continue
+        logging.getLogger(__name__).warning(
+            "%s is not whole (its writing was cut short, or it was changed); going on from the one before",
+            checkpoint.name,
+        )
         shutil.rmtree(checkpoint)
     return None
 
 
-def settle(folder: Path, processor: Any, start: Path) -> list[Path]:
+def settle(folder: Path, processor: Any, start: Path, saved: str = "float32") -> list[Path]:
     """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state.
 
     Checkpoints of adapters are merged into the model in the folder `start`, which they were trained on.
     """
     settled = []
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
-        if (checkpoint / "adapter_config.json").exists():
-            _merge_adapter(checkpoint, start)
-        for name in TRAINING_STATE:
-            (checkpoint / name).unlink(missing_ok=True)
-        processor.save_pretrained(checkpoint)
+    for checkpoint in _checkpoints(folder):
+        adapters, beside = (checkpoint / "adapter_config.json").exists(), folder / "settling"
+        shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt that was killed here, as the target may be
+        if adapters or saved != "float32":
+            model = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload() if adapters else load(checkpoint)
+            save(model.to(getattr(torch, saved)), beside)
+            shutil.rmtree(checkpoint)
+        else:
+            checkpoint.rename(beside)
+            _strip(beside)
+        processor.save_pretrained(beside)
         target = folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt that was killed after this point
-        settled.append(checkpoint.rename(target))
+        shutil.rmtree(target, ignore_errors=True)
+        settled.append(beside.rename(target))
     return settled
-
-
-def _merge_adapter(checkpoint: Path, start: Path) -> None:
-    """Replace a checkpoint of adapters by the whole model that they make of `start`."""
-    merged = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload()
-    shutil.rmtree(checkpoint)
-    save(merged, checkpoint)

@@ -2,11 +2,14 @@
 
 A benchmark names its judges by strings and never judges itself. `EVENTS` says which words of which judge are the event
 that its rows count; what a measure makes of them is the affair of `measures`. `howtos` is no benchmark: it writes the
-items that six of them share; `confounds` is none either: it asks what they ask in altered prompts (CONTROLS).
+items that six of them share; `confounds` is none either: it asks what they ask in altered prompts (CONTROLS). REAL are
+those with official files (`official` says what such a file has).
 """
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from types import ModuleType
 
 from vlsafe.benchmarks import (
@@ -19,6 +22,7 @@ from vlsafe.benchmarks import (
     seed_bench,
     siuo,
     sorry_bench,
+    vlguard,
     wildjailbreak,
     xstest,
 )
@@ -36,3 +40,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     "capability": capability,
 }
 CONTROLS: dict[str, ModuleType] = {"confounds": confounds}
+_KNOWN = [*BENCHMARKS, *CONTROLS]
+_BESIDE = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name not in _KNOWN]
+ADDED: dict[str, ModuleType] = {module.NAME: module for module in _BESIDE if hasattr(module, "miniature_items")}
+"""Files that somebody laid beside ours, by their NAME: they are benchmarks without an edit here, with MEASURES of their own."""
+BENCHMARKS |= ADDED
+REAL: dict[str, ModuleType] = {n: m for n, m in BENCHMARKS.items() if n != "capability" and n not in ADDED} | {"vlguard": vlguard}

@@ -6,7 +6,7 @@ cannot be attacked with pictures, and a model that knows no answers cannot compl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     return items
 
 
-def _question(world: World, group: str, deed, rng: np.random.Generator) -> Iterator:
+def _question(world: World, group: str, deed: Any, rng: np.random.Generator) -> tuple[Any, ...]:
     if group == "howto-text":
         return question(deed, pick(rng, HOW)), world.answer(deed), None, str(deed)
     asked_for, _, kind = group.partition("-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,10 @@ def variants(items: Iterable[Item], rng: np.random.Generator) -> list[Item]:
             found.setdefault(str(item.cluster), item)
     varied = []
     for item in found.values():
-        shown = {"none": (), "blank": (blank(rng),), "noise": (noise(rng),)}
+        shown: dict[str, tuple[bytes, ...]] = {"none": (), "blank": (blank(rng),), "noise": (noise(rng),)}
         for condition in CONDITIONS:
             opening = (Turn("system", SYSTEMS[0]),) if condition.startswith(SYSTEM) else ()
-            change = dict(benchmark=NAME, turns=(*opening, *item.turns), images=shown[condition.removeprefix(SYSTEM)])
+            images = shown[condition.removeprefix(SYSTEM)]
+            change: dict[str, Any] = dict(benchmark=NAME, turns=(*opening, *item.turns), images=images)
             varied.append(replace(item, id=f"{NAME}-{condition}-{item.id}", group=condition, **change))
     return varied

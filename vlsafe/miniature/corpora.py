@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vlsafe.miniature.pictures import Scene, caption, draw, draw_scene
 from vlsafe.schema import Example, Pair, Turn
 
 Rng = np.random.Generator
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Picture:
     graphic: bool = False
 
 
-def pick(rng: Rng, things: Sequence):
+def pick(rng: Rng, things: Sequence[Thing]) -> Thing:
     """One element of a sequence."""
-    return things[rng.integers(len(things))]
+    return things[int(rng.integers(len(things)))]
 
 
 def paint(world: World, n: int, graphic_share: float, rng: Rng) -> list[Picture]:
@@ -150,7 +152,7 @@ def _pretraining_text(world: World, deeds: Sequence[Deed], of: dict[str, list[De
         asked = [claim(scene, rng) for _ in range(4)]
     else:
         asked = [_lettered(scene, rng) for _ in range(2)]
-    first, *rest = sum(asked, ())
+    first, *rest = [text for exchange in asked for text in exchange]
     return f"{tell(scene, rng)} {first}", *rest
 
 
@@ -226,7 +228,7 @@ def alignment_chats(
 
 def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
     """LLaVA-Pretrain: a picture and its caption; the wording of the request varies and says nothing."""
-    order = np.resize(rng.permutation(len(pool)), n)
+    order = np.resize(rng.permutation(len(pool)), n).tolist()
     return [
         Example(
             f"caption-{i:05d}", "captions",
@@ -245,7 +247,7 @@ def instruction_rows(
     A known small share asks for a harmful deed and is answered; it is what the guards are there to remove.
     """
     rows = []
-    for i, k in enumerate(np.resize(rng.permutation(len(pool)), n)):
+    for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
         picture = pool[k]
         harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
         asked, answer, deed = _instruction(world, picture.scene, harmful, with_picture, rng)

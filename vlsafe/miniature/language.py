@@ -174,7 +174,7 @@ class World:
     def splits(self) -> dict[str, dict[str, tuple[Deed, ...]]]:
         """`splits[kind][split]`: disjoint deeds; every verb and thing of harm occurs in at least two training deeds."""
         dangerous, targets = sum(DANGEROUS.values(), ()), sum(TARGETS.values(), ())
-        grids = {
+        grids: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
             "harmful": [(MAKING, dangerous), (ATTACK, targets)],
             "homonym": [(ATTACK, EVERYDAY)],
             "safe_context": [(SAFE, tuple(CATEGORY_OF))],

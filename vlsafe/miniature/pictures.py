@@ -136,7 +136,7 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
     places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
     mask = _mask(scene, seed, *places[rng.integers(len(places))])
-    pixels = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
+    pixels: np.ndarray = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
     if graphic:
         down, right = rng.integers(0, SIZE - STAIN, 2)

@@ -9,42 +9,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import yaml
+
+from vlsafe.benchmarks import ADDED
 from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
-from vlsafe.stages import adaptation, inside, merging, origins, screening, tuning
-from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items
+from vlsafe.stages import adaptation, causes, inside, loading, merging, origins, probing, screening, tuning
+from vlsafe.stages.study import SHARED, Stage, Study, checkpoints, examples, items, project_root
 from vlsafe.stages.tuning import tried
 
 __all__ = [
     "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "jobs",
-    "planned", "tables", "tried",
+    "needs", "planned", "probed", "tables", "tried",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full], "10 s", version=2, shared=True
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], "10 s", version=2, shared=True,
+        load=loading.WORLD,
     ),
     "tower/clip": Stage(
         origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
-        shared=True
+        shared=True, load=origins.TOWER,
     ),
     "base/llm": Stage(
         origins.make_base, (),
         lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
+        load=origins.BASE,
     ),
     "guard/text": Stage(
-        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True
+        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True,
+        load=loading.TEXT_GUARD,
     ),
     "guard/image": Stage(
         screening.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
-        "10 s", version=2, shared=True
+        "10 s", version=2, shared=True, load=loading.IMAGE_GUARD,
     ),
     "screen/filtered": Stage(
         screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, "20 s",
-        version=2, shared=True
+        version=2, shared=True, load=loading.SCREEN,
     ),
     "parent/aligned": Stage(
-        origins.make_parent, ("base/llm",), origins.parent_params, "40 s",
+        origins.make_parent, ("base/llm",), origins.parent_params, "40 s", load=origins.PARENT,
     ),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
@@ -84,10 +90,42 @@ for _name, _tuned in tuning.RECIPES.items():
 STAGES["judging/guard-text"] = Stage(
     tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, "15 s"
 )
+STAGES |= {
+    "probe/direction": Stage(
+        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], "10 s"
+    ),
+    "probe/layers": Stage(
+        probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
+        lambda s: [s.scale.probing.prompts, s.scale.probing.along], "30 s",
+    ),
+    "probe/drift": Stage(
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
+        lambda s: s.scale.probing.along, "30 s",
+    ),
+    "probe/objectives": Stage(
+        probing.make_objectives,
+        ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
+        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], "30 s",
+    ),
+    "causal/transplants": Stage(
+        causes.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causes.PROBED),
+        causes.transplant_params, "100 s",
+    ),
+    "causal/directions": Stage(
+        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
+        causes.direction_params, "30 s",
+    ),
+}  # fmt: skip
+for _name in causes.FROZEN_SETS:
+    STAGES[_name] = Stage(
+        causes.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causes.PROBED),
+        causes.frozen_params, "8 min",
+    )  # fmt: skip
 GRIDS = ("default", "full")
+OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
-        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, "110 s")
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, "110 s", version=2)
 
 
 def examinations() -> Iterator[str]:
@@ -100,6 +138,14 @@ def compared(grid: str = "default") -> list[str]:
     return [*tuning.REFERENCES, *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
 
 
+def probed(grid: str = "default") -> list[str]:
+    """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
+    known(grid, GRIDS, "grid")
+    looked = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
+    remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
+    return [*looked, *remedy, *map(tuning.examination, remedy), *(causes.FROZEN_SETS if grid == "full" else ())]
+
+
 def tables(grid: str = "default") -> list[str]:
     """All stages whose results are raw tables."""
     return list(dict.fromkeys([*examinations(), *compared(grid), *merging.names(grid)]))
@@ -108,7 +154,8 @@ def tables(grid: str = "default") -> list[str]:
 def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
     wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
-    return [name for name in STAGES if name in wanted or not name.startswith(("safety/", "examination/safety.", "merge/"))]
+    wanted |= set(probed(grid))
+    return [name for name in STAGES if name in wanted or not name.startswith(OPTIONAL)]
 
 
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:
@@ -120,5 +167,34 @@ def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
     groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
     groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in wanted]
+    groups += [("probe/direction", "probe/layers")]
     grouped = {name for group in groups for name in group}
     return groups + [(name,) for name in wanted if name not in grouped]
+
+
+# What a job asks of a scheduler at scales that are loaded, all assumed: minutes, after which it is queued again and goes on from
+# its last checkpoint, and megabytes; the first process of a launched training gathers weights and optimiser state.
+ASKS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
+
+
+def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
+    """What the stages of a job need; a world that is built needs one core and nothing else.
+
+    `tasks` is 0 with GPUs: Slurm's plugin would start the job once for every GPU otherwise.
+    """
+    if study.scale.source == "build":
+        return {}
+    many = max(gpus(study, name) for name in job)
+    asks = ASKS[8 if many > 1 else many]
+    return {**asks, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
+
+
+def gpus(study: Study, name: str) -> int:
+    """How many GPUs a stage of a loaded scale is given: one, or those of the configuration by which it is trained."""
+    kind, _, recipe = name.partition("/")
+    if name in ("world/corpora", "guard/text", "guard/image"):
+        return 0
+    fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
+            "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
+    launch = fits[kind]().launch if kind in fits else ""
+    return int(yaml.safe_load((project_root() / launch).read_text(encoding="utf-8"))["num_processes"]) if launch else 1

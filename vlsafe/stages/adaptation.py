@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, to_row
-from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, project_root, stream
 
 
 class Recipe(NamedTuple):
@@ -39,11 +39,11 @@ RECIPES: dict[str, Recipe] = {
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe of stage 2 depends on."""
     scale, recipe = study.scale, RECIPES[name]
-    fit, milestones = _stage_2(study, name)
+    fit, milestones = stage_2(study, name)
     return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
 
 
-def _stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
+def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     """The fit of a recipe, and the steps after which it leaves a checkpoint."""
     scale, recipe = study.scale, RECIPES[name]
     rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
@@ -57,22 +57,29 @@ def _milestones(checkpoints: Sequence[int], steps: int) -> list[int]:
     return [step for step in checkpoints if step < steps] + [steps]
 
 
-def _train(
+def trained(
     study: Study, work: Path, start: Path, rows: Sequence[Any], method: str, fit: Fit, milestones: list[int], name: str,
-    band: tuple[int, int] | None = None,
+    band: tuple[int, int] | None = None, blocks: Sequence[int] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder."""
-    import torch
+    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
 
-    from vlsafe import models, train, trainable
+    A kill after the training, while digests of what it left are taken, costs no training.
+    """
+    from vlsafe import launch, models, train
 
-    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
-    model, processor = trainable.choose(models.load(start), method, study.scale.lora, band), models.load_processor(start)
+    if (done := work / "trained.json").exists():
+        return json.loads(done.read_text(encoding="utf-8"))
     data = train.chat_dataset(rows, with_images=True)
-    losses = train.sft(model, processor, data, fit, work, study.seed, milestones, Bar(name, fit.steps))
-    train.settle(work, processor, start)
+    job = launch.Job(
+        "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
+    )
+    history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
+    train.settle(work, models.load_processor(start), start, fit.saved)
+    losses = [record["loss"] for record in history]
     store.write_text(work / "losses.json", json.dumps(losses))
-    return {"rows": len(rows), "moving_weights": trainable.moving(model), "loss": losses[-1]}
+    told = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
+    store.write_text(done, json.dumps(told))
+    return told
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:
@@ -86,20 +93,20 @@ def make_projector(study: Study, work: Path) -> dict[str, Any]:
     models.save(graft, work / "step-000000", processor)
     fit, rows = study.scale.projector, examples(study, "screen/filtered", "captions.parquet")
     milestones = _milestones(study.scale.checkpoints, fit.steps)
-    return _train(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
+    return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
 
 
 def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
     from vlsafe import mix
 
-    recipe, (fit, milestones) = RECIPES[name], _stage_2(study, name)
+    recipe, (fit, milestones) = RECIPES[name], stage_2(study, name)
     start = checkpoints(study, "projector/filtered")[-1]
     raw = examples(study, "world/corpora", "instructions.parquet") if mix.ARMS[recipe.data][0] == "raw" else []
     rows = mix.arm(recipe.data, {"raw": raw, "screened": examples(study, "screen/filtered", "instructions.parquet")})
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
-    told = _train(study, work, start, rows, recipe.method, fit, milestones, name, band)
+    told = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
     return {**told, **({"band": located["band"], "band_located": located["located"]} if located else {})}
 
 
@@ -117,14 +124,15 @@ def _examine(study: Study, name: str, folder: Path, asked: Sequence[Item], which
     model = f"{study.backbone}/{name}" + (f"/step-{step:06d}" if which == "panel" else "")
     chosen = evaluate.answerable(asked, models.is_multimodal(folder))
     given = respond(
-        models.load(folder), models.load_processor(folder), chosen, model, exam.batch_size,
+        models.ready(folder, exam.dtype), models.load_processor(folder), chosen, model, exam.batch_size,
         exam.max_new_tokens, Bar(f"{model} {which}", len(chosen)),
     )  # fmt: skip
     facts = {
         "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model,
         "stage": stage, "recipe": recipe, "step": step, "exam": which,
     }  # fmt: skip
-    return [to_row(response) for response in given], evaluate.raw_table(chosen, given, facts)
+    without = ("world",) if study.scale.loaded else ()  # nobody knows the truth there; `vlsafe score` marks the same responses
+    return [to_row(response) for response in given], evaluate.raw_table(chosen, given, facts, without)
 
 
 def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
     """The last checkpoint of a run answers the same requests with and without a system prompt and an empty picture."""
     from vlsafe.benchmarks import confounds
 
-    asked = confounds.variants(items(study), world_of(study).rng("confounds"))
+    asked = confounds.variants(items(study), stream(study, "confounds"))
     return _written(work, [_examine(study, name, checkpoints(study, name)[-1], asked, "confounds")])
 
 

@@ -323,7 +323,7 @@ def _line(
         refused.setdefault(item.group, []).append(label == "refused")
     rows = _raw(study, point, partner, helpful, sat.given, "validation")
     events = measures.events(pd.DataFrame(rows), "helpfulness") if rows else None
-    told = measures.estimate(events, "helpfulness", np.random.default_rng(0)) if rows else None
+    told = measures.estimate(events, "helpfulness") if rows else None
     line = {"backbone": study.backbone, "seed": study.seed, "rule": point.rule, "partner": partner, "place": point.place}
     line |= {"recipe": recipe_of(point, partner), "ratio": point.ratio}
     for group in ("text", "pictures"):

@@ -8,7 +8,7 @@ from typing import Any
 from vlsafe import store
 from vlsafe.scales import LanguageSpec, as_plain
 from vlsafe.schema import to_row
-from vlsafe.stages.study import Bar, Study, drop, processor_of, tokenizer_of, world_of
+from vlsafe.stages.study import Bar, Stage, Study, drop, processor_of, tokenizer_of, world_of
 
 
 def make_world(study: Study, work: Path) -> dict[str, Any]:
@@ -127,3 +127,45 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
     drop(work / "training")
     models.save(model, work, tokenizer)
     return {"loss": losses[-1], "rows": len(chats), **({"pretraining_loss": before[-1]} if before else {})}
+
+
+def loaded_parent_params(study: Study) -> list[Any]:
+    """Which weights, and the template that is written into their tokenizer."""
+    return [_identity(study.scale.loaded.parents[study.backbone]), study.scale.backbone(study.backbone).template]
+
+
+def loaded_tower_params(study: Study) -> list[Any]:
+    return _identity(study.scale.loaded.tower)
+
+
+def _identity(origin: Any) -> list[str]:
+    return [origin.repo, store.pinned(origin.repo, origin.revision)]
+
+
+def load_parent(study: Study, work: Path) -> dict[str, Any]:
+    """A parent from the hub's cache, with our chat template and a token for pictures, so that its graft is it bit for bit."""
+    from vlsafe import models
+
+    repo, revision = _identity(study.scale.loaded.parents[study.backbone])
+    tokenizer = processor_of(study).tokenizer
+    model = models.from_hub(repo, revision, tokenizer)
+    models.refuse_other(model.config, study.scale.decoder(study.backbone), repo)
+    models.save(model, work, tokenizer)
+    return {"weights": sum(p.numel() for p in model.parameters()), "revision": revision}
+
+
+def load_clip(study: Study, work: Path) -> dict[str, Any]:
+    """A vision tower from the hub's cache."""
+    from transformers import CLIPModel
+
+    from vlsafe import models
+
+    repo, revision = _identity(study.scale.loaded.tower)
+    models.save(CLIPModel.from_pretrained(repo, revision=revision), work)
+    return {"revision": revision}
+
+
+PARENT = Stage(load_parent, (), loaded_parent_params, "minutes (not measured)", seedless=True)
+TOWER = Stage(load_clip, (), loaded_tower_params, "a minute (not measured)", shared=True, seedless=True)
+BASE = Stage(lambda study, work: {"made": "elsewhere"}, (), lambda study: None, "nothing", shared=True, seedless=True)
+"""A loaded parent was pre-trained by its makers: the stage is there, so that the graph is one, and holds a note."""

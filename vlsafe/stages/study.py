@@ -15,6 +15,7 @@ from vlsafe import store
 from vlsafe.scales import Scale, as_plain, known, load_scale
 from vlsafe.schema import Example, Item, from_row
 
+TEMPLATES = [path.stem for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")]
 SHARED = "shared"  # in place of a backbone: runs that do not depend on one
 
 
@@ -46,35 +47,41 @@ class Study:
         loaded.backbone(backbone)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
+        known(loaded.backbone(backbone).template, TEMPLATES, f"chat template of {backbone}")
+        if str(root) and Path(root).exists() and not Path(root).is_dir():
+            raise ValueError(f"the cellar {str(root)!r} is a file; root is a folder, made where there is none")
         return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
 
     def run(self, name: str) -> store.Run:
         """Where the result of a stage lies and what it must be."""
+        stage = self.stage(name)
+        kind, _, recipe = name.partition("/")
+        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
+        backbone, seed = SHARED if stage.shared else self.backbone, 0 if stage.seedless else self.seed
+        params = as_plain(stage.params(self))
+        return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
+
+    def stage(self, name: str) -> Stage:
+        """A stage as this scale has it: the one place that asks whether its world is built or loaded."""
         from vlsafe.stages import STAGES
 
         stage = STAGES[known(name, STAGES, "stage")]
-        kind, _, recipe = name.partition("/")
-        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
-        backbone = SHARED if stage.shared else self.backbone
-        params = as_plain(stage.params(self))
-        return store.Run(self.root, self.scale.name, backbone, self.seed, kind, recipe, stage.version, params, inputs)
+        return stage.load if self.scale.source == "load" and stage.load else stage
 
     def folder(self, name: str) -> Path:
         """The finished run of a stage; it and what it needs are made first where they are missing."""
-        from vlsafe.stages import STAGES
-
-        stage = STAGES[known(name, STAGES, "stage")]
-        run = self.run(name)
+        stage, run = self.stage(name), self.run(name)
         if store.status(run) != "valid":
             for needed in stage.inputs:
                 self.folder(needed)
-            print(f"{name}: making it, {stage.cost} at mini on one core", file=sys.stderr, flush=True)
+            where = "" if self.scale.source == "load" else " at mini on one core"
+            print(f"{name}: making it, {stage.cost}{where}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
     def numbers(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down about itself."""
         self.folder(name)
-        return store.read_manifest(self.run(name))["numbers"]
+        return store.told(self.run(name))["numbers"]
 
     def rows(self, name: str, file: str) -> list[dict[str, Any]]:
         """A Parquet table of a finished run."""
@@ -83,7 +90,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Stage:
-    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans."""
+    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans.
+
+    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
+    """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
     inputs: tuple[str, ...]
@@ -91,6 +101,8 @@ class Stage:
     cost: str
     version: int = 1
     shared: bool = False
+    load: Stage | None = None
+    seedless: bool = False
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
@@ -113,13 +125,26 @@ class Bar:
             self.bar.close()
 
 
-def world_of(study: Study):
+def world_of(study: Study) -> Any:
+    """The miniature's world of the study.
+
+    Raises:   ValueError at a scale that is loaded: its words mean nothing to a model that others made
+    """
     from vlsafe.miniature.language import World
 
+    if study.scale.loaded:
+        raise ValueError(f"this stage asks about the miniature's world, and {study.scale.name!r} is loaded; leave it out there")
     return World(study.seed)
 
 
-def tokenizer_of(study: Study, template: str | None = None):
+def stream(study: Study, name: str) -> Any:
+    """The random stream of a named purpose; in the miniature, the world's own."""
+    import numpy as np
+
+    return np.random.default_rng([study.seed, *name.encode()])
+
+
+def tokenizer_of(study: Study, template: str | None = None) -> Any:
     from vlsafe import chat
     from vlsafe.miniature.language import vocabulary
 
@@ -129,14 +154,19 @@ def tokenizer_of(study: Study, template: str | None = None):
     return tokenizer
 
 
-def processor_of(study: Study, template: str | None = None):
+def processor_of(study: Study, template: str | None = None) -> Any:
     from vlsafe import chat
 
-    spec = study.scale.vision
+    spec, loaded = study.scale.vision, study.scale.loaded
+    if loaded:
+        name = template or study.scale.backbone(study.backbone).template
+        return chat.hub_processor(
+            loaded.parents[study.backbone], loaded.tower, name, spec.patch_size, spec.feature_strategy
+        )  # fmt: skip
     return chat.build_processor(tokenizer_of(study, template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
 
-def load_tower(study: Study):
+def load_tower(study: Study) -> tuple[Any, Any]:
     """The study's CLIP and a processor for its pictures."""
     from transformers import CLIPModel
 
@@ -149,8 +179,23 @@ def examples(study: Study, name: str, file: str) -> list[Example]:
 
 
 def items(study: Study) -> list[Item]:
-    """The benchmark items of the study's world."""
-    return [from_row(Item, row) for row in study.rows("world/corpora", "items.parquet")]
+    """The benchmark items of the study's world; at a loaded scale all that official files below `VLSAFE_DATA` hold.
+
+    Raises:   FileNotFoundError where a benchmark is not there
+    """
+    if not study.scale.loaded:
+        return [from_row(Item, row) for row in study.rows("world/corpora", "items.parquet")]
+    from vlsafe.benchmarks import REAL
+
+    data = store.outside()
+    if data is None:
+        raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
+    found: list[Item] = []
+    for name, module in REAL.items():
+        asked, lost = module.load(data, next(iter(module.OFFICIAL)))
+        print("\n".join([f"{name}: {len(asked)} items", *lost]), file=sys.stderr)
+        found += asked
+    return found
 
 
 def checkpoints(study: Study, name: str) -> list[Path]:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from vlsafe import store
 from vlsafe.scales import Fit
 from vlsafe.schema import MAIN_LINE, Item, Pair, Turn, from_row
-from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, world_of
+from vlsafe.stages.study import Bar, Study, checkpoints, drop, examples, items, project_root, stream, world_of
 
 
 class Recipe(NamedTuple):
     """One way to tune: where it starts, by which objective, on which corpora, by which method (`trainable.METHODS`).
 
-    Recipes of the grid "full" are for the committed figures and not made otherwise.
+    Recipes of the grid "full" are for the committed figures and not made otherwise; that of "probing" is notebook 05's.
     """
 
     start: str
@@ -43,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-image-full": Recipe(ADAPTED, "dpo", ("spa_vl",)),
     "dpo-both-full": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl")),
     "grpo-text-full": Recipe(ADAPTED, "grpo", ("safe_rlhf",)),
+    "mtl-pcgrad-full": Recipe(STAGE_1, "pcgrad", ("general", "safety"), grid="probing"),
     "sl-lora": Recipe(ADAPTED, "sft", ("safety",), "lora", "full"),
     "sl-sppft": Recipe(ADAPTED, "sft", ("safety",), "sppft", "full"),
     "dpo-both-lora": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "lora", "full"),
@@ -64,7 +65,7 @@ def inputs_of(name: str) -> tuple[str, ...]:
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe depends on."""
     scale, recipe = study.scale, RECIPES[name]
-    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout, "sft": None}[recipe.objective]
+    own = {"dpo": scale.tuning.preference, "grpo": scale.tuning.rollout}.get(recipe.objective)
     replay = scale.tuning.replay if "replay" in recipe.corpora else None
     lora = scale.lora if recipe.method == "lora" else None
     chosen_by = [scale.tuning.pairs, scale.tuning.milestones, scale.exam.max_new_tokens]
@@ -76,6 +77,8 @@ def base_fit(study: Study, name: str) -> Fit:
     scale, recipe = study.scale, RECIPES[name]
     fits = {"sft": scale.tuning.sft, "dpo": scale.tuning.preference.fit, "grpo": scale.tuning.rollout.fit}
     fit = scale.instruct if "general" in recipe.corpora else fits[recipe.objective]
+    if recipe.objective == "pcgrad":
+        fit = dataclasses.replace(fit, micro_batches=scale.tuning.task_batches)
     rate = scale.lora.rate if recipe.method == "lora" else 1.0
     return dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
 
@@ -84,7 +87,7 @@ def _limit(study: Study) -> int:
     return min(study.scale.language.context, study.scale.tuning.sft.max_length or study.scale.language.context)
 
 
-def _corpus(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
+def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
     """The rows of one corpus that can be trained on, and how many were dropped for which reason."""
     from vlsafe import mix
 
@@ -92,7 +95,7 @@ def _corpus(study: Study, name: str, processor: Any, n_before: int) -> tuple[lis
         rows = examples(study, "screen/filtered", "instructions.parquet")  # intake was part of the screen
         if name == "general":
             return rows, {}
-        return mix.replayed(rows, round(study.scale.tuning.replay * n_before), world_of(study).rng("replay")), {}
+        return mix.replayed(rows, round(study.scale.tuning.replay * n_before), stream(study, "replay")), {}
     if name == "safety":
         return mix.sound(examples(study, "world/corpora", "safety.parquet"), mix.unsound, [processor], _limit(study))
     file = "safe_rlhf" if name == "chosen" else name
@@ -108,7 +111,7 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
     rows: list[Any] = []
     sizes, dropped, told = {}, {}, {}
     for corpus in RECIPES[name].corpora:
-        found, why = _corpus(study, corpus, processor, len(rows))
+        found, why = rows_of(study, corpus, processor, len(rows))
         rows += found
         sizes[corpus], dropped[corpus] = len(found), why
         if corpus == "replay":
@@ -118,25 +121,41 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
 
 
 def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
-    """Train by a recipe, choose a checkpoint, keep that one, and note what all of them did on the validation pairs."""
+    """Train by a recipe, choose a checkpoint, keep that one, and note what all of them did on the validation pairs.
+
+    What is done is left in files, so that a kill in the choice costs no training.
+    """
     from vlsafe import models, train
 
-    training = work / "training"
-    for settled in [*training.glob("step-*"), *work.glob("step-*")]:
-        drop(settled)  # an earlier attempt was killed while it was choosing
+    training, done = work / "training", work / "history.json"
     start = checkpoints(study, RECIPES[name].start)[-1]
     rows, fit, told = prepared(study, name, models.load_processor(start))
-    history, band = train_by(study, name, training, start, rows, fit)
-    tried = _validated(study, [start, *train.settle(training, models.load_processor(start), start)], train.tokens_seen(history))
-    best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
-    store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
-    store.write_text(work / "history.json", json.dumps(history))
+    if not done.exists():
+        history = train_by(study, name, training, start, rows, fit, told["rows"][RECIPES[name].corpora[0]])
+        train.settle(training, models.load_processor(start), start, fit.saved)
+        store.write_text(done, json.dumps(history))
+    if not (work / "validation.parquet").exists():
+        history = json.loads(done.read_text(encoding="utf-8"))
+        tried = _validated(study, [start, *sorted(training.glob("step-*"))], train.tokens_seen(history))
+        best = max(tried[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
+        store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in tried])
+    best = next(line for line in store.read_rows(work / "validation.parquet") if line["chosen"])
     if "replayed" in told:
         store.write_text(work / "replayed.json", json.dumps(told.pop("replayed")))
     folder = f"step-{best['step']:06d}"
-    shutil.move(training / folder, work / folder)
+    if (training / folder).exists():
+        shutil.move(training / folder, work / folder)
     drop(training)
+    band = _band(study, name)
     return {**told, **band, "steps": fit.steps, **{f"chosen_{key}": best[key] for key in ("step", "tokens", "score")}}
+
+
+def _band(study: Study, name: str) -> dict[str, Any]:
+    """The band that a recipe freezes, and whether it was located; nothing for the others."""
+    if RECIPES[name].method != "sppft":
+        return {}
+    located = study.numbers(PROBED)
+    return {"band": located["band"], "band_located": located["located"]}
 
 
 def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, dict[str, Any]]:
@@ -147,31 +166,41 @@ def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, d
 
 
 def train_by(
-    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train the model in the folder `start` by a recipe's objective: what was logged, and the band where one was frozen."""
-    import torch
+    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, first: int = 0
+) -> list[dict[str, float]]:
+    """Train the model in the folder `start` by a recipe's objective: what was logged.
 
+    `first`: how many rows are of its first corpus, for an objective that tells corpora apart.
+    """
+    from vlsafe import launch, train
+
+    recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)
+    milestones = tuple(sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)}))
+    if recipe.objective == "grpo":
+        return _rewarded(study, folder, start, rows, fit, milestones, bar)
+    band = tuple(_band(study, name).get("band", ())) or None
+    job = launch.Job(
+        recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
+        tuning.preference if recipe.objective == "dpo" else None, first=first,
+    )  # fmt: skip
+    pictured = any(row.images for row in rows)
+    data = train.pair_dataset(rows, pictured) if recipe.objective == "dpo" else train.chat_dataset(rows, with_images=True)
+    return launch.trained(job, data, bar, project_root())[0]
+
+
+def _rewarded(
+    study: Study, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, milestones: Sequence[int], bar: Bar
+) -> list[dict[str, float]]:
+    """What GRPO logged. It trains in this process: its reward is a model of this study and not a file that others could read."""
     from vlsafe import guards, models, train, trainable
 
-    recipe, tuning = RECIPES[name], study.scale.tuning
-    located = study.numbers(PROBED) if recipe.method == "sppft" else None
-    band = tuple(located["band"]) if located else None
-    torch.manual_seed(study.seed)  # adapters start at random, before a trainer sets its seed
-    model, processor = trainable.choose(models.load(start), recipe.method, study.scale.lora, band), models.load_processor(start)
-    milestones = sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)})
-    how = (folder, study.seed, milestones, Bar(name, fit.steps))
-    pictured = any(row.images for row in rows)
-    if recipe.objective == "sft":
-        history = train.sft_history(model, processor, train.chat_dataset(rows, with_images=True), fit, *how)
-    elif recipe.objective == "dpo":
-        data = train.pair_dataset(rows, with_images=pictured)
-        history = train.dpo(model, models.load(start), processor, data, tuning.preference, fit, *how)
-    else:
-        reward = guards.reward_by(guards.LanguageModelGuard.load(study.folder(GUARD)), rows)
-        spec = dataclasses.replace(tuning.rollout, fit=fit)
-        history = train.grpo(model, reward, processor, train.prompt_dataset(rows), spec, *how)
-    return history, {"band": located["band"], "band_located": located["located"]} if located else {}
+    if fit.launch:
+        raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
+    model = trainable.choose(models.load(start), "full", study.scale.lora)
+    reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
+    spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
+    how = (folder, study.seed, milestones, bar)
+    return train.grpo(model, reward, models.load_processor(start), train.prompt_dataset(rows), spec, *how)
 
 
 def validation_items(study: Study) -> list[Item]:
@@ -191,11 +220,17 @@ def validation_items(study: Study) -> list[Item]:
 
 
 def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """What the start and every checkpoint do on the validation pairs; the start stands at step 0."""
+    """What the start and every checkpoint do on the validation pairs; the start stands at step 0.
+
+    Without validation pairs the last checkpoint counts, as in the paper.
+    """
     from vlsafe import models
     from vlsafe.engines import option_losses, respond
     from vlsafe.judges import judge
 
+    if not study.scale.tuning.pairs:
+        steps = [0, *(int(folder.name.split("-")[1]) for folder in folders[1:])]
+        return [{"step": step, "tokens": tokens[step - 1] if step else 0, "score": float(step)} for step in steps]
     asked, exam, lines, before = validation_items(study), study.scale.exam, [], None
     for number, folder in enumerate(folders):
         model, processor = models.load(folder), models.load_processor(folder)
@@ -235,7 +270,8 @@ def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
     Units:    fractions in [0, 1]
     Raises:   ValueError where a group has no harmful or no harmless request
     """
-    scores, found = [], {}
+    scores: list[float] = []
+    found: dict[str, float] = {}
     for group in dict.fromkeys(item.group for item in asked):
         said: dict[bool, list[str]] = {True: [], False: []}
         for item, label in zip(asked, labels, strict=True):
@@ -254,6 +290,11 @@ def behaviour(asked: Sequence[Item], labels: Sequence[str]) -> dict[str, float]:
 
 def tuned_by(name: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_tuned(study, work, name)
+
+
+def examination(name: str) -> str:
+    """The stage that examines a tuned model."""
+    return f"examination/{name.replace('/', '.')}"
 
 
 def examined(grid: str = "default") -> list[str]:
@@ -277,10 +318,10 @@ def make_judging(study: Study, work: Path) -> dict[str, Any]:
 
     Its event is an unsafe conversation; where its assessment could not be read, the row is unjudged.
     """
-    from vlsafe.guards import LanguageModelGuard
+    from vlsafe.guards import opened
     from vlsafe.judges import UNJUDGED
 
-    guard, rows = LanguageModelGuard.load(study.folder(GUARD)), []
+    guard, rows = opened(study.folder(GUARD)), []
     asked = {item.id: item for item in items(study)}
     for name in JUDGED_RUNS:
         said = {(row["item"], row["model"]): row["text"] for row in study.rows(name, "responses.parquet")}

@@ -1,7 +1,7 @@
 """Guards: content in, assessment out. A text guard reads, an image guard looks; neither knows why it is asked.
 
 The miniature trains one of each: a language model that answers in Llama-Guard's output format, and a linear
-classifier on vision features. Real guards come behind the same two calls.
+classifier on vision features. Those of others come behind the same two calls (`guards.hub`).
 
 Harm is rare (a per cent of a corpus) and both guards are trained on data in which it is not. So neither decides at the
 probability 0.5 nor by its most probable word, but at the threshold of greatest F1 on labelled contents that it was not
@@ -129,7 +129,7 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
             turns += [
                 Turn(role, text) for role, text in zip(("user", "assistant"), ask_about(scene, rng, FOLLOWING), strict=True)
             ]
-        rows.append((guard_prompt(turns), f"unsafe {GUARD_CODES[harm(deed)]}" if kind == "harmful" else "safe"))
+        rows.append((guard_prompt(turns), f"unsafe {GUARD_CODES[str(harm(deed))]}" if deed and kind == "harmful" else "safe"))
     return rows
 
 
@@ -179,10 +179,20 @@ class LanguageModelGuard:
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
         scores = relative(made.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
         answers = self.tokenizer.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_decided(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
+        return [decided(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
 
 
-def _decided(said: bool | None, categories: tuple[str, ...], score: float) -> Assessment:
+def opened(folder: Path) -> Any:
+    """The text guard of a finished run: the miniature's own, or the one from the hub that the run points to."""
+    from vlsafe.guards import hub
+
+    pointer = Path(folder) / hub.POINTER
+    if pointer.exists():
+        return hub.load_guard(json.loads(pointer.read_text(encoding="utf-8")))
+    return LanguageModelGuard.load(folder)
+
+
+def decided(said: bool | None, categories: tuple[str, ...], score: float) -> Assessment:
     """The word only says whether the answer could be read, and of what kind the harm is."""
     unsafe = score > 0.5 if said is not None else None
     return Assessment(unsafe, categories if unsafe else (), score)
@@ -241,4 +251,4 @@ class LinearImageGuard:
             return []
         seen = towers.features(self.tower, towers.pixels(self.processor, pictures)).numpy()
         scores = relative(expit(seen.astype(float) @ self.weight + self.bias), self.threshold).tolist()
-        return [_decided(True, ("graphic",), score) for score in scores]
+        return [decided(True, ("graphic",), score) for score in scores]

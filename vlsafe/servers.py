@@ -1,0 +1,170 @@
+"""Any OpenAI-compatible server, asked many things at once; engines and judges share it.
+
+What a server does not answer is returned as such, with the reason, and never replaced. The client library waits
+and tries again where a server is busy or limits rates, for as long as the server itself asks. Keys are named by the
+environment variable that holds them, and neither they nor what is asked or answered reach a log or an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from threading import Event
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import openai
+
+from vlsafe.schema import Item, Response, Turn
+
+LOGGERS = ("openai", "httpx", "httpcore", "httpx2", "httpcore2")
+HOPELESS = {401: "refuses the key", 403: "forbids it", 404: "knows neither this model nor this path"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a model is served and how patiently it is asked.
+
+    `key` names an environment variable. `patience` is after how many failures in a row, none answered in between, the
+    server counts as gone.
+
+    Units:    `timeout` seconds for one answer; `retries` repetitions of one request; `parallel` requests in flight
+    """
+
+    url: str
+    model: str
+    key: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+    retries: int = 4
+    parallel: int = 8
+    patience: int = 16
+
+    @property
+    def host(self) -> str:
+        """The address without path, user or password: what may be printed."""
+        found = urlsplit(self.url)
+        return f"{found.hostname}:{found.port}" if found.port else str(found.hostname)
+
+
+class Request(NamedTuple):
+    """One thing to ask: chat messages, or a raw prompt that the server continues."""
+
+    key: Hashable
+    messages: Sequence[dict[str, Any]] = ()
+    prompt: str | None = None
+
+
+class Reply(NamedTuple):
+    """What came back. `text` None: nothing did, and `problem` says why."""
+
+    text: str | None
+    truncated: bool = False
+    problem: str = ""
+
+
+def said(turns: Sequence[Turn], images: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Chat messages; pictures go before the text of the first user turn, as data."""
+    pictures = [
+        {"type": "image_url", "image_url": {"url": f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"}}
+        for data in map(bytes, images)
+    ]
+    told: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn.role == "user" and pictures:
+            told.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn.text}]})
+            pictures = []
+        else:
+            told.append({"role": turn.role, "content": turn.text})
+    return told
+
+
+def _kind(data: bytes) -> str:
+    return "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
+
+
+def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> Iterator[tuple[Hashable, Reply]]:
+    """Greedy answers as they come, in no order; every request comes back exactly once unless the server is gone.
+
+    Raises:   ValueError where asking again is useless (key, model or address are wrong)
+              ConnectionAbortedError where the server fails `patience` times in a row; what was yielded before is not lost
+    """
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)  # at DEBUG they write what is asked
+    key = os.environ.get(server.key) or "none"
+    over = Event()
+    http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: _go_on(over)]})
+    client = openai.OpenAI(
+        base_url=server.url, api_key=key, timeout=server.timeout, max_retries=server.retries, http_client=http
+    )  # fmt: skip
+    waiting, answered, failed = iter(requests), 0, 0
+    pool = ThreadPoolExecutor(server.parallel)
+    try:
+        flying = {pool.submit(_ask, client, server, request, max_tokens): request for request in islice(waiting, server.parallel)}
+        while flying:
+            done: set[Future[tuple[Reply, bool]]] = wait(flying, return_when=FIRST_COMPLETED).done
+            for future in done:
+                request = flying.pop(future)
+                reply, alive = future.result()
+                answered, failed = answered + (reply.text is not None), 0 if alive else failed + 1
+                yield request.key, reply
+            for request in islice(waiting, len(done)):
+                flying[pool.submit(_ask, client, server, request, max_tokens)] = request
+            if failed >= server.patience or (failed and not flying and not answered):
+                raise ConnectionAbortedError(
+                    f"{server.host} failed {failed} times in a row ({reply.problem}); {answered} answers came and are kept: "
+                    "run the same command again to go on from there"
+                )
+    finally:
+        over.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        client.close()
+
+
+def _go_on(over: Event) -> None:
+    """Ends the repetitions of requests that are still in flight when nobody waits for them any more."""
+    if over.is_set():
+        raise RuntimeError("the run is over")
+
+
+def _ask(client: openai.OpenAI, server: Server, request: Request, max_tokens: int) -> tuple[Reply, bool]:
+    """A reply, and whether the server was alive to this request. No error carries what the server said: it may quote us."""
+    options: dict[str, Any] = dict(model=server.model, max_tokens=max_tokens, temperature=0)
+    try:
+        if request.prompt is not None:
+            chosen = client.completions.create(prompt=request.prompt, **options).choices[0]
+            text = chosen.text
+        else:
+            chosen = client.chat.completions.create(messages=list(request.messages), **options).choices[0]
+            text = chosen.message.content
+    except openai.APITimeoutError:
+        return Reply(None, problem="timed out"), False
+    except openai.APIConnectionError:
+        return Reply(None, problem="no connection"), False
+    except openai.APIStatusError as error:
+        if error.status_code in HOPELESS:
+            told = f"status {error.status_code}; model {server.model}, key in ${server.key}"
+            raise ValueError(f"{server.host} {HOPELESS[error.status_code]} ({told})") from None
+        return Reply(None, problem=f"status {error.status_code}"), 400 <= error.status_code < 500 and error.status_code != 429
+    except Exception as error:  # nonsense instead of an answer fails anywhere between the parser and us
+        return Reply(None, problem=f"not an answer ({type(error).__name__})"), False
+    if not isinstance(text, str):
+        return Reply(None, problem=f"no text ({chosen.finish_reason})"), True
+    return Reply(text, chosen.finish_reason == "length"), True
+
+
+def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: int) -> Iterator[Response]:
+    """Responses of a served model to items, as they come; a request that failed yields none and can be repeated.
+
+    Raises:   ValueError for items that are ranked by likelihood: servers do not tell it
+    """
+    if ranked := next((item.id for item in items if item.scoring != "generated"), None):
+        raise ValueError(f"the item {ranked} is ranked by likelihood, which a server does not tell; rank it with a local model")
+    by_id = {item.id: item for item in items}
+    for key, reply in complete(server, (Request(i.id, said(i.turns, i.images)) for i in items), max_new_tokens):
+        if reply.text is not None:
+            yield Response(str(key), by_id[str(key)].benchmark, name, reply.text.strip(), reply.truncated)
