@@ -55,7 +55,8 @@ perf: setup
 perf-sources: setup
 	PYTHONPATH=. $(BIN)/python tests/perf_sources.py
 
-# The chain of notebooks at NANO through papermill, from an empty cellar: minutes, so not a part of `make test`.
+# At NANO: the chain of notebooks from an empty cellar, and the whole graph through Snakemake and papermill under twenty random
+# kills. A quarter of an hour, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
 

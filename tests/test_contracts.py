@@ -16,13 +16,13 @@ FLOORS = {
     "schema": 0, "layouts": 0, "outside": 0, "scales": 0, "store": 0, "stats": 0,
     "miniature": 1, "models": 1, "chat": 1,
     "sources": 2, "benchmarks": 2, "mix": 2, "trainable": 2, "engines": 2, "towers": 2, "servers": 2, "processes": 2,
-    "conflict": 2, "guards": 3, "train": 3, "launch": 4, "probe": 3, "merge": 3,
+    "conflict": 2, "costs": 2, "guards": 3, "serving": 3, "train": 3, "launch": 4, "probe": 3, "merge": 3,
     "judges": 4, "human": 4,
     "evaluate": 5, "causal": 5,
     "layers": 6, "interventions": 6, "maps": 6, "merges": 6, "mergeplots": 6,
     "measures": 6, "tables": 6, "arms": 6, "tradeoff": 6, "figures": 6, "fronts": 6, "gallery": 6, "claims": 6, "cards": 6,
     "modelcards": 6, "readme": 6, "readings": 6, "agreement": 6, "forest": 6,
-    "stages": 7, "notebooks": 7, "costs": 7, "dryrun": 7, "beside": 7, "golden": 7, "plan": 7, "score": 7, "cli": 8,
+    "stages": 7, "notebooks": 7, "dryrun": 7, "beside": 7, "golden": 7, "plan": 7, "score": 7, "cli": 8,
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate"}
 

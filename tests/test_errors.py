@@ -37,6 +37,7 @@ COMMANDS = {
     "status --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
     "golden --root empty": ("golden|world/corpora", "clean tree|not valid", "commit first|`make reproduce`"),
     "readme": ("README.md", "no", "where the Snakefile is"),
+    "agree instruct/filtered --serve x": ("run", "'instruct/filtered'", "did you mean 'instruct/"),
     "diff a b": ("folder of results", "a", "no CSV file"),
     "doctor --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
     "download --scale paper --only caption": ("thing from outside", "'caption'", "did you mean 'captions'"),

@@ -71,7 +71,8 @@ def trained(of, data, steps=None, home=Path("/")):
             raise KeyboardInterrupt
 
     history, _ = launch.trained(of, data, progress, home)
-    return [line["loss"] for line in history], load_file(Path(of.folder) / f"checkpoint-{of.fit.steps}" / "model.safetensors")
+    ended = load_file(Path(of.folder) / f"checkpoint-{of.fit.steps}" / "model.safetensors")
+    return [line["loss"] for line in history], {name: weight.clone() for name, weight in ended.items()}
 
 
 def apart(one, other):

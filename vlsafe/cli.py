@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
-        print(f"vlsafe: {error}", file=sys.stderr)
+        unnamed = error.strerror if isinstance(error, OSError) and not error.filename else None
+        print(f"vlsafe: {unnamed or error}", file=sys.stderr)
         return 2
 
 
@@ -56,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, required=True)
     added = command("notebooks", _notebooks, "copy the outputs of mini, seed 0, into the committed notebooks")
     _place(added)
+    added = command("agree", _agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare")
+    added.add_argument("model", help="a run, such as instruct/filtered-full")
+    added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
+    _place(added)
+    added.add_argument("--backbone", default="mini-chat")
+    added.add_argument("--seed", type=int, default=0)
     added = command("score", _score, "score stored responses to a real benchmark by its official metric")
     added.add_argument("benchmark")
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
@@ -209,6 +216,15 @@ def _notebooks(arguments: argparse.Namespace) -> None:
         done = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
         notebooks.adopt(done, notebooks.FOLDER / f"{name}.ipynb", stamp)
         print(f"{name}: outputs taken over")
+
+
+def _agree(arguments: argparse.Namespace) -> None:
+    from vlsafe.stages.adaptation import engines_agree
+
+    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    for line in engines_agree(study, known(arguments.model, STAGES, "run"), arguments.serve):
+        change = "; change {:+.3f} [{:+.3f}, {:+.3f}]".format(*line["change"]) if "change" in line else ""
+        print(f"{line['what']}: {line['share']:.3f} the same of {line['n']}{change}")
 
 
 def _score(arguments: argparse.Namespace) -> None:

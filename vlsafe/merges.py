@@ -221,6 +221,8 @@ def hypervolumes(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     lines = []
     final = raw[(raw["exam"] == "full") & (raw["stage"].isin(["merge", "safety"]) | (named(raw) == MAIN_LINE["adapted"]))]
     for unit, of in final.groupby(UNIT):
+        if "merge" not in set(of["stage"]):
+            continue
         seeing = of[of["recipe"].isin(of.loc[of["benchmark"] == "mm_safetybench", "recipe"])].assign(step=0)
         rng = np.random.default_rng(unit[1])
         drawn = {m: arms.redrawn(seeing, m, rng, draws) for m in ("text_asr", "multimodal_asr", "helpfulness")}

@@ -61,7 +61,8 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
 
     Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
     stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Query heads
-    that share a key start from that key, each with the same correlation.
+    that share a key start from that key, each with the same correlation. A head with weights of its own starts as the
+    embedding: with random ones, copying has to be learned word by word.
 
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
@@ -81,6 +82,8 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
         else:
             _correlate(attention.q_proj.weight, _per_query(attention.k_proj.weight, spec), spec.matching)
         _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
+    if not spec.tied_head:
+        model.lm_head.weight.data.copy_(model.get_input_embeddings().weight)
     return _with_generation_ids(model, tokenizer)
 
 

@@ -252,6 +252,7 @@ class Exam:
     max_new_tokens: int = 16
     captions: int = 200
     dtype: str = later("float32")
+    serve: str = later("")  # a command that serves `{folder}` on `{port}`, which then writes the answers; empty: the local engine
 
 
 @dataclass(frozen=True)

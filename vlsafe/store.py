@@ -9,6 +9,7 @@ scheduler decides only the order.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -33,7 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-MANIFEST = "manifest.json"
+MANIFEST, NOTE = "manifest.json", ".digest"
+FULL = 16 * 2**20  # bytes; with less free, whatever went wrong is told as a full disk: libraries tell it in many ways
 MEMBER = "!"  # between an archive's place and the name of a file in it
 LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
@@ -158,15 +160,23 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
 
 def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
     _discard(run.folder)
-    work, note = run.partial, run.partial / ".digest"
+    work, note = run.partial, run.partial / NOTE
     if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != run.digest):
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     note.write_text(run.digest, encoding="utf-8")
     started = time.monotonic()
-    numbers = make(work)
-    note.unlink()
-    write_text(work / MANIFEST, json.dumps(_manifest(run, work, numbers, time.monotonic() - started), indent=1))
+    try:
+        numbers = make(work)
+        write_text(work / MANIFEST, json.dumps(_manifest(run, work, numbers, time.monotonic() - started), indent=1))
+    except Exception as error:
+        if (free := shutil.disk_usage(run.root).free) < FULL:
+            told = f"the cellar's disk is full ({free / 1e6:.0f} MB free) and {run.stage}/{run.recipe} stopped"
+            raise OSError(
+                errno.ENOSPC, f"{told}; make room and run the same command again, it goes on from what is whole"
+            ) from error
+        raise
+    note.unlink()  # so late, because digests of large models take minutes, and a kill meanwhile must not cost a training
     os.rename(work, run.folder)
     _sync(run.folder.parent)
 
@@ -182,7 +192,7 @@ def _discard(folder: Path) -> None:
 
 def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
     files = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name not in (MANIFEST, NOTE)):
         _sync(path)
         stat = path.stat()
         files[str(path.relative_to(work))] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlsafe import store
-from vlsafe.scales import Fit
+from vlsafe.scales import Exam, Fit
 from vlsafe.schema import MAIN_LINE, Item, to_row
 from vlsafe.stages.study import Bar, Study, checkpoints, examples, items, load_tower, processor_of, project_root, stream
 
@@ -114,19 +114,30 @@ def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_instruct(study, work, name)
 
 
+def answered(folder: Path, asked: Sequence[Item], model: str, exam: Exam, progress: Callable[[int], None]) -> list[Any]:
+    """Responses by the scale's engine, in the order of the items. Options are ranked locally, whoever writes the answers:
+    servers do not tell likelihoods."""
+    from vlsafe import engines, models, serving
+
+    written = [item for item in asked if item.scoring == "generated"] if exam.serve else []
+    ranked = [item for item in asked if item.scoring != "generated"] if exam.serve else asked
+    given = serving.respond(exam.serve, folder, written, model, exam.max_new_tokens) if written else []
+    if ranked:
+        here, processor = models.ready(folder, exam.dtype), models.load_processor(folder)
+        given += engines.respond(here, processor, ranked, model, exam.batch_size, exam.max_new_tokens, progress)
+    by_item = {response.item: response for response in given}
+    return [by_item[item.id] for item in asked]
+
+
 def _examine(study: Study, name: str, folder: Path, asked: Sequence[Item], which: str) -> tuple[list[Any], list[Any]]:
     """Put to one checkpoint what it can be asked: rows of responses, and rows of the raw table."""
     from vlsafe import evaluate, models
-    from vlsafe.engines import respond
 
     exam, (stage, _, recipe) = study.scale.exam, name.partition("/")
     step = int(folder.name.split("-")[1]) if folder.name.startswith("step-") else 0
     model = f"{study.backbone}/{name}" + (f"/step-{step:06d}" if which == "panel" else "")
     chosen = evaluate.answerable(asked, models.is_multimodal(folder))
-    given = respond(
-        models.ready(folder, exam.dtype), models.load_processor(folder), chosen, model, exam.batch_size,
-        exam.max_new_tokens, Bar(f"{model} {which}", len(chosen)),
-    )  # fmt: skip
+    given = answered(folder, chosen, model, exam, Bar(f"{model} {which}", len(chosen)))
     facts = {
         "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model,
         "stage": stage, "recipe": recipe, "step": step, "exam": which,
@@ -170,3 +181,17 @@ def examination_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
 
 def exam_params(study: Study) -> Any:
     return study.scale.exam
+
+
+def engines_agree(study: Study, name: str, command: str) -> list[dict[str, Any]]:
+    """The panel answered by the local engine and by a server of the same checkpoint: how far they agree."""
+    from vlsafe import evaluate, models, serving
+
+    folder, exam = checkpoints(study, name)[-1], study.scale.exam
+    asked = evaluate.answerable(evaluate.panel(items(study), exam.panel), models.is_multimodal(folder))
+    asked = [item for item in asked if item.scoring == "generated"]
+    without, responses = ("world",) if study.scale.loaded else (), {}
+    for engine, serve in (("local", ""), ("served", command)):
+        responses[engine] = answered(folder, asked, name, dataclasses.replace(exam, serve=serve), lambda done: None)
+    rows = {engine: evaluate.raw_table(asked, given, {}, without) for engine, given in responses.items()}
+    return serving.agreement(rows, responses)

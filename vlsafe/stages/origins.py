@@ -99,10 +99,14 @@ def _pretrained(study: Study, spec: LanguageSpec, folder: Path) -> tuple[Any, An
     return model, tokenizer, losses
 
 
+OWN_START = 2
+"""Raised when decoders of their own come to start otherwise, so that their parents are made anew and the others stay valid."""
+
+
 def parent_params(study: Study) -> list[Any]:
     """The numbers that a parent depends on; its own pre-training is among them where its decoder is its own."""
     scale, spec = study.scale, study.scale.backbone(study.backbone)
-    own = [scale.decoder(study.backbone), scale.pretraining] if spec.language else []
+    own = [scale.decoder(study.backbone), scale.pretraining, OWN_START] if spec.language else []
     return [spec, scale.language.context, scale.threads, *own]
 
 
