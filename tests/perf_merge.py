@@ -69,11 +69,6 @@ def hash_of(name: str) -> int:
     return sum(ord(letter) * place for place, letter in enumerate(name, 1))
 
 
-def free() -> dict[str, str]:
-    """The environment with as many threads as there are cores: a merge's bits do not depend on them as a training's do."""
-    return {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-
-
 def copied(folders: Sequence[Path], out: Path) -> None:
     """A plain copy of the inputs and of one output as large as one of them."""
     for number, folder in enumerate([*folders, folders[0]]):
@@ -84,7 +79,7 @@ def merged_by_us(rule: str, folders: Mapping[str, Path], out: Path) -> int:
     """The whole command; peak memory in bytes."""
     base = ["--base", str(folders["base"])] if "base" in folders else []
     call = ["merge", rule, str(folders["a"]), str(folders["b"]), "--ratio", "0.5", *base, "--out", str(out / "merged")]
-    told = subprocess.run([sys.executable, "-c", OURS, *call], check=True, capture_output=True, text=True, env=free()).stdout
+    told = subprocess.run([sys.executable, "-c", OURS, *call], check=True, capture_output=True, text=True).stdout
     return 1024 * int(told.split()[-1])
 
 
@@ -94,7 +89,7 @@ def merged_by_mergekit(rule: str, folders: Mapping[str, Path], out: Path, comman
     if "base" in folders:
         asked |= {"base_model": str(folders["base"]), "parameters": {"normalize": True}}
     (out / "asked.yaml").write_text(json.dumps(asked))  # JSON is YAML
-    subprocess.run([command, str(out / "asked.yaml"), str(out / "merged")], check=True, capture_output=True, env=free())
+    subprocess.run([command, str(out / "asked.yaml"), str(out / "merged")], check=True, capture_output=True)
 
 
 def seconds(work: Callable[[Path], object], place: Path) -> tuple[float, float, object]:
