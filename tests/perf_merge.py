@@ -1,7 +1,8 @@
 """`make perf`, second part: the streaming merge beside a plain copy and beside mergekit, on random checkpoints of 558 M weights.
 
-Wall time from end to end, each in a process of its own, all sides in turn, from a warm page cache; about 10 GB of disk for
-some minutes. mergekit is an optional extra: MERGEKIT names its command, and without it that comparison is not made.
+Wall time from end to end, merges in processes of their own, all sides in turn, from a warm page cache; CPU time is told too. It
+takes about 10 GB of disk for some minutes. mergekit is an optional extra: MERGEKIT names its command, and without it that
+comparison is not made.
 """
 
 from __future__ import annotations
@@ -91,28 +92,36 @@ def merged_by_mergekit(rule: str, folders: Mapping[str, Path], out: Path, comman
     subprocess.run([command, str(out / "asked.yaml"), str(out / "merged")], check=True, capture_output=True)
 
 
-def seconds(work: Callable[[Path], object], place: Path) -> tuple[float, object]:
-    """Wall time of one piece of work in an empty folder, which is removed afterwards."""
+def seconds(work: Callable[[Path], object], place: Path) -> tuple[float, float, object]:
+    """Wall time and CPU time of one piece of work, child processes included, in an empty folder, which is removed afterwards."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), sum(os.times()[:4])
         told = work(Path(folder))
-        return time.perf_counter() - start, told
+        return time.perf_counter() - start, sum(os.times()[:4]) - used, told
 
 
 def compared(rule: str, folders: Mapping[str, Path], place: Path, mergekit: str | None, bound: float) -> list[Line]:
     """Our merge beside a copy and beside mergekit, in turn; and our memory beside one shard and a GiB."""
-    took: dict[str, list[float]] = {"copy": [], "ours": [], "mergekit": []}
+    works: dict[str, Callable[[Path], object]] = {
+        "copy": lambda out: copied(list(folders.values()), out),
+        "ours": lambda out: merged_by_us(rule, folders, out),
+        "mergekit": lambda out: merged_by_mergekit(rule, folders, out, mergekit),
+    }
+    took: dict[str, list[float]] = {name: [] for name in works if name != "mergekit" or mergekit}
+    used: dict[str, list[float]] = {name: [] for name in took}
     peaks = []
     for _ in range(REPEATS):
-        took["copy"].append(seconds(lambda out: copied(list(folders.values()), out), place)[0])
-        spent, peak = seconds(lambda out: merged_by_us(rule, folders, out), place)
-        took["ours"].append(spent)
-        peaks.append(peak)
-        if mergekit:
-            took["mergekit"].append(seconds(lambda out: merged_by_mergekit(rule, folders, out, mergekit), place)[0])
+        for name in took:
+            spent, cpu, told = seconds(works[name], place)
+            took[name].append(spent)
+            used[name].append(cpu)
+            peaks += [told] if name == "ours" else []
     shard = max(path.stat().st_size for path in folders["a"].glob("*.safetensors"))
-    middle = {name: round(statistics.median(times), 2) for name, times in took.items() if times}
-    print(f"  {rule}: median seconds {middle}; peak {max(peaks) / 2**20:.0f} MiB, shard {shard / 2**20:.0f} MiB")
+    for what, times in (("wall", took), ("CPU", used)):
+        print(f"  {rule}, median seconds, {what}: { ({name: round(statistics.median(t), 2) for name, t in times.items()}) }")
+    print(
+        f"  {rule}: peak {max(peaks) / 2**20:.0f} MiB, shard {shard / 2**20:.0f} MiB, load {os.getloadavg()[0]:.1f}", flush=True
+    )
     lines = [Line(f"merge {rule}, beside a copy of its inputs and output", _ratios(took["ours"], took["copy"]), bound, True)]
     if mergekit:
         lines.append(Line(f"mergekit {rule}, beside merge {rule}", _ratios(took["mergekit"], took["ours"]), 3.0, False))

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vlsafe import stats
 from vlsafe.schema import Item
 
 csv.field_size_limit(1 << 30)  # MMBench keeps pictures in a column
@@ -95,6 +94,8 @@ def settled(events: Iterable[bool | None], whole: Callable[[Iterable[bool]], boo
 
 def share(metric: str, over: str, judge: str, events: Sequence[bool | None], clusters: Sequence[Hashable]) -> Score:
     """The share of events, with a clustered Wilson interval."""
+    from vlsafe import stats  # SciPy's distributions take half a second to load, and most commands need none
+
     found = stats.rate(events, clusters)
     return Score(
         metric, over, judge, found.value, found.value_high, found.low, found.high, found.n, found.n_unjudged, found.n_clusters
@@ -120,6 +121,8 @@ def weighted(
     full: float = 1.0,
 ) -> Score:  # fmt: skip
     """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown."""
+    from vlsafe import stats
+
     unit = full / weight / len(strata)  # the best mean of a stratum
     parts = [
         stats.Stratum(weight * unit, *([row[i] / unit for row in rows] for i in (1, 2)), [row[0] for row in rows])

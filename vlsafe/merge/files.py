@@ -13,6 +13,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,17 +227,27 @@ def _shard(
     keys = {entry.name: key for key, entry in read["a"].tensors.items() if entry.shard == shard}
     first, entries = header(shard)
     hashed = hashlib.sha256(first)
-    with open(work / shard.name, "wb") as file:
-        file.write(first)
-        for told in entries:
-            key = keys[told]
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for key in map(keys.__getitem__, entries):
             entry = read["a"].tensors[key]
             taken = entry.dtype not in FLOATS or (language_only and not of_language(key))
-            pieces = [tensor(entry).reshape(-1)] if taken else _combined(name, key, read, how, seed)
-            for piece in pieces:
-                written = memoryview(piece.contiguous().view(torch.uint8).numpy())
-                file.write(written)
-                hashed.update(written)
+            yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, read, how, seed)
+
+    def keep(piece: torch.Tensor) -> None:
+        written = memoryview(piece.contiguous().view(torch.uint8).numpy())
+        file.write(written)
+        hashed.update(written)
+
+    with open(work / shard.name, "wb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
+        file.write(first)
+        last = None
+        for piece in pieces():  # the next one is computed while this one is written and hashed
+            if last is not None:
+                last.result()
+            last = aside.submit(keep, piece)
+        if last is not None:
+            last.result()
         size = file.tell()
     return {"name": shard.name, "bytes": size, "sha256": hashed.hexdigest()}
 

@@ -7,6 +7,7 @@ numbers that depend on all of it (a cut, an angle), `combine` then works element
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -136,15 +137,14 @@ def cuts(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
     if how.kept == 1:
         return 0.0, 0.0
     n = sum(len(a) for a, _, _ in pieces())
-    magnitudes, found = np.empty(n, np.float32), []
-    for which in (0, 1):
-        start = 0
-        for piece in pieces():
-            end = start + len(piece[0])
-            torch.sub(piece[which], piece[2], out=torch.from_numpy(magnitudes[start:end])).abs_()
-            start = end
-        found.append(cut(magnitudes, how.kept))
-    return found[0], found[1]
+    of_a, of_b = np.empty(n, np.float32), np.empty(n, np.float32)
+    start = 0
+    for a, b, base in pieces():
+        end = start + len(a)
+        for model, magnitudes in ((a, of_a), (b, of_b)):
+            torch.sub(model, base, out=torch.from_numpy(magnitudes[start:end])).abs_()
+        start = end
+    return cut(of_a, how.kept), cut(of_b, how.kept)
 
 
 def trimmed(tau: Tensor, least: float) -> Tensor:
@@ -161,13 +161,13 @@ def elected(taus: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
               mergekit elect plus)
     """
     weighted = [weight * tau for weight, tau in zip(weights, taus, strict=True)]
-    sign = sum(weighted).sign()
+    sign = functools.reduce(torch.add, weighted).sign()
     total, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for weight, entry in zip(weights, weighted, strict=True):
-        agreeing = entry * sign > 0
-        total.addcmul_(entry, agreeing)
-        share.add_(agreeing, alpha=weight)
-    return total.div_(share.clamp_(min=1e-12))  # where nobody agrees both are zero
+        along = entry.mul_(sign).clamp_(min=0)  # its size where it agrees, else zero
+        total.add_(along)
+        share.add_(along.sign_(), alpha=weight)
+    return total.mul_(sign).div_(share.clamp_(min=1e-12))  # where nobody agrees both are zero
 
 
 def ties(a: Tensor, b: Tensor, base: Tensor, how: How, seen: tuple[float, float], draws: Draws | None = None) -> Tensor:

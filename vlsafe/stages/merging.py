@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pandas as pd
-
 from vlsafe import store
 from vlsafe.schema import MAIN_LINE, Item, Response, to_row
 from vlsafe.stages import tuning
@@ -151,6 +148,9 @@ def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | N
 
 def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, Any]:
     """Examine every merge of a sweep, choose one a rule on validation pairs, and put that one to the full examination."""
+    import numpy as np
+    import pandas as pd
+
     from vlsafe import merges
 
     for settled in (work / "training").glob("step-*"):
@@ -164,7 +164,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
         way, told = _trained_again(study, partner, work) if way[0].rule == "checkpoint" else way, []
         for point in way:
             sat, spent = _examined(study, held, point, partner, asked, met)
-            seconds.append(spent)
+            seconds += [spent] if spent else []
             told.append(_line(study, point, partner, asked["pairs"], asked["helpful"], sat) | {"limit": limit})
             panel += _raw(study, point, partner, asked["panel"], sat.given, "panel")
             bar(len(lines) + len(told))
@@ -270,7 +270,8 @@ def _examined(
     loss = None
     if point.rule == "linear":
         right = [dataclasses.replace(item, options=item.options[:1]) for item in asked["pairs"]]
-        loss = float(np.mean([told[0] for told in option_losses(model, processor, right, study.scale.exam.batch_size)]))
+        told = option_losses(model, processor, right, study.scale.exam.batch_size)
+        loss = sum(losses[0] for losses in told) / len(told)
     sat = Sat(_spoken(study, model, processor, sees, [*asked["panel"], *asked["pairs"], *asked["helpful"]]), loss)
     if made:
         met[recipe_of(point, partner)] = made, sat
@@ -316,6 +317,8 @@ def _line(
 
     `asr` and `asr_high` are those of the worse modality.
     """
+    import pandas as pd
+
     from vlsafe import measures
 
     found, refused = attacked(pairs, sat.given), {}
@@ -329,7 +332,7 @@ def _line(
     for group in ("text", "pictures"):
         rate = found.get(group)
         line |= {f"asr_{group}": rate and rate.value, f"asr_{group}_high": rate and rate.high}
-        line |= {f"refusal_{group}": float(np.mean(refused[group])) if group in refused else None}
+        line |= {f"refusal_{group}": sum(refused[group]) / len(refused[group]) if group in refused else None}
     line |= {"asr": max(rate.value for rate in found.values()), "asr_high": max(rate.high for rate in found.values())}
     return line | {"helpfulness": told and told.value, "loss": sat.loss, "same_as": sat.same_as}
 
