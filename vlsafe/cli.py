@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 from vlsafe import stages, store
 from vlsafe.scales import known, load_scale
 from vlsafe.stages import STAGES, Study
+from vlsafe.stages.study import keep_freed_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -311,19 +311,11 @@ def _readme(arguments: argparse.Namespace) -> None:
     print(f"{path}: generated parts made anew")
 
 
-def _keep_freed_memory() -> None:
-    """Ask glibc not to give freed pieces back to the system: they are needed again at once, and page faults cost a third."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for option, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(option, size)
-
-
 def _merge(arguments: argparse.Namespace) -> None:
     from vlsafe.merge import files
     from vlsafe.merge.rules import RULES, How
 
-    _keep_freed_memory()
+    keep_freed_memory()
     rated = RULES[known(arguments.rule, RULES, "merge rule")].rated
     if rated == (arguments.ratio is None):
         raise ValueError(f"{arguments.rule} {'needs' if rated else 'has no'} --ratio")
