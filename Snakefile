@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
 from vlsafe.scales import load_scale
-from vlsafe.stages import Study, jobs, needs, planned, tables
+from vlsafe.stages import Study, jobs, needs, planned, urgency
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [
@@ -32,6 +32,7 @@ rule all:
     default_target: True
 
 
+URGENCY = urgency(GRID)
 made = set()
 for study in STUDIES:
     for job in jobs(GRID):
@@ -45,7 +46,7 @@ for study in STUDIES:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
             input: [receipt(study, needed) for name in job for needed in study.stage(name).inputs if needed not in job]
             output: targets
-            priority: int(job[0].startswith(("instruct/", "safety/mtl", "sppft/")))  # the long ones first; short ones fill the gap at the end
+            priority: URGENCY[job]
             log: targets[0].replace(".json", ".log")
             resources: **{key: value for key, value in asked.items() if key != "threads"}
             threads: asked.get("threads", 1)
@@ -72,6 +73,7 @@ for study in STUDIES:
 rule gallery:
     input: [receipt(study, name) for study in STUDIES for name in planned(GRID)]
     output: FIGURES / "provenance.json"
+    priority: 1  # before the notebooks, which nothing waits for
     params:
         call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"

@@ -38,6 +38,15 @@ def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid):
             assert not set(stages.STAGES[name].inputs) & set(job[place:]), f"{name} is made before what it needs"
 
 
+def test_the_longest_chain_is_the_most_urgent():
+    urgency = stages.urgency()
+    of = {name: urgent for job, urgent in urgency.items() for name in job}
+    for job in urgency:
+        for needed in {needed for name in job for needed in stages.STAGES[name].inputs if needed not in job}:
+            assert of[needed] > of[job[0]], f"{needed} waits behind {job[0]}, which waits for it"
+    assert min(urgency.values()) > 0 and of["base/llm"] == max(of.values())
+
+
 def test_raw_tables_have_one_row_per_item_model_and_judge(study):
     for name, raw in raw_tables(study).items():
         assert not raw.duplicated(["item", "model", "judge"]).any(), name

@@ -6,6 +6,7 @@ calls the same functions. Numbers come from the scale, never from here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,112 +21,113 @@ from vlsafe.stages.tuning import tried
 
 __all__ = [
     "GRIDS", "SHARED", "STAGES", "Stage", "Study", "checkpoints", "compared", "examinations", "examples", "items", "jobs",
-    "needs", "planned", "probed", "tables", "tried",
+    "needs", "planned", "probed", "tables", "tried", "urgency",
 ]  # fmt: skip
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
-        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], "10 s", version=2, shared=True,
+        origins.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], 10, version=2, shared=True,
         load=loading.WORLD,
     ),
     "tower/clip": Stage(
-        origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], "110 s", version=2,
+        origins.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], 110, version=2,
         shared=True, load=origins.TOWER,
     ),
     "base/llm": Stage(
         origins.make_base, (),
-        lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], "100 s", shared=True,
+        lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
         load=origins.BASE,
     ),
     "guard/text": Stage(
-        screening.make_text_guard, ("base/llm",), screening.text_guard_params, "25 s", version=2, shared=True,
+        screening.make_text_guard, ("base/llm",), screening.text_guard_params, 25, version=2, shared=True,
         load=loading.TEXT_GUARD,
     ),
     "guard/image": Stage(
         screening.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
-        "10 s", version=2, shared=True, load=loading.IMAGE_GUARD,
+        10, version=2, shared=True, load=loading.IMAGE_GUARD,
     ),
     "screen/filtered": Stage(
-        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, "20 s",
+        screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, 20,
         version=2, shared=True, load=loading.SCREEN,
     ),
     "parent/aligned": Stage(
-        origins.make_parent, ("base/llm",), origins.parent_params, "40 s", load=origins.PARENT,
+        origins.make_parent, ("base/llm",), origins.parent_params, 60, load=origins.PARENT,
     ),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
-        lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], "60 s",
+        lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], 60,
     ),
     "probe/localisation": Stage(
-        inside.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], "15 s"
+        inside.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], 2
     ),
     "examination/parent.aligned": Stage(
-        adaptation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), adaptation.exam_params, "8 s"
+        adaptation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), adaptation.exam_params, 8
     ),
     "examination/projector.filtered": Stage(
-        adaptation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), adaptation.exam_params, "25 s"
+        adaptation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), adaptation.exam_params, 14
     ),
 }  # fmt: skip
 for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
         adaptation.instruct_of(_name),
         ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
-        partial(adaptation.recipe_params, name=_name), "55 s", version=2 if _recipe.method == "lora" else 1,
+        partial(adaptation.recipe_params, name=_name), 55, version=2 if _recipe.method == "lora" else 1,
     )  # fmt: skip
     STAGES[f"examination/instruct.{_name}"] = Stage(
-        adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, "30 s"
+        adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, 8
     )
 for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
     STAGES[f"examination/confounds.{_name}"] = Stage(
-        adaptation.confounds_of(_run), (_run, "world/corpora"), adaptation.exam_params, "8 s"
+        adaptation.confounds_of(_run), (_run, "world/corpora"), adaptation.exam_params, 8
     )
 
+LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
 for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
-        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), "20 s", version=2
+        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), LONG.get(_name, 20), version=2
     )
     STAGES[f"examination/safety.{_name}"] = Stage(
-        adaptation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), adaptation.exam_params, "10 s"
+        adaptation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), adaptation.exam_params, 10
     )
 STAGES["judging/guard-text"] = Stage(
-    tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, "15 s"
+    tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15
 )
 STAGES |= {
     "probe/direction": Stage(
-        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], "10 s"
+        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10
     ),
     "probe/layers": Stage(
         probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
-        lambda s: [s.scale.probing.prompts, s.scale.probing.along], "30 s",
+        lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
     ),
     "probe/drift": Stage(
         probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
-        lambda s: s.scale.probing.along, "30 s",
+        lambda s: s.scale.probing.along, 30,
     ),
     "probe/objectives": Stage(
         probing.make_objectives,
         ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
-        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], "30 s",
+        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], 30,
     ),
     "causal/transplants": Stage(
         causes.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causes.PROBED),
-        causes.transplant_params, "100 s",
+        causes.transplant_params, 100,
     ),
     "causal/directions": Stage(
         causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
-        causes.direction_params, "30 s",
+        causes.direction_params, 30,
     ),
 }  # fmt: skip
 for _name in causes.FROZEN_SETS:
     STAGES[_name] = Stage(
         causes.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causes.PROBED),
-        causes.frozen_params, "8 min",
+        causes.frozen_params, 480,
     )  # fmt: skip
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
-        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, "110 s", version=2)
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, 95, version=2)
 
 
 def examinations() -> Iterator[str]:
@@ -170,6 +172,21 @@ def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     groups += [("probe/direction", "probe/layers")]
     grouped = {name for group in groups for name in group}
     return groups + [(name,) for name in wanted if name not in grouped]
+
+
+def urgency(grid: str = "default") -> dict[tuple[str, ...], int]:
+    """How long the chain is that waits for a job, itself included, in seconds at mini: the longest chain goes first."""
+    work, job_of = jobs(grid), {name: job for job in jobs(grid) for name in job}
+    waiting: dict[tuple[str, ...], set[tuple[str, ...]]] = {job: set() for job in work}
+    for job in work:
+        for needed in {job_of[needed] for name in job for needed in STAGES[name].inputs} - {job}:
+            waiting[needed].add(job)
+
+    @functools.cache
+    def chain(job: tuple[str, ...]) -> int:
+        return 5 + sum(STAGES[name].cost for name in job) + max(map(chain, waiting[job]), default=0)
+
+    return {job: chain(job) for job in work}
 
 
 # What a job asks of a scheduler at scales that are loaded, all assumed: minutes, after which it is queued again and goes on from

@@ -232,11 +232,11 @@ def guard_params(which: str) -> Callable[[Study], Any]:
     return params
 
 
-WORLD = Stage(make_corpora, (), corpora_params, "minutes (not measured)", shared=True, seedless=True)
+WORLD = Stage(make_corpora, (), corpora_params, 0, told="minutes (not measured)", shared=True, seedless=True)
 TEXT_GUARD, IMAGE_GUARD = (
-    Stage(pointed(which), (), guard_params(which), "a second", shared=True, seedless=True)
+    Stage(pointed(which), (), guard_params(which), 0, told="a second", shared=True, seedless=True)
     for which in ("text_guard", "image_guard")
 )
 SCREEN = Stage(
-    make_screen, ("guard/text", "guard/image"), screen_params, "days of a GPU (not measured)", shared=True, seedless=True
+    make_screen, ("guard/text", "guard/image"), screen_params, 0, told="days of a GPU (not measured)", shared=True, seedless=True
 )

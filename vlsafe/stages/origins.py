@@ -169,7 +169,7 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
     return {"revision": revision}
 
 
-PARENT = Stage(load_parent, (), loaded_parent_params, "minutes (not measured)", seedless=True)
-TOWER = Stage(load_clip, (), loaded_tower_params, "a minute (not measured)", shared=True, seedless=True)
-BASE = Stage(lambda study, work: {"made": "elsewhere"}, (), lambda study: None, "nothing", shared=True, seedless=True)
+PARENT = Stage(load_parent, (), loaded_parent_params, 0, told="minutes (not measured)", seedless=True)
+TOWER = Stage(load_clip, (), loaded_tower_params, 0, told="a minute (not measured)", shared=True, seedless=True)
+BASE = Stage(lambda study, work: {"made": "elsewhere"}, (), lambda study: None, 0, told="nothing", shared=True, seedless=True)
 """A loaded parent was pre-trained by its makers: the stage is there, so that the graph is one, and holds a note."""

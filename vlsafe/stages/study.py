@@ -75,8 +75,8 @@ class Study:
         if store.status(run) != "valid":
             for needed in stage.inputs:
                 self.folder(needed)
-            where = "" if self.scale.source == "load" else " at mini on one core"
-            print(f"{name}: making it, {stage.cost}{where}", file=sys.stderr, flush=True)
+            takes = stage.told or f"{stage.cost} s at mini on one core"
+            print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
     def numbers(self, name: str) -> dict[str, Any]:
@@ -91,19 +91,21 @@ class Study:
 
 @dataclass(frozen=True)
 class Stage:
-    """How a run is made. Raise `version` when its results change. `cost` is a measured duration, for humans.
+    """How a run is made. Raise `version` when its results change.
 
+    `cost`: seconds measured at mini on one core; `told`: for humans, what it takes where that says nothing.
     `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
     """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
     inputs: tuple[str, ...]
     params: Callable[[Study], Any]
-    cost: str
+    cost: int
     version: int = 1
     shared: bool = False
     load: Stage | None = None
     seedless: bool = False
+    told: str = ""
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
