@@ -241,3 +241,15 @@ def test_what_a_benchmark_could_have_shown():
     lines = claims.precision(found(study(0), study(1))).set_index("measure")
     assert lines.loc["text_asr", "n"] == 200 and 0.05 < lines.loc["text_asr", "detectable"] < 0.2
     assert set(lines.index) <= set(claims.PRECISION)
+
+
+def test_the_ledger_of_a_folder_is_read_back_as_it_was_made(tmp_path):
+    made = claims.ledger(found(*(study(seed, n=60) for seed in range(3))))
+    made.to_csv(tmp_path / "T09_claims.csv", index=False)
+    again = claims.committed(tmp_path, ["1", "4b"])
+    wanted = claims.sheet(made[made["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
+    assert again.index.tolist() == wanted.index.tolist() and again["these models"].tolist() == wanted["these models"].tolist()
+    assert again["effect"].tolist() == wanted["effect"].tolist()
+    assert claims.committed(tmp_path / "nothing here", ["1"]).empty
+    with pytest.raises(ValueError, match="unknown claim '4e'"):
+        claims.committed(tmp_path, ["4e"])

@@ -1,6 +1,9 @@
 """Which weights move under each method, on the finished NANO study."""
 
+import dataclasses
+import itertools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,48 @@ def test_settled_lora_checkpoints_are_plain_models_that_answer_alike(study, adap
     assert not list(work.rglob("adapter*")) and not list(work.rglob("optimizer*"))
     for path, logits in zip(settled, (middle, model(**asked).logits), strict=True):
         torch.testing.assert_close(models.load(path)(**asked).logits, logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_settling_that_is_killed_anywhere_loses_no_checkpoint(study, tmp_path, monkeypatch, method):
+    """Stopped before and after each of its steps on disk; what a rerun finds is what an undisturbed one leaves."""
+    start = checkpoints(study, "projector/filtered")[-1]
+    rows = train.chat_dataset(examples(study, "screen/filtered", "instructions.parquet"), with_images=True)
+    fit = dataclasses.replace(study.scale.instruct, steps=2)
+    model = trainable.choose(models.load(start), method, study.scale.lora)
+    train.sft(model, models.load_processor(start), rows, fit, tmp_path / "trained", 0, (1, 2))
+    train.settle(shutil.copytree(tmp_path / "trained", tmp_path / "whole"), models.load_processor(start), start)
+
+    class Killed(BaseException):
+        pass
+
+    def dying(plain, after):
+        def step(*given, **named):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise Killed
+            plain(*given, **named)
+            if left[0] == 0:
+                raise Killed
+            return given[-1]
+
+        return step
+
+    kills = 0
+    for at, after in itertools.product(range(1, 20), (False, True)):
+        work, left = shutil.copytree(tmp_path / "trained", tmp_path / f"{at}-{after}"), [at]
+        with monkeypatch.context() as patched:
+            for place, name in ((Path, "rename"), (train, "_strip"), (shutil, "rmtree")):
+                patched.setattr(place, name, dying(getattr(place, name), after))
+            try:
+                train.settle(work, models.load_processor(start), start)
+            except Killed:
+                kills += 1
+        train.settle(work, models.load_processor(start), start)
+        for name in ("step-000001", "step-000002"):
+            files = [folder / name / "model.safetensors" for folder in (tmp_path / "whole", work)]
+            assert files[0].read_bytes() == files[1].read_bytes(), (at, after, name)
+    assert kills >= 8
 
 
 def test_moving_weights_and_mistakes(study):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from statsmodels.stats.multitest import multipletests
 
 from vlsafe import readings, stats
 from vlsafe.readings import ADAPTED, Found, Part, Reading, Unit, band, frozen, pulls, read, trend
+from vlsafe.scales import known
 from vlsafe.schema import MAIN_LINE
 
 LEVEL, SEEDS, MARGIN = 0.05, 3, 0.05  # of a verdict; the fewest that speak of a recipe; what "the same level" allows
@@ -242,6 +244,18 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
     shown["detectable"] = [f"{value:.0f}" if value == value else "" for value in points["detectable"]]
     return shown
+
+
+def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
+    """Some claims of the ledger in a folder of artefacts, for the eye; no line where no ledger lies there.
+
+    Raises:   ValueError for a name that is no claim's
+    """
+    for name in names:
+        known(name, [claim.name for claim in CLAIMS], "claim")
+    path = folder / "T09_claims.csv"
+    lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
+    return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
 
 
 PRECISION = {  # measures whose smallest detectable difference is printed -> with what the adapted model is compared

@@ -357,21 +357,22 @@ def _last_complete(folder: Path) -> Path | None:
 def settle(folder: Path, processor: Any, start: Path, saved: str = "float32") -> list[Path]:
     """Turn a finished training's checkpoints into plain model folders `step-000025`, without optimiser state.
 
-    Checkpoints of adapters are merged into the model in the folder `start`, which they were trained on.
+    Checkpoints of adapters are merged into the model in the folder `start`, which they were trained on. Killed anywhere and
+    called again, it loses none.
     """
-    settled = []
+    settled, beside = [], folder / "settling"
     for checkpoint in _checkpoints(folder):
-        adapters, beside = (checkpoint / "adapter_config.json").exists(), folder / "settling"
-        shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt that was killed here, as the target may be
-        if adapters or saved != "float32":
+        adapters, whole = (checkpoint / "adapter_config.json").exists(), checkpoint
+        if adapters or saved != "float32":  # written beside: what it is made of is kept until it stands
             model = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload() if adapters else load(checkpoint)
-            save(model.to(getattr(torch, saved)), beside)
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(beside, ignore_errors=True)
+            save(model.to(getattr(torch, saved)), whole := beside)
         else:
-            checkpoint.rename(beside)
-            _strip(beside)
-        processor.save_pretrained(beside)
+            _strip(checkpoint)
+        processor.save_pretrained(whole)
         target = folder / f"step-{int(checkpoint.name.split('-')[1]):06d}"
-        shutil.rmtree(target, ignore_errors=True)
-        settled.append(beside.rename(target))
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt that was killed after this line
+        settled.append(whole.rename(target))
+        if whole is beside:
+            shutil.rmtree(checkpoint)
     return settled
