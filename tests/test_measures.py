@@ -131,7 +131,7 @@ def test_a_model_without_pictures_has_no_helpfulness_and_poisons_nothing():
 def test_a_composite_is_compared_part_by_part():
     before, after = raw(composite("A"), recipe="other", model="p"), raw(composite("B"), model="a")
     runs = "instruct/other", "instruct/filtered-full"
-    found = tables.differences(pd.concat([before, after]), *runs, ["helpfulness", "helpfulness_rescaled"])
+    found = tables.differences(pd.concat([before, after]), runs[0], [runs[1]], ["helpfulness", "helpfulness_rescaled"])
     assert found["difference"].tolist() == pytest.approx([(1 / 2) / 3, (1 / 2) / (255 / 256) / 3])
     assert (found["low"] < 0).all() and (found["high"] > found["difference"]).all()  # a handful of items shows nothing
 

@@ -35,9 +35,9 @@ def test_flipping_signs_by_hand():
 @pytest.mark.parametrize("measure", ["text_asr", "helpfulness"])
 def test_contributions_sum_up_to_the_difference(measure):
     table = raw(sl_full=(2, 5))
-    difference = tables.differences(table, "instruct/filtered-full", "safety/sl-full", [measure])["difference"].iloc[0]
-    ((_, judged, left_out),) = tables.paired(table, "instruct/filtered-full", "safety/sl-full", measure)
-    assert tables.contributions(judged, measure).sum() == pytest.approx(difference) != 0 and left_out == 0
+    difference = tables.differences(table, "instruct/filtered-full", ["safety/sl-full"], [measure])["difference"].iloc[0]
+    ((_, judged, left_out),) = tables.paired(table, "instruct/filtered-full", ["safety/sl-full"], measure)
+    assert tables.contributions(tables.changes(judged, measure)).sum() == pytest.approx(difference) != 0 and left_out == 0
 
 
 def test_holm_over_methods_and_headlines_alone():

@@ -32,13 +32,10 @@ def equal_steps(raw: pd.DataFrame) -> pd.DataFrame:
     """Every recipe of stage 2 after its last step, and the paired difference of its full examination from the main one's."""
     final = raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")]
     found = tables.rates(final, COMPARED, [*UNIT, "recipe", "step"])
-    others = [recipe for recipe in final["recipe"].unique() if recipe != MAIN]
-    changes = [tables.differences(final, MAIN_LINE["adapted"], f"instruct/{recipe}", COMPARED) for recipe in others]
+    others = [f"instruct/{recipe}" for recipe in final["recipe"].unique() if recipe != MAIN]
+    change = tables.differences(final, MAIN_LINE["adapted"], others, COMPARED).drop(columns=["stage", "n"])
+    change = change.rename(columns={"low": "difference_low", "high": "difference_high"})
     columns = [*UNIT, "measure", "difference", "difference_low", "difference_high", "n_left_out"]
-    names = {"low": "difference_low", "high": "difference_high"}
-    changes = [change.rename(columns=names).reindex(columns=columns) for change in changes]
-    changes = [change.assign(recipe=recipe) for change, recipe in zip(changes, others, strict=True) if len(change)]
-    change = pd.concat(changes or [found[[*UNIT, "recipe", "measure"]]])
     merged = found.merge(change, on=[*UNIT, "recipe", "measure"], how="left")
     return merged.reindex(columns=dict.fromkeys([*UNIT, "recipe", "step", *merged.columns, *columns]))
 

@@ -176,8 +176,6 @@ def remedy(raw: pd.DataFrame) -> pd.DataFrame:
     plain, surgery = "safety/mtl-full", "safety/mtl-pcgrad-full"
     final = raw[(raw["exam"] == "full") & named(raw).isin([plain, surgery, MAIN_LINE["adapted"]])]
     found = tables.rates(final, EXAMINED, [*UNIT, "stage", "recipe"])
-    change = (
-        tables.differences(final, plain, surgery, EXAMINED).drop(columns="n").assign(stage="safety", recipe="mtl-pcgrad-full")
-    )
+    change = tables.differences(final, plain, [surgery], EXAMINED).drop(columns="n")
     change = change.rename(columns={"low": "difference_low", "high": "difference_high"})
     return found.merge(change, on=[*UNIT, "stage", "recipe", "measure"], how="left")

@@ -101,15 +101,16 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     if found.empty:
         raise ValueError("there is no full examination of a merge; make the stages of notebook 06 first")
     for unit, part in final.groupby(UNIT):
-        runs = dict(list(part.groupby(named(part), sort=False)))
+        runs = named(part).unique()
         merged = found[(found[UNIT] == list(unit)).all(axis=1)].drop_duplicates("recipe")
+        asked: dict[tuple[str, str], list[str]] = {}  # the name of a reference and its run -> the merges it is compared with
         for recipe, partner in zip(merged["recipe"], merged["partner"], strict=True):
-            after = f"merge/{recipe}"
-            for name, before in references(runs, partner).items():
-                if before != after:
-                    told = tradeoff.compared(pd.concat([runs[before], runs[after]]), before, after, HEADLINE)
-                    changes.append(told.assign(recipe=recipe, reference=name))
-    change = pd.concat([part for part in changes if len(part)], ignore_index=True)
+            for reference in references(runs, partner).items():
+                if reference[1] != f"merge/{recipe}":
+                    asked.setdefault(reference, []).append(f"merge/{recipe}")
+        for (name, before), after in asked.items():
+            changes.append(tradeoff.compared(part, before, after, HEADLINE).assign(reference=name))
+    change = pd.concat(changes, ignore_index=True).drop(columns="stage")
     change = pd.concat([tradeoff.holm(part) for _, part in change.groupby("reference", sort=False)], ignore_index=True)
     lined = lines.loc[lines["chosen"], [*UNIT, "recipe", "ratio", "same_as"]]
     return found.merge(change, on=[*UNIT, "recipe", "measure"], how="left").merge(lined, on=[*UNIT, "recipe"], how="left")
@@ -161,7 +162,7 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
         line, (_, pair, ratio) = recipe.replace("ensemble/", "linear/", 1), recipe.split("/")
         if line in runs:
             both = pd.concat([runs[recipe], runs[line]])
-            told = tables.differences(both, f"merge/{recipe}", f"merge/{line}", HEADLINE)
+            told = tables.differences(both, f"merge/{recipe}", [f"merge/{line}"], HEADLINE).drop(columns=["stage", "recipe"])
             found.append(told.assign(partner=pair.partition("+")[2], ratio=float(ratio)))
     return pd.concat(found, ignore_index=True)
 

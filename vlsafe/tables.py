@@ -35,17 +35,18 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
 
 
 def differences(
-    raw: pd.DataFrame, before: str, after: str, measures: Sequence[str], tested: bool = False
+    raw: pd.DataFrame, before: str, after: Sequence[str], measures: Sequence[str], tested: bool = False
 ) -> pd.DataFrame:  # fmt: skip
-    """Paired change from one model to another over the items that both answered, per backbone and seed.
+    """Paired changes from one run to others over the items that both answered, per backbone and seed.
 
-    `before` and `after` are stage/recipe; the last checkpoint of each (exam "full") is compared. Unjudged items are
-    left out of the difference and counted; a composite is compared where both models were asked all its parts. Where they are
-    `tested`, every line has a two-sided p-value by flipping the signs of clusters.
+    `before` and each of `after` are stage/recipe; the last checkpoint of each (exam "full") is compared, and the columns `stage`
+    and `recipe` say of which change a line is. Unjudged items are left out of the difference and counted; a composite is compared
+    where both models were asked all its parts. Where they are `tested`, every line has a two-sided p-value by flipping the signs
+    of clusters.
     """
     lines = []
     for measure in measures:
-        for (backbone, seed), judged, left_out in paired(raw, before, after, measure):
+        for (backbone, seed, run), judged, left_out in paired(raw, before, after, measure):
             strata = changes(judged, measure) if len(judged) else []
             if not strata:
                 continue
@@ -53,21 +54,26 @@ def differences(
             line = {"difference": float(found.effect[0]), "low": float(found.low[0]), "high": float(found.high[0])}
             line |= {"n": len(judged), "n_left_out": left_out}
             if tested:
-                line["p"] = stats.sign_flip(contributions(judged, measure).tolist(), np.random.default_rng(seed))
-            lines.append({"backbone": backbone, "seed": seed, "measure": measure, **line})
-    return pd.DataFrame(lines)
+                line["p"] = stats.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed))
+            stage, _, recipe = run.partition("/")
+            lines.append({"backbone": backbone, "seed": seed, "stage": stage, "recipe": recipe, "measure": measure, **line})
+    columns = ["backbone", "seed", "stage", "recipe", "measure", "difference", "low", "high", "n", "n_left_out"]
+    return pd.DataFrame(lines, columns=[*columns, *(["p"] if tested else [])])
 
 
-def paired(raw: pd.DataFrame, before: str, after: str, measure: str) -> Iterator[tuple[tuple[str, int], pd.DataFrame, int]]:
-    """Per backbone and seed: the judged events that two runs' last checkpoints share, and how many are left out as unjudged."""
-    final = raw[(raw["exam"] == "full") & named(raw).isin([before, after])]
-    rows = events(final, measure)
-    rows = rows.assign(run=named(rows))
-    for unit, part in rows.groupby(["backbone", "seed"], sort=True):
-        both = part[part["run"] == before].merge(part[part["run"] == after], on=SAME, suffixes=("_a", "_b"))
-        if len(both):
-            judged = both.dropna(subset=["event_a", "event_b"])
-            yield unit, judged, len(both) - len(judged)
+def paired(
+    raw: pd.DataFrame, before: str, after: Sequence[str], measure: str
+) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
+    """Per backbone, seed and run of `after`: the judged events that its last checkpoint shares with `before`, and how many
+    are left out as unjudged.
+    """
+    rows = events(raw[(raw["exam"] == "full") & named(raw).isin([before, *after])], measure)
+    rows = rows.assign(run=named(rows))[["backbone", "seed", "run", "event", *SAME]]
+    first, second = rows[rows["run"] == before], rows[rows["run"] != before]
+    both = first.merge(second, on=["backbone", "seed", *SAME], suffixes=("_a", "_b"))
+    for unit, part in both.groupby(["backbone", "seed", "run_b"], sort=False):
+        judged = part.dropna(subset=["event_a", "event_b"])
+        yield unit, judged, len(part) - len(judged)
 
 
 SAME = ["part", "item", "stratum", "floor", "cluster"]  # what two models' events must share to be compared
@@ -79,10 +85,10 @@ def changes(judged: pd.DataFrame, measure: str) -> list[stats.Stratum]:
     return measured.strata(judged.assign(least=change, most=change), measure)
 
 
-def contributions(judged: pd.DataFrame, measure: str) -> np.ndarray:
+def contributions(strata: Sequence[stats.Stratum]) -> np.ndarray:
     """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
     found = []
-    for stratum in changes(judged, measure):
+    for stratum in strata:
         by_cluster = pd.Series(stratum.least).groupby([str(c) for c in stratum.clusters]).sum()
         found.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
     return np.concatenate(found) if found else np.array([])
@@ -97,7 +103,7 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["stage"].isin(["parent", "instruct"])]
     found = rates(final, list(MEASURES), ["backbone", "seed", "stage"])
-    change = differences(raw, MAIN_LINE["parent"], MAIN_LINE["adapted"], list(MEASURES))
+    change = differences(raw, MAIN_LINE["parent"], [MAIN_LINE["adapted"]], list(MEASURES)).drop(columns=["stage", "recipe"])
     wide = found.pivot_table(
         index=["backbone", "seed", "measure"],
         columns="stage",

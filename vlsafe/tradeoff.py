@@ -73,25 +73,18 @@ def methods(raw: pd.DataFrame, tried: pd.DataFrame) -> pd.DataFrame:
     if "safety" not in set(rows["stage"]):
         raise ValueError("there is no full examination of a tuned model; make the stages of notebook 04 first")
     lines = tables.rates(rows, SHOWN, [*UNIT, "stage", "recipe"])
+    tuned = [f"safety/{recipe}" for recipe in rows.loc[rows["stage"] == "safety", "recipe"].unique()]
     for reference in REFERENCES:
-        changes = [changed(rows, reference, recipe) for recipe in rows.loc[rows["stage"] == "safety", "recipe"].unique()]
-        found = holm(pd.concat([change for change in changes if len(change)] or changes[:1], ignore_index=True))
+        found = holm(compared(rows, MAIN_LINE[reference], tuned, SHOWN))
         names = {name: f"{reference}_{name}" for name in found.columns if name not in (*UNIT, *JOINED)}
         lines = lines.merge(found.rename(columns=names), on=[*UNIT, *JOINED], how="left")
     costs = tried.loc[tried["chosen"], [*UNIT, "stage", "recipe", "step", "tokens"]]
     return lines.merge(costs, on=[*UNIT, "stage", "recipe"], how="left").astype({"step": "Int64", "tokens": "Int64"})
 
 
-def changed(rows: pd.DataFrame, reference: str, recipe: str) -> pd.DataFrame:
-    """Paired changes of one tuned recipe from a reference: difference, interval, p-value of every shown measure."""
-    return compared(rows, MAIN_LINE[reference], f"safety/{recipe}", SHOWN).assign(stage="safety", recipe=recipe)
-
-
-def compared(rows: pd.DataFrame, before: str, after: str, measures: Sequence[str]) -> pd.DataFrame:
-    """Paired changes from one run (stage/recipe) to another: difference, interval, p-value of each measure; of none, no lines."""
+def compared(rows: pd.DataFrame, before: str, after: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Paired changes from one run (stage/recipe) to others: difference, interval, p-value of each measure."""
     found = tables.differences(rows, before, after, measures, tested=True)
-    if found.empty:
-        return pd.DataFrame(columns=[*UNIT, "measure", "difference", "difference_low", "difference_high", "n_left_out", "p"])
     return found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
 
 
