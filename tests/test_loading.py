@@ -129,6 +129,13 @@ def test_a_parent_that_a_scale_does_without_is_not_asked_for_its_tokens(loaded, 
     assert len(loading.processors(Study.open(path, "mini-tulu", 0, tmp_path))) == 1
 
 
+def test_a_tower_that_a_scale_does_without_is_named_where_it_is_needed(loaded, tmp_path):
+    path = tmp_path / "blind.yaml"
+    path.write_text("extends: nano-load\nloaded: {tower: null}\n")
+    with pytest.raises(ValueError, match="'blind' does without 'tower'"):
+        Study.open(path, "mini-tulu", 0, tmp_path).run("tower/clip")
+
+
 def test_too_many_missing_pictures_are_a_wrong_folder(loaded, tmp_path):
     scale = dataclasses.replace(loaded.scale, loaded=dataclasses.replace(loaded.scale.loaded, missing_share=0.05))
     study = dataclasses.replace(loaded, scale=scale, root=tmp_path)

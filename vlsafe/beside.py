@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from vlsafe import tradeoff
 from vlsafe.figures import KINDS, STYLE, origin
+from vlsafe.schema import Item, Picture, Turn
 from vlsafe.stages.study import Study, checkpoints, items
 
 WITHHELD = "(withheld)"
@@ -33,16 +34,16 @@ def prompts(study: Study) -> dict[str, str]:
     return asked
 
 
-def pictures(study: Study) -> dict[str, bytes | None]:
+def pictures(study: Study) -> dict[str, Picture | None]:
     """What can be shown: no picture, and the pictures of a few attacks and of their benign twins, by group and item."""
-    found: dict[str, bytes | None] = {"none": None}
+    found: dict[str, Picture | None] = {"none": None}
     for harmful in (True, False):
         of = [item for item in items(study) if item.benchmark == "mm_safetybench" and item.harmful == harmful]
         found |= {f"{item.group} {item.cluster}".replace("|", " "): item.images[0] for item in of[: 6 if harmful else 3]}
     return found
 
 
-def compare(study: Study, names: Sequence[str], text: str, picture: bytes | None = None) -> pd.DataFrame:
+def compare(study: Study, names: Sequence[str], text: str, picture: Picture | None = None) -> pd.DataFrame:
     """One line per model: what it answers, whether the published list calls that a refusal, and the refusal in every layer.
 
     A model that cannot see has no line for a prompt with a picture. Columns from the third on: probability that the answer
@@ -50,7 +51,6 @@ def compare(study: Study, names: Sequence[str], text: str, picture: bytes | None
     """
     from vlsafe import engines, judges, models, probe
     from vlsafe.judges import strings
-    from vlsafe.schema import Item, Turn
 
     item = Item("asked", "xstest", (Turn("user", text),), (picture,) if picture else ())
     lines = {}

@@ -79,7 +79,7 @@ def compared(part: Part, found: Mapping[Unit, Reading]) -> dict[str, Any]:
     return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
 
 
-def over_seeds(effects: Sequence[float], se: Sequence[float], part: Part) -> dict[str, Any]:
+def over_seeds(effects: Sequence[float] | np.ndarray, se: Sequence[float], part: Part) -> dict[str, Any]:
     """The t-interval over seeds, and how much of an effect's spread is due to seeds and how much to items.
 
     The standard error is never below what the items alone would give. Seeds on both sides of the threshold decide nothing.
@@ -116,13 +116,14 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
     if isinstance(tree, Part):
         line = lines[tree.what]
         holds = tree.sign * (line["effect"] - tree.against) > 0
-        return Weight(*((line[p], 1.0) if holds else (1.0, line[p])), tree.what, tree.what)
+        support, contradict = (line[p], 1.0) if holds else (1.0, line[p])
+        return Weight(support, contradict, tree.what, tree.what)
     below = [weigh(part, lines, p) for part in tree.parts]
-    found = {}
-    for name, place, every in (("support", 0, tree.how == "all"), ("contradict", 1, tree.how == "any")):
-        chosen = (max if every else min)(below, key=lambda w, place=place: w[place])
-        found[name] = (chosen[place] if every else min(1.0, len(below) * chosen[place]), chosen[place + 2])
-    return Weight(found["support"][0], found["contradict"][0], found["support"][1], found["contradict"][1])
+    pro = (max if tree.how == "all" else min)(below, key=lambda one: one.support)
+    con = (max if tree.how == "any" else min)(below, key=lambda one: one.contradict)
+    support = pro.support if tree.how == "all" else min(1.0, len(below) * pro.support)
+    contradict = con.contradict if tree.how == "any" else min(1.0, len(below) * con.contradict)
+    return Weight(support, contradict, pro.supporting, con.contradicting)
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -146,8 +147,8 @@ def parts(laid: Found, seeds: Sequence[int] | None = None) -> Lines:
     for claim in CLAIMS:
         for backbone in claim.only or sorted({unit[0] for unit in units}):
             whole = leaves(claim.decided_by)
-            found = {u: [read(part, laid, u) for part in whole] for u in units if u[0] == backbone}
-            found = {unit: readings for unit, readings in found.items() if None not in readings}
+            found = {u: [one for part in whole if (one := read(part, laid, u))] for u in units if u[0] == backbone}
+            found = {unit: readings for unit, readings in found.items() if len(readings) == len(whole)}
             of = [compared(part, {u: readings[i] for u, readings in found.items()}) for i, part in enumerate(whole) if found]
             lines[claim.name, backbone] = {line["part"]: line for line in of}
     return lines
@@ -157,7 +158,7 @@ def judged(lines: Lines) -> pd.DataFrame:
     """Verdicts from the comparisons of all claims; Holm's family is the claims of one backbone."""
     trees, told = {claim.name: claim for claim in CLAIMS}, []
     for (name, backbone), of in lines.items():
-        line = {"claim": name, "statement": trees[name].text, "backbone": backbone}
+        line: dict[str, Any] = {"claim": name, "statement": trees[name].text, "backbone": backbone}
         if not of:
             told.append(line)
             continue

@@ -407,7 +407,7 @@ def _gallery(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> int:
     from vlsafe import cards
 
-    found = cards.differences(*arguments.results, arguments.atol)
+    found = cards.differences(arguments.results[0], arguments.results[1], arguments.atol)
     print(found.to_string(index=False) if len(found) else f"no difference above {arguments.atol}")
     return int(len(found) > 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def ordered(first: int, second: int, leading: Sequence[int], batches: int, size:
     return [next(rows[place < n]) for n in leading for place in range(batches) for _ in range(size)]
 
 
-def _endless(start: int, n: int, rng: np.random.Generator):
+def _endless(start: int, n: int, rng: np.random.Generator) -> Iterator[int]:
     while True:
         yield from (start + rng.permutation(n)).tolist()
 
@@ -87,7 +87,7 @@ class ConflictFree(TrainerCallback):
         state.log_history[-1]["task_cosine"] = self.cosine
 
 
-def _moving(model: Any):
+def _moving(model: Any) -> Iterator[torch.nn.Parameter]:
     return (weight for weight in model.parameters() if weight.requires_grad)
 
 

@@ -216,7 +216,7 @@ def lines(works: Sequence[Work], gpu: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
     total = sum(work.hours for work in works)
     most = {n: max(work.memory[n] for work in works) for n in (1, 8)}
-    whole = dict.fromkeys(told[0], "")
+    whole: dict[str, Any] = dict.fromkeys(told[0], "")
     whole |= {
         "part": "all",
         "runs": sum(work.runs for work in works),

@@ -131,7 +131,7 @@ def read(files: Sequence[Path], key: pd.DataFrame) -> Ratings:
                 f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} and a rater in each row"
             )
         frames.append(frame)
-    rows, problems = pd.concat(frames, ignore_index=True), []
+    rows, problems = pd.concat(frames, ignore_index=True), list[tuple[str, str, int]]()
 
     def put_aside(kind: str, wrong: pd.Series) -> None:
         nonlocal rows

@@ -73,7 +73,7 @@ def _work(job: Job, data: Dataset, progress: train.Progress) -> tuple[train.Hist
     model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
     moving, processor = trainable.moving(model), models.load_processor(start)
     how = (Path(job.folder), job.seed, job.milestones, progress)
-    if job.objective == "dpo":
+    if job.preference is not None:
         history = train.dpo(model, models.load(start), processor, data, job.preference, job.fit, *how)
     elif job.objective == "pcgrad":
         history = train.sft_without_conflict(model, processor, data, job.first, job.fit, *how)

@@ -91,11 +91,11 @@ def auc(
 
     Shapes:   [N]  ->  [1 + draws]
     """
-    scores, truth = np.asarray(scores, float), np.asarray(harmful, bool)
+    values, truth = np.asarray(scores, float), np.asarray(harmful, bool)
     _, index = np.unique([str(cluster) for cluster in clusters], return_inverse=True)
     n = int(index.max()) + 1
     weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])[:, index]
-    above = scores[truth][:, None] - scores[~truth][None]
+    above = values[truth][:, None] - values[~truth][None]
     won = (above > 0) + 0.5 * (above == 0)
     pairs = weights[:, truth].sum(1) * weights[:, ~truth].sum(1)
     return ((weights[:, truth] @ won) * weights[:, ~truth]).sum(1) / np.where(pairs > 0, pairs, np.nan)
@@ -182,10 +182,10 @@ def _correlated(points: pd.DataFrame, x: str, y: str, draws: int = 1000) -> Iter
         )
         yield "within", np.array([_mean(rho), *(_mean(rho[of]) for of in drawn)])
         return
-    drawn = [[part[rng.integers(len(part), size=len(part))] for part in studies] for _ in range(draws)]
-    yield "all", np.array([rank_correlation(np.concatenate(parts)) for parts in (studies, *drawn)])
+    redrawn = [[part[rng.integers(len(part), size=len(part))] for part in studies] for _ in range(draws)]
+    yield "all", np.array([rank_correlation(np.concatenate(parts)) for parts in (studies, *redrawn)])
     if len(studies) > 1:
-        yield "within", np.array([_mean(np.array([rank_correlation(of) for of in parts])) for parts in (studies, *drawn)])
+        yield "within", np.array([_mean(np.array([rank_correlation(of) for of in parts])) for parts in (studies, *redrawn)])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -264,7 +264,7 @@ def language_places(where: Path) -> dict[str, Place]:
 
     Raises:   FileNotFoundError where there is no safetensors file
     """
-    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], {}
+    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], dict[str, Place]()
     if not files:
         raise FileNotFoundError(f"{where} holds no weights in safetensors")
     for file in files:

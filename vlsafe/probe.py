@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 
 from vlsafe.chat import last_positions, prompt_batch
 from vlsafe.models import Place, address, language_layers, language_places, read_out, read_tensor
-from vlsafe.schema import Turn
+from vlsafe.schema import Picture, Turn
 
-Prompts = Sequence[tuple[Sequence[Turn], Sequence[bytes]]]
+Prompts = Sequence[tuple[Sequence[Turn], Sequence[Picture]]]
 """What is asked, and the pictures that go with it."""
+Ends = tuple[Mapping[str, Place], Mapping[str, Place]]  # the weights that a task vector leads from and to
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -51,7 +52,7 @@ def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_siz
         inputs = prompt_batch(processor, [turns for turns, _ in part], [images for _, images in part])
         rows, last = torch.arange(len(part)), last_positions(inputs["attention_mask"])
         taken: list[torch.Tensor] = []
-        with watched(model, lambda state, rows=rows, last=last, taken=taken: taken.append(state[rows, last].cpu())):
+        with watched(model, lambda state: taken.append(state[rows, last].cpu())):  # noqa: B023 (called in this round only)
             model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
         yield torch.stack(taken, 1)
 
@@ -175,7 +176,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def alignment(a: tuple[Mapping[str, Place], Mapping[str, Place]], b: tuple[Mapping[str, Place], Mapping[str, Place]]):
+def alignment(a: Ends, b: Ends) -> Iterator[dict[str, Any]]:
     """Inner product and squared norms of two task vectors, each from a start to an end, per block and module.
 
     Lines can be added up before a cosine is taken; four tensors are in memory at a time.

@@ -69,7 +69,7 @@ def answers(part: Part, found: Found, unit: Unit) -> Reading | None:
         if not of:
             return None
         strata += of
-        ends += [sum(s.weight * np.mean(s.least) for s in _strata(judged, side, measure)) for side in (before, after)]
+        ends += [float(sum(s.weight * np.mean(s.least) for s in _strata(judged, side, measure))) for side in (before, after)]
     return Reading(strata, *ends[:2])
 
 

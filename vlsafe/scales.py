@@ -329,7 +329,7 @@ MINI = Scale(
 )
 _MADE_ELSEWHERE = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of what this scale loads; no stage reads it
 # What moves all weights is sharded; a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
-_SHARED_OUT = {"grouped": True, "saved": "bfloat16", "micro_batches": 1, "max_length": 2048}  # grouped: LLaVA-1.5 finetune.sh
+_SHARED_OUT: dict[str, Any] = dict(grouped=True, saved="bfloat16", micro_batches=1, max_length=2048)  # grouped: LLaVA-1.5's
 _DDP, _FSDP = "env/accelerate/ddp.yaml", "env/accelerate/fsdp2.yaml"
 PAPER = Scale(
     name="paper",
@@ -371,7 +371,8 @@ PAPER = Scale(
     threads=8,  # assumed: cores for each process of a node
 )  # fmt: skip
 # One consumer GPU in hours: an openly licensed parent of 360 million weights, a small tower, subsets of the same corpora.
-_ALONE = {"grouped": True, "micro_batches": 1, "at_once": 8, "max_length": 1024}  # whole weights, in the process that asks
+_ALONE: dict[str, Any] = dict(grouped=True, micro_batches=1, at_once=8, max_length=1024)  # whole weights, in the asking process
+assert PAPER_LOADED.captions is not None and PAPER_LOADED.instructions is not None
 SMALL = dataclasses.replace(
     PAPER,
     name="small",

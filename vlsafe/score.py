@@ -225,7 +225,7 @@ def marked(
     name: str, items: Sequence[Item], said: Said, answers: Answers, problems: Mapping[Key, str], model: str | None
 ) -> tuple[list[Marked], Counter[str]]:  # fmt: skip
     """Labels of one judge, and why some are missing. Every item has as many tries as the one with most."""
-    width, reasons, rows = max(map(len, said.values())), Counter(), []
+    width, reasons, rows = max(map(len, said.values())), Counter[str](), []
     for item in items:
         given = said.get(item.id, [])
         labels = []
@@ -297,9 +297,10 @@ def score(
     sources = [path for path in (keep if asker else None, judgements) if path is not None and path.exists()]
     answers = read_answers(sources if written else (), find, written)
     problems: dict[str, dict[Key, str]] = {}
-    for texts, name in {WRITTEN[name].texts: name for name in written}.items() if asker else ():
-        wording = wordings(name, official.places(data, module.FOLDER))
-        answers, problems[texts] = ask_missing(WRITTEN[name], items, said, answers, asker, wording, keep)
+    if asker is not None:
+        for texts, name in {WRITTEN[name].texts: name for name in written}.items():
+            wording = wordings(name, official.places(data, module.FOLDER))
+            answers, problems[texts] = ask_missing(WRITTEN[name], items, said, answers, asker, wording, keep)
     marks, told = {}, {}
     for name in names:
         model = asker.model if asker and name in WRITTEN else None

@@ -15,15 +15,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import openai
 
-from vlsafe.schema import Item, Response, Turn
+from vlsafe.schema import Item, Picture, Response, Turn
 
 LOGGERS = ("openai", "httpx", "httpcore", "httpx2", "httpcore2")
 HOPELESS = {401: "refuses the key", 403: "forbids it", 404: "knows neither this model nor this path"}
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Server:
         return f"{found.hostname}:{found.port}" if found.port else str(found.hostname)
 
 
-class Request(NamedTuple):
+class Request(NamedTuple, Generic[Key]):
     """One thing to ask: chat messages, or a raw prompt that the server continues."""
 
-    key: Hashable
+    key: Key
     messages: Sequence[dict[str, Any]] = ()
     prompt: str | None = None
 
@@ -67,7 +68,7 @@ class Reply(NamedTuple):
     problem: str = ""
 
 
-def said(turns: Sequence[Turn], images: Sequence[bytes]) -> list[dict[str, Any]]:
+def said(turns: Sequence[Turn], images: Sequence[Picture]) -> list[dict[str, Any]]:
     """Chat messages; pictures go before the text of the first user turn, as data."""
     pictures = [
         {"type": "image_url", "image_url": {"url": f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"}}
@@ -87,7 +88,7 @@ def _kind(data: bytes) -> str:
     return "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
 
 
-def complete(server: Server, requests: Iterable[Request], max_tokens: int) -> Iterator[tuple[Hashable, Reply]]:
+def complete(server: Server, requests: Iterable[Request[Key]], max_tokens: int) -> Iterator[tuple[Key, Reply]]:
     """Greedy answers as they come, in no order; every request comes back exactly once unless the server is gone.
 
     Raises:   ValueError where asking again is useless (key, model or address are wrong)
@@ -139,7 +140,7 @@ def _ask(client: openai.OpenAI, server: Server, request: Request, max_tokens: in
             chosen = client.completions.create(prompt=request.prompt, **options).choices[0]
             text = chosen.text
         else:
-            chosen = client.chat.completions.create(messages=list(request.messages), **options).choices[0]
+            chosen = client.chat.completions.create(messages=list[Any](request.messages), **options).choices[0]
             text = chosen.message.content
     except openai.APITimeoutError:
         return Reply(None, problem="timed out"), False
@@ -167,4 +168,4 @@ def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: in
     by_id = {item.id: item for item in items}
     for key, reply in complete(server, (Request(i.id, said(i.turns, i.images)) for i in items), max_new_tokens):
         if reply.text is not None:
-            yield Response(str(key), by_id[str(key)].benchmark, name, reply.text.strip(), reply.truncated)
+            yield Response(key, by_id[key].benchmark, name, reply.text.strip(), reply.truncated)

@@ -93,8 +93,8 @@ def agreement(
     for kind in dict.fromkeys((row["benchmark"], row["judge"]) for row, _ in paired):
         of = [(x, y) for x, y in paired if (x["benchmark"], x["judge"]) == kind and None not in (x["event"], y["event"])]
         if of:
-            events = [np.array([row["event"] for row in side], float) for side in zip(*of, strict=True)]
-            change = stats.paired_difference(*events, [str(x["cluster"]) for x, _ in of], np.random.default_rng(0), draws)
-            share = float((events[0] == events[1]).mean())
+            left, right = (np.array([row["event"] for row in side], float) for side in zip(*of, strict=True))
+            change = stats.paired_difference(left, right, [str(x["cluster"]) for x, _ in of], np.random.default_rng(0), draws)
+            share = float((left == right).mean())
             told.append({"what": " ".join(kind), "n": len(of), "share": share, "change": change})
     return told

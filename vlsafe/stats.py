@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import stats
 
 RARE = 10  # with fewer items that changed at all, a bootstrap knows too little of their spread
 POWER = 0.9  # of the smallest detectable difference
+Shares = TypeVar("Shares", np.ndarray, np.float64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(p: np.ndarray, n: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+def _wilson(p: Shares, n: Shares, level: float) -> tuple[Shares, Shares]:
     z = stats.norm.ppf(0.5 + level / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -237,7 +238,7 @@ def _sign_test(column: _Column) -> float:
     return float(stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
 
 
-def _detectable(parts: Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]], se: np.ndarray, free: int, level: float):
+def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.ndarray:
     """The smallest difference that is found with a probability of POWER, were the items as many and as clustered as here.
 
     A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
@@ -251,7 +252,7 @@ def _detectable(parts: Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]
 
 
 def paired_difference(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], rng: np.random.Generator,
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], rng: np.random.Generator,
     draws: int = 2000, level: float = 0.95,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Mean of b - a over the same items, with `compare`'s interval.

@@ -65,7 +65,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     where = official.home(folder, FOLDER, f"data/question/{file}", f"question/{file}")
     where = official.first(where, "data") or where
     path = where / "question" / file
-    items, lost = [], []
+    items, lost = [], list[str]()
     rows = official.read_table(path, ("category_id", "task_id", "category_name", "question", "instruction"))
     for row in rows:
         name = f"{row['category_id']}_{row['task_id']}"

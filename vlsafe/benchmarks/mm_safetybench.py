@@ -153,7 +153,7 @@ def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
     for judge, marked in marks.items():
         unsafe = official.means(judge, "complied", NAME)
         for kind in dict.fromkeys(row.item.group for row in marked):
-            events: dict[str, list[tuple[Item, bool | None]]] = {}
+            events: dict[str | None, list[tuple[Item, bool | None]]] = {}
             for row in marked:
                 if row.item.group == kind:
                     events.setdefault(row.item.category, []).append((row.item, unsafe(row.labels[0])))

@@ -9,6 +9,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         shown = _picture(row, encoded, lost) if pictures else ()
         if shown or not pictures:
             ability = row.get("l2-category") or row.get("L2-category") or ""
-            known = dict(category=row.get("category"), group=ability, cluster=f"question-{question}", asked=asked)
+            known: dict[str, Any] = dict(category=row.get("category"), group=ability, cluster=f"question-{question}", asked=asked)
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
             turns = (Turn("user", f"{asked}\n{listed}\n{official.LETTER_SUFFIX}"),)
             items.append(Item(row["index"], NAME, turns, shown, row["answer"] or None, options=options, **known))
@@ -132,7 +133,7 @@ def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
     cuts = {"l2": lambda item: item.group or None, "l3": lambda item: item.category or None}
     for judge, marked in marks.items():
         right = [(row.item, _right(row.item, row.labels[0])) for row in marked]
-        whole: dict[str, list[tuple[Item, bool | None]]] = {}
+        whole: dict[str | None, list[tuple[Item, bool | None]]] = {}
         for item, event in right:
             whole.setdefault(item.cluster, []).append((item, event))
         if any(len(rows) > 1 for rows in whole.values()):

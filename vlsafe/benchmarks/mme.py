@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             places = (f"{task}/{picture}", f"{task}/images/{picture}")
             shown = official.seen(official.first(where, *places), name, lost) if pictures else ()
             if shown or not pictures:
-                known = dict(
+                known: dict[str, Any] = dict(
                     reference=answer.strip().lower(), group=task, category=task, cluster=f"{task}/{picture}", asked=question
                 )
                 items.append(Item(name, NAME, (Turn("user", _worded(question, subset)),), shown, **known))
@@ -127,9 +128,10 @@ def official_responses(folder: Path, items: Sequence[Item]) -> Iterator[dict[str
 
 def _bare(question: str | None) -> str:
     """A question without the sentence that says how to answer, which models are asked in different words."""
+    bare = question or ""
     for suffix in SUFFIXES:
-        question = (question or "").replace(suffix, "")
-    return question.strip()
+        bare = bare.replace(suffix, "")
+    return bare.strip()
 
 
 def names(item: Item) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
         tasks: dict[str, dict[str, list[bool | None]]] = {}
         for row in marked:
             event = None if row.labels[0] is None else row.labels[0] == "right"
-            tasks.setdefault(row.item.group, {}).setdefault(row.item.cluster, []).append(event)
+            tasks.setdefault(str(row.item.group), {}).setdefault(str(row.item.cluster), []).append(event)
         points = {
             task: [
                 (picture, 50 * (a + b) + 100 * a * b, 50 * (c + d) + 100 * c * d) for picture, (a, c), (b, d) in _bounds(pictures)

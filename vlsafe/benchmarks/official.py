@@ -16,7 +16,7 @@ import json
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -125,7 +125,7 @@ def weighted(
 
     unit = full / weight / len(strata)  # the best mean of a stratum
     parts = [
-        stats.Stratum(weight * unit, *([row[i] / unit for row in rows] for i in (1, 2)), [row[0] for row in rows])
+        stats.Stratum(weight * unit, [row[1] / unit for row in rows], [row[2] / unit for row in rows], [row[0] for row in rows])
         for rows in strata.values()
     ]
     least, most, low, high = stats.stratified(parts)
@@ -162,6 +162,12 @@ def home(data: Path, name: str, *markers: str) -> Path:
     return found[0]
 
 
+def located(data: Path, name: str, *paths: str) -> tuple[Path, Path]:
+    """A benchmark's `home`, and the first of several files that it holds."""
+    where = home(data, name, *paths)
+    return where, next(where / path for path in paths if (where / path).exists())
+
+
 def first(folder: Path, *paths: str) -> Path | None:
     """The first of several places that exists."""
     return next((folder / path for path in paths if (folder / path).exists()), None)
@@ -196,7 +202,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_table(
-    path: Path, required: Sequence[str], delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+    path: Path, required: Sequence[str], delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
 ) -> list[dict[str, str]]:
     """The rows of a table with a header, all as text; nothing is taken for a number or for missing.
 
@@ -239,10 +245,11 @@ def damage(data: bytes) -> str | None:
 
 def seen(path: Path | None, name: str, lost: list[str], data: bytes | None = None) -> tuple[bytes, ...]:
     """The picture of an item, as one tuple; empty, and named in `lost` with the reason, where it cannot be used."""
-    if data is None and (path is None or not path.is_file()):
+    if data is None and path is not None and path.is_file():
+        data = path.read_bytes()
+    if data is None:
         lost.append(f"{name} (missing)")
         return ()
-    data = path.read_bytes() if data is None else data
     if reason := damage(data):
         lost.append(f"{name} ({reason})")
         return ()

@@ -65,7 +65,7 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
     path = official.home(folder, FOLDER, "SEED-Bench.json") / "SEED-Bench.json"
     rows = official.read_json(path)
     rows = rows["questions"] if isinstance(rows, dict) else rows
-    items, lost, frameless = [], [], 0
+    items, lost, frameless = [], list[str](), 0
     for row in rows:
         official.needs(row, ("question_id", "question", "answer", "data_type", "data_id", "question_type_id"), f"a row of {path}")
         name, options = str(row["question_id"]), tuple(str(row[f"choice_{letter}"]) for letter in "abcd")

@@ -71,10 +71,9 @@ def part(item: Item) -> str:
 
 def load(folder: Path, subset: str = "generation", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`siuo_gen.json` or `siuo_mcqa.json`; pictures lie in `images/` or `data/images/`."""
-    where = official.home(folder, FOLDER, FILES[subset], f"data/{FILES[subset]}")
-    path = official.first(where, FILES[subset], f"data/{FILES[subset]}")
+    where, path = official.located(folder, FOLDER, FILES[subset], f"data/{FILES[subset]}")
     album = official.first(where, "data/images", "images", "SIUO-images") or where
-    items, lost, answers = [], [], Counter()
+    items, lost, answers = [], list[str](), Counter[str]()
     rows = official.read_json(path)
     for row in rows:
         official.needs(row, ("question_id", "image", "question", "category"), f"a row of {path}")

@@ -60,8 +60,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
     A judge is told the base wording whatever the style, as in the original.
     """
-    where = official.home(folder, FOLDER, "question.jsonl", "data/question.jsonl")
-    base = official.first(where, "question.jsonl", "data/question.jsonl")
+    _, base = official.located(folder, FOLDER, "question.jsonl", "data/question.jsonl")
     paths = {"base": base} | {path.stem.removeprefix("question_"): path for path in sorted(base.parent.glob("question_*.jsonl"))}
     official.needs(dict.fromkeys(STYLES), list(paths), f"SORRY-Bench, as its card describes it, in {base.parent},")
     wordings: dict[int, str] = {}
@@ -106,11 +105,11 @@ def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
         for style in dict.fromkeys(row.item.group for row in marked):
             events = [(row.item, fulfilled(row.labels[0])) for row in marked if row.item.group == style]
             cuts = {"category": lambda item: item.category}
-            if max(int(item.category) for item, _ in events) <= 44:
+            if max(int(str(item.category)) for item, _ in events) <= 44:
                 cuts = {"domain": _domain} | cuts
             for score in official.shares("fulfilment_rate", judge, events, **cuts):
                 yield score._replace(over=f"style={style}" + ("" if score.over == "all" else f", {score.over}"))
 
 
 def _domain(item: Item) -> str:
-    return next(name for name, categories in DOMAINS.items() if int(item.category) in categories)
+    return next(name for name, categories in DOMAINS.items() if int(str(item.category)) in categories)

@@ -50,8 +50,8 @@ DIVERGENCES = (
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`eval.tsv` (or `eval/eval.tsv`), every field as text: "NA" and "null" are words, not missing values."""
-    where = official.home(folder, FOLDER, "eval.tsv", "eval/eval.tsv")
-    rows = official.read_table(official.first(where, "eval.tsv", "eval/eval.tsv"), ("adversarial", "data_type"), "\t")
+    _, path = official.located(folder, FOLDER, "eval.tsv", "eval/eval.tsv")
+    rows = official.read_table(path, ("adversarial", "data_type"), "\t")
     items, notes = [], []
     for number, row in enumerate(rows):
         if row["data_type"] not in KINDS:

@@ -126,7 +126,7 @@ class LlamaGuard:
         probability = float(logits[at].double().softmax(-1)[self.first])
         if self.threshold is None:
             return Assessment(said, codes, probability)
-        return decided(said, codes, float(relative(np.float64(probability), self.threshold)))
+        return decided(said, codes, float(relative(np.asarray(probability), self.threshold)))
 
 
 class ImageClassifier:

@@ -97,8 +97,8 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     heads = {shard: header(shard)[1] for shard in shards}
     present = {name: shard.name for shard, head in heads.items() for name in head}
     if mapped is not None and present != mapped:
-        name, shard = min(set(present.items()) ^ set(mapped.items()))
-        raise ValueError(f"{folder / shard} is damaged, or not the shard that its index tells of: they disagree on {name}")
+        name, file = min(set(present.items()) ^ set(mapped.items()))
+        raise ValueError(f"{folder / file} is damaged, or not the shard that its index tells of: they disagree on {name}")
     plain = language_only and '"vision_config"' not in (folder / "config.json").read_text(encoding="utf-8")
     tensors = {}
     for shard, head in heads.items():
@@ -183,10 +183,9 @@ def verify(found: Checkpoint) -> None:
 
 def refuse_zero(read: Mapping[str, Checkpoint], language_only: bool) -> None:
     """Raises:   ValueError naming the model that equals its base: a zero task vector tells a merge nothing"""
-    base = read.get("base")
-    for which in ("a", "b") if base else ():
+    for which in ("a", "b") if "base" in read else ():
         keys = [key for key in read[which].tensors if of_language(key) or not language_only]
-        pairs = ((read[which].tensors[key], base.tensors[key]) for key in keys)
+        pairs = ((read[which].tensors[key], read["base"].tensors[key]) for key in keys)
         if all(torch.equal(tensor(one), tensor(other).to(FLOATS.get(one.dtype))) for one, other in pairs):
             raise ValueError(f"the task vector of {which} ({read[which].folder.name}) is zero: it is its base, weight by weight")
 
@@ -197,11 +196,11 @@ def tensor(entry: Entry) -> torch.Tensor:
         return file.get_tensor(entry.name)
 
 
-def _pieces(entries: Sequence[Entry | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
-    """The flat fp32 pieces of several tensors of one shape."""
-    whole = [None if entry is None else tensor(entry).reshape(-1) for entry in entries]
-    for start in range(0, len(whole[0]), PIECE):
-        yield tuple(None if flat is None else flat[start : start + PIECE].float() for flat in whole)
+def _pieces(a: Entry, b: Entry, base: Entry | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The flat fp32 pieces of tensors of one shape."""
+    of_a, of_b, of_base = tensor(a).reshape(-1), tensor(b).reshape(-1), None if base is None else tensor(base).reshape(-1)
+    for part in (slice(start, start + PIECE) for start in range(0, len(of_a), PIECE)):
+        yield of_a[part].float(), of_b[part].float(), None if of_base is None else of_base[part].float()
 
 
 def _combined(name: str, key: str, read: Mapping[str, Checkpoint], how: How, seed: int) -> Iterator[torch.Tensor]:
@@ -209,15 +208,15 @@ def _combined(name: str, key: str, read: Mapping[str, Checkpoint], how: How, see
 
     Raises:   ValueError naming a tensor with a weight that is not a number
     """
-    rule, entries = RULES[name], [read[which].tensors[key] if which in read else None for which in ("a", "b", "base")]
-    seeds = seed_of(seed, key)
-    seen = rule.look(lambda: _pieces(entries), how, streams(seeds))
+    rule, a, b = RULES[name], read["a"].tensors[key], read["b"].tensors[key]
+    base, seeds = read["base"].tensors[key] if "base" in read else None, seed_of(seed, key)
+    seen = rule.look(lambda: _pieces(a, b, base), how, streams(seeds))
     draws = streams(seeds)
-    for piece in _pieces(entries):
-        for entry, values in zip(entries, piece, strict=True):
-            if values is not None and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+    for piece in _pieces(a, b, base):
+        for entry, values in zip((a, b, base), piece, strict=True):
+            if entry is not None and values is not None and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
                 raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
-        yield rule.combine(*piece, how, seen, draws).to(FLOATS[entries[0].dtype])
+        yield rule.combine(*piece, how, seen, draws).to(FLOATS[a.dtype])
 
 
 def _shard(

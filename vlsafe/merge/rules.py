@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlsafe.scales import known
 
-Tensor = torch.Tensor
 Pieces = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
 """Goes over the flat fp32 pieces of (θ_a, θ_b, θ_0), anew at every call."""
 Draws = tuple[np.random.Generator, np.random.Generator]
@@ -65,7 +65,7 @@ def merged(name: str, a: Tensor, b: Tensor, base: Tensor | None, how: How, seed:
     how.checked()
     if a.numel() == 0:
         return a
-    flat = tuple(None if t is None else t.reshape(-1).float() for t in (a, b, base))
+    flat = a.reshape(-1).float(), b.reshape(-1).float(), None if base is None else base.reshape(-1).float()
     seen = rule.look(lambda: iter([flat]), how, streams(seed))
     return rule.combine(*flat, how, seen, streams(seed)).reshape(a.shape).to(a.dtype)
 

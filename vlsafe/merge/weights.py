@@ -19,7 +19,7 @@ def seed_of(seed: int, key: str) -> list[int]:
 
 
 def combined(
-    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0, blocks: Collection[int] | None = None
+    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0, blocks: Collection[int | None] | None = None
 ) -> dict[str, torch.Tensor]:
     """Two models merged by a rule.
 

@@ -72,16 +72,18 @@ def _fetch_repository(need: Need) -> None:
     """One repository at its commit, every file compared with the size and checksum that the hub has for it."""
     origin = need.origin
     pinned = store.pinned(origin.repo, origin.revision)
-    info = huggingface_hub.HfApi().repo_info(origin.repo, repo_type=origin.kind, revision=pinned, files_metadata=True)
+    hub = huggingface_hub.HfApi()
+    described = hub.model_info if origin.kind == "model" else hub.dataset_info
+    info = described(origin.repo, revision=pinned, files_metadata=True)
     if origin.revision == "main":
         _note(store.PINS, origin.repo, info.sha)
-    where = {} if need.folder is None else {"local_dir": store.outside_path(need.folder)}
-    wanted = _wanted_files([one.rfilename for one in info.siblings], origin.files)
+    where = None if need.folder is None else store.outside_path(need.folder)
+    wanted = _wanted_files([one.rfilename for one in info.siblings or ()], origin.files)
     folder = Path(huggingface_hub.snapshot_download(
-        origin.repo, repo_type=origin.kind, revision=info.sha, allow_patterns=wanted, **where
+        origin.repo, repo_type=origin.kind, revision=info.sha, allow_patterns=wanted, local_dir=where
     ))  # fmt: skip
     digests = {}
-    for one in info.siblings:
+    for one in info.siblings or ():
         if one.rfilename in wanted:
             path, expected = folder / one.rfilename, one.lfs.sha256 if one.lfs else None
             digests[one.rfilename] = store.file_digest(path)

@@ -16,7 +16,7 @@ from vlsafe.schema import Example, Pair
 from vlsafe.sources import llava_instruct, llava_pretrain, safe_rlhf, spa_vl, vlguard
 from vlsafe.sources.files import Place, Refused, locate, missing
 
-__all__ = ["CORPORA", "Place", "Refused", "locate", "missing", "place_of", "stream"]
+__all__ = ["CORPORA", "Place", "Refused", "examples", "locate", "missing", "place_of", "stream"]
 
 CORPORA = {  # by the names that the miniature's corpora have
     "captions": llava_pretrain, "instructions": llava_instruct, "safety": vlguard, "safe_rlhf": safe_rlhf, "spa_vl": spa_vl,
@@ -40,3 +40,8 @@ def stream(name: str, origin: Origin) -> Iterator[Example | Pair | Refused]:
     total = origin.rows or origin.limit
     chosen = set(np.random.default_rng(0).permutation(total)[: origin.limit].tolist())
     yield from (row for number, row in enumerate(found) if number in chosen)
+
+
+def examples(name: str, origin: Origin) -> Iterator[Example | Refused]:
+    """The rows of a corpus that holds no pairs."""
+    return (row for row in stream(name, origin) if not isinstance(row, Pair))

@@ -21,9 +21,9 @@ import pyarrow as pa
 from vlsafe import store
 from vlsafe.outside import Origin
 from vlsafe.schema import Example, Pair, Stored, to_row
-from vlsafe.sources import CORPORA, Refused, missing, place_of, stream
+from vlsafe.sources import CORPORA, Refused, examples, missing, place_of, stream
 from vlsafe.stages.screening import intake_params, screen
-from vlsafe.stages.study import Bar, Stage, Study
+from vlsafe.stages.study import Bar, Stage, Study, wanted
 
 PART = 512  # rows that go through intake and guards together; a kill costs at most as many
 NAMED = 1000  # how many refused rows and missing pictures of a corpus are named one by one
@@ -44,13 +44,6 @@ AUDIT = pa.schema(
 )
 
 
-def _wanted(study: Study, name: str) -> Any:
-    origin = getattr(study.scale.loaded, name)
-    if origin is None:
-        raise ValueError(f"the scale {study.scale.name!r} does without {name!r}; what needs it cannot be made")
-    return origin
-
-
 def corpora_params(study: Study) -> Any:
     """Where the corpora come from; those that a scale does without are None."""
     return {name: _identity(getattr(study.scale.loaded, name)) for name in CORPORA}
@@ -59,7 +52,7 @@ def corpora_params(study: Study) -> Any:
 def _identity(origin: Origin | None) -> list[Any] | None:
     """What of an origin changes its rows. The commit of a first download is noted in the manifest and not here: results would
     otherwise be stale wherever that note is not at hand."""
-    return origin and [origin.repo, origin.revision, origin.limit]
+    return None if origin is None else [origin.repo, origin.revision, origin.limit]
 
 
 def _read_from(name: str, origin: Origin) -> str:
@@ -90,7 +83,7 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
         noticed = Noticed(Counter(), Counter(), [])
         rows = (to_row(row) for row in _noticed(stream(name, origin), noticed))
         n = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example if name in EXAMPLES else Pair])
-        _refuse_wrong_folder(name, n, noticed, study.scale.loaded.missing_share)
+        _refuse_wrong_folder(name, n, noticed, wanted(study, "missing_share"))
         told["from"][name] = _read_from(name, origin)
         told["rows"][name], told["refused"][name] = n, dict(noticed.refused)
         told["missing_pictures"][name], named[name] = noticed.pictures["missing"], noticed.named
@@ -126,18 +119,18 @@ def _refuse_wrong_folder(name: str, n: int, noticed: Noticed, allowed: float) ->
 
 def screen_params(study: Study) -> Any:
     """What decides which rows pass, beside the guards: the two corpora and what intake measures them with."""
-    loaded = study.scale.loaded
-    parents = sorted([one.repo, one.revision] for one in loaded.parents.values())
-    return [{name: _identity(getattr(loaded, name)) for name in SCREENED}, intake_params(study), study.scale.vision, parents]
+    corpora = {name: _identity(getattr(study.scale.loaded, name)) for name in SCREENED}
+    parents = sorted([one.repo, one.revision] for one in wanted(study, "parents").values())
+    return [corpora, intake_params(study), study.scale.vision, parents]
 
 
 def processors(study: Study) -> list[Any]:
     """One per backbone: a row must fit under every backbone's tokens and template."""
     from vlsafe import chat
 
-    spec, loaded = study.scale.vision, study.scale.loaded
+    spec, parents, tower = study.scale.vision, wanted(study, "parents"), wanted(study, "tower")
     return [
-        chat.hub_processor(loaded.parents[name], loaded.tower, backbone.template, spec.patch_size, spec.feature_strategy)
+        chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
         for name, backbone in study.scale.backbones.items()
     ]
 
@@ -154,8 +147,8 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
         def marked(rows: Sequence[Example], limit: int = limits[name]) -> list[dict[str, Any]]:
             return screen(rows, [mix.unsound(row, readers, limit) for row in rows], text, image)
 
-        append_lines(lines, stream(name, _wanted(study, name)), marked, Bar(f"screen {name}", _wanted(study, name).rows or 0))
-        rows = (to_row(row) for row in mix.passing(map(_shell, stream(name, _wanted(study, name))), _read(lines)))
+        append_lines(lines, examples(name, wanted(study, name)), marked, Bar(f"screen {name}", wanted(study, name).rows or 0))
+        rows = (to_row(row) for row in mix.passing(map(_shell, examples(name, wanted(study, name))), _read(lines)))
         kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
         if not kept[name]:
             raise ValueError(f"no row of {name} is left; the audit's first reason is {next(_read(lines))['reasons']!r}")
@@ -164,7 +157,7 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
     for name in SCREENED:
         (work / f"{name}.jsonl").unlink()
-    sources = {name: _read_from(name, _wanted(study, name)) for name in SCREENED}
+    sources = {name: _read_from(name, wanted(study, name)) for name in SCREENED}
     return {"from": sources, "kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
 
 
@@ -219,7 +212,7 @@ def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
     def make(study: Study, work: Path) -> dict[str, Any]:
         from vlsafe.guards import hub
 
-        return hub.point(_wanted(study, which), work)
+        return hub.point(wanted(study, which), work)
 
     return make
 

@@ -139,7 +139,7 @@ def members(study: Study, partner: str) -> Members:
 def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | None] | None:
     """Which blocks a rule merges; None: all weights. `outside` also holds what is no block, `random` as many as the band."""
     start, end = study.numbers(tuning.PROBED)["band"]
-    band = set(range(start, end))
+    band: set[int | None] = set(range(start, end))
     if kind == "random":
         rng = world_of(study).rng(f"random blocks {point.draw}")
         return set(rng.choice(layers, len(band), replace=False).tolist())
@@ -158,8 +158,8 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     held, asked = members(study, partner), asked_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
     ways = points(study, partner, grid)
-    bar, met, seconds = Bar(f"merges with {partner}", sum(map(len, ways))), {}, []
-    lines, panel, full, said = [], [], [], {}
+    bar, met, seconds = Bar(f"merges with {partner}", sum(map(len, ways))), dict[str, Any](), []
+    lines, panel, full, said = list[dict[str, Any]](), [], [], {}
     for way in ways:
         way, told = _trained_again(study, partner, work) if way[0].rule == "checkpoint" else way, []
         for point in way:
@@ -213,7 +213,7 @@ def parents_bound(study: Study) -> float:
     return attacked(asked, given)["text"].high
 
 
-def attacked(asked: Sequence[Item], given: Mapping[str, Response]) -> dict[str, Any]:
+def attacked(asked: Sequence[Item], given: Mapping[str, Response]) -> dict[str | None, Any]:
     """ASR of the harmful validation pairs that were asked, by modality, with its clustered interval."""
     from vlsafe import stats
 
@@ -286,13 +286,14 @@ def _speaker(study: Study, held: Members, point: Point, partner: str) -> tuple[A
 
     if point.folder is not None:
         return models.load(point.folder), held.processor, True, None
+    ratio = 0.5 if point.ratio is None else point.ratio
     if point.rule == "ensemble":
         held.model.load_state_dict(held.a)
         sees = LINEAGES[partner] != "parent"
         processor = held.processor if sees else models.load_processor(checkpoints(study, PARENT)[-1])
-        return engines.Ensemble(held.model, held.partner, point.ratio), processor, sees, None
+        return engines.Ensemble(held.model, held.partner, ratio), processor, sees, None
     spec, rule = study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
-    how = How(0.5 if point.ratio is None else point.ratio, spec.kept, spec.survived, spec.scaling)
+    how = How(ratio, spec.kept, spec.survived, spec.scaling)
     blocks = blocks_of(study, point, rule.blocks, held.layers)
     made = weights.combined(rule.rule, held.a, held.b, held.base, how, study.seed, blocks)
     held.model.load_state_dict(made)
@@ -321,7 +322,7 @@ def _line(
 
     from vlsafe import measures
 
-    found, refused = attacked(pairs, sat.given), {}
+    found, refused = attacked(pairs, sat.given), dict[str | None, list[bool]]()
     for item, label in labelled(pairs, sat.given, harmful=False):
         refused.setdefault(item.group, []).append(label == "refused")
     rows = _raw(study, point, partner, helpful, sat.given, "validation")

@@ -8,7 +8,7 @@ from typing import Any
 from vlsafe import store
 from vlsafe.scales import LanguageSpec, as_plain
 from vlsafe.schema import to_row
-from vlsafe.stages.study import Bar, Stage, Study, drop, processor_of, tokenizer_of, world_of
+from vlsafe.stages.study import Bar, Stage, Study, drop, processor_of, tokenizer_of, wanted, world_of
 
 
 def make_world(study: Study, work: Path) -> dict[str, Any]:
@@ -135,11 +135,11 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
 
 def loaded_parent_params(study: Study) -> list[Any]:
     """Which weights, and the template that is written into their tokenizer."""
-    return [_identity(study.scale.loaded.parents[study.backbone]), study.scale.backbone(study.backbone).template]
+    return [_identity(wanted(study, "parents")[study.backbone]), study.scale.backbone(study.backbone).template]
 
 
 def loaded_tower_params(study: Study) -> list[Any]:
-    return _identity(study.scale.loaded.tower)
+    return _identity(wanted(study, "tower"))
 
 
 def _identity(origin: Any) -> list[str]:
@@ -150,7 +150,7 @@ def load_parent(study: Study, work: Path) -> dict[str, Any]:
     """A parent from the hub's cache, with our chat template and a token for pictures, so that its graft is it bit for bit."""
     from vlsafe import models
 
-    repo, revision = _identity(study.scale.loaded.parents[study.backbone])
+    repo, revision = _identity(wanted(study, "parents")[study.backbone])
     tokenizer = processor_of(study).tokenizer
     model = models.from_hub(repo, revision, tokenizer)
     models.refuse_other(model.config, study.scale.decoder(study.backbone), repo)
@@ -164,7 +164,7 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
 
     from vlsafe import models
 
-    repo, revision = _identity(study.scale.loaded.tower)
+    repo, revision = _identity(wanted(study, "tower"))
     models.save(CLIPModel.from_pretrained(repo, revision=revision), work)
     return {"revision": revision}
 

@@ -36,7 +36,7 @@ def prompts(world: Any, split: str, n: int, modalities: Sequence[str] = tuple(MO
         for kind, deeds in (("harmful", world.deeds(split, "harmful")), ("benign", twins(world, split))):
             rng, picture = world.rng(f"probed {split} {modality} {kind}"), MODALITIES[modality]
             for deed, k in spread(deeds, HOW, n, rng):
-                shown = picture and show(world, deed.thing, picture, rng)
+                shown = show(world, deed.thing, picture, rng) if picture else None
                 asked.append(howto(world, "probing", modality, deed, HOW, k, shown))
     return asked
 
@@ -288,7 +288,7 @@ def _gradients(study: Study, folder: Path, task: str, rows: Sequence[Any], work:
         world_of(study).rng(f"gradients {task}").choice(len(rows), n * fit.batch_size, replace=len(rows) < n * fit.batch_size)
     )
     data = train.chat_dataset([rows[i] for i in chosen], with_images=True)
-    model, files = trainable.choose(models.load(folder), "full", study.scale.lora), []
+    model, files = trainable.choose(models.load(folder), "full", study.scale.lora), list[Path]()
     work.mkdir(exist_ok=True)
 
     def note() -> None:

@@ -152,6 +152,17 @@ def world_of(study: Study) -> Any:
     return World(study.seed)
 
 
+def wanted(study: Study, name: str) -> Any:
+    """What a loaded scale takes from outside under a name.
+
+    Raises:   ValueError where the scale does without it
+    """
+    found = getattr(study.scale.loaded, name)
+    if found is None:
+        raise ValueError(f"the scale {study.scale.name!r} does without {name!r}; what needs it cannot be made")
+    return found
+
+
 def stream(study: Study, name: str) -> Any:
     """The random stream of a named purpose; in the miniature, the world's own."""
     import numpy as np
@@ -173,12 +184,11 @@ def processor_of(study: Study, template: str | None = None) -> Any:
     """Words and pictures as a grafted model takes them, with a backbone's chat template where one is named."""
     from vlsafe import chat
 
-    spec, loaded = study.scale.vision, study.scale.loaded
-    if loaded:
+    spec = study.scale.vision
+    if study.scale.loaded:
         name = template or study.scale.backbone(study.backbone).template
-        return chat.hub_processor(
-            loaded.parents[study.backbone], loaded.tower, name, spec.patch_size, spec.feature_strategy
-        )  # fmt: skip
+        parent, tower = wanted(study, "parents")[study.backbone], wanted(study, "tower")
+        return chat.hub_processor(parent, tower, name, spec.patch_size, spec.feature_strategy)
     return chat.build_processor(tokenizer_of(study, template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
 
