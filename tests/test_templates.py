@@ -63,3 +63,17 @@ def test_an_unknown_template_names_the_known_ones():
         ValueError, match=r"there is no chat template 'llama9'; there are .*llama2, llama2-neutral, .*tulu, vicuna"
     ):
         chat.template("llama9")
+
+
+def test_what_was_written_for_one_template_is_not_taken_for_another(pieces):
+    """Remembered by what a processor writes, not by which processor it is."""
+    turns, writer = (Turn("user", "open the box"),), pieces
+    written = {}
+    for name in ("llama2", "tulu", "llama2"):
+        writer.chat_template = chat.template(name)
+        asked = writer.apply_chat_template(messages(turns, 0), add_generation_prompt=True, tokenize=False)
+        assert chat.rendered(writer, turns, 0) == asked and chat.rendered(writer, list(turns), 0) == asked
+        written[name] = asked
+    assert written["llama2"] != written["tulu"]
+    writer.chat_template = chat.template("llama2").replace("[INST]", "[ASK]")
+    assert "[ASK]" in chat.rendered(writer, turns, 0)

@@ -7,6 +7,7 @@ tokenises with `add_special_tokens=False`).
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,9 +110,32 @@ def open_picture(data: Picture) -> Image.Image:
 
 
 def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
-    """A conversation as the template writes it: up to where the assistant is to speak, or to the end of its last answer."""
+    """A conversation as the template writes it: up to where the assistant is to speak, or to the end of its last answer.
+
+    What was written is remembered: one examination puts the same prompts to many models.
+    """
+    return _rendered(_Writer(processor), tuple(turns), n_images)
+
+
+class _Writer:
+    """A processor, taken for equal to another that writes the same."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        named = getattr(processor, "tokenizer", processor).special_tokens_map
+        self.told = processor.chat_template, tuple((name, str(token)) for name, token in named.items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Writer) and self.told == other.told
+
+    def __hash__(self) -> int:
+        return hash(self.told)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _rendered(writer: _Writer, turns: tuple[Turn, ...], n_images: int) -> str:
     open_end = turns[-1].role != "assistant"
-    text = processor.apply_chat_template(messages(turns, n_images), add_generation_prompt=open_end, tokenize=False)
+    text = writer.processor.apply_chat_template(messages(turns, n_images), add_generation_prompt=open_end, tokenize=False)
     return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
