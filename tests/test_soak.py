@@ -100,12 +100,14 @@ def test_nothing_is_lost_when_the_graph_is_killed_again_and_again(study, nano_fi
         if running.poll() == 0:  # it came to its end before its kill: begin anew
             shutil.rmtree(place / "runs")
             continue
-        before = whole()
-        if kind := kill(running, rng):
-            killed[kind] += 1
-            running.wait()
-            lost += sorted(before - whole())
+        before, kind = whole(), None
+        while kind is None and running.poll() is None:  # at a moment without a job there may be nothing to kill yet
+            time.sleep(0.1)
+            kind = kill(running, rng)
         running.wait()
+        if kind:
+            killed[kind] += 1
+            lost += sorted(before - whole())
     assert started(place, nano_file).wait() == 0, (place / "log").read_text()[-3000:]
     assert whole() == set(planned())
     for name in tables():
