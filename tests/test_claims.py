@@ -189,7 +189,7 @@ def merged(text, pictures, helpful, ensemble):
 def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, better):
     ledger = claims.ledger(found(merged(*model, ensemble))).set_index("claim")
     assert (ledger.loc["10", "these_models"], ledger.loc["11", "these_models"]) == (front, better)
-    assert claims.is_merged("merge/linear/filtered-full+sl-full/0.60") and ledger.loc["10b", "these_models"] == NOT
+    assert claims.is_merged("merge/inside/filtered-full+sl-full/0.60") and ledger.loc["10b", "these_models"] == NOT
     others = ("merge/ties/filtered-full+sl-full/0.60", "merge/linear/filtered-full+sl-full/1.00")  # the latter is SL itself
     assert not any(map(claims.is_merged, others))
 

@@ -311,9 +311,9 @@ def _mitigates(after: str) -> Joint:
 
 
 TUNED = ("safety/sl-full", "safety/dpo-both-full")  # SFT and RLHF, in the claims and in F00
-# Linear merges and ensembles with either, each at the ratio that validation chose; at 0 or 1 nothing would be merged.
+# Linear merges and ensembles with either, each at the ratio inside the line that validation chose: at 0 or 1 nothing is merged.
 MERGED, ENSEMBLE = (
-    [f"merge/{rule}/filtered-full+{run.partition('/')[2]}/0.[1-9]*" for run in TUNED] for rule in ("linear", "ensemble")
+    [f"merge/{rule}/filtered-full+{run.partition('/')[2]}/0.[1-9]*" for run in TUNED] for rule in ("inside", "ensemble")
 )
 BOTH, HELP = ("text_asr", "multimodal_asr"), ("helpfulness",)
 METHODS = tuple(

@@ -127,7 +127,7 @@ GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
-        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, 95, version=2)
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, 85, version=3)
 
 
 def examinations() -> Iterator[str]:

@@ -31,6 +31,7 @@ PARENT, STAGE_1, ADAPTED = (MAIN_LINE[name] for name in ("parent", "stage 1", "a
 LINEAGES = {"sl-full": "child", "dpo-both-full": "child", "sibling-full": "sibling", "aligned": "parent"}
 RULES: dict[str, Rule] = {
     "linear": Rule("linear"),
+    "inside": Rule("linear"),  # the same points but the two ends, at which nothing is merged
     "slerp": Rule("slerp"),
     "task_arithmetic": Rule("task_arithmetic"),
     "ties": Rule("ties"),
@@ -95,7 +96,8 @@ def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
             found.append([Point(name, None, "")])
             continue
         few = spec.votes if name == "ensemble" else spec.few
-        ratios = spec.ratios if name == "linear" or grid == "full" else few
+        ratios = spec.ratios if name in ("linear", "inside") or grid == "full" else few
+        ratios = tuple(ratio for ratio in ratios if name != "inside" or 0 < ratio < 1)
         for draw in range(spec.random_bands if rule.blocks == "random" else 1):
             known_as = f"{name}{draw}" if rule.blocks == "random" else name
             found.append([Point(known_as, ratio, f"{ratio:.2f}", draw) for ratio in ratios])
