@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +115,17 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
 
     What was written is remembered: one examination puts the same prompts to many models.
     """
-    return _rendered(_Writer(processor), tuple(turns), n_images)
+    special = tuple((name, str(token)) for name, token in getattr(processor, "tokenizer", processor).special_tokens_map.items())
+    return _rendered(_Writer(processor.chat_template, special, processor), tuple(turns), n_images)
 
 
+@dataclass(frozen=True)
 class _Writer:
     """A processor, taken for equal to another that writes the same."""
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        named = getattr(processor, "tokenizer", processor).special_tokens_map
-        self.told = processor.chat_template, tuple((name, str(token)) for name, token in named.items())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Writer) and self.told == other.told
-
-    def __hash__(self) -> int:
-        return hash(self.told)
+    template: str
+    special: tuple[tuple[str, str], ...]
+    processor: Any = field(compare=False)
 
 
 @functools.lru_cache(maxsize=2**14)

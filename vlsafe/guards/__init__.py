@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,18 +42,6 @@ class Assessment(NamedTuple):
     unsafe: bool | None
     categories: tuple[str, ...]
     score: float
-
-
-class TextGuard(Protocol):
-    """Reads conversations; one assessment each, in order."""
-
-    def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]: ...
-
-
-class ImageGuard(Protocol):
-    """Looks at pictures (PNG bytes); one assessment each, in order."""
-
-    def assess(self, pictures: Sequence[bytes]) -> list[Assessment]: ...
 
 
 def parse_guard(text: str) -> tuple[bool | None, tuple[str, ...]]:

@@ -34,13 +34,11 @@ STAGES: dict[str, Stage] = {
         shared=True, load=origins.TOWER,
     ),
     "base/llm": Stage(
-        origins.make_base, (),
-        lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
+        origins.make_base, (), lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
         load=origins.BASE,
     ),
     "guard/text": Stage(
-        screening.make_text_guard, ("base/llm",), screening.text_guard_params, 25, version=2, shared=True,
-        load=loading.TEXT_GUARD,
+        screening.make_text_guard, ("base/llm",), screening.text_guard_params, 25, version=2, shared=True, load=loading.TEXT_GUARD
     ),
     "guard/image": Stage(
         screening.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
@@ -50,9 +48,7 @@ STAGES: dict[str, Stage] = {
         screening.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), screening.intake_params, 20,
         version=2, shared=True, load=loading.SCREEN,
     ),
-    "parent/aligned": Stage(
-        origins.make_parent, ("base/llm",), origins.parent_params, 60, load=origins.PARENT,
-    ),
+    "parent/aligned": Stage(origins.make_parent, ("base/llm",), origins.parent_params, 60, load=origins.PARENT),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
         lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], 60,
@@ -77,9 +73,8 @@ for _name, _recipe in adaptation.RECIPES.items():
         adaptation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), adaptation.exam_params, 8
     )
 for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
-    STAGES[f"examination/confounds.{_name}"] = Stage(
-        adaptation.confounds_of(_run), (_run, "world/corpora"), adaptation.exam_params, 8
-    )
+    _made = adaptation.confounds_of(_run)
+    STAGES[f"examination/confounds.{_name}"] = Stage(_made, (_run, "world/corpora"), adaptation.exam_params, 8)
 
 LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
 for _name, _tuned in tuning.RECIPES.items():
@@ -89,9 +84,8 @@ for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"examination/safety.{_name}"] = Stage(
         adaptation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), adaptation.exam_params, 10
     )
-STAGES["judging/guard-text"] = Stage(
-    tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15
-)
+_asked = (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS)
+STAGES["judging/guard-text"] = Stage(tuning.make_judging, _asked, lambda s: None, 15)
 STAGES |= {
     "probe/direction": Stage(
         probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10
@@ -101,8 +95,7 @@ STAGES |= {
         lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
     ),
     "probe/drift": Stage(
-        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
-        lambda s: s.scale.probing.along, 30,
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 30
     ),
     "probe/objectives": Stage(
         probing.make_objectives,
@@ -114,8 +107,7 @@ STAGES |= {
         causes.transplant_params, 100,
     ),
     "causal/directions": Stage(
-        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
-        causes.direction_params, 30,
+        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION), causes.direction_params, 30
     ),
 }  # fmt: skip
 for _name in causes.FROZEN_SETS:
