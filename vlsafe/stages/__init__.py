@@ -95,7 +95,7 @@ STAGES |= {
         lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
     ),
     "probe/drift": Stage(
-        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 30
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 8
     ),
     "probe/objectives": Stage(
         probing.make_objectives,
@@ -107,7 +107,8 @@ STAGES |= {
         causes.transplant_params, 100,
     ),
     "causal/directions": Stage(
-        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION), causes.direction_params, 30
+        causes.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
+        causes.direction_params, 30,
     ),
 }  # fmt: skip
 for _name in causes.FROZEN_SETS:
