@@ -118,7 +118,7 @@ def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | Non
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to give freed pieces back to the system: they are needed again at once, and page faults cost up to a third."""
+    """Ask glibc not to give freed pieces back to the system: they are needed again at once, and page faults cost a third."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for option, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
