@@ -122,12 +122,10 @@ def head_with_norm(model: Any) -> Iterator[None]:
 
 
 class Guards(TrainerCallback):
-    """Before the first step: is this the training that was asked for?
-
-    Raises:   RuntimeError that says what is wrong and what to do
-    """
+    """Is this the training that was asked for?"""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Raises:   RuntimeError, before the first step, that says what is wrong and what to do"""
         asked, wanted = int(os.environ.get(ASKED, "1")), sharded()
         if args.world_size != asked:
             raise RuntimeError(

@@ -44,6 +44,8 @@ def endpoint(server: servers.Server) -> Asker:
     """A served model: raw prompts as completions, others as chat."""
 
     def ask(written: Written, asked: Sequence[tuple[Key, Item, str]], wording: Mapping[str, str]) -> Iterator[tuple[Key, Reply]]:
+        """The server's answers as they come, in no order."""
+
         def requests() -> Iterator[Request]:
             for key, item, text in asked:
                 prompt = written.ask(item, text, dict(wording))
@@ -96,6 +98,7 @@ def finder(module: ModuleType, items: Sequence[Item]) -> Callable[[Mapping[str, 
     plain = getattr(module, "plain", str.casefold)
 
     def find(row: Mapping[str, Any], where: str) -> str:
+        """Raises:   ValueError, naming the place, where the id means no item or several"""
         meant = by_name.get(str(row["id"]), [])
         if len(meant) > 1:
             told = {key for item in meant for key in module.qualifiers(item) if key in row}
