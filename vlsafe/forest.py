@@ -12,6 +12,8 @@ from matplotlib.lines import Line2D
 
 from vlsafe import claims
 from vlsafe.figures import KINDS, STYLE, origin
+from vlsafe.fronts import spread
+from vlsafe.merges import named_short
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
@@ -152,7 +154,7 @@ def path(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
-MADE_OF = {"adapted": ("parent",), "SFT": ("adapted",), "DPO": ("adapted",), "merged": ("adapted", "SFT")}
+MADE_OF = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
 
 
 def answer(points: pd.DataFrame, scale: str) -> Figure:
@@ -188,22 +190,24 @@ def answer(points: pd.DataFrame, scale: str) -> Figure:
 
 
 def _draw_path(axis: Any, points: pd.DataFrame, measure: str) -> None:
-    mean = 100 * points.groupby(["kind", "stage", "recipe"]).mean(numeric_only=True)
-    mean = mean.reset_index().assign(order=lambda f: f["kind"].map(ORDER.index)).sort_values("order")
+    named = points.assign(name=[named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
+    mean = (100 * named.groupby(["kind", "name"]).mean(numeric_only=True)).reset_index().sort_values(measure)
     at = {line.kind: (line.helpfulness, getattr(line, measure)) for line in mean.itertuples()}
     arrow = dict(arrowstyle="-|>", color="#BBBBBB", linewidth=1.0, mutation_scale=7, shrinkA=4, shrinkB=4)
-    for line in mean.itertuples():
+    for line, height in zip(mean.itertuples(), spread(list(mean[measure]), gap=8.0), strict=True):
         look, (x, y) = KINDS[line.kind], (line.helpfulness, getattr(line, measure))
-        for source in MADE_OF.get(line.kind, ()):
-            if source in at:
-                axis.annotate("", (x, y), at[source], arrowprops=arrow, zorder=1)
+        if MADE_OF.get(line.kind) in at:
+            axis.annotate("", (x, y), at[MADE_OF[line.kind]], arrowprops=arrow, zorder=1)
         axis.plot([x, x], [getattr(line, f"{measure}_low"), getattr(line, f"{measure}_high")], color=look["color"], linewidth=0.8)
         if line.kind != "parent":
             axis.plot([line.helpfulness_low, line.helpfulness_high], [y, y], color=look["color"], linewidth=0.8)
         axis.plot(x, y, markersize=6, linestyle="", **look)
         twins = f", twins {line.twin_refusal:.0f} %" if measure == "multimodal_asr" else ""
-        beside = dict(xytext=(5, 4), ha="left") if line.kind != "DPO" else dict(xytext=(-5, -8), ha="right")
-        axis.annotate(f"{line.kind}{twins}", (x, y), textcoords="offset points", fontsize=6, color=look["color"], **beside)
+        partner = f" with {line.name.partition(' + ')[2]}" if line.kind == "merged" else ""
+        axis.annotate(
+            f"{line.kind}{partner}{twins}", (x, y), xytext=(1.02, height), va="center", textcoords=axis.get_yaxis_transform(),
+            fontsize=6, color=look["color"], arrowprops=dict(arrowstyle="-", color=look["color"], linewidth=0.4, alpha=0.5),
+        )  # fmt: skip
     if points["seed"].nunique() > 1:
         for line in points.itertuples():
             look = KINDS[line.kind]

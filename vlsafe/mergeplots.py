@@ -86,7 +86,7 @@ def _chosen(rates: pd.DataFrame) -> str:
         if len(at):
             ratios = "–".join(f"{r:.1f}" for r in sorted({at["ratio"].min(), at["ratio"].max()}))
             told.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios} ({100 * at['value'].mean():.0f} %)")
-    return f"Chosen ratio (multimodal ASR there): {', '.join(told)}"
+    return f"Chosen ratio (multimodal ASR there):\n{', '.join(told)}"
 
 
 def _caption(rates: pd.DataFrame, scale: str) -> str:

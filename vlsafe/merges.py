@@ -170,6 +170,7 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
 def plane(raw: pd.DataFrame) -> pd.DataFrame:
     """F13: chosen merges, controls, tunings and the adapted model: ASR and helpfulness with intervals; who is on which front."""
     final = raw[(raw["exam"] == "full") & (raw["stage"].isin(["merge", "safety"]) | (named(raw) == MAIN_LINE["adapted"]))]
+    final = final[final["backbone"].isin(raw.loc[raw["stage"] == "merge", "backbone"])]
     index, frames = [*UNIT, "stage", "recipe"], []
     found = tables.rates(final, ("text_asr", "multimodal_asr", "helpfulness"), index)
     helpful = found[found["measure"] == "helpfulness"].set_index(index)[["value", "low", "high"]].add_prefix("helpfulness_")

@@ -64,9 +64,7 @@ def differences(
 def paired(
     raw: pd.DataFrame, before: str, after: Sequence[str], measure: str
 ) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
-    """Per backbone, seed and run of `after`: the judged events that its last checkpoint shares with `before`, and how many
-    are left out as unjudged.
-    """
+    """Per backbone, seed and run of `after`: the judged events that it shares with `before`, and how many are left out."""
     rows = events(raw[(raw["exam"] == "full") & named(raw).isin([before, *after])], measure)
     rows = rows.assign(run=named(rows))[["backbone", "seed", "run", "event", *SAME]]
     first, second = rows[rows["run"] == before], rows[rows["run"] != before]
@@ -105,10 +103,7 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     found = rates(final, list(MEASURES), ["backbone", "seed", "stage"])
     change = differences(raw, MAIN_LINE["parent"], [MAIN_LINE["adapted"]], list(MEASURES)).drop(columns=["stage", "recipe"])
     wide = found.pivot_table(
-        index=["backbone", "seed", "measure"],
-        columns="stage",
-        values=["value", "low", "high", "n", "n_unjudged"],
-        sort=False,
+        index=["backbone", "seed", "measure"], columns="stage", values=["value", "low", "high", "n", "n_unjudged"], sort=False
     )
     wide.columns = [f"{stage}_{value}" for value, stage in wide.columns]
     merged = wide.reset_index().merge(change, on=["backbone", "seed", "measure"], how="left", suffixes=("", "_difference"))

@@ -148,6 +148,7 @@ def plane(lines: pd.DataFrame) -> pd.DataFrame:
 
     The parent has no helpfulness on pictures and no multimodal ASR; its text ASR is a line across the plane.
     """
+    lines = lines[lines["backbone"].isin(lines.loc[lines["stage"] == "safety", "backbone"])]  # others have nothing to trade
     index, frames = [*UNIT, "stage", "recipe"], []
     kept = ["value", "low", "high"]
     helpful = lines[lines["measure"] == "helpfulness"].set_index(index)[kept]
