@@ -69,7 +69,7 @@ def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):  
         "import sys; from pathlib import Path; from datasets import load_from_disk; from vlsafe import launch; "
         f"launch.trained(launch.Job.read(Path(r'{tmp_path}/of.json')), load_from_disk(r'{tmp_path}/rows'), print, Path('/'))"
     )
-    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    stage = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE)  # else the step is told at the end
     stage.stdout.readline()  # a first step was made
     family = psutil.Process(stage.pid).children(recursive=True)
     assert len(workers(psutil.Process(stage.pid))) >= 2
