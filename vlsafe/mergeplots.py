@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import pandas as pd
@@ -86,7 +87,7 @@ def _chosen(rates: pd.DataFrame) -> str:
         if len(at):
             ratios = "–".join(f"{r:.1f}" for r in sorted({at["ratio"].min(), at["ratio"].max()}))
             told.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios} ({100 * at['value'].mean():.0f} %)")
-    return f"Chosen ratio (multimodal ASR there):\n{', '.join(told)}"
+    return textwrap.fill(f"Chosen ratio (multimodal ASR there): {', '.join(told)}", 90)
 
 
 def _caption(rates: pd.DataFrame, scale: str) -> str:
