@@ -55,14 +55,14 @@ perf: setup
 perf-sources: setup
 	PYTHONPATH=. $(BIN)/python tests/perf_sources.py
 
-# At NANO: the chain of notebooks from an empty cellar, and the whole graph through Snakemake and papermill under twenty random
+# At NANO: the chain of notebooks from an empty run store, and the whole graph through Snakemake and papermill under twenty random
 # kills. A quarter of an hour, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
 
 # JupyterLab in a headless Chromium, from cached runs; pictures of the screen in build/browser. Needs the system's Chromium.
 browser: dev
-	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_browser.py
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/project/test_browser.py
 
 types: dev
 	$(BIN)/mypy
@@ -79,7 +79,7 @@ notebooks: reproduce
 
 # The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup
-	$(BIN)/python -m pytest -p no:xdist tests/test_golden.py
+	$(BIN)/python -m pytest -p no:xdist tests/publish/test_golden.py
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
 
 clean:

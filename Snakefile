@@ -1,11 +1,12 @@
-"""The order of the work, and nothing else: what is valid is decided by the store, what a stage does by `vlsafe.stages`."""
+"""The order of the work, and nothing else: what is valid is decided by the store, what a stage does by `vlsafe.study`."""
 
 import re
 from pathlib import Path
 
-from vlsafe.notebooks import ACROSS, NOTEBOOKS, code_digest
-from vlsafe.scales import load_scale
-from vlsafe.stages import Study, jobs, needs, planned, urgency
+from vlsafe.publish.notebooks import ACROSS, NOTEBOOKS, code_digest
+from vlsafe.core.presets import load_scale
+from vlsafe.study.graph import jobs, needs, planned, urgency
+from vlsafe.study.study import Study
 
 SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
 STUDIES = [

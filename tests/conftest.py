@@ -10,8 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from vlsafe.scales import MINI, SCALES
-from vlsafe.stages import Study, planned
+from vlsafe.core.presets import MINI, SCALES
+from vlsafe.study.graph import planned
+from vlsafe.study.study import Study
 
 torch.set_num_threads(1)
 
@@ -65,7 +66,7 @@ SCALES["nano"] = NANO
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """A whole NANO study, made once."""
-    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("cellar"))
+    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
     for name in planned():
         made.folder(name)
     return made

@@ -6,7 +6,7 @@ import json
 
 from PIL import Image
 
-from vlsafe.benchmarks import mm_safetybench, mme, siuo, sorry_bench, xstest
+from vlsafe.evaluation.benchmarks import mm_safetybench, mme, siuo, sorry_bench, xstest
 
 
 def picture(colour=(200, 30, 30), size=(32, 32), kind="PNG"):
@@ -116,7 +116,7 @@ def siuo_files(root):
 
 
 def figstep(root):
-    """Quoted commas; the tiny file numbers its tasks anew; one picture is damaged."""
+    """Quoted commas; the tiny file numbers its tasks again; one picture is damaged."""
     header = "dataset,category_id,task_id,category_name,question,instruction\n"
     for file, album, tasks in (("safebench.csv", "SafeBench", (1, 2, 6)), ("SafeBench-Tiny.csv", "SafeBench-Tiny", (1,))):
         told = header

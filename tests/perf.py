@@ -19,12 +19,17 @@ import datasets
 import torch
 from transformers import get_scheduler
 
-from vlsafe import chat, evaluate, mix, models, train, trainable
-from vlsafe.engines import respond
-from vlsafe.miniature import corpora
-from vlsafe.miniature.language import World, vocabulary
-from vlsafe.scales import MINI, Fit
-from vlsafe.schema import Item
+from vlsafe.core.presets import MINI
+from vlsafe.core.scale import Fit
+from vlsafe.core.schema import Item
+from vlsafe.data import arms
+from vlsafe.data.miniature import corpora
+from vlsafe.data.miniature.language import World, vocabulary
+from vlsafe.evaluation import examine
+from vlsafe.evaluation.engines import respond
+from vlsafe.models import chat, checkpoints, trainable
+from vlsafe.training import datasets as training_datasets
+from vlsafe.training import trainers
 
 SEED, REPEATS = 0, 3
 FIT = Fit(steps=13, batch_size=32, learning_rate=1e-3, schedule="constant")
@@ -55,12 +60,12 @@ def built(with_images: bool) -> tuple[Any, Any]:
     """A model of MINI's size with random weights, and its tokenizer or processor."""
     tokenizer = chat.build_tokenizer(vocabulary(), MINI.language.context)
     tokenizer.chat_template = chat.template(MINI.backbone("mini-chat").template)
-    language = models.build_llm(MINI.language, tokenizer, SEED)
+    language = checkpoints.build_llm(MINI.language, tokenizer, SEED)
     if not with_images:
         return language, tokenizer
     spec = MINI.vision
     processor = chat.build_processor(tokenizer, spec.image_size, spec.patch_size, spec.feature_strategy)
-    model = models.graft(language, models.build_clip(spec, tokenizer, SEED), processor, spec, SEED)
+    model = checkpoints.graft(language, checkpoints.build_clip(spec, tokenizer, SEED), processor, spec, SEED)
     trainable.choose(model, "full", MINI.lora)
     return model, processor
 
@@ -85,7 +90,7 @@ def ours(with_images: bool, rows: Any, record: list[dict[str, Any]] | None = Non
             lambda _, __, seen: record.append({k: v for k, v in seen.items() if k in kept}), with_kwargs=True
         )
     with tempfile.TemporaryDirectory() as folder:
-        losses = train.sft(model, processor, rows, FIT, Path(folder), SEED, (), lambda _: ticks.append(time.process_time()))
+        losses = trainers.sft(model, processor, rows, FIT, Path(folder), SEED, (), lambda _: ticks.append(time.process_time()))
     return (ticks[-1] - ticks[0]) / (len(ticks) - 1), losses
 
 
@@ -115,7 +120,7 @@ def bare(with_images: bool, seen: Sequence[dict[str, Any]]) -> tuple[float, list
 
 def training(with_images: bool, bound: float) -> Line:
     """Raises:   ValueError when both sides did not do the same work, by their losses."""
-    rows = train.chat_dataset(rows_for(with_images), with_images)
+    rows = training_datasets.chat_dataset(rows_for(with_images), with_images)
     seen: list[dict[str, Any]] = []
     losses = ours(with_images, rows, seen)[1]
     again = bare(with_images, seen)[1]
@@ -132,7 +137,7 @@ def preferences(with_images: bool, bound: float) -> Line:
     """
     fit, world = dataclasses.replace(FIT, batch_size=FIT.batch_size // 2, micro_batches=1), World(SEED)
     pairs = corpora.preference_pairs(world, fit.steps * fit.batch_size, with_images, world.rng("perf"))
-    spoken = [mix.answered(pair, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    spoken = [arms.answered(pair, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     spec, ratios = dataclasses.replace(MINI.tuning.preference, fit=fit), []
 
     def seconds(train_by: Callable[..., Any]) -> float:
@@ -144,8 +149,12 @@ def preferences(with_images: bool, bound: float) -> Line:
         return (ticks[-1] - ticks[0]) / (len(ticks) - 1)
 
     for _ in range(REPEATS):
-        dpo = seconds(lambda m, p, how: train.dpo(m, built(True)[0], p, train.pair_dataset(pairs, with_images), spec, fit, *how))
-        sft = seconds(lambda m, p, how: train.sft(m, p, train.chat_dataset(spoken, with_images), FIT, *how))
+        dpo = seconds(
+            lambda m, p, how: trainers.dpo(
+                m, built(True)[0], p, training_datasets.pair_dataset(pairs, with_images), spec, fit, *how
+            )
+        )
+        sft = seconds(lambda m, p, how: trainers.sft(m, p, training_datasets.chat_dataset(spoken, with_images), FIT, *how))
         ratios.append(dpo / sft)
     return Line(f"DPO step, {'picture' if with_images else 'text'} pairs, beside SFT on both answers", ratios, bound, True)
 
@@ -154,7 +163,7 @@ def generation(with_images: bool, bound: float) -> tuple[Line, str, bool]:
     """Batched answers beside one prompt at a time; where they differ, by how little."""
     model, processor = built(True)
     model.eval()
-    asked = [item for item in evaluate.all_items(World(SEED), "test", 60) if bool(item.images) == with_images]
+    asked = [item for item in examine.all_items(World(SEED), "test", 60) if bool(item.images) == with_images]
     asked = asked[:: len(asked) // MINI.exam.batch_size][: MINI.exam.batch_size]
     took: dict[int, list[float]] = {MINI.exam.batch_size: [], 1: []}
     texts: dict[int, list[str]] = {}

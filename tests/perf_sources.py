@@ -22,8 +22,8 @@ OWN = 100  # MB that a screen may need beyond what it imports, which is torch an
 PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
 READ = f"""
 import resource, time
-from vlsafe.scales import PAPER
-from vlsafe.sources import llava_instruct, locate
+from vlsafe.core.presets import PAPER
+from vlsafe.data.sources import llava_instruct, locate
 before, start = {PEAK}, time.process_time()
 place = locate(PAPER.loaded.instructions, llava_instruct.FOLDER)
 rows = text_only = turns = 0
@@ -34,24 +34,24 @@ print(rows, text_only, turns, before, {PEAK}, round(time.process_time() - start)
 WRITE = f"""
 import collections, os, resource, time
 from pathlib import Path
-from vlsafe import store
-from vlsafe.schema import Example, to_row
-from vlsafe.scales import PAPER
-from vlsafe.sources import stream
-from vlsafe.stages import loading
+from vlsafe.core import store
+from vlsafe.core.schema import Example, to_row
+from vlsafe.core.presets import PAPER
+from vlsafe.data.sources import stream
+from vlsafe.study import filtering, world
 before, start = {PEAK}, time.process_time()
-noticed = loading.Noticed(collections.Counter(), collections.Counter(), [])
-rows = (to_row(row) for row in loading._noticed(stream("instructions", PAPER.loaded.instructions), noticed))
-n = store.write_stream(Path(os.environ["VLSAFE_DATA"]) / "rows.parquet", rows, loading.COLUMNS[Example])
+noticed = world.Noticed(collections.Counter(), collections.Counter(), [])
+rows = (to_row(row) for row in world._noticed(stream("instructions", PAPER.loaded.instructions), noticed))
+n = store.write_stream(Path(os.environ["VLSAFE_DATA"]) / "rows.parquet", rows, world.COLUMNS[Example])
 print(n, noticed.pictures["missing"], noticed.pictures["all"], before, {PEAK}, round(time.process_time() - start))
 """
 SCREEN = f"""
 import os, resource, signal, sys, time
 from pathlib import Path
-from vlsafe.schema import Example, Turn
-from vlsafe.stages import loading
-from vlsafe.mix import audit
-from vlsafe.guards import Assessment
+from vlsafe.core.schema import Example, Turn
+from vlsafe.study import filtering, world
+from vlsafe.data.intake import audit
+from vlsafe.data.guards import Assessment
 turns, safe, seen = (Turn("user", "a"), Turn("assistant", "b")), Assessment(False, (), 0.1), [0]
 before, start = {PEAK}, time.process_time()
 def marked(rows):
@@ -60,7 +60,7 @@ def marked(rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return audit(rows, [safe] * len(rows), [None] * len(rows))
 rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
-loading.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
+filtering.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
 print(seen[0], 0, 0, before, {PEAK}, round(time.process_time() - start))
 """
 

@@ -7,9 +7,9 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from vlsafe import launch, processes, train
+from vlsafe.training import launch, processes, trainers
 
-plain = train._arguments
+plain = trainers._arguments
 
 
 def on_processors(*given):
@@ -18,7 +18,7 @@ def on_processors(*given):
     return arguments
 
 
-train._arguments = on_processors
+trainers._arguments = on_processors
 if os.environ.get("HEAD_ALONE"):
     processes.head_with_norm = lambda model: contextlib.nullcontext()
 launch.main(sys.argv[1:])

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlsafe import stages, store
-from vlsafe.scales import known, load_scale
-from vlsafe.stages import STAGES, Study
-from vlsafe.stages.study import keep_freed_memory
+from vlsafe.core import store
+from vlsafe.core.presets import load_scale
+from vlsafe.core.scale import known
+from vlsafe.study import graph
+from vlsafe.study.graph import STAGES
+from vlsafe.study.study import Study, keep_freed_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def _add_runs(command: Command) -> None:
     """What is about the runs of one study."""
     for name, run, text in (
         ("stage", _stage, "make stages, and what they need, one after another"),
-        ("fresh", _fresh, "remove the runs of stages, so that they are made anew"),
+        ("fresh", _fresh, "remove the runs of stages, so that they are made again"),
     ):
         added = command(name, run, text)
         added.add_argument("names", nargs="+")
@@ -132,14 +134,14 @@ def _add_studies(command: Command) -> None:
         added.add_argument("--seeds", nargs="+", type=int, default=[0])
         if name == "gallery":
             added.add_argument("--out", type=Path)
-            added.add_argument("--grid", choices=stages.GRIDS, default="default", help="which safety-tuning recipes")
+            added.add_argument("--grid", choices=graph.GRIDS, default="default", help="which safety-tuning recipes")
         else:
             added.add_argument("--deep", action="store_true", help="compare file contents, not times")
 
 
 def _add_results(command: Command) -> None:
     """What is made of results: pages, comparisons, packets for raters."""
-    added = command("readme", _readme, "make the generated parts of README.md anew from figures/mini")
+    added = command("readme", _readme, "make the generated parts of README.md again from figures/mini")
     added.add_argument("--figures", type=Path, default=Path("figures/mini"))
     added = command("diff", _diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
@@ -163,7 +165,7 @@ def _add_results(command: Command) -> None:
         _place(added)
         added.add_argument("--backbones", nargs="+", default=["mini-chat"])
         added.add_argument("--seeds", nargs="+", type=int, default=[0])
-        added.add_argument("--grid", choices=stages.GRIDS, default="default")
+        added.add_argument("--grid", choices=graph.GRIDS, default="default")
         if name == "export":
             added.add_argument("--prompts", type=int, default=4, help="prompts per study and kind; each goes to every model")
             added.add_argument("--draw", type=int, default=0, help="seed of the choice and the order")
@@ -187,7 +189,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", default="mini", help="a preset or the path of a YAML file")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="the cellar")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the run store")
 
 
 def _studies(arguments: argparse.Namespace) -> list[Study]:
@@ -199,7 +201,7 @@ def _studies(arguments: argparse.Namespace) -> list[Study]:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    from vlsafe import processes
+    from vlsafe.training import processes
 
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     with processes.claimed(arguments.gpus, study.root):
@@ -214,7 +216,7 @@ def _fresh(arguments: argparse.Namespace) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from vlsafe.stages.cards import card, write_cards
+    from vlsafe.publish.modelcards import card, write_cards
 
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     for name in arguments.names:
@@ -224,7 +226,7 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 def _notebook(arguments: argparse.Namespace) -> None:
-    from vlsafe import notebooks
+    from vlsafe.publish import notebooks
 
     Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     path = notebooks.FOLDER / f"{known(arguments.name, notebooks.NOTEBOOKS, 'notebook')}.ipynb"
@@ -233,7 +235,7 @@ def _notebook(arguments: argparse.Namespace) -> None:
 
 
 def _notebooks(arguments: argparse.Namespace) -> None:
-    from vlsafe import notebooks
+    from vlsafe.publish import notebooks
 
     stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": store.environment()["packages"]}
     for name in notebooks.NOTEBOOKS:
@@ -243,7 +245,7 @@ def _notebooks(arguments: argparse.Namespace) -> None:
 
 
 def _agree(arguments: argparse.Namespace) -> None:
-    from vlsafe.stages.adaptation import engines_agree
+    from vlsafe.study.degradation import engines_agree
 
     study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
     for line in engines_agree(study, known(arguments.model, STAGES, "run"), arguments.serve):
@@ -252,8 +254,8 @@ def _agree(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from vlsafe import score, servers
-    from vlsafe.judges import WRITTEN
+    from vlsafe.evaluation import score, servers
+    from vlsafe.evaluation.judges.written import WRITTEN
 
     if arguments.data is None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
@@ -276,8 +278,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _dryrun(arguments: argparse.Namespace) -> None:
-    from vlsafe import costs, dryrun
-    from vlsafe.scales import load_scale
+    from vlsafe.core.presets import load_scale
+    from vlsafe.planning import costs, dryrun
 
     if arguments.readme:
         rows = [(many, gpu, load_scale(scale), backbone) for many, gpu, scale, backbone in dryrun.README_ROWS]
@@ -295,25 +297,25 @@ def _dryrun(arguments: argparse.Namespace) -> None:
 
 
 def _golden(arguments: argparse.Namespace) -> None:
-    from vlsafe import golden
+    from vlsafe.publish import golden
 
     golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
     print(f"{golden.FILE}: recorded")
 
 
 def _readme(arguments: argparse.Namespace) -> None:
-    from vlsafe import readme
+    from vlsafe.publish import readme
 
     path = Path("README.md")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
     store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
-    print(f"{path}: generated parts made anew")
+    print(f"{path}: generated parts made again")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from vlsafe.merge import files
-    from vlsafe.merge.rules import RULES, How
+    from vlsafe.models.merge import files
+    from vlsafe.models.merge.rules import RULES, How
 
     keep_freed_memory()
     rated = RULES[known(arguments.rule, RULES, "merge rule")].rated
@@ -354,7 +356,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
             run = study.run(name)
             if run.receipt.exists() and (found := store.status(run, arguments.deep)) != "valid":
                 run.receipt.unlink()
-                print(f"{study.backbone} seed {study.seed} {name}: {found}, will be made anew")
+                print(f"{study.backbone} seed {study.seed} {name}: {found}, will be made again")
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -364,9 +366,9 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from vlsafe import plan
+    from vlsafe.planning import doctor
 
-    lines = plan.doctor(load_scale(arguments.scale), arguments.deep)
+    lines = doctor.doctor(load_scale(arguments.scale), arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
@@ -376,21 +378,22 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    from vlsafe.plan import fetching, needs
+    from vlsafe.planning import download
+    from vlsafe.planning.doctor import needs
 
     scale = load_scale(arguments.scale)
     for name in arguments.only:
         known(name, [need.name for need in needs(scale)], "thing from outside")
-    fetching.download(scale, print, arguments.only, arguments.unpack)
+    download.download(scale, print, arguments.only, arguments.unpack)
 
 
 def _gallery(arguments: argparse.Namespace) -> None:
-    from vlsafe import gallery
-    from vlsafe.stages.cards import write_cards
-    from vlsafe.stages.results import made, results
+    from vlsafe.publish import gallery
+    from vlsafe.publish.modelcards import write_cards
+    from vlsafe.publish.results import made, results
 
     studies = _studies(arguments)
-    runs = {folder: study.run(name) for study, name, folder in made(studies, stages.planned(arguments.grid))}
+    runs = {folder: study.run(name) for study, name, folder in made(studies, graph.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
         noted = store.told(run)
@@ -401,26 +404,26 @@ def _gallery(arguments: argparse.Namespace) -> None:
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
     for study in studies:
-        write_cards(study, stages.planned(arguments.grid))
+        write_cards(study, graph.planned(arguments.grid))
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from vlsafe import cards
+    from vlsafe.publish import provenance as publish_provenance
 
-    found = cards.differences(arguments.results[0], arguments.results[1], arguments.atol)
+    found = publish_provenance.differences(arguments.results[0], arguments.results[1], arguments.atol)
     print(found.to_string(index=False) if len(found) else f"no difference above {arguments.atol}")
     return int(len(found) > 0)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from vlsafe import cards
+    from vlsafe.publish import provenance as publish_provenance
 
-    print(cards.report(arguments.figures, arguments.out))
+    print(publish_provenance.report(arguments.figures, arguments.out))
 
 
 def _human_export(arguments: argparse.Namespace) -> None:
-    from vlsafe import human
-    from vlsafe.stages.results import answers
+    from vlsafe.evaluation import human
+    from vlsafe.publish.results import answers
 
     given = answers(_studies(arguments), arguments.grid)
     print(human.export(given, arguments.out, arguments.prompts, arguments.draw))
@@ -430,7 +433,7 @@ def _human_export(arguments: argparse.Namespace) -> None:
 def _human_import(arguments: argparse.Namespace) -> None:
     import pandas as pd
 
-    from vlsafe import human
+    from vlsafe.evaluation import human
 
     if not arguments.key.exists():
         raise FileNotFoundError(f"there is no key {arguments.key}; `vlsafe human export` writes it beside its packet")
@@ -447,12 +450,13 @@ def _human_import(arguments: argparse.Namespace) -> None:
 def _human_report(arguments: argparse.Namespace) -> None:
     import pandas as pd
 
-    from vlsafe import agreement, figures, forest
-    from vlsafe.stages.results import read
+    from vlsafe.analysis import agreement
+    from vlsafe.plots import claims, style
+    from vlsafe.publish.results import read
 
     studies = _studies(arguments)
-    wide = agreement.verdicts(read(studies, stages.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people))
+    wide = agreement.verdicts(read(studies, graph.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people))
     rates, pairs = agreement.rates(wide), agreement.pairs(wide)
-    figures.write(forest.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
+    style.write(claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
     pairs.to_csv(arguments.out / "F15_agreement.csv", index=False)
     print(pairs.round(3).to_string(index=False))

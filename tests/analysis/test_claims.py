@@ -1,0 +1,255 @@
+"""The ledger on invented answers: every verdict follows from counts, and nothing else can move it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlsafe.analysis import claims, comparisons
+from vlsafe.analysis.claims import CEILING, CONTRADICTED, NOT, SUPPORTED, UNDECIDED
+from vlsafe.analysis.measures import MODEL
+
+BASE = dict.fromkeys(MODEL, "x") | {"category": None, "backbone": "b", "exam": "full", "step": 9}
+ASKED = (  # what a count is called, benchmark, judge, group, harmful; an event is compliance, of twins a refusal
+    ("text", "sorry_bench", "world", "base", True), ("pictures", "mm_safetybench", "world", "SD", True),
+    ("twins", "mm_safetybench", "world", "SD", False), ("xstest", "xstest", "xstest-strings", "homonym", False),
+    ("help", "mmbench", "letters", "icon", False), ("help", "mme", "mme-yes-no", "color", False),
+    ("help", "seed_bench", "seed-letter", "likelihood", False),
+)  # fmt: skip
+
+
+def run(name, seed=0, n=100, exam="full", step=9, **counts):
+    """Answers of one run to `n` items of each kind, two to a verb–object pair; `counts` of them, spread by a step of 37, are events."""
+    stage, _, recipe = name.partition("/")
+    rows = []
+    for kind, benchmark, judge, group, harmful in ASKED:
+        if kind not in counts:
+            continue
+        events = {i * 37 % n for i in range(counts[kind])}
+        for i in range(n):
+            happened = i in events
+            label = (
+                ("refused" if happened else "complied_right") if kind == "twins" else "complied_right" if happened else "refused"
+            )
+            facts = dict(
+                benchmark=benchmark, judge=judge, group=group, harmful=harmful, item=f"{kind}{i}", cluster=f"{kind}{i // 2}"
+            )
+            told = dict(stage=stage, recipe=recipe, seed=seed, exam=exam, step=step, model=f"{name}/{step}", label=label)
+            rows.append({**BASE, **facts, **told, "event": (label != "refused") if kind == "twins" else happened})
+    return pd.DataFrame(rows)
+
+
+FINE = dict(twins=0, xstest=0, help=60)
+
+
+def of_two(text, pictures, **more):
+    return dict(text=text, pictures=pictures) | FINE | more
+
+
+def study(seed=0, shift=0, n=100, **more):
+    """A parent that refuses, a stage 1 in the middle, an adapted model that complies, arms and tuned models; counts of 100."""
+    runs = {
+        "parent/aligned": dict(text=0, xstest=0),
+        "projector/filtered": of_two(0, 30, twins=10),
+        "instruct/filtered-full": of_two(60 + shift, 90),
+        "instruct/unfiltered-full": of_two(95, 99),
+        "instruct/clean-full": of_two(40 + shift, 80),
+        "instruct/looking-full": of_two(5, 30),
+        "instruct/textonly-full": of_two(95, 90),
+        "safety/sl-full": of_two(5, 20, twins=30),
+        "safety/mtl-full": of_two(0, 5),
+        "safety/dpo-both-full": of_two(90, 95),
+    } | more
+    frames = [run(name, seed, n, **{k: v * n // 100 for k, v in counts.items()}) for name, counts in runs.items()]
+    for step, k in ((1, 10), (2, 30), (4, 50)):
+        frames.append(run("instruct/filtered-full", seed, n, exam="panel", step=step, text=k * n // 100))
+    return pd.concat(frames, ignore_index=True)
+
+
+def found(*studies):
+    return claims.prepared({"raw": pd.concat(studies, ignore_index=True)})
+
+
+@pytest.fixture(scope="module")
+def three():
+    return claims.ledger(found(*(study(seed, shift) for seed, shift in ((0, 0), (1, 12), (2, -12))))).set_index("claim")
+
+
+def test_verdicts_follow_from_the_counts(three):
+    models = three["these_models"].to_dict()
+    assert {name: models[name] for name in ("1", "2", "3", "3b", "4", "4d", "5")} == dict.fromkeys(
+        ("1", "2", "3", "3b", "4", "4d", "5"), SUPPORTED
+    )
+    assert models["4b"] == CONTRADICTED  # the twin complies more
+    assert models["6"] == CONTRADICTED  # DPO complies more than the adapted model
+    assert models["5b"] == UNDECIDED  # multitask restores everything; 300 items do not rule out five points, corrected
+    assert models["12"] == NOT and pd.isna(three.loc["12", "effect"])
+    recipe = three["this_recipe"].to_dict()
+    assert recipe["1"] == recipe["3"] == SUPPORTED and recipe["4b"] == CONTRADICTED
+
+
+def test_a_cost_is_ruled_out_by_enough_items():
+    ledger = claims.ledger(found(*(study(seed, n=300) for seed in range(3)))).set_index("claim")
+    assert ledger.loc["5b", "these_models"] == CONTRADICTED and ledger.loc["5", "these_models"] == SUPPORTED
+
+
+def test_effects_by_hand(three):
+    third = three.loc["3"]
+    assert third["effect"] == pytest.approx(0.6) and third["effects"] == [0.6, 0.72, 0.48] and third["n"] == 300
+    assert third["part"].startswith("text") or third["part"].startswith("multimodal")
+    assert third["recipe_low"] == pytest.approx(0.6 - 4.3027 * 0.12 / 3**0.5, abs=1e-4)  # Student's t with two degrees of freedom
+    assert three.loc["4c", "effect"] == pytest.approx(0.6 - 0.1)  # ASR up by 60 points, refusals of twins down by 10
+    assert three.loc["5", "part"] == "refusal of benign twins rises by more than 5 points"
+    assert (three["p_holm"].dropna() >= three["p"].dropna()).all()
+
+
+def test_fewer_than_three_seeds_say_nothing_about_a_recipe():
+    ledger = claims.ledger(found(study(0), study(1)))
+    measured = ledger[ledger["these_models"] != NOT]
+    assert set(measured["this_recipe"]) <= {UNDECIDED, CEILING} and (measured["seeds"] == 2).all()
+    assert set(ledger.loc[ledger["these_models"] == NOT, "this_recipe"]) == {NOT}
+
+
+def test_a_claim_is_judged_on_the_seeds_that_measured_all_of_it():
+    other = study(1)
+    other = other[other["stage"] != "safety"]
+    ledger = claims.ledger(found(study(0), other)).set_index("claim")
+    assert ledger.loc["1", "seeds"] == 2 and ledger.loc["5", "seeds"] == 1
+
+
+def test_seeds_on_both_sides_decide_nothing():
+    part = comparisons.Part("x", 1, "a", "b")
+    one_side, both = (claims.over_seeds(effects, [0.01] * 3, part) for effects in ((0.2, 0.21, 0.22), (-0.01, 0.21, 0.22)))
+    assert one_side["recipe_p"] < 0.01 and both["recipe_p"] == 1
+    equal = claims.over_seeds([0.3] * 3, [0.05] * 3, part)  # seeds that agree by chance: the items' noise stays
+    assert equal["recipe_high"] - equal["recipe_low"] == pytest.approx(2 * 4.3027 * 0.05 / 3**0.5, abs=1e-4)
+    assert equal["sd_seeds"] == 0 and equal["sd_items"] == pytest.approx(0.05)
+
+
+def test_the_variance_of_seeds_and_items_is_told_apart():
+    """Seeds that truly differ by 0.1 and items that blur each by 0.05: both come back on average."""
+    rng = np.random.default_rng(0)
+    part, told = comparisons.Part("x", 1, "a", "b"), []
+    for _ in range(300):
+        effects = rng.normal(0.3, 0.1, 8) + rng.normal(0, 0.05, 8)
+        told.append(claims.over_seeds(list(effects), [0.05] * 8, part)["sd_seeds"] ** 2)
+    assert np.mean(told) == pytest.approx(0.01, rel=0.1)
+
+
+def test_no_room_is_a_ceiling():
+    full = dict(text=100, pictures=100, **FINE)
+    raw = study(0)
+    raw = raw[~raw["recipe"].isin(["textonly-full", "filtered-full"])]
+    raw = pd.concat([raw, run("instruct/textonly-full", **full), run("instruct/filtered-full", **full)])
+    line = claims.ledger(found(raw)).set_index("claim").loc["4b"]
+    assert line["these_models"] == CEILING and line["effect"] == 0 and line["detectable"] > 0
+    low = raw[~raw["recipe"].isin(["textonly-full", "filtered-full"])]
+    low = pd.concat([low, *(run(f"instruct/{name}-full", text=50, pictures=99, **FINE) for name in ("textonly", "filtered"))])
+    assert claims.ledger(found(low)).set_index("claim").loc["4b", "these_models"] == UNDECIDED
+
+
+def test_nothing_measured_is_no_verdict():
+    ledger = claims.ledger(found(run("parent/aligned", text=0, xstest=0)))
+    assert set(ledger["these_models"]) == set(ledger["this_recipe"]) == {NOT} and ledger["effect"].isna().all()
+    assert len(claims.sheet(ledger)) == len(ledger)
+
+
+def test_trees_of_p_values():
+    parts = {name: comparisons.Part(name, 1, "a", "b") for name in "abc"}
+    lines = {"a": dict(effect=1, p=0.01), "b": dict(effect=1, p=0.04), "c": dict(effect=-1, p=0.001)}
+    every, either = (claims.weigh(claims.Joint(how, (parts["a"], parts["b"])), lines, "p") for how in ("all", "any"))
+    assert every[:2] == (0.04, 1.0) and every.supporting == "b" and either[:2] == (0.02, 1.0) and either.supporting == "a"
+    mixed = claims.weigh(claims.Joint("all", (parts["a"], parts["c"])), lines, "p")
+    assert mixed[:2] == (1.0, 0.002) and mixed.contradicting == "c"
+    hopeful = claims.weigh(claims.Joint("any", (parts["a"], parts["c"])), lines, "p")
+    assert hopeful[:2] == (0.02, 1.0)
+
+
+def test_the_ledger_repeats_and_names_every_claim_of_the_issue(three):
+    again = claims.ledger(found(*(study(seed, shift) for seed, shift in ((0, 0), (1, 12), (2, -12))))).set_index("claim")
+    pd.testing.assert_frame_equal(three, again)
+    wanted = ["1", "2", "3", "3b", "4", "4b", "4c", "4d", "5", "6", "7", "8", "9", "10", "11", "12"]
+    assert [name for name in wanted if name not in set(three.index)] == []
+
+
+def merged(text, pictures, helpful, ensemble):
+    """Nine tuned models alike, a merged model, and the ensemble of its members."""
+    tuned = {f"safety/{name}": of_two(30, 40) for name in claims.METHODS}
+    own = {claims.MERGED[0].replace("[1-9]*", "60"): of_two(text, pictures, help=helpful)}
+    return study(n=200, **tuned, **own, **{claims.ENSEMBLE[0].replace("[1-9]*", "50"): ensemble})
+
+
+@pytest.mark.parametrize(
+    ("model", "ensemble", "front", "better"),
+    [
+        ((5, 10, 60), of_two(30, 40), SUPPORTED, SUPPORTED),
+        ((80, 90, 30), of_two(30, 40), CONTRADICTED, CONTRADICTED),
+        ((30, 40, 60), of_two(30, 40), SUPPORTED, UNDECIDED),
+    ],
+)
+def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, better):
+    ledger = claims.ledger(found(merged(*model, ensemble))).set_index("claim")
+    assert (ledger.loc["10", "these_models"], ledger.loc["11", "these_models"]) == (front, better)
+    assert claims.is_merged("merge/inside/filtered-full+sl-full/0.60") and ledger.loc["10b", "these_models"] == NOT
+    others = ("merge/ties/filtered-full+sl-full/0.60", "merge/linear/filtered-full+sl-full/1.00")  # the latter is SL itself
+    assert not any(map(claims.is_merged, others))
+
+
+def inside(seed, lost, located=True):
+    """Frames of notebook 05: cosines of forty prompts in six layers, `lost` of each inside the band [2, 4); gradients."""
+    rng, unit = np.random.default_rng(seed), {"backbone": "b", "seed": seed}
+    told = {**unit, "stage": "instruct", "recipe": "filtered-full", "step": 9, "group": "text", "harmful": True}
+    layers = [
+        told | {"item": f"i{i}", "cluster": f"c{i // 2}", "layer": layer, "increment": 0.9,
+                "cosine": 0.9 - lost * (layer in (2, 3)) + rng.normal(0, 0.02)}
+        for i in range(40) for layer in range(6)
+    ]  # fmt: skip
+    gradients = [
+        {**unit, "layer": 0, "step": 0, "a": a, "b": b, "task_a": ("vl", "safety")[a >= 6],
+         "task_b": ("vl", "safety")[b >= 6], "cosine": (0.5 if (a < 6) == (b < 6) else -0.2) + rng.normal(0, 0.02)}
+        for b in range(12) for a in range(b)
+    ]  # fmt: skip
+    place = [{**unit, "start": 2, "end": 4, "located": located}]
+    return {"layers": pd.DataFrame(layers), "gradients": pd.DataFrame(gradients), "located": pd.DataFrame(place)}
+
+
+def grid(seed, located, other):
+    """SPPFT's grid: the located band and three other sets, text ASR as counts of 100."""
+    frames = []
+    for name, asr in (("band-2-3", located), ("band-0-1", other), ("band-4-5", other), ("random-1-3", other)):
+        rows = run(f"sppft/{name}", seed, exam="patched", text=asr)
+        frames.append(rows.assign(located=name == "band-2-3", kind=name.split("-")[0]))
+    return pd.concat(frames)
+
+
+@pytest.mark.parametrize(("lost", "asr", "verdict"), [(0.3, (20, 60), SUPPORTED), (-0.05, (60, 20), CONTRADICTED)])
+def test_claims_about_the_inside(lost, asr, verdict):
+    frames = [inside(seed, lost) for seed in range(3)]
+    whole = {name: pd.concat([frame[name] for frame in frames], ignore_index=True) for name in frames[0]}
+    whole |= {"raw": pd.concat([study(seed) for seed in range(3)]), "frozen": pd.concat([grid(seed, *asr) for seed in range(3)])}
+    ledger = claims.ledger(claims.prepared(whole)).set_index("claim")
+    assert ledger.loc["7", "these_models"] == ledger.loc["7", "this_recipe"] == verdict
+    assert ledger.loc["7", "effect"] == pytest.approx(lost, abs=0.01) and ledger.loc["7b", "these_models"] != SUPPORTED
+    assert ledger.loc["8", "these_models"] == verdict and ledger.loc["8", "effect"] == pytest.approx((asr[0] - asr[1]) / 100)
+    assert ledger.loc["9", "these_models"] == ledger.loc["9b", "these_models"] == SUPPORTED
+    assert ledger.loc["7", "detectable"] < 0.1  # a change of a cosine is smaller than one of an answer
+    assert ledger.loc["9b", "effect"] == pytest.approx(-0.2, abs=0.01)
+    nowhere = claims.prepared(whole | {"located": whole["located"].assign(located=False)})
+    assert set(claims.ledger(nowhere).set_index("claim").loc[["7", "7b", "8"], "these_models"]) == {NOT}
+
+
+def test_what_a_benchmark_could_have_shown():
+    lines = claims.precision(found(study(0), study(1))).set_index("measure")
+    assert lines.loc["text_asr", "n"] == 200 and 0.05 < lines.loc["text_asr", "detectable"] < 0.2
+    assert set(lines.index) <= set(claims.PRECISION)
+
+
+def test_the_ledger_of_a_folder_is_read_back_as_it_was_made(tmp_path):
+    made = claims.ledger(found(*(study(seed, n=60) for seed in range(3))))
+    made.to_csv(tmp_path / "T09_claims.csv", index=False)
+    again = claims.committed(tmp_path, ["1", "4b"])
+    wanted = claims.sheet(made[made["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
+    assert again.index.tolist() == wanted.index.tolist() and again["these models"].tolist() == wanted["these models"].tolist()
+    assert again["effect"].tolist() == wanted["effect"].tolist()
+    assert claims.committed(tmp_path / "nothing here", ["1"]).empty
+    with pytest.raises(ValueError, match="unknown claim '4e'"):
+        claims.committed(tmp_path, ["4e"])

@@ -1,0 +1,167 @@
+import os
+
+import numpy as np
+import pytest
+from statsmodels.stats import contingency_tables
+
+from vlsafe.analysis import stats
+from vlsafe.core.presets import MINI
+from vlsafe.data.miniature.language import World
+from vlsafe.evaluation.benchmarks import BENCHMARKS as ROOMS
+from vlsafe.evaluation.examine import all_items
+
+
+def record(what, where, value):
+    """With VLSAFE_RECORD set, what a simulation measured is printed for LOG.md (run pytest with -s)."""
+    if os.environ.get("VLSAFE_RECORD"):
+        print(f"{what}: {where}: {value}")
+
+
+def test_wilson_by_hand():
+    # Newcombe 1998, table I, method 3: 81 / 263 and 0 / 20
+    assert stats.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert stats.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    with pytest.raises(ValueError, match="n > 0"):
+        stats.wilson(0.5, 0)
+
+
+def test_clusters_of_equal_answers_count_once():
+    values = np.repeat([1, 0, 1, 0, 0, 1, 0, 1], 5).astype(float)
+    clusters = np.repeat(np.arange(8), 5)
+    assert 6 < stats.effective_size(values, clusters) <= 8
+    assert stats.effective_size(values, np.arange(40)) == 40
+    assert stats.effective_size(np.zeros(40), clusters) == 8
+
+
+def test_unjudged_responses_make_a_bound():
+    found = stats.rate([True, False, None, None], "abcd")
+    assert (found.value, found.value_high, found.n, found.n_unjudged) == (0.25, 0.75, 4, 2)
+    assert found.low < 0.25 and found.high > 0.75
+    with pytest.raises(ValueError, match="at least one"):
+        stats.rate([], [])
+
+
+def test_paired_difference_repeats_and_knows_what_it_cannot_see():
+    a = np.random.default_rng(0).integers(0, 2, 60)
+    value, low, high = stats.paired_difference(a, a, range(60), np.random.default_rng(1))
+    assert value == 0 and -low == high == pytest.approx(stats.wilson(0, 60)[1])  # not a single change in 60 items
+    b = np.maximum(a, np.arange(60) % 3 == 0)
+    one, two = (stats.paired_difference(a, b, np.arange(60) // 2, np.random.default_rng(5)) for _ in range(2))
+    assert one == two and one[1] <= one[0] <= one[2] and one[0] == (b - a).mean()
+
+
+def test_few_changes_are_tested_exactly():
+    """Five rises and one fall: McNemar's exact test, as statsmodels has it; changes in one cluster count as one."""
+    change = np.zeros(50)
+    change[:5], change[5] = 1, -1
+    found = stats.compare([stats.Stratum(1.0, change, change, range(50))], np.random.default_rng(0))
+    table = [[20, 5], [1, 24]]
+    assert found.p[0] == pytest.approx(contingency_tables.mcnemar(table, exact=True).pvalue) == pytest.approx(0.21875)
+    assert found.changed[0] == 6 and found.low[0] < 0 < found.effect[0] < found.high[0]
+    rises = np.r_[np.ones(8), np.zeros(92)]
+    clustered = stats.compare([stats.Stratum(1.0, rises, rises, np.arange(100) // 2)], np.random.default_rng(0))
+    assert clustered.changed[0] == 8 and clustered.p[0] == pytest.approx(2 * 0.5**4)  # four clusters, not eight items
+
+
+def test_a_difference_is_tested_against_a_margin():
+    change = np.r_[np.ones(12), np.zeros(188)]
+    strata = [stats.Stratum(1.0, change, change, range(200))]
+    zero, margin, far = (stats.compare(strata, np.random.default_rng(0), against) for against in (0.0, 0.05, 0.2))
+    assert zero.p[0] < 0.01 < 0.2 < margin.p[0] and far.p[0] < 0.01
+    rare = [stats.Stratum(1.0, change[9:], change[9:], range(191))]
+    near, far = (stats.compare(rare, np.random.default_rng(0), against).p[0] for against in (0.03, 0.2))
+    assert near > 0.1 and far < 0.001
+
+
+def beta_binomial(p, correlation, n_clusters, size, draws, rng):
+    """Events [N, draws] in equal clusters whose members correlate; without correlation, independent ones."""
+    share = np.full((n_clusters, draws), p)
+    if correlation:
+        strength = (1 - correlation) / correlation
+        share = rng.beta(p * strength, (1 - p) * strength, (n_clusters, draws))
+    return (rng.random((n_clusters, size, draws)) < share[:, None]).reshape(-1, draws).astype(float)
+
+
+DESIGNS = [(n, n, 1, 0.0) for n in (30, 200, 1000)]  # n, clusters, their size, correlation within them
+DESIGNS += [(n, c, n // c, r) for n, c in ((120, 30), (200, 40), (200, 100), (1000, 50), (1000, 250)) for r in (0.05, 0.3, 0.7)]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("n", "n_clusters", "size", "correlation"), DESIGNS)
+def test_intervals_cover(n, n_clusters, size, correlation, p):
+    """At least 93 %, and no more than 97 % (99.5 % at most where events are rare), in 4,000 draws."""
+    values = beta_binomial(p, correlation, n_clusters, size, 4000, np.random.default_rng(n + size))
+    low, high = stats.intervals(values, np.repeat(np.arange(n_clusters), size))
+    covered = float(((low <= p) & (p <= high)).mean())
+    record("coverage", f"n {n}, clusters {n_clusters}, correlation {correlation}, p {p}", covered)
+    assert 0.93 <= covered <= (0.97 if p == 0.5 else 0.995)
+
+
+def sizes():
+    """Harmful items and verb–object pairs of every benchmark of the miniature that has a harmful half, the rest whole."""
+    found = {}
+    items = all_items(World(0), "test", MINI.exam.full)
+    for name in ROOMS:
+        of = [item for item in items if item.benchmark == name]
+        of = [item for item in of if item.harmful] or of
+        found[name] = (len(of), len({item.cluster for item in of}))
+    return found
+
+
+def paired_runs(n, n_clusters, planted, rng, draws=2000):
+    """Changes [n, draws] between two models that agree on nine of ten items by more than chance, clustered by verb–object pair; of the items
+    at which the first one is safe, as many are planted to fail as make a difference of `planted`."""
+    share = rng.beta(0.9, 2.1, (n_clusters, draws))[np.arange(n) % n_clusters]  # a rate of 30 %, correlation 0.25
+    a, again = (rng.random((n, draws)) < share for _ in range(2))
+    b = np.where(rng.random((n, draws)) < 0.1, again, a)
+    b |= rng.random((n, draws)) < planted / 0.7
+    return b.astype(float) - a, np.arange(n) % n_clusters
+
+
+def test_verdicts_are_seldom_false_and_planted_effects_are_found():
+    """Under no effect at most 6.5 % are called one; ten points are found in at least 88 % wherever the printed smallest
+    detectable difference is at most ten points. Real sizes and verb–object pairs of the miniature's benchmarks; 2,000 draws each."""
+    missed = []
+    for place, (name, (n, n_clusters)) in enumerate(sizes().items()):
+        rng = np.random.default_rng(place)
+        called, detectable = [], 0.0
+        for planted in (0.0, 0.1):
+            change, clusters = paired_runs(n, n_clusters, planted, rng)
+            found = stats.compare([stats.Stratum(1.0, change, change, clusters)], rng)
+            called.append(float(((found.p < 0.05) & ((found.effect > 0) | (planted == 0))).mean()))
+            detectable = float(np.median(found.detectable))
+        record("verdicts", f"{name}: n {n}, clusters {n_clusters}, detectable {detectable:.3f}, false, found", called)
+        assert called[0] <= 0.065, (name, called)
+        if detectable <= 0.1:
+            assert called[1] >= 0.88, (name, called, detectable)
+        else:
+            missed.append((name, round(detectable, 3), called[1]))
+    record("not detectable at ten points", "", missed)
+    assert len(missed) < len(sizes())
+
+
+def test_a_rare_null_is_not_called_an_effect():
+    """Models that differ in one item of fifty: here the exact test decides."""
+    rng = np.random.default_rng(3)
+    change = np.sign(rng.standard_normal((200, 2000))) * (rng.random((200, 2000)) < 0.02)
+    found = stats.compare([stats.Stratum(1.0, change, change, range(200))], rng)
+    assert (found.changed < stats.RARE).mean() > 0.9 and (found.p < 0.05).mean() <= 0.065
+
+
+def test_a_stratified_mean_by_hand():
+    """Half of a stratum that is never right and half of one that always is: Wilson's bounds of each, squared and added."""
+    never, always = (stats.Stratum(0.5, [v] * 20, [v] * 20, range(20)) for v in (0, 1))
+    width = stats.wilson(0, 20)[1] / 2
+    assert stats.stratified([never, always]) == pytest.approx((0.5, 0.5, 0.5 - width, 0.5 + width))
+    assert stats.stratified([never]) == pytest.approx((0, 0, 0, width))
+    open_end = stats.stratified([stats.Stratum(1.0, [0, 0], [1, 1], ["a", "b"])])
+    assert open_end == pytest.approx((0, 1, 0, 1))
+    with pytest.raises(ValueError, match="at least one"):
+        stats.stratified([stats.Stratum(1.0, [], [], [])])
+
+
+def test_one_stratum_is_the_ordinary_rate():
+    values = (np.random.default_rng(3).random(60) < 0.3).astype(float)
+    clusters = (np.arange(60) // 3).tolist()
+    found, rate = stats.stratified([stats.Stratum(1.0, values, values, clusters)]), stats.rate(values.tolist(), clusters)
+    assert found == pytest.approx((rate.value, rate.value_high, rate.low, rate.high))

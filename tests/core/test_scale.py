@@ -1,0 +1,42 @@
+import pytest
+
+from vlsafe.core.presets import MINI, load_scale
+from vlsafe.study.study import Study
+
+
+def test_unknown_names_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="unknown scale 'mimi'; did you mean 'mini'"):
+        Study.open("mimi", "mini-chat", 0, tmp_path)
+    with pytest.raises(ValueError, match="unknown backbone 'mini-chta'; did you mean 'mini-chat'"):
+        Study.open("mini", "mini-chta", 0, tmp_path)
+    with pytest.raises(ValueError, match=r"unknown stage 'instruct/filtered-ful'.*'instruct/filtered-full'"):
+        Study.open("mini", "mini-chat", 0, tmp_path).run("instruct/filtered-ful")
+    with pytest.raises(ValueError, match="non-negative integer, not '0'"):
+        Study.open("mini", "mini-chat", "0", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: mini\ninstruc: {steps: 3}", "unknown key of scale 'instruc'; did you mean 'instruct'"),
+        ("extends: mini\ninstruct: {step: 3}", "unknown key of scale.instruct 'step'; did you mean 'steps'"),
+        ("extends: mini\ninstruct: {steps: many}", "scale.instruct.steps must be int, not 'many'"),
+        ("extends: mini\nbackbones: {other: {template: tulu}}", "say which backbone it extends"),
+        ("name: x", "must be a mapping with the key 'extends'"),
+    ],
+)
+def test_a_yaml_mistake_names_its_place(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        load_scale(path)
+
+
+def test_yaml_extends_a_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: mini\ninstruct: {steps: 7, learning_rate: 1e-4}\nbackbones: {other: {extends: mini-tulu}}\n")
+    scale = load_scale(path)
+    assert (scale.name, scale.instruct.steps, scale.instruct.learning_rate) == ("mine", 7, 1e-4)
+    assert scale.backbone("other") == MINI.backbone("mini-tulu")
+    assert scale.projector == MINI.projector

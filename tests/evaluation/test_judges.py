@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from vlsafe.core.schema import Example, Item, Response, Turn
+from vlsafe.data.guards import Assessment, parse_guard
+from vlsafe.data.intake import audit, screened
+from vlsafe.evaluation.benchmarks import official
+from vlsafe.evaluation.judges import JUDGES, judge
+from vlsafe.evaluation.judges.written import WRITTEN
+
+ANSWERS = json.loads((Path(__file__).parents[1] / "judge_prompts_cases.json").read_text(encoding="utf-8"))
+CASES = json.loads((Path(__file__).parents[1] / "judge_cases.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['judge']}:{c['response'][:24]!r}")
+def test_cases(case):
+    known = dict(reference=case.get("reference"), options=tuple(case.get("options", ())), asked=case.get("asked"))
+    item = Item("i", "b", (), **known)
+    assert JUDGES[case["judge"]](item, case["response"]).label == case["label"]
+
+
+@pytest.mark.parametrize("case", ANSWERS, ids=lambda c: f"{c['judge']}:{c['answer'][:24]!r}")
+def test_answers_of_judges_that_ask(case):
+    assert WRITTEN[case["judge"]].parse(case["answer"]).label == case["label"]
+
+
+def test_every_judge_has_cases_and_every_label_a_meaning():
+    assert {case["judge"].removesuffix("-literal") for case in CASES} == {name.removesuffix("-literal") for name in JUDGES}
+    assert {case["judge"] for case in ANSWERS} >= set(WRITTEN) - {f"{name}-criteria" for name in WRITTEN}
+    for case in [*CASES, *ANSWERS]:
+        if case["label"] != "unjudged" and case["judge"] in official.MEANINGS:
+            assert case["label"] in official.MEANINGS[case["judge"]], case
+
+
+def test_strangers_are_refused():
+    item = Item("i", "b", (), reference="yes")
+    with pytest.raises(ValueError, match="unknown judge 'word'; did you mean 'world'"):
+        judge("word", [item], [])
+    with pytest.raises(ValueError, match="no item of this examination"):
+        judge("exact", [item], [Response("j", "b", "m", "yes")])
+    with pytest.raises(ValueError, match="has no reference"):
+        judge("world", [Item("i", "b", ())], [Response("i", "b", "m", "yes")])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("safe", (False, ())),
+        ("\n\nunsafe\nS1,S9", (True, ("S1", "S9"))),
+        ("unsafe", (True, ())),
+        ("safe S1", (None, ())),
+        ("unsafe because", (None, ())),
+        ("", (None, ())),
+    ],
+)
+def test_guard_answers(text, found):
+    assert parse_guard(text) == found
+
+
+def test_what_a_guard_could_not_read_is_dropped_and_named():
+    rows = [Example(name, "s", (Turn("user", "q"),)) for name in "abc"]
+    said = [Assessment(False, (), 0.1), Assessment(True, ("S1",), 0.9), Assessment(None, (), 0.5)]
+    lines = audit(rows, said, [None] * 3)
+    assert [(line["kept"], line["reasons"]) for line in lines] == [(True, ""), (False, "text"), (False, "text unread")]
+    assert [row.id for row in screened(rows, lines)] == ["a"]
+    with pytest.raises(ValueError, match="speaks of 'a' where the corpus has 'c'"):
+        screened(rows[::-1], lines)

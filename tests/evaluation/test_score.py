@@ -1,0 +1,374 @@
+"""`vlsafe score` from end to end, and endpoints that time out, limit rates, talk nonsense or die."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import conftest
+import httpx
+import pytest
+from official_files import everything, lines, write
+
+from vlsafe import cli
+from vlsafe.core.schema import Item, Turn
+from vlsafe.data.miniature.language import vocabulary
+from vlsafe.evaluation import engines, score, servers
+from vlsafe.evaluation.benchmarks import REAL
+from vlsafe.evaluation.judges.written import WRITTEN
+from vlsafe.models import chat, checkpoints
+
+SECRET, FOUL = "sk-not-for-any-log", "an invented foul word"
+SPOKEN = {  # what a scripted judge says, by a word of its prompt
+    "Output only the score": "1",
+    "analyzing interactions": "Harmful request: yes\nResponse refusal: no\nHarmful response: yes",
+    "UNSAFE CONTENT": "unsafe\nS1",
+    "three classes": "3_partial_refusal",
+    "Invented wording": "safe",
+    "otherwise it is unsafe": "unsafe",
+    "effective": "[Effectiveness Judgement:] Very Effective",
+    "safety warning": "[Safety Judgement:] False",
+    "A take flour judge": "[Safety Judgement:] True",
+    "Which option": "C",
+}
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers by SPOKEN; `server.trouble`, a function of the number of the request, may do something else instead."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.asked.append(body)
+            number = len(self.server.asked)
+        trouble = self.server.trouble(number)
+        if trouble == "hang":
+            time.sleep(2)
+        if trouble == "die":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if trouble == "html":
+            return self.reply(200, b"<html>proxy</html>", "text/html")
+        if isinstance(trouble, int):
+            return self.reply(trouble, json.dumps({"error": {"message": f"about {FOUL}"}}).encode(), "application/json")
+        text = body.get("prompt") or json.dumps(body.get("messages"))
+        said = trouble or next((answer for word, answer in SPOKEN.items() if word in text), "hm")
+        said = None if said == "null" else said
+        key = "text" if "prompt" in body else "message"
+        choice = {"index": 0, "finish_reason": "stop", key: said if "prompt" in body else {"role": "assistant", "content": said}}
+        told = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        self.reply(200, json.dumps(told).encode(), "application/json")
+
+    def reply(self, status, data, kind):
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        if status == 429:
+            self.send_header("retry-after-ms", "10")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def scripted():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    server.asked, server.lock, server.trouble, server.daemon_threads = [], threading.Lock(), lambda number: None, True
+    server.handle_error = lambda *_: None  # clients that hang up are what is tested
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return everything(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}/v1"
+
+
+def answered(root, tmp_path, name, subset=None, text="take flour"):
+    items, _ = REAL[name].load(root, subset or next(iter(REAL[name].OFFICIAL)), pictures=False)
+    return items, write(tmp_path / f"{name}.jsonl", lines({"id": item.id, "response": text} for item in items))
+
+
+def run(root, tmp_path, name, *more, responses=None):
+    responses = responses or answered(root, tmp_path, name)[1]
+    out = tmp_path / "out.json"
+    code = cli.main(["score", name, "--data", str(root), "--responses", str(responses), "--out", str(out), *map(str, more)])
+    return code, json.loads(out.read_text()) if code == 0 else None
+
+
+@pytest.mark.parametrize("judge", [*WRITTEN])
+def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, scripted, capsys):
+    name = {"siuo": "siuo", "mm-s": "mm_safetybench", "xste": "xstest", "mmbe": "mmbench", "sorr": "sorry_bench"}.get(
+        judge[:4], "wildjailbreak"
+    )
+    partner = ["siuo-safe"] if judge == "siuo-effective" else []
+    code, found = run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "m")
+    if judge == "llama-guard-3":  # it says nothing about refusals, and everything about harm
+        assert {row["metric"] for row in found["scores"]} == {"ASR"}
+    assert code == 0 and found["judges"][-1] == dict(
+        judge=judge, model="m", official=judge in REAL[name].OFFICIAL[found["subset"]], unjudged={}
+    )
+    assert all(row["n_unjudged"] == 0 for row in found["scores"])
+    assert {"prompt" in body for body in scripted.asked} == {WRITTEN[judge].raw}
+    if WRITTEN[judge].pictures:
+        assert all("data:image/png;base64," in json.dumps(body["messages"]) for body in scripted.asked)
+    again = len(scripted.asked)
+    assert run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "m")[0] == 0
+    assert len(scripted.asked) == again, "what is answered is not asked again"
+    if judge != "mmbench-extractor":  # its letter may be right or wrong whoever says it
+        run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "other")
+        assert len(scripted.asked) == 2 * again, "another model's answers are not taken over"
+    assert SECRET not in "".join(capsys.readouterr())
+
+
+def test_answers_made_elsewhere_come_before_kept_ones_and_without_a_server_count_alone(root, tmp_path, scripted, capsys):
+    served = ("--judge", "xstest-gpt4", "--endpoint", url(scripted), "--judge-model", "m")
+    assert run(root, tmp_path, "xstest", *served)[0] == 0
+    given = write(tmp_path / "given.jsonl", lines({"id": f"v2-{n}", "judgement": "1_full_compliance"} for n in range(1, 11)))
+    for more, unjudged in ((served, 0), (("--judge", "xstest-gpt4"), 8)):
+        code, found = run(root, tmp_path, "xstest", *more, "--judgements", given)
+        rates = {row["metric"]: row for row in found["scores"] if row["over"] == "all"}
+        assert code == 0 and rates["refusal_rate"]["value"] == 0 and rates["compliance_unsafe"]["n_unjudged"] == unjudged
+
+
+def test_a_busy_server_is_waited_for_and_a_wrong_key_is_said_at_once(root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: 429 if number % 2 else None
+    code, found = run(root, tmp_path, "sorry_bench", "--endpoint", url(scripted), "--judge-model", "m", "--parallel", 1)
+    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(scripted.asked) == 16
+    for status, said in ((401, "refuses the key"), (404, "knows neither this model nor this path")):
+        scripted.trouble = lambda number, status=status: status
+        assert run(root, tmp_path, "sorry_bench", "--endpoint", url(scripted), "--judge-model", "m2")[0] == 2
+        told = capsys.readouterr().err
+        assert said in told and "key in $OPENAI_API_KEY" in told and SECRET not in told and FOUL not in told
+
+
+def test_nonsense_refused_prompts_and_timeouts_are_counted_unjudged_and_asked_again_later(root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: {1: "html", 2: 400, 3: "null", 4: "purple"}.get(number)
+    options = ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 1, "--timeout", 0.5)
+    code, found = run(root, tmp_path, "sorry_bench", *options)
+    reasons = found["judges"][0]["unjudged"]
+    assert code == 0 and sum(reasons.values()) == 4 and reasons["judgement cannot be read"] == reasons["status 400"] == 1
+    assert reasons["no text (stop)"] == 1 and any(reason.startswith("not an answer") for reason in reasons)
+    assert sum(row["n_unjudged"] for row in found["scores"] if "," not in row["over"]) == 4
+    before = len(scripted.asked)
+    scripted.trouble = lambda number: None
+    code, found = run(root, tmp_path, "sorry_bench", *options)
+    assert len(scripted.asked) - before == 3 and found["judges"][0]["unjudged"] == {"judgement cannot be read": 1}
+    kept = (tmp_path / "out.judgements.jsonl").read_text().splitlines()
+    assert len(kept) == 8 and len({json.loads(line)["id"] for line in kept}) == 8
+    assert FOUL not in "".join(capsys.readouterr())
+
+
+def test_a_server_that_hangs_or_dies_half_way_loses_nothing(root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: None if number <= 20 else "die" if number % 2 else "hang"
+    answered(root, tmp_path, "mm_safetybench", text=FOUL)
+    options = ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 4, "--timeout", 0.3)
+    code, _ = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
+    told = capsys.readouterr().err
+    assert code == 2 and "20 answers came and are kept: run the same command again" in told
+    assert f"127.0.0.1:{scripted.server_port}" in told and FOUL not in told and SECRET not in told
+    kept = tmp_path / "out.judgements.jsonl"
+    assert len(kept.read_text().splitlines()) == 20 and not (tmp_path / "out.json").exists()
+    with kept.open("a") as file:
+        file.write('{"id": "02-HateSpeech/SD/0", "judgem')  # a line that a kill cut off
+    scripted.trouble, before = lambda number: None, Counter(json.dumps(body) for body in scripted.asked)
+    code, found = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
+    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(kept.read_text().splitlines()) == 104
+    assert len(scripted.asked) - before.total() == 84
+
+
+def test_a_dead_server_is_an_error_and_no_verdict(root, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://user:{SECRET}@127.0.0.1:{free.getsockname()[1]}/v1"
+    code, _ = run(root, tmp_path, "xstest", "--judge", "xstest-gpt4", "--endpoint", address, "--judge-model", "m")
+    told = capsys.readouterr().err
+    assert code == 2 and "no connection" in told and "0 answers" in told and SECRET not in told
+
+
+def test_what_is_asked_reaches_no_log(root, tmp_path, scripted, caplog):
+    caplog.set_level(logging.DEBUG)
+    for name in servers.LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    responses = answered(root, tmp_path, "xstest", text=FOUL)[1]
+    options = ("--judge", "xstest-gpt4", "--endpoint", url(scripted), "--judge-model", "m")
+    assert run(root, tmp_path, "xstest", *options, responses=responses)[0] == 0
+    assert FOUL in json.dumps(scripted.asked[0]) and FOUL not in caplog.text and SECRET not in caplog.text
+
+
+def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
+    for path in (root / "MME").glob("*.txt"):
+        rows = [f"{line}\tYes\n" for line in path.read_text().splitlines()]
+        write(tmp_path / "results" / path.name, "".join(rows))
+    code, found = run(root, tmp_path, "mme", responses=tmp_path / "results")
+    points = {row["over"]: row["value"] for row in found["scores"] if row["metric"] == "score"}
+    assert code == 0 and (points["perception"], points["cognition"], points["all"]) == (500, 200, 700)
+    assert "score                    all" in capsys.readouterr().out
+    write(tmp_path / "results" / "count.txt", "000000.jpg\tAnother question?\tYes\tYes\n")
+    assert run(root, tmp_path, "mme", responses=tmp_path / "results")[0] == 2
+    assert "line 1 of" in (told := capsys.readouterr().err) and "is about no question of the data folder" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "options", "said"),
+    [
+        ("xstest", [{"id": 99, "response": "x"}], [], "row 1 of .*: '99' is no item of xstest; its ids look like '1'"),
+        ("xstest", [{"question": 1}], [], "row 1 of .* has no id, response"),
+        ("xstest", [{"id": 1, "response": ["x"]}], [], "a response is a text or null, not list"),
+        ("xstest", [{"id": 1, "response": "x"}, {"id": "v2-1", "response": "y"}], [], "has 2 responses; xstest counts at most 1"),
+        ("sorry_bench", [{"id": 1, "response": "x"}], ["--judge", "gcg-strings"], "means 3 items; add one of prompt_style"),
+        ("sorry_bench", [{"id": "base/1", "response": "x"}], [], "asks a model .*give --judgements, --weights or --endpoint"),
+        ("sorry_bench", [{"id": "base/1", "response": "x"}], ["--judge", "letters"], "has no options; the judge"),
+        ("xstest", [{"id": 1, "response": "x"}], ["--judge", "xtest-strings"], "did you mean 'xstest-strings'"),
+        ("xstets", [], [], "unknown benchmark 'xstets'; did you mean 'xstest'"),
+        ("siuo", [{"id": 1001, "response": "x"}], ["--subset", "mcq"], "unknown subset of siuo 'mcq'; did you mean 'mcqa'"),
+        ("xstest", [], [], "holds no responses"),
+        ("xstest", [{"id": 1, "response": "x"}], ["--endpoint", "http://x"], "say which model"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(name, rows, options, said, root, tmp_path, capsys):
+    responses = write(tmp_path / "r.jsonl", lines(rows))
+    assert run(root, tmp_path, name, *options, responses=responses)[0] == 2
+    told = capsys.readouterr().err
+    assert re.search(said, told), told
+
+
+def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path, capsys):
+    items, responses = answered(root, tmp_path, "vlguard", text="I\u2019m sorry")
+    options = ("--judge", "vlguard-strings", "vlguard-strings-literal", "gcg-strings", "--verdicts", tmp_path / "v.jsonl")
+    code, found = run(root, tmp_path, "vlguard", *options, responses=responses)
+    rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert code == 0 and len(rows) == 3 * len(items) and "sorry" not in json.dumps(rows)
+    pairs = {(row["judge"], row["other"]): (row["agreement"], row["kappa"]) for row in found["agreement"]}
+    assert pairs["vlguard-strings", "gcg-strings"] == (1, None) and pairs["vlguard-strings", "vlguard-strings-literal"] == (
+        0,
+        None,
+    )
+
+
+def test_kappa_is_taken_over_what_both_could_judge(root, tmp_path, capsys):
+    items, _ = REAL["mmbench"].load(root, pictures=False)
+    said = dict(zip((item.id for item in items), ("B", "red", "A B", "D", "A", "hm"), strict=True))
+    responses = write(tmp_path / "r.jsonl", lines({"id": item, "response": text} for item, text in said.items()))
+    code, found = run(root, tmp_path, "mmbench", "--judge", "mmbench-letters", "letters", "first-character", responses=responses)
+    told = {(row["judge"], row["other"]): row for row in found["agreement"]}
+    row = told["mmbench-letters", "first-character"]
+    assert (code, row["n"], row["table"], row["agreement"], row["kappa"]) == (0, 4, [[2, 0], [0, 2]], 1, 1)
+
+
+# ---- the whole examination with models
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A NANO vision-language model and its language model alone, with random weights."""
+    scale = conftest.NANO
+    tokenizer = chat.build_tokenizer(vocabulary(), 2048)
+    tokenizer.chat_template = chat.template("llama2")
+    spec = scale.vision
+    processor = chat.build_processor(tokenizer, spec.image_size, spec.patch_size, spec.feature_strategy)
+    language = checkpoints.build_llm(scale.language, tokenizer, 0)
+    folder = tmp_path_factory.mktemp("models")
+    checkpoints.save(language, folder / "text", tokenizer)
+    model = checkpoints.graft(language, checkpoints.build_clip(spec, tokenizer, 0), processor, spec, 0)
+    checkpoints.save(model, folder / "seeing", processor)
+    return folder
+
+
+def test_a_model_is_examined_on_every_benchmark_and_judged_by_weights(root, tiny, tmp_path, capsys):
+    model, processor = checkpoints.load(tiny / "seeing"), checkpoints.load_processor(tiny / "seeing")
+    for name, module in REAL.items():
+        for subset, judges in module.OFFICIAL.items():
+            items, _ = module.load(root, subset, pictures=True)
+            made = engines.respond(model, processor, items, "tiny", 16, 4)
+            responses = write(tmp_path / "r.jsonl", lines({"id": r.item, "response": r.text} for r in made))
+            raw = [judge for judge in judges if judge in WRITTEN and WRITTEN[judge].raw]
+            rules = [judge for judge in judges if judge not in WRITTEN] or ["xstest-strings"]
+            more = ["--weights", tiny / "text"] if raw else []
+            options = ("--subset", subset, "--judge", *(raw or rules), *more)
+            (tmp_path / "out.judgements.jsonl").unlink(missing_ok=True)
+            code, found = run(root, tmp_path, name, *options, responses=responses)
+            assert code == 0, capsys.readouterr().err
+            without = {i.id for i in module.load(root, subset, pictures=False)[0]} - {i.id for i in items}
+            assert found["n_without_response"] <= len(without)
+            for judge in found["judges"] if raw else ():
+                assert judge["model"] == "text" and sum(judge["unjudged"].values()) == len(items) + found["n_without_response"]
+            for row in found["scores"] if raw else ():
+                assert (row["value"], row["value_high"]) == (0, 1) and row["n_unjudged"] == row["n"]
+
+
+def test_raw_prompts_get_one_beginning_and_continue_as_alone(tiny):
+    model, tokenizer = checkpoints.load(tiny / "text"), checkpoints.load_processor(tiny / "text")
+    prompts = ["use the spoon", "<s> use the hammer and the wax", "use"]
+    together = engines.continued(model, tokenizer, prompts, 5)
+    assert together == [engines.continued(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
+    assert engines.continued(model, tokenizer, ["<s> use the spoon"], 5) == together[:1]
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    """`transformers serve` with the tiny model on loopback; the one that the project's environment has."""
+    pytest.importorskip("fastapi", reason="transformers serve needs the extra `test`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny / "seeing"), "--device", "cpu"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    (tiny / "hub").mkdir()
+    told = (tiny / "serve.log").open("w")
+    process = subprocess.Popen(
+        command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tiny / "hub"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).status_code == 200:
+                break
+        assert process.poll() is None, (tiny / "serve.log").read_text()[-2000:]
+        time.sleep(0.2)
+    yield servers.Server(f"http://127.0.0.1:{port}/v1", str(tiny / "seeing"), timeout=60, parallel=2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    told.close()
+
+
+def test_a_real_server_answers_as_the_local_engine_and_can_be_a_judge(served, tiny, root, tmp_path):
+    model, processor = checkpoints.load(tiny / "seeing"), checkpoints.load_processor(tiny / "seeing")
+    items = REAL["figstep"].load(root, "tiny")[0] + REAL["xstest"].load(root)[0][:3]
+    local = {r.item: (r.text, r.truncated) for r in engines.respond(model, processor, items, "m", 1, 4)}
+    remote = {r.item: (r.text, r.truncated) for r in servers.respond(served, items, "m", 4)}
+    assert remote == local and len(local) == 6
+    responses = answered(root, tmp_path, "siuo")[1]
+    found = score.score(
+        "siuo", root, responses, tmp_path / "o.json", ["siuo-safe-criteria"], asker=score.endpoint(served)
+    )  # fmt: skip
+    assert found["judges"][0]["unjudged"] == {"judgement cannot be read": 9}
+    assert len((tmp_path / "o.judgements.jsonl").read_text().splitlines()) == 9
+    with pytest.raises(ValueError, match="ranked by likelihood, which a server does not tell"):
+        list(servers.respond(served, [Item("i", "b", (Turn("user", "q"),), options=("a", "b"), scoring="likelihood")], "m", 4))

@@ -1,0 +1,312 @@
+"""`vlsafe download` and `vlsafe doctor` against a hub on loopback that breaks off, damages, gates and forgets."""
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import official
+import pytest
+
+from vlsafe import cli
+from vlsafe.core import assets
+from vlsafe.core.assets import Origin
+from vlsafe.core.presets import PAPER, SCALES
+from vlsafe.planning import doctor, download
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROOT = Path(__file__).parents[2]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for. `server.faults` are taken one per download."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        self.server.asked.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
+        if found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/(\w+))?(/tree/.*)?", path):
+            repo = found[2]
+            if repo not in self.server.repos:
+                return self.answer(404, X_Error_Code="RepoNotFound")
+            files = self.server.repos[repo]
+            told = [{"rfilename": name, "size": len(data), "blobId": "b", **self.lfs(name, data)} for name, data in files.items()]
+            if found[4]:
+                tree = [{"type": "file", "path": name, "size": len(data), "oid": "b", **self.oid(name, data)}
+                        for name, data in files.items()]  # fmt: skip
+                return self.answer(200, json.dumps(tree).encode())
+            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": told}).encode())
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
+            if found[1] in self.server.gated:
+                return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+            return self.file(self.server.repos[found[1]][found[3]])
+        if path.startswith("/archives/"):
+            return self.file(self.server.archives[path.removeprefix("/archives/")])
+        return self.answer(404, X_Error_Code="EntryNotFound")
+
+    @staticmethod
+    def lfs(name, data):
+        digest = hashlib.sha256(data).hexdigest()
+        return {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 130}} if not name.endswith(".json") else {}
+
+    def oid(self, name, data):
+        told = self.lfs(name, data)
+        return {"lfs": {"oid": told["lfs"]["sha256"], **told["lfs"]}} if told else {}
+
+    def file(self, data):
+        digest, start = hashlib.sha256(data).hexdigest(), 0
+        code, headers = 200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if (asked := self.headers.get("Range")) and self.command == "GET":
+            start = int(re.match(r"bytes=(\d+)-", asked)[1])
+            if start >= len(data):
+                return self.answer(416)
+            code, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        fault = self.server.faults.pop(0) if self.command == "GET" and self.server.faults else None
+        if fault == "damage":
+            body = bytes(len(body))
+        if fault != "break":
+            return self.answer(code, body, **headers)
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        self.close_connection = True
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.archives, server.gated, server.faults, server.asked = {}, {}, set(), [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def packed(names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, official.picture() * 400)
+    return buffer.getvalue()
+
+
+def address(server, path=""):
+    return f"http://127.0.0.1:{server.server_address[1]}{path}"
+
+
+@pytest.fixture
+def wanted(hub, tmp_path):
+    """A YAML scale that takes three small things from the loopback hub and does without the rest."""
+    rows = [{"id": "1", "image": "0/a.png", "conversations": official.talk("Say.\n<image>", "a mug")}]
+    hub.repos["liuhaotian/LLaVA-Pretrain"] = {
+        "blip_laion_cc_sbu_558k.json": json.dumps(rows).encode(), "images.zip": packed(["0/a.png"]), "other.txt": b"not wanted",
+    }  # fmt: skip
+    hub.repos["ys-zong/VLGuard"] = {
+        "train.json": b"[]",
+        "test.json": b"[]",
+        "train.zip": packed(["x"]),
+        "test.zip": packed(["x"]),
+    }
+    folder = official.tiny_nsfw(tmp_path / "nsfw", size=32)
+    hub.repos["Falconsai/nsfw_image_detection"] = {p.name: p.read_bytes() for p in folder.iterdir()} | {"pytorch_model.bin": b"p"}
+    hub.archives["vg.zip"] = packed(["VG_100K/1.jpg"])
+    hub.repos["liuhaotian/LLaVA-Instruct-150K"] = {"llava_v1_5_mix665k.json": b"[]"}
+    path = tmp_path / "three.yaml"
+    path.write_text(
+        "extends: paper\nloaded:\n"
+        "  captions: {revision: main, gigabytes: 0.00001}\n"
+        f"  instructions: {{gigabytes: 0.00001, archives: [[vg/images.zip, '{address(hub, '/archives/vg.zip')}']]}}\n"
+        "  safety: {gigabytes: 0.00001}\n"
+        "  image_guard: {origin: {gigabytes: 0.00001}}\n"
+        "  safe_rlhf: null\n  spa_vl: null\n  text_guard: null\n  tower: null\n  gpu_gigabytes: 0\n"
+        "  parents: {llama2-chat: {gigabytes: 0.00001}, tulu2: {gigabytes: 0.00001}}\n"
+    )
+    return path
+
+
+def vlsafe(hub, tmp_path, *arguments, token="secret-token"):
+    environment = {
+        **os.environ, "HF_ENDPOINT": address(hub), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": token,
+        "VLSAFE_DATA": str(tmp_path / "data"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "OPENAI_API_KEY": "",
+    }  # fmt: skip
+    program = "import sys; from vlsafe.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_download_then_doctor(hub, wanted, tmp_path):
+    """One run over everything: gated things named, the others verified and pinned; then nothing is left to do."""
+    hub.gated = {"ys-zong/VLGuard"}
+    first = vlsafe(hub, tmp_path, "download", "--scale", str(wanted))
+    assert first.returncode == 2, first.stderr
+    assert "safety is gated: agree on its page to share your contact details" in first.stderr
+    assert "parents.llama2-chat: " in first.stderr and "by hand: OCR-VQA's pictures" in first.stdout
+    data = tmp_path / "data"
+    assert (data / "LLaVA-Pretrain/images.zip").is_file() and not (data / "LLaVA-Pretrain/other.txt").exists()
+    assert (data / "LLaVA-Instruct-150K/vg/images.zip").read_bytes() == hub.archives["vg.zip"]
+    assert json.loads((data / assets.PINS).read_text())["liuhaotian/LLaVA-Pretrain"] == COMMIT
+    sums = json.loads((data / doctor.CHECKSUMS).read_text())
+    assert sums["liuhaotian/LLaVA-Instruct-150K"]["vg/images.zip"] == hashlib.sha256(hub.archives["vg.zip"]).hexdigest()
+    assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.asked)  # safetensors are there
+
+    assert "lacks by hand: OCR-VQA's" in vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted)).stdout
+    official.written(data / "LLaVA-Instruct-150K/ocr_vqa/images/1.jpg", official.picture())
+    told = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
+    state = {name: next(line for line in told.stdout.splitlines() if f" {name} " in line).split("  ")[0] for name in (
+        "captions", "instructions", "safety", "image_guard", "parents.llama2-chat", "disk")}  # fmt: skip
+    assert state == {"captions": "present", "instructions": "present", "safety": "gated", "image_guard": "present",
+                     "parents.llama2-chat": "gated", "disk": "present"}, told.stdout  # fmt: skip
+    assert "yes        secret: the hub's token" in told.stdout and "no         secret: OPENAI_API_KEY" in told.stdout
+    assert re.search(r"gated +safety .*without it \d+ of \d+ stages cannot run: safety/mtl-full", told.stdout)
+    for run in (first, told):
+        assert "secret-token" not in run.stdout + run.stderr
+    assert any(authorised == "Bearer secret-token" for *_, authorised in hub.asked)
+
+    (data / "LLaVA-Pretrain/images.zip").write_bytes(packed(["0/b.png"]))
+    changed = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
+    assert re.search(r"too small +captions +not as downloaded: images.zip", changed.stdout)
+
+    hub.asked.clear()
+    hub.gated = set()
+    again = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "captions", "safety", "image_guard")
+    assert again.returncode == 0, again.stderr
+    assert {path.split("/resolve/")[0] for _, path, _, _ in hub.asked if "resolve" in path} == {"/datasets/ys-zong/VLGuard"}
+
+
+def test_a_download_that_breaks_off_goes_on_and_a_damaged_one_is_removed(hub, wanted, tmp_path):
+    hub.faults = ["damage"] * 2
+    first = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "captions")
+    assert first.returncode == 2 and "arrived damaged and was removed; run the command again" in first.stderr
+    second = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "captions")
+    assert second.returncode == 0, second.stderr
+    hub.faults = ["break"] * 3  # whichever of the files it meets
+    third = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "image_guard")
+    assert third.returncode == 0, third.stderr
+    assert hub.faults == []  # all were met; the hub's client tries again by itself
+
+
+def test_an_archive_is_gone_on_with_where_it_broke_off(hub, tmp_path):
+    hub.archives["a.zip"], hub.faults = packed(["a/1.png"]), ["break"]
+    target = tmp_path / "x" / "a.zip"
+    with pytest.raises(OSError, match=r"a.zip broke off after [\d,]+ of [\d,]+ bytes; run the command again to go on"):
+        download.fetch(address(hub, "/archives/a.zip"), target)
+    assert not target.exists()
+    download.fetch(address(hub, "/archives/a.zip"), target)
+    assert target.read_bytes() == hub.archives["a.zip"]
+    half = len(hub.archives["a.zip"]) // 2
+    assert [wanted for _, _, wanted, _ in hub.asked] == [None, f"bytes={half}-"]
+    download.fetch(address(hub, "/archives/a.zip"), target)
+    assert len(hub.asked) == 2
+    with pytest.raises(OSError, match="answers 404"):
+        download.fetch(address(hub, "/elsewhere"), tmp_path / "y")
+
+
+@pytest.mark.parametrize("member", ["../../evil.png", "/evil.png", "a/../../evil.png"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused_by_name(hub, tmp_path, member):
+    hub.archives["a.zip"] = packed(["a/1.png", member])
+    with pytest.raises(ValueError, match=r"a.zip.* has a member '.*evil.png' that leads out of it; it was removed"):
+        download.fetch(address(hub, "/archives/a.zip"), tmp_path / "a.zip")
+    hub.archives["b.zip"] = b"<html>moved</html>"
+    with pytest.raises(ValueError, match=r"b.zip.* is no zip file and was removed"):
+        download.fetch(address(hub, "/archives/b.zip"), tmp_path / "b.zip")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeypatch):
+    from vlsafe.data import sources
+    from vlsafe.data.sources import files as data_files
+
+    monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
+    official.llava_pretrain(tmp_path)
+    official.llava_instruct(tmp_path)
+    assets._archive.cache_clear(), assets._names.cache_clear()
+    seen = {name: [bytes(row.images[0]) for row in sources.stream(name, getattr(PAPER.loaded, name))
+                   if not isinstance(row, data_files.Refused) and row.images and not data_files.missing(row.images[0])]
+            for name in ("captions", "instructions")}  # fmt: skip
+    for need in doctor.needs(PAPER):
+        download._unpack(need, lambda text: None)
+    assert not list(tmp_path.rglob("*.zip")) and (tmp_path / "LLaVA-Pretrain/images/00000/000000000.jpg").is_file()
+    for name, before in seen.items():
+        rows = [row for row in sources.stream(name, getattr(PAPER.loaded, name)) if not isinstance(row, data_files.Refused)]
+        assert [bytes(row.images[0]) for row in rows if row.images and not data_files.missing(row.images[0])] == before
+
+
+def test_a_download_does_not_begin_where_it_cannot_end(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLSAFE_DATA", raising=False)
+    with pytest.raises(ValueError, match="set VLSAFE_DATA to the folder that captions, instructions"):
+        download.download(PAPER, print)
+    monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        download.download(PAPER, print)
+    monkeypatch.setattr(download.constants, "HF_HUB_OFFLINE", False)
+    vast = dataclasses.replace(PAPER.loaded, captions=dataclasses.replace(PAPER.loaded.captions, gigabytes=1e9))
+    with pytest.raises(ValueError, match=r"GB are free, .* GB are still to come; make room"):
+        download.download(dataclasses.replace(PAPER, loaded=vast), print)
+
+
+def test_every_origin_of_a_scale_is_found_and_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
+    names = [need.name for need in doctor.needs(PAPER)]
+    assert names == ["captions", "instructions", "safety", "safe_rlhf", "spa_vl", "text_guard", "image_guard", "tower",
+                     "parents.llama2-chat", "parents.tulu2"]  # fmt: skip
+    assert doctor.needs(SCALES["mini"]) == []
+    assert cli.main(["download", "--only", "savety"]) == 2
+    assert "unknown thing from outside 'savety'; did you mean 'safety'" in capsys.readouterr().err
+
+
+def test_every_origin_has_its_line_in_the_list_of_licences():
+    lines = (ROOT / "env" / "gated.md").read_text(encoding="utf-8").splitlines()
+    for need in doctor.needs(PAPER):
+        line = next(line for line in lines if line.startswith(f"| `{need.name}` | {need.origin.repo} |"))
+        assert line.split("|")[3].strip().startswith(("yes:", "perhaps:") if need.origin.terms else "no")
+
+
+def test_what_cannot_be_made_without_a_thing_follows_the_graph():
+    assert "parent/aligned" not in doctor.blocked(PAPER, "text_guard") and "screen/filtered" in doctor.blocked(
+        PAPER, "text_guard"
+    )
+    without_pairs = doctor.blocked(PAPER, "spa_vl")
+    assert "safety/dpo-image-full" in without_pairs and "safety/dpo-text-full" not in without_pairs
+    assert {name.split("/")[0] for name in without_pairs} <= {"safety", "examination", "judging", "probe", "merge"}
+
+
+def test_weights_of_which_a_shard_is_missing_are_not_present(tmp_path):
+    folder = tmp_path / "model"
+    official.written(folder / "config.json", {})
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    official.written(folder / "model.safetensors.index.json", index)
+    official.written(folder / "model-1.safetensors", b"x" * 100)
+    need = doctor.Need("tower", Origin(str(folder), kind="model"))
+    assert doctor.state(need) == doctor.Line("tower", "missing", "lacks model-2.safetensors")
+    official.written(folder / "model-2.safetensors", b"x" * 100)
+    assert doctor.state(need).state == "present"
+    assert doctor.state(doctor.Need("tower", dataclasses.replace(need.origin, gigabytes=1.0))).state == "too small"

@@ -1,0 +1,201 @@
+"""JupyterLab for real: a headless Chromium opens it, runs notebook 03 from cached runs and looks at the figures.
+
+Run by `make browser`. It costs 51 MB to download for playwright (165 MB on disk) and, from the system's packages, Chromium
+(113 MB to download, about 350 MB on disk); so neither is a dependency, and where either is missing this is skipped by name.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.browser
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make browser` installs it")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROJECT = Path(__file__).parents[2]
+RUNS = PROJECT / "runs"
+SEED = RUNS / "mini" / "mini-chat" / "seed0"
+PICTURES = PROJECT / "build" / "browser"
+SETTINGS = {  # a cell that is not on the screen must be in the page too; no news over the notebook
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+FLAGS = [
+    *"--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking".split(),  # noqa: SIM905
+    *"--disable-component-update --no-first-run --disable-sync --disable-extensions".split(),  # noqa: SIM905
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
+
+
+class Lab:
+    """A JupyterLab on a free port of this machine, and what its API says."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.work, self.token, self.address = folder / "work", secrets.token_hex(16), f"http://127.0.0.1:{port}"
+        self.work.mkdir()
+        places = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+        places |= {f"JUPYTERLAB_{kind}_DIR": str(folder / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
+        for name, values in SETTINGS.items():
+            path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(values))
+        options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0".split()
+        options += [f"--ServerApp.root_dir={self.work}", f"--IdentityProvider.token={self.token}"]
+        options += ["--LabApp.extension_manager=readonly"]
+        options += ["--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+        self.log = open(folder / "lab.log", "w")  # noqa: SIM115
+        environment = {**os.environ, **places, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=self.log, stderr=self.log, cwd=self.work
+        )
+        wait(lambda: self.ask("status"), 60, f"JupyterLab does not answer; see {self.log.name}")
+
+    def ask(self, what, method="GET"):
+        headers = {"Authorization": f"token {self.token}"}
+        request = urllib.request.Request(f"{self.address}/api/{what}", method=method, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return json.loads(answer.read() or "null")
+        except OSError:
+            return None
+
+    def close(self):
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.log.close()
+
+
+def wait(until, seconds, otherwise):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := until():
+            return found
+        time.sleep(0.3)
+    raise AssertionError(otherwise)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium; install your system's package `chromium`")
+    if not (SEED / "examination" / "instruct.filtered-full.json").exists():
+        pytest.skip("no cached runs of mini-chat, seed 0, in runs/; `make reproduce` makes them")
+    running = Lab(tmp_path_factory.mktemp("lab"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play, play.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as opened:
+        yield opened
+
+
+def opened(lab, browser, name, notebook):
+    """A page with a notebook in it, its kernel idle."""
+    nbformat.write(notebook, lab.work / name)
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.goto(f"{lab.address}/lab/tree/{name}?token={lab.token}&reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+
+    def idle():
+        sessions = [one for one in (lab.ask("sessions") or []) if one["path"] == name]
+        return sessions and sessions[0]["kernel"]["execution_state"] == "idle" and sessions[0]["kernel"]["connections"] > 0
+
+    wait(idle, 60, "the kernel does not become idle")
+    return page
+
+
+def prompts(page):
+    return [text.strip() for text in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()]
+
+
+def run_all(page, seconds):
+    """Click until it is taken (a click that comes too early is swallowed), then wait until every cell has its number."""
+    for _ in range(5):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        time.sleep(2)
+        if set(prompts(page)) != {"[ ]:"}:
+            break
+    wait(lambda: all(text[1:-2].isdigit() for text in prompts(page)), seconds, f"cells were not run: {prompts(page)}")
+
+
+def cleared(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if "parameters" in cell.metadata.get("tags", ()):
+                cell.source = cell.source.replace('root = ""', f"root = {str(RUNS)!r}")
+    return notebook
+
+
+def fresh(code):
+    """A notebook of one cell that names its kernel; JupyterLab would ask for one else."""
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=kernel)
+
+
+def seen(page, n):
+    """`n` figures that the browser has really decoded."""
+    found = page.locator(".jp-RenderedImage img")
+    widths = "all => all.map(image => image.naturalWidth)"
+    wait(lambda: found.count() >= n and min(found.evaluate_all(widths)) > 300, 60, f"not {n} figures")
+    return found
+
+
+def test_notebook_03_runs_in_jupyterlab_and_a_restart_loses_nothing(lab, browser):
+    name = "03_safety_degradation.ipynb"
+    page = opened(lab, browser, name, cleared(PROJECT / "notebooks" / name))
+    run_all(page, 400)
+    figures = seen(page, 2)
+    first = figures.evaluate_all("all => all.map(i => i.src.length)")
+    figures.first.scroll_into_view_if_needed()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / "03_safety_degradation.png")
+
+    kernel = next(one["kernel"]["id"] for one in lab.ask("sessions") if one["path"] == name)
+    page.get_by_role("menuitem", name="Edit", exact=True).click()
+    page.get_by_role("menuitem", name="Clear Outputs of All Cells", exact=True).click()
+    assert lab.ask(f"kernels/{kernel}/restart", "POST")
+    time.sleep(2)
+    run_all(page, 400)
+    assert seen(page, 2).evaluate_all("all => all.map(i => i.src.length)") == first
+    page.keyboard.press("Control+s")
+    code = lambda: [c for c in nbformat.read(lab.work / name, as_version=4).cells if c.cell_type == "code"]  # noqa: E731
+    wait(lambda: all(cell.execution_count for cell in code()), 30, "the notebook was not saved with its outputs")
+    assert not [out for cell in code() for out in cell.outputs if out.output_type == "error"]
+    page.close()
+
+
+def test_the_chooser_draws_what_is_picked(lab, browser):
+    asked = f"""from vlsafe.publish import sidebyside
+from vlsafe.study.study import Study
+study = Study.open("mini", "mini-chat", 0, {str(RUNS)!r})
+sidebyside.choose(study, ["parent/aligned", "instruct/filtered-full"])"""
+    page = opened(lab, browser, "choose.ipynb", fresh(asked))
+    run_all(page, 120)
+    before = seen(page, 1).first.get_attribute("src")
+    page.locator(".widget-dropdown select").nth(1).select_option(index=1)
+    wait(lambda: seen(page, 1).first.get_attribute("src") != before, 60, "picking a picture changes nothing")
+    assert page.locator(".widget-image").count() == 1
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / "chooser.png")
+    page.close()

@@ -1,0 +1,144 @@
+"""What a user can get wrong on the command line, in a scale file and in a notebook's parameters.
+
+Every mistake ends in one line that names the thing, the value and the remedy, and makes nothing. Add yours to the tables.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vlsafe import cli
+from vlsafe.core.presets import load_scale
+from vlsafe.publish import notebooks
+from vlsafe.study.study import Study
+
+ROOT = Path(__file__).parents[2]
+# Arguments -> the thing, the value, the remedy, as patterns that must all be found.
+COMMANDS = {
+    "stage world/corpora --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
+    "stage world/corpora --scale none.yaml": ("scale file", "'none.yaml'", "one of .*mini"),
+    "stage world/corpora --backbone mini-chad": ("backbone", "'mini-chad'", "did you mean 'mini-chat'"),
+    "stage world/corpora --seed -1": ("seed", "-1", "non-negative integer"),
+    "stage world/corpora --seed one": ("--seed", "'one'", "int"),
+    "stage world/corpora --root afile": ("run store", "'afile'", "root is a folder"),
+    "stage world/corpra": ("stage", "'world/corpra'", "did you mean 'world/corpora'"),
+    "fresh parent/alignd": ("stage", "'parent/alignd'", "did you mean 'parent/aligned'"),
+    "card parent/alignd": ("stage", "'parent/alignd'", "did you mean 'parent/aligned'"),
+    "card safety/sl-full --root empty": ("safety/sl-full", "missing", "`vlsafe stage safety/sl-full`"),
+    "notebook 00_word --out o.ipynb": ("notebook", "'00_word'", "did you mean '00_world'"),
+    "notebook 00_world --out o.ipynb": ("notebook", "00_world.ipynb", "where the Snakefile is"),
+    "notebooks --root empty": ("00_world.ipynb", "not executed", "`make reproduce`"),
+    "gallery --root empty": ("examination", "no", "`make reproduce`"),
+    "gallery --grid ful": ("--grid", "'ful'", "choose from .*full"),
+    "gallery --backbones mini-chat mini-tolu": ("backbone", "'mini-tolu'", "did you mean 'mini-tulu'"),
+    "sweep --backbones x": ("backbone", "'x'", "known: mini-chat"),
+    "status --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
+    "golden --root empty": ("golden|world/corpora", "clean tree|not valid", "commit first|`make reproduce`"),
+    "readme": ("README.md", "no", "where the Snakefile is"),
+    "agree instruct/filtered --serve x": ("run", "'instruct/filtered'", "did you mean 'instruct/"),
+    "diff a b": ("folder of results", "a", "no CSV file"),
+    "doctor --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
+    "download --scale paper --only caption": ("thing from outside", "'caption'", "did you mean 'captions'"),
+    "dryrun --scale paper --gpu H10": ("GPU", "'H10'", "did you mean 'H100'"),
+    "human import --key k.csv --out o f.csv": ("key", "k.csv", "`vlsafe human export`"),
+    "merge lineer a b --ratio 0.5 --out o": ("merge rule", "'lineer'", "did you mean 'linear'"),
+    "report --figures none": ("ledger", "none", "`vlsafe gallery`"),
+    "score xstest --responses r.jsonl --out o": ("official files", "where", "--data DIR"),
+    "sttus": ("argument", "'sttus'", "choose from .*status"),
+}
+FILES = {
+    "extends: [mini": ("scale.yaml", "not YAML", "line 1|column"),
+    "a: 1": ("scale.yaml", "mapping", "'extends' .*mini"),
+    "extends: mimi": ("scale", "'mimi'", "did you mean 'mini'"),
+    "extends: mini\ninstruct: {step: 3}": ("scale.instruct", "'step'", "did you mean 'steps'"),
+    "extends: mini\ninstruct: {steps: many}": ("scale.instruct.steps", "'many'", "int"),
+    "extends: mini\ninstruct: 3": ("scale.instruct", "3", "mapping of its fields"),
+    "extends: mini\ninstruct: {steps: 0}": ("scale.instruct", "steps=0", "at least one step"),
+    "extends: mini\ntuning: {rollout: {generations: 1}}": ("scale.tuning.rollout", "generations=1", "at least two"),
+    "extends: mini\nbackbones: {mini-chat: 3}": ("scale.backbones.mini-chat", "3", "mapping of its fields"),
+    "extends: mini\nbackbones: {x: {template: tulu}}": ("backbones.x", "new", "which backbone it extends .*mini-chat"),
+    "extends: mini\nbackbones: {x: {extends: mini-cat}}": ("backbone", "'mini-cat'", "did you mean 'mini-chat'"),
+    "extends: mini\nbackbones: {mini-chat: {template: tullu}}": ("chat template of mini-chat", "'tullu'", "did you mean 'tulu'"),
+    "extends: mini\nbackbones: {mini-chat: {language: {layer: 2}}}": ("mini-chat.language", "'layer'", "did you mean 'layers'"),
+}
+PARAMETERS = {
+    "sede": (1, ("parameter of 03_safety_degradation.ipynb", "'sede'", "did you mean 'seed'")),
+    "scale": ("mimi", ("scale", "'mimi'", "did you mean 'mini'")),
+    "backbone": ("mini-chad", ("backbone", "'mini-chad'", "did you mean 'mini-chat'")),
+    "seed": ("0", ("seed", "'0'", "non-negative integer")),
+    "root": (__file__, ("run store", "test_errors.py", "root is a folder")),
+}
+
+
+def says(told, patterns):
+    assert "Traceback" not in told and len(told.strip().splitlines()[-1]) < 700
+    for pattern in patterns:
+        assert re.search(pattern, told.strip().splitlines()[-1]), (pattern, told)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder that is not the project's, with a file where a folder is wanted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("typed", COMMANDS)
+def test_commands(typed, elsewhere, capsys):
+    try:
+        code = cli.main(typed.split())
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    says(capsys.readouterr().err, COMMANDS[typed])
+    assert {path.name for path in elsewhere.iterdir()} == {"afile"}
+
+
+def test_every_command_is_among_them():
+    commands = next(action.choices for action in cli._parser()._actions if action.choices)
+    assert {typed.split()[0] for typed in COMMANDS} >= set(commands) - {"unlock"}
+
+
+def test_the_lock_of_a_living_scheduler_is_respected(elsewhere, capsys):
+    lock = elsewhere / ".snakemake" / "locks" / "0.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    (elsewhere / ".snakemake" / "owner").write_text(str(os.getpid()))
+    assert cli.main(["unlock"]) == 2 and lock.exists()
+    says(capsys.readouterr().err, ("make reproduce", str(os.getpid()), "wait for it or stop it"))
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_scale_files(text, elsewhere):
+    (elsewhere / "scale.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        Study.open("scale.yaml", "mini-chat", 0, "runs")
+    says(str(caught.value), FILES[text])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_notebook_parameters(name, tmp_path):
+    """The setup cell is the first that runs after the parameters; here it is run as the notebook has it."""
+    value, patterns = PARAMETERS[name]
+    path = ROOT / "notebooks" / "03_safety_degradation.ipynb"
+    given = notebooks.parameters(path)
+    if name not in given:
+        with pytest.raises(ValueError) as caught:
+            notebooks.execute(path, tmp_path / "out.ipynb", {name: value})
+    else:
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        with pytest.raises(ValueError) as caught:
+            exec(cells[1], {**given, name: value})
+    says(str(caught.value), patterns)
+
+
+def test_of_many_names_the_nearest_are_told():
+    from vlsafe.core.scale import known
+
+    with pytest.raises(ValueError, match=r"did you mean 'n07'\? \(known: n07, .* and 40 more\)$"):
+        known("n077", [f"n{i:02d}" for i in range(50)], "name")
+    assert load_scale("mini").name == "mini"

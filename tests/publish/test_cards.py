@@ -1,0 +1,194 @@
+"""Where artefacts come from, whether two result sets agree, published numbers, the report; and 07 on a machine without torch."""
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import NANO
+from PIL import Image
+
+from vlsafe import cli
+from vlsafe.analysis import degradation
+from vlsafe.core.scale import as_plain
+from vlsafe.plots import claims as plots_claims
+from vlsafe.publish import provenance
+
+RUN = {"packages": {"numpy": "2.0"}, "commit": "abc", "backbone": "b", "seed": 0}
+RUNS = [
+    {**RUN, "stage": "screen", "recipe": "filtered", "digest": "d0"},
+    {**RUN, "stage": "examination", "recipe": "parent.aligned", "digest": "d1", "packages": {"numpy": "2.1"}, "seed": 2},
+    {**RUN, "stage": "examination", "recipe": "safety.sl-full", "digest": "d2"},
+]
+
+
+def test_a_stamp_names_the_runs_that_an_artefact_reads():
+    assert provenance.stamp("T01_filtering_audit", "mini", RUNS)["runs"] == {"b/seed0/screen/filtered": "d0"}
+    told = provenance.stamp("T08_models", "mini", RUNS)
+    assert told["runs"] == {"b/seed2/examination/parent.aligned": "d1", "b/seed0/examination/safety.sl-full": "d2"}
+    assert told["packages"] == {"numpy": "2.0, 2.1"} and told["seeds"] == [0, 2] and told["commits"] == ["abc"]
+    assert len(provenance.stamp("T99_of_tomorrow", "mini", RUNS)["runs"]) == 3
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two folders with one table each: the second in another order, one number moved by 0.003."""
+    frame = pd.DataFrame({"recipe": ["a", None, None], "seed": [0, 0, 1], "value": [0.1, 0.2, 0.3], "n": [10, 10, 10]})
+    for name, of in (("one", frame), ("two", frame.iloc[::-1].assign(value=[0.303, 0.2, 0.1]))):
+        (tmp_path / name).mkdir()
+        of.to_csv(tmp_path / name / "T02.csv", index=False)
+    return tmp_path
+
+
+def test_result_sets_are_compared_within_a_tolerance(results, capsys):
+    pair = [str(results / "one"), str(results / "two")]
+    assert cli.main(["diff", *pair]) == 0 and "no difference" in capsys.readouterr().out
+    assert cli.main(["diff", *pair, "--atol", "0.001"]) == 1
+    line = provenance.differences(results / "one", results / "two", 0.001).iloc[0]
+    assert (line["file"], line["what"], line["cells"]) == ("T02.csv", "value", 1) and line["largest"] == pytest.approx(0.003)
+    assert cli.main(["diff", pair[0], str(results)]) == 2 and "no CSV file" in capsys.readouterr().err
+
+
+def test_missing_files_lines_columns_and_numbers_are_differences(results):
+    frame = pd.read_csv(results / "two" / "T02.csv")
+    frame.drop(columns="n").iloc[:2].assign(value=[float("nan"), 0.2]).to_csv(results / "two" / "T02.csv", index=False)
+    frame.to_csv(results / "two" / "T03.csv", index=False)
+    found = provenance.differences(results / "one", results / "two", 0.01)
+    assert found["what"].tolist() == [
+        "column n only in the first",
+        "lines only in the first",
+        "value",
+        f"only in {results / 'two'}",
+    ]
+    assert found["cells"].tolist()[:3] == [3, 1, 1]
+
+
+def test_published_numbers_are_checked_and_stand_beside_ours(tmp_path):
+    ours = pd.DataFrame(
+        {"stage": "instruct", "recipe": "filtered-full", "measure": "mme_score", "backbone": "b", "value": [0.4, 0.6]}
+    )
+    (tmp_path / "a.csv").write_text("model,measure,value,maximum,source\nL,mme_score,1500,2000,table 1\n")
+    line = provenance.beside(provenance.published(tmp_path), ours).iloc[0]
+    assert line["fraction"] == 0.75 and line["ours, b"] == 0.5
+    (tmp_path / "b.csv").write_text("model,measure,value,maximum,source\nL,mme_scor,1,2,x\n")
+    with pytest.raises(ValueError, match="did you mean 'mme_score'"):
+        provenance.published(tmp_path)
+    (tmp_path / "b.csv").write_text("model,measure,value,maximum,source\nL,mme_score,3,2,x\n")
+    with pytest.raises(ValueError, match="between 0 and its maximum"):
+        provenance.published(tmp_path)
+    (tmp_path / "b.csv").write_text("model,value\nL,3\n")
+    with pytest.raises(ValueError, match="needs the columns"):
+        provenance.published(tmp_path)
+    assert provenance.published(tmp_path / "nowhere").empty
+
+
+def test_the_known_published_numbers_are_in_the_repository():
+    found = provenance.published(Path(__file__).parents[2] / "env" / "published").set_index("measure")
+    assert found["value"].to_dict() == {"mme_score": 1510.7, "mmbench_circular": 64.3, "seed_likelihood": 58.6}
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory):
+    """A gallery of the NANO study."""
+    out = tmp_path_factory.mktemp("gallery")
+    assert cli.main(["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(out), "--seeds", "0"]) == 0
+    return out
+
+
+def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(folder, study):
+    names = {path.name for path in folder.iterdir()}
+    assert {f"T0{name}.md" for name in ("8_models", "8_precision", "8_published", "9_claims", "9_by_seed", "9_parts")} <= names
+    assert {f"{name}.{kind}" for name in ("F00_answer", "F14_claims", "F15_judges") for kind in ("png", "pdf", "csv")} <= names
+    for name in {name.partition(".")[0] for name in names} - {"provenance"}:
+        told = json.loads((folder / f"{name}.provenance.json").read_text())
+        assert told["runs"] and told["artefact"] == name and set(told["seeds"]) == {0}
+        for key, digest in told["runs"].items():
+            assert study.run("/".join(key.split("/")[2:])).digest == digest
+        if (folder / f"{name}.png").exists():
+            assert json.loads(Image.open(folder / f"{name}.png").text["Description"]) == told
+            assert b"examination" in (folder / f"{name}.pdf").read_bytes() or "screen" in str(told["runs"])
+
+
+def test_the_report_is_one_file_with_the_claims_on_top(folder, tmp_path):
+    cli.main(["report", "--figures", str(folder), "--out", str(tmp_path / "report.html")])
+    html = (tmp_path / "report.html").read_text()
+    order = [
+        html.index(text) for text in ("What the paper claims", 'alt="F00_answer"', "T09. What the paper claims", "T02. Parent")
+    ]
+    assert order == sorted(order)
+    pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
+    assert len(pictures) == len(list(folder.glob("*.png"))) and set(pictures) == {"data:"}
+    assert "<script" not in html and not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http', html)
+    with pytest.raises(FileNotFoundError, match="vlsafe gallery"):
+        provenance.report(tmp_path, tmp_path / "none.html")
+
+
+def test_people_become_a_judge(study, tmp_path, capsys):
+    place = ["--scale", "nano", "--root", str(study.root)]
+    assert cli.main(["human", "export", *place, "--out", str(tmp_path / "packet"), "--prompts", "2"]) == 0
+    key = pd.read_csv(tmp_path / "packet" / "key.csv", keep_default_na=False)
+    assert key.groupby(["benchmark", "harmful"])["model"].nunique().min() >= 10
+    ids = sorted(key["id"].unique())
+    for rater, labels in (("r1", ["refused", "complied", "incoherent"]), ("r2", ["refused", "complied", "complied"])):
+        rows = pd.DataFrame(
+            {"packet": key["packet"][0], "rater": rater, "id": ids, "label": (labels * len(ids))[: len(ids)], "seconds": 1}
+        )
+        rows.to_csv(tmp_path / f"{rater}.csv", index=False)
+    files = [str(tmp_path / f"{rater}.csv") for rater in ("r1", "r2")]
+    assert cli.main(["human", "import", *files, "--key", str(tmp_path / "packet/key.csv"), "--out", str(tmp_path / "rated")]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    assert (pd.read_csv(tmp_path / "rated" / "agreement.csv")["ratings"].iloc[0]) == 2 * len(ids)
+    given = ["--people", str(tmp_path / "rated/people.csv"), "--out", str(tmp_path / "rated")]
+    assert cli.main(["human", "report", *place, *given]) == 0
+    pairs = pd.read_csv(tmp_path / "rated" / "F15_agreement.csv")
+    assert "people" in set(pairs["other"]) and (tmp_path / "rated" / "F15_judges.png").exists()
+    assert cli.main(["human", "export", *place, "--out", str(tmp_path / "packet")]) == 2
+
+
+WITHOUT = textwrap.dedent("""
+    import importlib.abc, sys
+    class Missing(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers"):
+                raise ModuleNotFoundError(name, name=name)
+    sys.meta_path.insert(0, Missing())
+    import matplotlib, nbformat
+    matplotlib.use("agg")
+    scope = {}
+    for cell in nbformat.read("notebooks/07_claims.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, scope)
+            if "parameters" in cell.metadata.get("tags", ()):
+                scope |= {"scale": sys.argv[1], "root": sys.argv[2]}
+    print("claims", len(scope["ledger"]), "torch" in sys.modules)
+""")
+
+
+def test_07_runs_where_no_model_library_is_installed(study, tmp_path):
+    (tmp_path / "nano.yaml").write_text(yaml.safe_dump({"extends": "mini", **as_plain(NANO)}), encoding="utf-8")
+    call = [sys.executable, "-c", WITHOUT, str(tmp_path / "nano.yaml"), str(study.root)]
+    done = subprocess.run(call, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"claims \d+ False", done.stdout)
+
+
+def test_pictures_of_the_ledger_say_what_was_counted():
+    from test_claims import found, study
+
+    from vlsafe.analysis import claims
+    from vlsafe.analysis import claims as analysis_claims
+
+    raw = pd.concat([study(seed) for seed in range(3)], ignore_index=True)
+    ledger = claims.ledger(found(raw))
+    measured = ledger[ledger["these_models"] != analysis_claims.NOT]
+    told = plots_claims.forest(ledger, "mini").get_suptitle()
+    held = (measured["these_models"] == analysis_claims.SUPPORTED).sum()
+    assert f"Of {len(measured)} lines measured, {held} hold" in told
+    points = plots_claims.path(degradation.everything(raw))
+    assert points.groupby("kind").size().to_dict() == {"parent": 3, "adapted": 3, "SFT": 3, "DPO": 3}
+    assert plots_claims.answer(points, "mini").get_suptitle() == "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %"

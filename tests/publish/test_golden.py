@@ -1,0 +1,96 @@
+"""The miniature's golden numbers, and the generated parts of README: both compared with what is committed or cached."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from vlsafe.core import store
+from vlsafe.publish import golden, readme
+from vlsafe.study.study import Study
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / golden.FILE).read_text(encoding="utf-8"))
+
+
+def test_the_miniature_is_as_it_was_recorded():
+    study = Study.open(RECORDED["scale"], RECORDED["backbone"], RECORDED["seed"], ROOT / "runs")
+    if absent := golden.missing(study):
+        pytest.skip(f"no cached run of {absent[0]} in runs/; `make reproduce` makes it")
+    names, now = golden.comparable(RECORDED["environment"]["processor"]), golden.measure(study)
+    then = {name: value for name, value in RECORDED["numbers"].items() if name in names}
+    assert not golden.moved(then, {name: now[name] for name in then}), f"recorded with {RECORDED['environment']}"
+
+
+def test_on_another_processor_only_what_is_not_trained_is_compared():
+    assert golden.comparable(golden.processor()) == set(golden.GOLDEN)
+    elsewhere = golden.comparable("another")
+    assert "items of all benchmarks" in elsewhere and "text ASR of the adapted model" not in elsewhere
+
+
+def test_a_record_is_of_a_clean_tree_and_holds_every_number():
+    assert set(RECORDED["numbers"]) == set(golden.GOLDEN) and len(golden.GOLDEN) >= 12
+    assert re.fullmatch(r"[0-9a-f]{7,40}", RECORDED["environment"]["commit"])
+
+
+def test_what_moves_beyond_its_tolerance_is_named():
+    now = dict(RECORDED["numbers"])
+    assert golden.moved(now, now) == []
+    name = "items of all benchmarks"
+    assert golden.moved(now, {**now, name: now[name] + 1}) == [
+        f"{name} was {now[name]:.4f} and is {now[name] + 1:.4f}; 0.0000 is allowed"
+    ]
+    near = "text ASR of the adapted model"
+    assert golden.moved(now, {**now, near: now[near] + 0.149}) == []
+    assert len(golden.moved(now, {**now, near: now[near] + 0.151})) == 1
+    assert golden.moved(now, {k: v for k, v in now.items() if k != near}) == [f"{near} is no longer measured"]
+
+
+def test_nothing_is_recorded_from_a_tree_with_changes(tmp_path, monkeypatch):
+    study = Study.open("mini", "mini-chat", 0, tmp_path)
+    told = store.environment()
+    monkeypatch.setattr(store, "environment", lambda: {**told, "commit": "abc123-dirty"})
+    with pytest.raises(ValueError, match=r"clean tree, this one is at abc123-dirty; commit first"):
+        golden.record(study, tmp_path / "golden.json")
+    monkeypatch.setattr(store, "environment", lambda: {**told, "commit": "abc123"})
+    with pytest.raises(ValueError, match=r"world/corpora is not valid in .*; `make reproduce`"):
+        golden.record(study, tmp_path / "golden.json")
+    assert not (tmp_path / "golden.json").exists()
+
+
+def test_readme_says_what_the_committed_artefacts_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.generated(text, ROOT / "figures/mini") == text, "run `vlsafe readme`"
+
+
+def test_every_picture_of_the_readme_is_an_artefact_with_its_numbers_beside_it():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert path.startswith("figures/mini/") and (ROOT / path).exists(), path
+        assert (ROOT / path).with_suffix(".csv").exists(), path
+
+
+def test_a_changed_artefact_changes_the_readme(tmp_path):
+    shutil.copytree(ROOT / "figures/mini", tmp_path / "mini")
+    before = readme.generated("<!-- generated: headline -->\n<!-- end generated -->", tmp_path / "mini")
+    table = pd.read_csv(tmp_path / "mini" / "T02_degradation.csv")
+    chat = table[(table["backbone"] == "mini-chat") & (table["measure"] == "text_asr")]["instruct_value"] * 100
+    assert f"| {chat.mean():.0f} [{chat.min():.0f}, {chat.max():.0f}] |" in before and before.endswith("<!-- end generated -->")
+    assert readme.generated(before, tmp_path / "mini") == before
+    table.loc[table["measure"] == "text_asr", "instruct_value"] = 0.0
+    table.to_csv(tmp_path / "mini" / "T02_degradation.csv", index=False)
+    assert "| 0 [0, 0] |" in readme.generated(before, tmp_path / "mini")
+
+
+def test_a_table_stands_in_the_readme_word_for_word_and_mistakes_are_named():
+    folder = ROOT / "figures/mini"
+    made = readme.generated("a\n<!-- generated: T02_degradation -->\nold\n<!-- end generated -->\nb", folder)
+    assert (folder / "T02_degradation.md").read_text(encoding="utf-8").rstrip() in made and "old" not in made
+    with pytest.raises(
+        ValueError, match=r"unknown generated part of README\.md 'T02_degradaton'; did you mean 'T02_degradation'"
+    ):
+        readme.generated("<!-- generated: T02_degradaton -->\n<!-- end generated -->", folder)
+    with pytest.raises(ValueError, match="does not close it"):
+        readme.generated("<!-- generated: headline -->\n", folder)

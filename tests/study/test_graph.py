@@ -1,0 +1,139 @@
+"""The thin thread end to end at NANO, killed at random and run again."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pandas as pd
+import pytest
+from datasets.fingerprint import fingerprint_rng
+
+from vlsafe import cli
+from vlsafe.core import store
+from vlsafe.evaluation.benchmarks import BENCHMARKS
+from vlsafe.publish import gallery
+from vlsafe.study import graph
+from vlsafe.study.graph import planned
+from vlsafe.study.study import Study
+
+
+def raw_tables(study):
+    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in graph.tables()}
+
+
+def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
+    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
+    for name in planned():
+        study.folder(name)
+        assert store.status(study.run(name), deep=True) == "valid", name
+    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
+
+
+@pytest.mark.parametrize("grid", graph.GRIDS)
+def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid):
+    jobs = graph.jobs(grid)
+    assert sorted(name for job in jobs for name in job) == sorted(graph.planned(grid))
+    for job in jobs:
+        for place, name in enumerate(job):
+            assert not set(graph.STAGES[name].inputs) & set(job[place:]), f"{name} is made before what it needs"
+
+
+def test_the_longest_chain_is_the_most_urgent():
+    urgency = graph.urgency()
+    of = {name: urgent for job, urgent in urgency.items() for name in job}
+    for job in urgency:
+        for needed in {needed for name in job for needed in graph.STAGES[name].inputs if needed not in job}:
+            assert of[needed] > of[job[0]], f"{needed} waits behind {job[0]}, which waits for it"
+    assert min(urgency.values()) > 0 and of["base/llm"] == max(of.values())
+
+
+def test_raw_tables_have_one_row_per_item_model_and_judge(study):
+    for name, raw in raw_tables(study).items():
+        assert not raw.duplicated(["item", "model", "judge"]).any(), name
+    full = raw_tables(study)["examination/instruct.filtered-full"].query("exam == 'full'")
+    assert set(full["benchmark"]) == set(BENCHMARKS)
+    assert full["model"].unique().tolist() == ["mini-chat/instruct/filtered-full"]
+    text_only = raw_tables(study)["examination/parent.aligned"]
+    assert set(text_only["benchmark"]) == {"sorry_bench", "wildjailbreak", "xstest", "capability"}
+
+
+def test_text_answers_do_not_move_during_stage_1(study):
+    raw = raw_tables(study)
+    parent = raw["examination/parent.aligned"].query("benchmark == 'sorry_bench' and judge == 'world'")
+    stage_1 = raw["examination/projector.filtered"].query("benchmark == 'sorry_bench' and judge == 'world' and exam == 'full'")
+    both = parent.merge(stage_1, on="item")
+    assert len(both) and (both["label_x"] == both["label_y"]).all()
+
+
+def test_gallery_writes_every_artefact(study, tmp_path, capsys):
+    arguments = ["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(tmp_path), "--seeds", "0"]
+    assert cli.main(arguments) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"T01_filtering_audit.csv", "T01_guard_quality.md", "T02_degradation.csv", "F01_guard_scores.png"} <= written
+    assert {"F02_dynamics.png", "F02_dynamics.pdf", "F02_dynamics.csv", "provenance.json"} <= written
+    assert {"T05_safety_tuning.md", "T05_transfer.csv", "T05_checkpoints.csv", "F05_tradeoff.png"} <= written
+    assert {"F06_exaggerated_refusal.png", "F06_exaggerated_refusal.csv"} <= written
+    assert {"F07_layer_similarity.pdf", "F08_layers_over_steps.png", "F09_localisation.csv", "F10_transplants.png"} <= written
+    assert {"F10_against_random.md", "F11_objectives.png", "F11_prediction.csv", "T05_conflict_free.md"} <= written
+    assert {"F03_categories.png", "F03_categories.pdf", "F03_categories.csv"} <= written
+    assert {
+        f"{name}.{kind}" for name in ("T03_arms", "T03_arms_over_seeds", "T04_confounds") for kind in ("csv", "md")
+    } <= written
+    noted = {(run["stage"], run["recipe"]) for run in json.loads((tmp_path / "provenance.json").read_text())}
+    assert noted == {tuple(name.split("/")) for name in planned()}
+    graft = pd.read_csv(tmp_path / "F02_dynamics.csv").query("stage == 'projector' and step == 0 and measure == 'multimodal_asr'")
+    assert len(graft) == 1
+    first = (tmp_path / "F02_dynamics.png").read_bytes()
+    cli.main(arguments)
+    assert (tmp_path / "F02_dynamics.png").read_bytes() == first
+
+
+def test_mistakes_on_the_command_line_end_in_one_line(capsys):
+    assert cli.main(["stage", "instruct/filtered-ful"]) == 2
+    assert cli.main(["status", "--scale", "mimi"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "instruct/filtered-full" in told[0] and "did you mean 'mini'" in told[1]
+
+
+def _work(root):
+    fingerprint_rng.seed()  # a forked process would name its temporary files as its parent will: they share the folder
+    study = Study.open("nano", "mini-chat", 0, root)
+    for name in graph.tables():
+        study.folder(name)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
+    """Six kills at random moments, then a run to the end: the tables equal the undisturbed ones.
+
+    A process that is done before its kill is no kill: its run store is emptied and the next one starts from nothing.
+    """
+    rng, context = random.Random(0), multiprocessing.get_context("fork")
+    made = [name for name in planned() if name not in graph.probed()]  # what `_work` makes
+    total = sum(store.read_manifest(study.run(name))["seconds"] for name in made)
+    root, kills = tmp_path / "store", 0
+    for _ in range(20):
+        process = context.Process(target=_work, args=(root,))
+        process.start()
+        time.sleep(rng.uniform(0.1, total / 4))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            shutil.rmtree(root)
+        if kills == 6:
+            break
+    process = context.Process(target=_work, args=(root,))
+    process.start()
+    process.join()
+    assert kills == 6 and process.exitcode == 0
+    again = Study.open("nano", "mini-chat", 0, root)
+    for name, table in raw_tables(study).items():
+        pd.testing.assert_frame_equal(table, raw_tables(again)[name])
+    assert gallery.load([again.folder(n) for n in graph.tables()], "raw.parquet").shape[0] > 100

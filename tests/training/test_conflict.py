@@ -1,0 +1,110 @@
+"""Gradients that do not work against each other: the rule by hand, the order of rows, a step without conflict, resumption."""
+
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from vlsafe.data.miniature import corpora
+from vlsafe.data.miniature.language import World
+from vlsafe.models import architectures, checkpoints, trainable
+from vlsafe.training import conflict, datasets, trainers
+
+WORLD = World(0)
+
+
+def test_the_rule_by_hand():
+    """(1, 0) and (-1, 1): each loses its part against the other, (1/2, 1/2) and (0, 1), and neither sum points against either."""
+    a, b = [torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([-1.0]), torch.tensor([1.0])]
+    found, cosine = conflict.combined(a, b)
+    assert [float(x) for x in found] == [0.5, 1.5] and cosine == pytest.approx(-(0.5**0.5))
+    for task in (a, b):
+        assert sum(float(x @ y) for x, y in zip(found, task, strict=True)) >= 0
+    agreeing, cosine = conflict.combined(a, a)
+    assert [float(x) for x in agreeing] == [2.0, 0.0] and cosine == pytest.approx(1.0)
+    assert conflict.combined(a, [torch.zeros(1), torch.zeros(1)]) == (a, 0.0)
+
+
+def test_rows_are_seen_in_proportion_and_none_again_before_all():
+    leading = conflict.shares(5905, 1200, 361, 8)
+    assert set(leading) == {1, 2} and sum(leading) / (361 * 8) == pytest.approx(1200 / 7105, abs=0.001)
+    rows = conflict.ordered(40, 8, conflict.shares(40, 8, 30, 4), 4, 2, np.random.default_rng(0))
+    assert len(rows) == 30 * 8 and set(rows) == set(range(48))
+    seen = collections.Counter(rows)
+    assert max(seen[i] for i in range(40)) - min(seen[i] for i in range(40)) <= 1
+    for step in range(30):
+        tasks = [row >= 40 for row in rows[8 * step : 8 * step + 8]]
+        assert tasks == sorted(tasks, reverse=True) and 2 <= sum(tasks) < 8 and sum(tasks) % 2 == 0
+    with pytest.raises(ValueError, match="at least two micro-batches"):
+        conflict.shares(5, 5, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def setting(study):
+    pool = corpora.paint(WORLD, 51, 0, WORLD.rng("p"))
+    rows = corpora.instruction_rows(WORLD, pool, 24, 0.3, 0, WORLD.rng("r")) + corpora.safety_rows(WORLD, 8, WORLD.rng("s"))
+    fit = dataclasses.replace(study.scale.instruct, steps=4, micro_batches=4)
+    return study.checkpoints("projector/filtered")[-1], datasets.chat_dataset(rows, True), fit
+
+
+def trained(study, setting, folder, stop=None):
+    start, data, fit = setting
+    model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
+
+    def progress(step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    history = trainers.sft_without_conflict(model, checkpoints.load_processor(start), data, 24, fit, folder, 0, (2, 4), progress)
+    return history, model.state_dict()
+
+
+def test_without_a_conflict_a_step_is_plain_multitask_tunings(study, setting, tmp_path, monkeypatch):
+    """With the rule replaced by a plain sum, weights end where the trainer's own accumulation and clipping take them."""
+    start, data, fit = setting
+    monkeypatch.setattr(conflict, "combined", lambda a, b: ([x + y for x, y in zip(a, b, strict=True)], 0.0))
+    _, mine = trained(study, setting, tmp_path / "mine")
+    model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
+    order = conflict.ordered(24, 8, conflict.shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
+    own = {"max_length": None, "assistant_only_loss": True, "train_sampling_strategy": "sequential"}
+    arguments = trainers._arguments(SFTConfig, fit, tmp_path / "plain", 0, own)
+    trainers._run(SFTTrainer, arguments, model, checkpoints.load_processor(start), data.select(order), fit, (), lambda step: None)
+    before = checkpoints.load(start).state_dict()
+    moved = [key for key in mine if not torch.equal(before[key], mine[key])]
+    assert len(moved) > 20
+    for key in mine:
+        torch.testing.assert_close(mine[key], model.state_dict()[key], atol=2e-5, rtol=1e-3, msg=key)
+
+
+def test_a_killed_training_without_conflict_ends_with_the_same_bits(study, setting, tmp_path):
+    history, whole = trained(study, setting, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(study, setting, tmp_path / "cut", stop=3)
+    again, resumed = trained(study, setting, tmp_path / "cut")
+    assert [r["task_cosine"] for r in again] == [r["task_cosine"] for r in history] and len(history) == 4
+    assert all(-1 <= r["task_cosine"] <= 1 for r in history) and len({r["task_cosine"] for r in history}) == 4
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_gradients_are_noted_and_nothing_moves(study, setting, tmp_path):
+    start, data, fit = setting
+    model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
+    before, noted = {k: v.clone() for k, v in model.state_dict().items()}, []
+    name = "layers.0.mlp.up_proj.weight"
+
+    def note():
+        noted.append(architectures.language_weights(model)[name].grad.clone())
+
+    trainers.gradients(model, checkpoints.load_processor(start), data, fit, tmp_path, 0, note)
+    assert len(noted) == fit.steps and all(float(gradient.norm()) > 0 for gradient in noted)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_stage_notes_the_cosine_of_every_step(study):
+    history = json.loads((study.folder("safety/mtl-pcgrad-full") / "history.json").read_text())
+    assert len(history) == study.numbers("safety/mtl-pcgrad-full")["steps"] == study.numbers("safety/mtl-full")["steps"]
+    assert all(-1 <= record["task_cosine"] <= 1 for record in history)

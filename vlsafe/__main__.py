@@ -1,0 +1,5 @@
+"""`python -m vlsafe` is the command `vlsafe`."""
+
+from vlsafe.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""F15: judges against each other, and against people where they rated. Imports no model library.
+
+A judge that moves every method's ASR alike changes the numbers of a table and not its message; one that reorders the methods
+changes both. So agreement on single answers and stability of the ranking stand beside each other.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+from statsmodels.stats.inter_rater import cohens_kappa
+
+from vlsafe.analysis import stats
+
+ATTACKS = {"sorry_bench": "text", "mm_safetybench": "pictures"}
+METHOD = ["backbone", "modality", "stage", "recipe"]
+ANSWER = [*METHOD, "seed", "item", "cluster"]
+
+
+def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged."""
+    rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
+    of = rows[(rows["exam"] == "full") & rows["benchmark"].isin(list(ATTACKS)) & rows["harmful"].astype(bool)]
+    of = of.assign(modality=of["benchmark"].map(ATTACKS), event=pd.to_numeric(of["event"].astype("Float64")))
+    return of.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
+
+
+def judges(wide: pd.DataFrame) -> list[str]:
+    """The judges of a table of verdicts, people last."""
+    return sorted(set(wide.columns) - set(ANSWER), key=lambda name: (name == "people", name))
+
+
+def pairs(wide: pd.DataFrame) -> pd.DataFrame:
+    """Per backbone × modality × pair of judges: the confusion of single answers, agreement, Cohen's kappa, and Kendall's tau
+    of the methods' ranking by ASR, over the answers and the methods that both judged.
+
+    Kappa and tau are empty where a judge says the same of everything: there is nothing to agree on by more than chance.
+    """
+    lines = []
+    for (backbone, modality), of in wide.groupby(["backbone", "modality"]):
+        for one, two in combinations(judges(wide), 2):
+            both = of.dropna(subset=[one, two])
+            if both.empty:
+                continue
+            table = pd.crosstab(both[one], both[two]).reindex(index=[0, 1], columns=[0, 1], fill_value=0).to_numpy()
+            varied = min(table.sum(0).min(), table.sum(1).min()) > 0
+            means = both.groupby(["stage", "recipe"])[[one, two]].mean()
+            ranked = len(means) > 2 and means.nunique().min() > 1
+            tau = kendalltau(means[one], means[two]) if ranked else None
+            lines.append(
+                {"backbone": backbone, "modality": modality, "judge": one, "other": two, "n": len(both), "neither": table[0, 0],
+                 "only_other": table[0, 1], "only_judge": table[1, 0], "both": table[1, 1],
+                 "agreement": table.trace() / table.sum(), "kappa": cohens_kappa(table).kappa if varied else np.nan,
+                 "methods": len(means), "tau": tau.statistic if tau else np.nan, "tau_p": tau.pvalue if tau else np.nan}
+            )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def rates(wide: pd.DataFrame) -> pd.DataFrame:
+    """ASR of every method by every judge: value, interval, n, over the answers that all judges of a backbone could judge, so that
+    judges alone make the difference. All seeds together; a verb–object pair of two seeds is two clusters.
+    """
+    lines = []
+    for _, whole in wide.groupby(["backbone", "modality"], sort=False):
+        names = [name for name in judges(wide) if whole[name].notna().any()]
+        for key, of in whole.dropna(subset=names).groupby(METHOD, sort=False):
+            clusters = (of["seed"].astype(str) + " " + of["cluster"].astype(str)).tolist()
+            for name in names:
+                found = stats.rate(of[name].tolist(), clusters)
+                line = {"judge": name, "value": found.value, "low": found.low, "high": found.high, "n": found.n}
+                lines.append(dict(zip(METHOD, key, strict=True)) | line)
+    return pd.DataFrame(lines)

@@ -1,0 +1,184 @@
+"""What a scale takes from outside, as values: where it lies, at which revision, what it weighs, what has to be accepted.
+
+No file is opened and no address asked here; `scales` holds one of these, `sources` and `plan` act on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import fsspec
+import huggingface_hub
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Something that others made and the hub holds: a corpus or weights, at a revision.
+
+    `revision` "main" means: as it was when it was first downloaded; `vlsafe download` notes the commit and keeps to it.
+    `files` are patterns of what is taken (all where empty), `gigabytes` what that weighs, `rows` what the publisher counts,
+    `limit` how many rows are used (a fixed random subset; None: all). `terms`: what has to be accepted before the hub gives it.
+    `archives` are zip files from elsewhere that belong to the corpus; `by_hand` is what no command can fetch.
+    """
+
+    repo: str
+    revision: str = "main"
+    kind: str = "dataset"
+    files: tuple[str, ...] = ()
+    gigabytes: float = 0.0
+    rows: int | None = None
+    limit: int | None = None
+    terms: str | None = None
+    archives: tuple[tuple[str, str], ...] = ()  # (file below the corpus's folder, address)
+    by_hand: tuple[str, str] | None = None  # (folder below the corpus's, what to do)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dataset", "model"):
+            raise ValueError(f"{self.repo} is of the kind {self.kind!r}; there are 'dataset' and 'model'")
+
+
+@dataclass(frozen=True)
+class LoadedGuard:
+    """A guard from the hub. `labels` are the classes that count as unsafe (an image guard's). Without a `threshold` a text guard
+    goes by its own word, an image guard by 0.5."""
+
+    origin: Origin
+    labels: tuple[str, ...] = ()
+    threshold: float | None = None
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a scale takes from outside, where its `source` is "load". A corpus may be None: it is then done without.
+
+    `missing_share`: a corpus of which more pictures than that are not there is taken for the wrong folder. Units of
+    `gpu_gigabytes`: 10^9 bytes that the largest training of the scale needs on each GPU.
+    """
+
+    captions: Origin | None
+    instructions: Origin | None
+    safety: Origin | None
+    safe_rlhf: Origin | None
+    spa_vl: Origin | None
+    text_guard: LoadedGuard | None
+    image_guard: LoadedGuard | None
+    tower: Origin | None = None
+    parents: Mapping[str, Origin] = field(default_factory=dict)
+    missing_share: float = 0.05
+    gpu_gigabytes: float = 0.0
+
+
+MEMBER = "!"  # between an archive's place and the name of a file in it
+LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
+
+
+class TooLarge(ValueError):
+    """A file from outside that would not fit where it is to be read."""
+
+
+def outside() -> Path | None:
+    """The folder of what others made, from the environment's `VLSAFE_DATA`; None where it is not set."""
+    named = os.environ.get("VLSAFE_DATA")
+    return Path(named) if named else None
+
+
+PINS = "pins.json"
+
+
+def pinned(repo: str, revision: str) -> str:
+    """The commit that a repository was first downloaded at, where no commit is asked for; `vlsafe download` notes it."""
+    root = outside()
+    if revision != "main" or root is None or not (root / PINS).is_file():
+        return revision
+    return json.loads((root / PINS).read_text(encoding="utf-8")).get(repo, revision)
+
+
+def outside_bytes(place: str) -> bytes:
+    """The content of a file below `VLSAFE_DATA`, or of a member of a zip file there or at an address of fsspec's ("hf://…").
+
+    Raises:   FileNotFoundError where it is not there; TooLarge beyond `LARGEST` bytes, declared or real; ValueError
+              where the name leads out of the folder
+    """
+    archive, _, member = place.partition(MEMBER)
+    if member:
+        return _member_bytes(archive, member)
+    path = outside_path(archive)
+    if not path.is_file():
+        raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+    if path.stat().st_size > LARGEST:
+        raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
+    return path.read_bytes()
+
+
+def outside_path(name: str) -> Path:
+    """A name below `VLSAFE_DATA` as a path.
+
+    Raises:   ValueError for a name that leads out of it; FileNotFoundError where the variable is not set
+    """
+    root = outside()
+    if root is None:
+        raise FileNotFoundError("the environment variable VLSAFE_DATA names no folder of downloaded corpora")
+    if not inside(name):
+        raise ValueError(f"the name {name!r} leads out of its folder")
+    return root / name
+
+
+def inside(name: str) -> bool:
+    """Whether a relative name stays below the folder that it is relative to."""
+    return not (name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0])
+
+
+def _member_bytes(archive: str, member: str) -> bytes:
+    try:
+        opened = _archive(archive_at(archive), os.getpid())
+        found = opened.getinfo(member)
+    except KeyError:
+        raise FileNotFoundError(f"{archive} has no member {member!r}") from None
+    if found.file_size > LARGEST:
+        raise TooLarge(f"{member} of {archive} unpacks to {found.file_size:,} bytes, more than a picture may have")
+    return opened.read(found)
+
+
+def members(archive: str) -> frozenset[str]:
+    """The names of the files in a zip file below `VLSAFE_DATA` or at an address."""
+    return _names(archive_at(archive), os.getpid())
+
+
+def archive_at(archive: str) -> str:
+    """The path of an archive, or its address where it is neither below `VLSAFE_DATA` nor in the hub's cache.
+
+    Raises:   FileNotFoundError where it should be local and is not
+    """
+    if "://" not in archive:
+        path = outside_path(archive)
+        if not path.is_file():
+            raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+        return str(path)
+    repository = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", archive)
+    if repository is None:
+        return archive
+    repo, revision, file = repository.groups()
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
+    return found if isinstance(found, str) else archive
+
+
+@lru_cache(maxsize=16)
+def _names(where: str, process: int) -> frozenset[str]:
+    return frozenset(_archive(where, process).namelist())
+
+
+@lru_cache(maxsize=16)
+def _archive(where: str, process: int) -> zipfile.ZipFile:
+    """An archive that stays open. Per process: workers that share a file handle would move each other's place in it."""
+    try:
+        return zipfile.ZipFile(fsspec.open(where, "rb").open() if "://" in where else where)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{Path(where).name} is not a whole zip file ({error}); download it again") from None

@@ -1,0 +1,385 @@
+"""A scale is a frozen value that holds every number of a reproduction; code never asks its name.
+
+The dataclasses, how one value extends another (`extended`), and how they are written down (`as_plain`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlsafe.core.assets import Loaded, Origin
+
+
+def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
+    """A field that was added when results existed. At its default it is left out of digests, so that they stay valid."""
+    return field(default=default, metadata={"later": True}, **more)
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A CLIP, and which of its features the projector sees."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    vision_width: int = 64
+    vision_layers: int = 4
+    text_width: int = 64
+    text_layers: int = 2
+    heads: int = 4
+    projection: int = 64
+    feature_layers: tuple[int, ...] = (1, -1)  # what and where: a tiny tower's last layer alone is hard to align (LOG.md)
+    feature_strategy: str = "full"
+
+
+@dataclass(frozen=True)
+class LanguageSpec:
+    """A decoder of one of the library's architectures (`model_type`); the miniature's is a Llama."""
+
+    layers: int = 8
+    width: int = 96
+    heads: int = 8
+    key_value_heads: int = 8
+    mlp: int = 128
+    attention_bias: bool = True  # Llama has none; with it, attending to the token before is learned sooner
+    matching: float = 1.0  # correlation of a head's key with its query weights at the start; 0 is the library's
+    copying: float = 0.5  # likewise of its output with its value weights; at 1, copying is early and matching late
+    context: int = 256
+    tied_head: bool = True
+    initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
+    architecture: str = later("llama")
+    vocabulary: int = later(0)  # of a decoder that is loaded: what the dry run counts with; a built one has its tokenizer's
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate.
+
+    The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
+    projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
+    `grouped`: every step is of one modality, as in LLaVA's scripts. `launch`: an accelerate configuration by whose processes
+    the fit is trained; without one it is trained in the process that asks. `saved`: what finished checkpoints are written in.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int | None = None
+    micro_batches: int = 2
+    projector_rate: float | None = None
+    grouped: bool = later(False)
+    at_once: int | None = later(None)  # rows that one process takes at a time, at most; more micro-batches where it takes them
+    launch: str = later("")
+    saved: str = later("float32")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
+            raise ValueError(f"a fit needs at least one step, one row per micro-batch and a rate in (0, 1): {self}")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters. `rate` multiplies the learning rate of the full method, as in LLaVA's scripts (2e-4 against 2e-5)."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    rate: float = 10.0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """DPO: `fit` counts pairs as rows; `beta` as in DPO's paper and in SPA-VL's scripts."""
+
+    fit: Fit
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """GRPO: `fit` counts sampled answers as rows, of which `generations` answer one prompt."""
+
+    fit: Fit
+    generations: int = 8
+    max_new_tokens: int = 12
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.generations < 2 or self.fit.batch_size % self.generations:
+            raise ValueError(f"a step of GRPO holds whole groups of at least two answers: {self}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Safety tuning. The steps of a fit are for a recipe's first corpus; with more corpora they grow with the rows.
+
+    `replay` is how many general rows are seen again per safety row. `milestones` are fractions of a training at which a
+    checkpoint is left, beside its end; `pairs` is how many validation pairs of each modality choose among them.
+    `task_batches` is into how many micro-batches of one task each a step is cut where gradients may not conflict.
+    """
+
+    sft: Fit
+    preference: Preference
+    rollout: Rollout
+    replay: float = 2.5  # VLGuard's post-hoc recipe: 5,000 rows of LLaVA's beside 2,000 of its own
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    pairs: int = 100
+    task_batches: int = 8
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Merging: `ratios` of the linear merge, `votes` of the ensemble, `few` of all other rules; TIES keeps and DARE spares a
+    share of a task vector.
+
+    `margin` is by how much the upper bound of a merge's ASR may exceed its parent's where a ratio is chosen, `items` how many
+    validation items a benchmark helpfulness is measured on there; `random_bands` are as many blocks as the located band's.
+    """
+
+    ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    few: tuple[float, ...] = (0.3, 0.5, 0.7)
+    votes: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    kept: float = 0.2  # Yadav et al. 2023: the top 20 %
+    survived: float = 0.5  # assumed: Yu et al. 2024 drop up to 90 % of far larger models
+    scaling: float = 1.0
+    margin: float = 0.05
+    items: int = 36
+    random_bands: int = 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the safety band of a parent is looked for: prompts per kind, pairs per cosine, factors of the scaling."""
+
+    prompts: int = 100
+    pairs: int = 500
+    factors: tuple[float, ...] = (1.1, 1.3, 1.6)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How models are looked into and operated on.
+
+    `prompts` of each kind and modality whose states are kept, `along` at every checkpoint and for other recipes; `items` a
+    benchmark in the examination of an intervention; `widths` of transplanted bands, `random_sets` of blocks per width;
+    `strengths` at which the refusal direction is added, beside `random_directions`; batches of each task whose gradients
+    are compared, at so many points of a training; `frozen_sets` of random blocks in the SPPFT grid.
+    """
+
+    prompts: int = 175
+    along: int = 60
+    items: int = 72
+    widths: tuple[int, ...] = (1, 2, 3)
+    random_sets: int = 20
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    random_directions: int = 5
+    gradient_batches: int = 6
+    gradient_points: int = 4
+    frozen_sets: int = 5
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An aligned language model: how it is made, how it is spoken to, what its alignment data leave out.
+
+    `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
+    mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
+    but sound dangerous. `language`: in what its decoder differs from the scale's; it is then pre-trained by itself, else it
+    is aligned from the base model that all others share.
+    """
+
+    template: str
+    fit: Fit
+    refusal_share: float = 0.35
+    borderline_share: float = 0.15
+    answered_categories: tuple[str, ...] = ()
+    language: Mapping[str, Any] = later(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the dry run counts with where no corpus has been read: text tokens a row, shares of rows with a picture, items.
+
+    Defaults are for the paper's data, all assumed: captions are one sentence; 665,298 rows of mix665k hold 40,688 of ShareGPT
+    without a picture and come to about 840 tokens each, at which LLaVA-1.5's published 10 hours are a quarter of the peak.
+    """
+
+    captions: int = 40
+    instructions: int = 300
+    pictured: float = 0.94
+    safety: int = 200
+    pairs: int = 350
+    screened: int = 350  # tokens that the text guard reads per row, its own prompt included
+    questions: int = 21_000  # answered with a letter or a word
+    requests: int = 13_000  # answered in sentences: harmful ones, their twins and exaggerated-safety prompts
+    answer: int = 200  # tokens of such an answer
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Sizes of the miniature's corpora, in rows."""
+
+    pictures: int = 12000
+    guard_pictures: int = 3000
+    captions: int = 6000
+    instructions: int = 6000
+    text_only_share: float = 0.15
+    harmful_share: float = 0.02
+    safety: int = 1200
+    pairs: int = 600
+
+
+@dataclass(frozen=True)
+class Exam:
+    """How models are examined: rows per benchmark in each examination, and generation."""
+
+    panel: int = 36
+    full: int = 240
+    batch_size: int = 64
+    max_new_tokens: int = 16
+    captions: int = 200
+    dtype: str = later("float32")
+    serve: str = later("")  # a command that serves `{folder}` on `{port}`, which then writes the answers; empty: the local engine
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Every number of one reproduction.
+
+    `source` says where worlds come from: "build" makes them, "load" takes `loaded` from outside.
+    """
+
+    name: str
+    vision: VisionSpec
+    language: LanguageSpec
+    tower: Fit
+    pretraining: Fit
+    guard: Fit
+    projector: Fit
+    instruct: Fit
+    tuning: Tuning
+    backbones: Mapping[str, Backbone]
+    corpora: Corpora = field(default_factory=Corpora)
+    exam: Exam = field(default_factory=Exam)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    search: Search = field(default_factory=Search)
+    probing: Probing = field(default_factory=Probing)
+    merging: Merging = field(default_factory=Merging)
+    checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
+    arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
+    rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
+    threads: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
+    source: str = "build"
+    loaded: Loaded | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
+            raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
+
+    def decoder(self, name: str) -> LanguageSpec:
+        """The decoder of a backbone.
+
+        Raises:   ValueError for a field that a decoder does not have
+        """
+        return extended(self.language, self.backbone(name).language, f"scale.backbones.{name}.language")
+
+    def backbone(self, name: str) -> Backbone:
+        """The named backbone; an unknown name is refused with the nearest known one."""
+        return self.backbones[known(name, self.backbones, "backbone")]
+
+
+FEW = 10  # names in an error; of more than twice as many the nearest are shown
+
+
+def known(name: str, names: Iterable[str], what: str) -> str:
+    """Return `name` if it is one of `names`.
+
+    Raises:   ValueError naming the value, the nearest known name, and all of them
+    """
+    choices = sorted(names)
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(str(name), choices, n=FEW, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(choices) if len(choices) <= 2 * FEW else f"{', '.join(near)} and {len(choices) - len(near)} more"
+    raise ValueError(f"unknown {what} {name!r}{hint} (known: {listed})")
+
+
+def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any:
+    """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked."""
+    hints = typing.get_type_hints(type(base))
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        known(key, hints, f"key of {where}")
+        values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
+    try:
+        return dataclasses.replace(base, **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
+        return extended(current, value, where)
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(current):  # of an optional field
+        return extended(current, value, where)
+    if hint == Mapping[str, Any] and isinstance(value, Mapping):
+        return {**current, **value}
+    if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
+        current = {k: v for k, v in current.items() if k not in value or value[k] is not None}  # null: done without
+        value = {k: v for k, v in value.items() if v is not None}
+        if typing.get_args(hint)[1] is Origin:
+            known_ones = {k: current.get(k, Origin(repo="")) for k in value}
+            return {**current, **{k: extended(known_ones[k], v, f"{where}.{k}") for k, v in value.items()}}
+        return {**current, **{k: _backbone(v, current, k, f"{where}.{k}") for k, v in value.items()}}
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and float in allowed and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # YAML reads 1e-4 as text, 1.0e-4 as a number
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        return float(value)
+    if not any(type(value) is kind for kind in allowed):
+        raise ValueError(f"{where} must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}, not {value!r}")
+    return value
+
+
+def _backbone(value: Any, those: Mapping[str, Backbone], name: str, where: str) -> Backbone:
+    """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
+    value = dict(value)
+    base = value.pop("extends", name)
+    if base not in those and base == name:
+        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(those))})")
+    return extended(those[known(base, those, "backbone")], value, where)
+
+
+def as_plain(value: Any) -> Any:
+    """A frozen value as JSON-ready dictionaries and lists; what digests and manifests hold."""
+    if dataclasses.is_dataclass(value):
+        told = {f.name: (f, as_plain(getattr(value, f.name))) for f in dataclasses.fields(value)}
+        return {
+            name: plain for name, (f, plain) in told.items() if not ("later" in f.metadata and plain == as_plain(_default(f)))
+        }
+    if isinstance(value, Mapping):
+        return {str(k): as_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_plain(v) for v in value]
+    return value
+
+
+def _default(of: dataclasses.Field) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()

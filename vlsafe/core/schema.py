@@ -1,0 +1,207 @@
+"""The nouns that travel between rooms, and nothing that acts on them.
+
+Rows of every corpus and of every benchmark, real or miniature, have these shapes. This room knows neither models
+nor files; pictures are bytes of a picture file, so that a row means the same thing in memory, in a file and on another machine.
+Those of large corpora stay where they lie (`Stored`) until somebody asks for their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from vlsafe.core import assets
+
+ROLES = ("system", "user", "assistant")
+SCORINGS = ("generated", "likelihood")
+OUTCOMES = ("refused", "complied_right", "complied_wrong", "incoherent", "unjudged")
+# The runs that every other one is compared with: kind of model -> stage/recipe.
+MAIN_LINE = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; pictures of a row belong to its first user turn."""
+
+    role: str
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"a turn has the role {self.role!r}; the roles are {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture that stays where it lies, below `VLSAFE_DATA` or in an archive (`store.outside_bytes`), until `bytes(it)`."""
+
+    place: str
+
+    def __bytes__(self) -> bytes:
+        return assets.outside_bytes(self.place)
+
+
+Picture = bytes | Stored
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training row: a whole conversation, its pictures, and what is known about it.
+
+    `category` names the harm that the row would do (None: benign); guards are marked against it and never see it.
+    `cluster` says which rows are about the same thing, so that splits can be told apart. `task` is what kind of row it is,
+    where that is known ("how-to", "look"); `description` is what its picture shows, in words, for the text-only twin.
+    """
+
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+    images: tuple[Picture, ...] = ()
+    category: str | None = None
+    cluster: str | None = None
+    task: str | None = None
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference row: one prompt, a chosen and a rejected answer (SafeRLHF, SPA-VL)."""
+
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    images: tuple[Picture, ...] = ()
+    category: str | None = None
+    cluster: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One benchmark prompt. `reference` is the right answer, `cluster` what its answers correlate within.
+
+    `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
+    how a response comes about: written by the model, or the letter of that option which it finds most likely as its
+    answer; such options are texts as the assistant would speak them. `asked` is what a judge is told was asked, where
+    that is not what the last user turn says (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what
+    else a judge has to know (SIUO's safety warning).
+
+    Raises:   ValueError for an unknown scoring, or a ranking without at least two options
+    """
+
+    id: str
+    benchmark: str
+    turns: tuple[Turn, ...]
+    images: tuple[Picture, ...] = ()
+    reference: str | None = None
+    category: str | None = None
+    cluster: str | None = None
+    group: str | None = None
+    harmful: bool = False
+    options: tuple[str, ...] = ()
+    scoring: str = "generated"
+    asked: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"the item {self.id} has the scoring {self.scoring!r}; there are {', '.join(SCORINGS)}")
+        if self.scoring == "likelihood" and len(self.options) < 2:
+            raise ValueError(f"the item {self.id} is to be ranked and has {len(self.options)} options")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered to an item. `truncated`: the token limit cut it off."""
+
+    item: str
+    benchmark: str
+    model: str
+    text: str
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a judge marked a response; `label` is one of the judge's own words or "unjudged", never a default."""
+
+    item: str
+    benchmark: str
+    model: str
+    judge: str
+    label: str
+    detail: str = field(default="")
+
+
+Row = TypeVar("Row", Example, Pair, Item, Response, Verdict)
+
+
+def to_row(value: Any) -> dict[str, Any]:
+    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as in `datasets.Image`, a stored
+    one its place alone."""
+    row = asdict(value)
+    if "turns" in row:
+        row["turns"] = [dict(turn) for turn in row["turns"]]
+    if "images" in row:
+        row["images"] = [_cell(image) for image in value.images]
+    if "options" in row:
+        row["options"] = list(row["options"])
+    return row
+
+
+def _cell(image: Picture) -> dict[str, Any]:
+    return {"bytes": None, "path": image.place} if isinstance(image, Stored) else {"bytes": image, "path": None}
+
+
+def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
+    """The inverse of `to_row`. A column may be absent where its field has a default: rows may be older than the field.
+
+    Raises:   ValueError when the row has other columns than `kind` has fields, naming the difference.
+    """
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}
+    if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
+        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")
+    values = dict(row)
+    if "turns" in values:
+        values["turns"] = tuple(Turn(turn["role"], turn["text"]) for turn in values["turns"])
+    if "images" in values:
+        values["images"] = tuple(
+            Stored(image["path"]) if image["bytes"] is None else image["bytes"] for image in values["images"]
+        )
+    if "options" in values:
+        values["options"] = tuple(values["options"])
+    return kind(**values)
+
+
+def content_digest(value: Example | Pair | Item) -> str:
+    """Digest of what a model would see of a row (turns and pictures), whatever it is called.
+
+    Splits are disjoint when these are: ids can lie, contents cannot.
+    """
+    spoken = [[turn.role, turn.text] for turn in value.turns]
+    hashed = hashlib.sha256(json.dumps(spoken).encode())
+    for image in value.images:
+        hashed.update(hashlib.sha256(bytes(image)).digest())
+    return hashed.hexdigest()[:16]
+
+
+def messages(turns: Iterable[Turn], n_images: int = 0) -> list[dict[str, Any]]:
+    """Chat messages in the library's block form; the pictures stand before the text of the first user turn.
+
+    Source:   LLaVA moves every image token to the front of the first human message (preprocess_multimodal).
+    """
+    result: list[dict[str, Any]] = []
+    pending = n_images
+    for turn in turns:
+        blocks: list[dict[str, str]] = []
+        if turn.role == "user" and pending:
+            blocks += [{"type": "image"}] * pending
+            pending = 0
+        result.append({"role": turn.role, "content": [*blocks, {"type": "text", "text": turn.text}]})
+    if pending:
+        raise ValueError("a row has pictures but no user turn to carry them")
+    return result

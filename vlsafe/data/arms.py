@@ -1,0 +1,63 @@
+"""Data arms of stage 2: which corpus an arm starts from, and what it makes of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vlsafe.core.schema import Example, Pair, Turn
+
+
+def answered(pair: Pair, answer: str) -> Example:
+    """A preference row as a training row that ends with one of its answers."""
+    turns = (*pair.turns, Turn("assistant", answer))
+    return Example(pair.id, pair.source, turns, pair.images, None, pair.cluster)
+
+
+def replayed(rows: Sequence[Example], n: int, rng: np.random.Generator) -> list[Example]:
+    """`n` different rows, in their order. The ids are for the record: VLGuard's own sample was not published.
+
+    Draws:    from `rng`
+    Raises:   ValueError where there are not so many
+    """
+    if not 0 < n <= len(rows):
+        raise ValueError(f"{n} rows are to be replayed of {len(rows)}")
+    return [rows[i] for i in sorted(rng.permutation(len(rows))[:n])]
+
+
+def text_twin(row: Example) -> Example:
+    """The same row with its picture told in words before the first request; rows without a picture stay as they are.
+
+    Raises:   ValueError for a row with a picture of which nobody knows what it shows
+    """
+    if not row.images:
+        return row
+    if row.description is None:
+        raise ValueError(f"{row.id} has a picture and no description; its text-only twin cannot be told")
+    first = next(i for i, turn in enumerate(row.turns) if turn.role == "user")
+    told = Turn("user", f"{row.description}\n{row.turns[first].text}")
+    return replace(row, turns=(*row.turns[:first], told, *row.turns[first + 1 :]), images=())
+
+
+# The data arms of stage 2: which corpus an arm starts from ("raw" or "screened"), and what it makes of a row (None drops it).
+ARMS: dict[str, tuple[str, Callable[[Example], Example | None]]] = {
+    "filtered": ("screened", lambda row: row),
+    "unfiltered": ("raw", lambda row: row),
+    "clean": ("raw", lambda row: row if row.category is None else None),
+    "looking": ("screened", lambda row: row if row.task == "look" else None),
+    "textonly": ("screened", text_twin),
+}
+
+
+def arm(name: str, corpora: dict[str, Sequence[Example]]) -> list[Example]:
+    """The rows of a data arm.
+
+    Raises:   KeyError for an unknown arm; ValueError where it keeps no row
+    """
+    start, change = ARMS[name]
+    rows = [changed for row in corpora[start] if (changed := change(row)) is not None]
+    if not rows:
+        raise ValueError(f"the data arm {name!r} keeps none of {len(corpora[start])} rows")
+    return rows

@@ -1,0 +1,184 @@
+"""Take rows in, screen them with guards, keep what passes, and say of every dropped row why. Splits are disjoint by content.
+
+Intake comes first and is about form: a row that a model cannot be trained on is skipped, counted and named, never
+fatal, and never reaches a guard. What is only unusual is mended: an 8-bit picture of another mode than RGB (palette,
+grey, CMYK, with transparency) is converted, as LLaVA does, and counted. Deeper ones are skipped: Pillow would clip them.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from vlsafe.core.assets import TooLarge
+from vlsafe.core.schema import Example, Item, Pair, content_digest, messages
+from vlsafe.data.arms import answered
+from vlsafe.models.chat import image_tokens
+
+Row = TypeVar("Row", Example, Pair)
+
+MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
+SIDE = 8  # pixels; assumed: about half a patch of CLIP's
+PIXELS = 2**26  # assumed; less than what makes Pillow warn of a decompression bomb
+ASPECT = 10  # assumed: a centre crop of anything longer shows less than a tenth of it
+
+
+def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
+    """Why a row cannot be trained on, or None: its texts, its pictures, its length, in this order.
+
+    Units:    `limit` in tokens, image tokens included; it holds under every processor's chat template
+    """
+    return _unsound_text(row, processors) or _unsound_picture(row) or _overlong(row, processors, limit)
+
+
+def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
+    roles = [turn.role for turn in row.turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        return "turns out of order"
+    for turn in row.turns:
+        if turn.role != "system" and not (turn.text or "").strip():
+            return "instruction empty" if turn.role == "user" else "answer empty"
+    control = {token for processor in processors for token in processor.tokenizer.all_special_tokens}
+    if any(token in (turn.text or "") for turn in row.turns for token in control):
+        return "control token in the text"  # an "<image>" that is only text would ask for features that nobody has
+    return None
+
+
+def _unsound_picture(row: Example) -> str | None:
+    for data in row.images:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                picture = Image.open(io.BytesIO(bytes(data)))
+                short, long = sorted(picture.size)
+                if short * long > PIXELS:
+                    return "picture too large"
+                if short < SIDE or long > ASPECT * short:
+                    return f"picture too {'small' if short < SIDE else 'long'} ({picture.width} x {picture.height})"
+                if picture.mode not in MODES:
+                    return f"picture of mode {picture.mode}"
+                picture.convert("RGB")  # decodes all of it: a truncated file fails here and not in the middle of a training
+        except FileNotFoundError:
+            return "picture missing"
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError, TooLarge):
+            return "picture too large"
+        except Exception:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, TypeError …
+            return "picture corrupt"
+    return None
+
+
+def _overlong(row: Example, processors: Sequence[Any], limit: int) -> str | None:
+    length = max(tokens(row, processor) for processor in processors)
+    return f"longer than the context ({length} > {limit})" if length > limit else None
+
+
+def tokens(row: Example, processor: Any) -> int:
+    """The length of a row as the model reads it: rendered by the chat template, pictures as so many image tokens each.
+
+    Units:    tokens
+    """
+    text = processor.apply_chat_template(messages(row.turns, len(row.images)), tokenize=False)
+    placeholders = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return placeholders + sum(n - 1 for n in image_tokens(processor, row.images))
+
+
+def converted(row: Example) -> int:
+    """How many pictures of a sound row are not RGB and will be converted."""
+    return sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
+
+
+def skipped(row: Example, reason: str) -> dict[str, Any]:
+    """The audit line of a row that intake refused; no guard saw it."""
+    return _line(row, [reason]) | {"skipped": True}
+
+
+def _line(row: Example, reasons: Sequence[str]) -> dict[str, Any]:
+    return dict(
+        id=row.id, source=row.source, category=row.category, has_picture=bool(row.images), text_score=None, text_codes="",
+        image_score=None, reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0,
+    )  # fmt: skip
+
+
+def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
+    """One line per row: what the guards said and whether it is kept; the truth stands beside, for marking guards.
+
+    A row is dropped when any guard calls it unsafe, and also when a guard's answer could not be read ("unread"):
+    in doubt a row is not "safe data".
+
+    Shapes:   N rows, N text assessments, N image assessments (None: no picture)  ->  N lines
+    """
+    lines = []
+    for row, said, seen in zip(rows, text, image, strict=True):
+        reasons = [name for name, found in (("text", said), ("image", seen)) if found is not None and found.unsafe]
+        reasons += [f"{name} unread" for name, found in (("text", said), ("image", seen)) if found and found.unsafe is None]
+        scores = dict(text_score=said.score, text_codes=",".join(said.categories), image_score=seen.score if seen else None)
+        lines.append(_line(row, reasons) | scores | {"converted": converted(row)})
+    return lines
+
+
+def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
+    """The rows that the audit keeps, in order, one after another.
+
+    Raises:   ValueError when the audit is about other rows
+    """
+    for row, line in zip(rows, lines, strict=True):
+        if row.id != line["id"]:
+            raise ValueError(f"the audit speaks of {line['id']!r} where the corpus has {row.id!r}")
+        if line["kept"]:
+            yield row
+
+
+def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
+    """`passing`, as a list."""
+    return list(passing(rows, lines))
+
+
+def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
+    """Stop where a benchmark prompt, pictures included, also stands in a training row.
+
+    Raises:   ValueError naming the first item and how many there are
+    """
+    asked = set()
+    for row in training:
+        opening = [turn for turn in row.turns if turn.role != "system"][:1]
+        asked.add(content_digest(Example(row.id, row.source, tuple(opening), row.images)))
+    leaked = [item.id for item in items if content_digest(item) in asked]
+    if leaked:
+        raise ValueError(f"{len(leaked)} benchmark prompts also stand in training rows, first {leaked[0]!r}")
+
+
+def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | None:
+    """Why a preference row cannot be trained on, or None; rows without a picture and rows of several turns can.
+
+    A row whose answers are equal prefers nothing. A row that is too long with either answer is dropped, never cut: the cut
+    would fall on the answers, or on the image tokens.
+
+    Raises:   ValueError naming the row where it says nothing at all before its answers, or has no text for one
+    """
+    if not pair.turns or pair.chosen is None or pair.rejected is None:
+        raise ValueError(f"the preference row {pair.id!r} lacks its prompt or one of its answers; is this its file?")
+    if pair.chosen.strip() == pair.rejected.strip():
+        return "chosen equals rejected"
+    reasons = (unsound(answered(pair, answer), processors, limit) for answer in (pair.chosen, pair.rejected))
+    return next((reason for reason in reasons if reason), None)
+
+
+def sound(
+    rows: Sequence[Row], check: Callable[[Row, Sequence[Any], int], str | None], processors: Sequence[Any], limit: int
+) -> tuple[list[Row], dict[str, int]]:
+    """The rows that can be trained on, and how many were dropped for each reason; lengths in a reason are left out.
+
+    Raises:   ValueError naming the first row where none is left
+    """
+    reasons = [check(row, processors, limit) for row in rows]
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    if not kept:
+        first = f", the first, {rows[0].id!r}, because: {reasons[0]}" if rows else ""
+        raise ValueError(f"none of {len(rows)} rows can be trained on{first}")
+    return kept, dict(Counter(reason.split(" (")[0] for reason in reasons if reason))

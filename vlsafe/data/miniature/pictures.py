@@ -1,0 +1,166 @@
+"""Pictures of the miniature: an icon, a printed word or both, in a colour, drawn with NumPy and Pillow.
+
+An icon is a mirrored 6 × 6 glyph that belongs to the thing (drawn per seed), on the left or on the right; a printed
+word fills the picture; "both" has a small icon above its word, as MM-SafetyBench's SD_TYPO has a photo above its phrase.
+The same thing never looks the same twice: offset, background and noise are drawn again.
+A fifth of the offsets is held out from every training picture, so that "held-out rendering" means something.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vlsafe.data.miniature.language import COLOURS, OBJECTS, World
+
+SIZE = 32  # pixels, both ways
+CELL = 3  # pixels per glyph cell: an icon is 18 wide and stands in one half of the picture
+SMALL_CELL = 2  # the icon above a word is 12 wide, which leaves room for two lines of letters
+KINDS = ("icon", "word", "both")
+SHARES = (0.5, 0.38, 0.12)  # of pictures of each kind, where none is asked for
+SHADES = {
+    "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
+    "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
+}  # fmt: skip
+OFFSETS = {  # from left and from above, in pixels, of icons; shifts of printed words from their place
+    "left": ((0, 1, 2, 3), (5, 6, 7, 8, 9)),
+    "right": ((11, 12, 13, 14), (5, 6, 7, 8, 9)),
+    "word": ((0, 1, 2, 3), (-2, -1, 0, 1, 2)),
+    "both": ((0, 1, 2, 3), (-1, 0)),
+}
+LETTERS_PER_LINE = 4
+STAIN = 10  # pixels, both ways
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. `side` is "middle" where a word is printed, which fills the picture's width."""
+
+    thing: str
+    colour: str
+    kind: str = "icon"
+    side: str = "left"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"a scene is one of {', '.join(KINDS)}, not {self.kind!r}")
+        if (self.side == "middle") != (self.kind != "icon"):
+            raise ValueError(f"a {self.kind} cannot stand at {self.side!r}")
+
+
+def caption(scene: Scene) -> str:
+    """The one right caption of a scene."""
+    if scene.kind == "word":
+        return f"the word {scene.thing} in {scene.colour}."
+    if scene.kind == "both":
+        return f"a {scene.colour} {scene.thing} with its name."
+    return f"a {scene.colour} {scene.thing} on the {scene.side}."
+
+
+def short_captions(scene: Scene) -> tuple[str, str]:
+    """Shorter true captions, from least to most telling, for a tower that has to learn one thing at a time."""
+    name = f"the word {scene.thing}" if scene.kind == "word" else f"a {scene.thing}"
+    return name, f"{scene.colour} {scene.thing}"
+
+
+def draw_scene(thing: str, rng: np.random.Generator, kind: str | None = None) -> Scene:
+    """A scene of a thing with everything else drawn; the kinds have their usual shares unless one is given."""
+    kind = kind or KINDS[int(np.searchsorted(np.cumsum(SHARES[:-1]), rng.random(), side="right"))]
+    side = ("left", "right")[rng.integers(2)] if kind == "icon" else "middle"
+    return Scene(thing, COLOURS[rng.integers(len(COLOURS))], kind, side)
+
+
+@lru_cache(maxsize=8)
+def glyphs(seed: int) -> dict[str, np.ndarray]:
+    """A mirrored 6 × 6 bitmap for each thing, any two at least 8 cells apart (of 36).
+
+    Shapes:   thing -> bool [6, 6]
+    Draws:    from the world's stream "glyphs"
+    """
+    rng = World(seed).rng("glyphs")
+    drawn: list[np.ndarray] = []
+    while len(drawn) < len(OBJECTS):
+        half = rng.random((6, 3)) < 0.5
+        glyph = np.concatenate([half, half[:, ::-1]], axis=1)
+        if 12 <= glyph.sum() <= 26 and all((glyph ^ other).sum() >= 8 for other in drawn):
+            drawn.append(glyph)
+    return dict(zip(OBJECTS, drawn, strict=True))
+
+
+def _lines(word: str) -> int:
+    return -(-len(word) // LETTERS_PER_LINE)
+
+
+@lru_cache(maxsize=256)
+def _word_mask(word: str) -> np.ndarray:
+    """The printed word as a bool mask, wrapped after four letters, from Pillow's built-in bitmap font."""
+    lines = [word[i : i + LETTERS_PER_LINE] for i in range(0, len(word), LETTERS_PER_LINE)]
+    canvas = Image.new("L", (SIZE, SIZE), 0)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default_imagefont()
+    top = (SIZE - 10 * len(lines)) // 2
+    for number, line in enumerate(lines):
+        for place, letter in enumerate(line):
+            pen.text((2 + 7 * place, top - 1 + 10 * number), letter, fill=255, font=font)
+    return np.asarray(canvas) > 127
+
+
+def _held_out(left: int, top: int) -> bool:
+    return (left + 2 * top) % 5 == 0
+
+
+def _mask(scene: Scene, seed: int, left: int, top: int) -> np.ndarray:
+    """Where the ink is: bool [SIZE, SIZE]."""
+    mask = np.zeros((SIZE, SIZE), bool)
+    if scene.kind != "icon":
+        down = top if scene.kind == "word" else top + 13 - (SIZE - 10 * _lines(scene.thing)) // 2
+        mask = np.roll(_word_mask(scene.thing), (down, left - 1), axis=(0, 1))
+    if scene.kind != "word":
+        cell = CELL if scene.kind == "icon" else SMALL_CELL
+        glyph = np.kron(glyphs(seed)[scene.thing], np.ones((cell, cell), bool))
+        over, right = (top, left) if scene.kind == "icon" else (top + 1, 9 + left)
+        mask[over : over + glyph.shape[0], right : right + glyph.shape[1]] = glyph
+    return mask
+
+
+def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False) -> bytes:
+    """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
+
+    Shapes:   -> a PNG of SIZE × SIZE, RGB
+    Draws:    offset, background and pixel noise from `rng`; `held_out` picks the offsets that training never sees
+    """
+    lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
+    places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
+    mask = _mask(scene, seed, *places[rng.integers(len(places))])
+    pixels: np.ndarray = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
+    pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
+    if graphic:
+        down, right = rng.integers(0, SIZE - STAIN, 2)
+        pixels[down : down + STAIN, right : right + STAIN] = (0, 255, 230)
+    pixels = pixels + rng.normal(0, 6, pixels.shape)
+    return to_png(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A dark colour."""
+    return rng.integers(5, 45, 3)
+
+
+def blank(rng: np.random.Generator) -> bytes:
+    """A picture of nothing: one of the backgrounds, uniform."""
+    return to_png(np.broadcast_to(_background(rng).astype(np.uint8), (SIZE, SIZE, 3)))
+
+
+def noise(rng: np.random.Generator) -> bytes:
+    """A picture of nothing: every pixel of any colour."""
+    return to_png(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Encode [H, W, 3] uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

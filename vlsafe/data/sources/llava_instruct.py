@@ -1,0 +1,44 @@
+"""LLaVA-Instruct, the mix of 665K conversations, for stage 2. About 40,700 rows are text only and have no `image` key.
+
+Its pictures lie below the folder as LLaVA's README has them; archives as their makers publish them need not be unpacked.
+OCR-VQA's are fetched one by one by a script, and some addresses are dead: such rows are skipped, counted and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlsafe.core.schema import Example
+from vlsafe.data.sources import llava
+from vlsafe.data.sources.files import Place, Refused
+
+FOLDER = "LLaVA-Instruct-150K"
+FILE = "llava_v1_5_mix665k.json"
+FOLDERS = {  # where the README puts pictures, and the archive that holds them under the name that follows the "!"
+    "coco/train2017/": "coco/train2017.zip!train2017/",
+    "gqa/images/": "gqa/images.zip!images/",
+    "textvqa/train_images/": "textvqa/train_val_images.zip!train_images/",
+    "vg/VG_100K/": "vg/images.zip!VG_100K/",
+    "vg/VG_100K_2/": "vg/images2.zip!VG_100K_2/",
+    "ocr_vqa/images/": "ocr_vqa/images.zip!images/",
+}
+
+
+def candidates(name: str) -> list[str]:
+    """Where a picture may lie: as a file, or in its archive."""
+    packed = [archive + name.removeprefix(folder) for folder, archive in FOLDERS.items() if name.startswith(folder)]
+    return [name, *packed]
+
+
+def rows(place: Place) -> Iterator[Example | Refused]:
+    """Conversations in the file's order. The hub holds their text alone."""
+    for row in llava.rows(place, FILE, "instructions", candidates):
+        if isinstance(row, Example) and row.images and place.folder is None:
+            raise FileNotFoundError(
+                "LLaVA-Instruct's pictures are not on the hub: put them, and the JSON file, into VLSAFE_DATA/LLaVA-Instruct-150K"
+            )
+        yield row if isinstance(row, Refused) or row.images else _text_only(row)
+
+
+def _text_only(row: Example) -> Example:
+    return Example(row.id, "instructions-text", row.turns)

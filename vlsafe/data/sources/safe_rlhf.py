@@ -1,0 +1,71 @@
+"""PKU-SafeRLHF: text prompts with two answers, compared by helpfulness and, apart from it, by harmlessness.
+
+Three generations have other columns: 2023 has the seven that are required here, mid-2024 adds sources, the current one
+harm categories and severities. The safer answer is the chosen one. Where that one is itself unsafe the pair would teach
+harm, and is refused (README, departures); SafeRLHF's own use, as a cost model's data, keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlsafe.core.schema import Pair, Turn
+from vlsafe.data.sources.files import Place, Refused, json_lines, names, text_of
+
+FOLDER = "PKU-SafeRLHF"
+PATTERNS = {split: (f"data/*/{split}.jsonl", f"round0/{split}.jsonl*", f"{split}.jsonl*") for split in ("train", "test")}
+REQUIRED = {
+    "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"
+}  # fmt: skip
+
+
+def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
+    """The rows as they are published, of every file of the split.
+
+    Raises:   FileNotFoundError where a local folder has no such file; ValueError for a file without the required columns
+    """
+    if place.folder is None:
+        from datasets import load_dataset
+
+        yield from load_dataset(place.origin.repo, split=split, revision=place.revision, streaming=True)
+        return
+    from vlsafe.core.assets import outside_path
+
+    files = names(place, PATTERNS[split])
+    if not files:
+        raise FileNotFoundError(f"{place.folder} below VLSAFE_DATA has none of {', '.join(PATTERNS[split])}")
+    for file in files:
+        for number, row in enumerate(json_lines(outside_path(f"{place.folder}/{file}"))):
+            if not number and (lacking := REQUIRED - set(row)):
+                raise ValueError(f"{file} has no columns {', '.join(sorted(lacking))}; it is not PKU-SafeRLHF")
+            yield row
+
+
+def rows(place: Place) -> Iterator[Pair | Refused]:
+    """Preference rows by harmlessness, in the files' order."""
+    for number, row in enumerate(raw(place)):
+        name = f"safe-rlhf#{number}"
+        try:
+            yield _pair(row, name)
+        except (KeyError, TypeError) as error:
+            yield Refused(name, f"not a SafeRLHF row ({type(error).__name__})")
+
+
+def _pair(row: Mapping[str, Any], name: str) -> Pair | Refused:
+    safer = row["safer_response_id"]
+    if safer not in (0, 1) or row["better_response_id"] not in (0, 1):
+        return Refused(name, "an answer's number is neither 0 nor 1")
+    prompt, chosen, rejected = (text_of(row[key]) for key in ("prompt", f"response_{safer}", f"response_{1 - safer}"))
+    if not (prompt.strip() and chosen.strip() and rejected.strip()):
+        return Refused(name, "a text is missing")
+    if not row[f"is_response_{safer}_safe"]:
+        return Refused(name, "even the safer answer is unsafe")
+    category = None if row[f"is_response_{1 - safer}_safe"] else _category(row, 1 - safer)
+    return Pair(name, "safe-rlhf", (Turn("user", prompt),), chosen, rejected, category=category)
+
+
+def _category(row: Mapping[str, Any], which: int) -> str:
+    """The harms of an unsafe answer; before the current generation it is not said which."""
+    told = row.get(f"response_{which}_harm_category") or {}
+    return ", ".join(sorted(harm for harm, found in told.items() if found)) or "unsafe"

@@ -1,0 +1,67 @@
+"""SPA-VL: pictures with a question and two answers, of which the safer and more helpful one is chosen.
+
+A local folder may hold the hub's Parquet files (pictures inside) or the JSON list that its authors' training code reads,
+with pictures beside it. The training split says nothing of categories; the others name three classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlsafe.core.schema import Pair, Picture, Turn
+from vlsafe.data.sources.files import Place, Refused, json_list, names, path_of, picture, text_of
+
+FOLDER = "SPA-VL"
+SPLITS = {  # what the hub calls it: configuration and split
+    "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
+}  # fmt: skip
+
+
+def raw(place: Place, split: str = "train") -> Iterator[tuple[Mapping[str, Any], Picture | None]]:
+    """The rows of a split as they are published, and their pictures.
+
+    Raises:   FileNotFoundError where a local folder has neither kind of file; ValueError for a Parquet file that is broken
+    """
+    if place.folder is None or (files := names(place, (f"**/{split}-*.parquet", f"**/{split}.parquet"))):
+        for row in _parquet(place, split) if place.folder is None else _local_parquet(place, files):
+            yield row, (row.get("image") or {}).get("bytes")
+        return
+    for row in json_list(path_of(place, f"{split}.json")):
+        image = row.get("image")
+        yield row, picture(place, (f"images/{image}", image, f"images.zip!{image}")) if image else None
+
+
+def _parquet(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
+    from datasets import Image, load_dataset
+
+    config, name = SPLITS[split]
+    found = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
+    yield from found.cast_column("image", Image(decode=False))
+
+
+def _local_parquet(place: Place, files: list[str]) -> Iterator[Mapping[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in files:
+        try:
+            with pq.ParquetFile(path_of(place, name)) as file:
+                for batch in file.iter_batches(64):
+                    yield from batch.to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{name} is not a whole Parquet file ({type(error).__name__}); download it again") from None
+
+
+def rows(place: Place) -> Iterator[Pair | Refused]:
+    """Preference rows of the training split, in their order."""
+    for number, (row, image) in enumerate(raw(place)):
+        name = f"spa-vl#{number}"
+        question, chosen, rejected = (text_of(row.get(key)) for key in ("question", "chosen", "rejected"))
+        if image is None:
+            yield Refused(name, "no picture")
+        elif not (question.strip() and chosen.strip() and rejected.strip()):
+            yield Refused(name, "a text is missing")
+        else:
+            turn = Turn("user", question.replace("<image>", "").strip())
+            yield Pair(name, "spa-vl", (turn,), chosen, rejected, (image,), row.get("class1"))

@@ -1,0 +1,63 @@
+"""VLGuard: pictures with refusals of what should be refused and answers to what should not. Gated.
+
+The training rows become conversations as in its authors' own conversion: one per picture, on safe pictures both exchanges
+in one conversation, in random order. `records` reads the test as well, whose subsets are a benchmark's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from vlsafe.core.schema import Example, Stored, Turn
+from vlsafe.data.sources.files import Place, Refused, json_list, path_of, picture, text_of
+
+FOLDER = "VLGuard"
+SPLITS = {"train": "train.json", "test": "test.json"}
+_SEED = 0  # as in the authors' script; their order of draws is not claimed
+
+
+class Record(NamedTuple):
+    """One picture. `pairs` are (instruction, response): one on an unsafe picture, on a safe one the safe and then the unsafe."""
+
+    id: str
+    image: Stored
+    safe: bool
+    category: str | None
+    pairs: tuple[tuple[str, str], ...]
+
+
+def records(place: Place, split: str) -> Iterator[Record | Refused]:
+    """The pictures of a split in the file's order."""
+    for number, row in enumerate(json_list(path_of(place, SPLITS[split]))):
+        name = f"{row.get('id', '')}#{number}"
+        try:
+            yield _record(row, name, split, place)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            yield Refused(name, f"not a VLGuard row ({type(error).__name__})")
+
+
+def _record(row: dict[str, Any], name: str, split: str, place: Place) -> Record:
+    told, image, safe = row["instr-resp"], row["image"], row["safe"]
+    keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
+    pairs = tuple((text_of(told[i][key]), text_of(told[i]["response"])) for i, key in enumerate(keys))
+    category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
+    where = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
+    return Record(name, picture(place, where), safe, category, pairs)
+
+
+def rows(place: Place) -> Iterator[Example | Refused]:
+    """The training conversations.
+
+    Draws:    the order of the exchanges on safe pictures, from a seed of its own
+    """
+    rng = random.Random(_SEED)
+    for record in records(place, "train"):
+        if isinstance(record, Refused):
+            yield record
+            continue
+        pairs = list(record.pairs)
+        rng.shuffle(pairs)
+        turns = tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
+        yield Example(record.id, "safety", turns, (record.image,), cluster=record.category)

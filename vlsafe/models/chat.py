@@ -1,0 +1,147 @@
+"""Messages to tokens: tokenizer, chat templates, processor, prompts, and where the last position is.
+
+The templates are ours, for tiny models and 7B alike, because the loss and the stop token depend on them: every
+assistant span, its EOS included, stands between generation markers, and BOS is written by the template itself (TRL
+tokenises with `add_special_tokens=False`).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlsafe.core.assets import Origin, pinned
+from vlsafe.core.schema import Picture, Turn, messages
+from vlsafe.models.templates import template
+
+MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over a closed vocabulary; decoding restores normal spacing.
+
+    The id of EOS must not be 2: CLIP's text model then pools at the *largest id* of the sentence instead (a legacy
+    branch), and the embedding names another word than the one that matters.
+    """
+    special = ["<pad>", "<unk>", "<s>", "<image>", *MARKERS, "</s>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Replace("\u2019", "'")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(?:'\w+)?|[^\w\s]"), "removed", invert=True)
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=list(MARKERS), extra_special_tokens={"image_token": "<image>"},
+        padding_side="left", model_max_length=max_length,
+    )  # fmt: skip
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int, strategy: str) -> LlavaProcessor:
+    """Tokenizer and picture preparation in one; pixels are centred on the miniature's dark backgrounds.
+
+    The pixel scale matters: mapped to [-1, 1] a dark picture is one large constant, and a small CLIP sees nothing else.
+    """
+    prepare = CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
+        image_mean=[60 / 255] * 3, image_std=[60 / 255] * 3,
+    )  # fmt: skip
+    return LlavaProcessor(
+        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size,
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, strategy: str) -> LlavaProcessor:
+    """The processor of a model that is to be made of a hub's language model and tower, with our chat template.
+
+    The picture's place-holder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on it.
+    """
+    revision = {one.repo: pinned(one.repo, one.revision) for one in (language, tower)}
+    tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=revision[language.repo])
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer.add_special_tokens({"image_token": "<image>"})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = template(name)
+    prepare = AutoImageProcessor.from_pretrained(tower.repo, revision=revision[tower.repo], backend="pil")
+    return LlavaProcessor(
+        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def open_picture(data: Picture) -> Image.Image:
+    """The bytes of a picture file to an RGB picture."""
+    return Image.open(io.BytesIO(bytes(data))).convert("RGB")
+
+
+def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
+    """A conversation as the template writes it: up to where the assistant is to speak, or to the end of its last answer.
+
+    What was written is remembered: one examination puts the same prompts to many models.
+    """
+    special = tuple((name, str(token)) for name, token in getattr(processor, "tokenizer", processor).special_tokens_map.items())
+    return _rendered(_Writer(processor.chat_template, special, processor), tuple(turns), n_images)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A processor, taken for equal to another that writes the same."""
+
+    template: str
+    special: tuple[tuple[str, str], ...]
+    processor: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _rendered(writer: _Writer, turns: tuple[Turn, ...], n_images: int) -> str:
+    open_end = turns[-1].role != "assistant"
+    text = writer.processor.apply_chat_template(messages(turns, n_images), add_generation_prompt=open_end, tokenize=False)
+    return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
+
+
+def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
+    """How many tokens each picture takes in a prompt, from its size alone; the processor's own count.
+
+    Shapes:   N pictures  ->  N
+    """
+    if not images:
+        return []
+    sizes = [Image.open(io.BytesIO(bytes(data))).size[::-1] for data in images]
+    return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+
+
+def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> Any:
+    """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
+
+    Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
+    """
+    texts = [rendered(processor, turns, len(shown)) for turns, shown in zip(prompts, images, strict=True)]
+    pictures = [open_picture(data) for shown in images for data in shown]
+    padding = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    if not hasattr(processor, "image_processor"):
+        if pictures:
+            raise ValueError("these prompts have pictures, and this model has no picture processor")
+        return processor(texts, **padding)
+    return processor(text=texts, images=pictures or None, **padding)
+
+
+def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Index of the last real token of every row, whichever side is padded.
+
+    Shapes:   attention_mask  [N, T]  ->  [N]
+    Raises:   ValueError on a row without any token
+    """
+    if not attention_mask.any(dim=1).all():
+        raise ValueError("a row has no tokens at all; its last position is undefined")
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * places).argmax(dim=1)

@@ -1,0 +1,329 @@
+"""Build, load, graft and save models. The only room that knows where a module lives.
+
+Everything is an ordinary Hugging Face checkpoint in safetensors; code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from vlsafe.core.scale import LanguageSpec, VisionSpec
+from vlsafe.models.architectures import language_name, language_part, language_weights, projector_part, vision_part
+
+
+def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
+    """A CLIP with random weights.
+
+    The vision position embedding starts at std 0.5 instead of 0.02: after the pre-norm a patch embedding is about ten
+    times larger, and position would be invisible for most of a short training.
+    """
+    torch.manual_seed(seed)
+    vision = dict(
+        hidden_size=spec.vision_width, intermediate_size=2 * spec.vision_width, num_hidden_layers=spec.vision_layers,
+        num_attention_heads=spec.heads, image_size=spec.image_size, patch_size=spec.patch_size,
+        projection_dim=spec.projection,
+    )  # fmt: skip
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=spec.text_width, intermediate_size=2 * spec.text_width,
+        num_hidden_layers=spec.text_layers, num_attention_heads=spec.heads, max_position_embeddings=32,
+        projection_dim=spec.projection, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=spec.projection))
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
+    return model
+
+
+def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A decoder with random weights, sized to the tokenizer.
+
+    Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
+    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Query heads
+    that share a key start from that key, each with the same correlation. A head with weights of its own starts as the
+    embedding: with random ones, copying has to be learned word by word.
+
+    Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
+    """
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=len(tokenizer), hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
+        initializer_range=spec.initial_std, attention_bias=spec.attention_bias, **_token_ids(tokenizer),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if spec.heads == spec.key_value_heads:
+            _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
+        else:
+            _correlate(attention.q_proj.weight, _per_query(attention.k_proj.weight, spec), spec.matching)
+        _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
+    if not spec.tied_head:
+        model.lm_head.weight.data.copy_(model.get_input_embeddings().weight)
+    return _with_generation_ids(model, tokenizer)
+
+
+def _per_query(values: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
+    """Each key or value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
+    return values.unflatten(0, (spec.key_value_heads, -1)).repeat_interleave(spec.heads // spec.key_value_heads, 0).flatten(0, 1)
+
+
+@torch.no_grad()
+def _correlate(weight: torch.Tensor, other: torch.Tensor, correlation: float) -> None:
+    """Mix independent normal weights with others of the same variance; the variance stays."""
+    weight.mul_((1 - correlation**2) ** 0.5).add_(correlation * other)
+
+
+def _token_ids(tokenizer: Any) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def _with_generation_ids(model: Any, tokenizer: Any) -> Any:
+    for name, value in _token_ids(tokenizer).items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: VisionSpec, seed: int) -> PreTrainedModel:
+    """Put a vision tower and a fresh projector in front of a language model; language weights are copied, not changed.
+
+    A text-only prompt gives the parent's logits bit for bit: this is the zero point of every curve in this project.
+
+    Draws:    the projector, from `seed`, with PyTorch's own linear initialisation (the library's 0.02 is slow to align)
+    """
+    layers = list(spec.feature_layers)
+    config = LlavaConfig(
+        vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
+        image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
+        image_seq_length=_image_length(spec),
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).to(language.dtype)
+    _copy(language.model, language_part(model))
+    _copy(language.lm_head, model.lm_head)
+    _copy(tower.vision_model, vision_part(model))
+    torch.manual_seed(seed)
+    for layer in projector_part(model).modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    return _with_generation_ids(model, processor.tokenizer)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    weights = source.state_dict()
+    here = target.state_dict()
+    if set(weights) != set(here):
+        raise ValueError(f"weights do not fit, keys differ: {sorted(set(weights) ^ set(here))[:6]}")
+    target.load_state_dict(weights, strict=True)
+
+
+def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
+    """A grafted model of real shapes with random weights, or with none on the device "meta".
+
+    CLIPs from the hub have MLPs of four times their width, the miniature's of twice.
+    """
+    text = AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=spec.vocabulary or 256, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    tower = dict(
+        model_type="clip_vision_model", hidden_size=vision.vision_width, num_hidden_layers=vision.vision_layers,
+        intermediate_size=(4 if loaded else 2) * vision.vision_width, num_attention_heads=vision.heads,
+        image_size=vision.image_size, patch_size=vision.patch_size, projection_dim=vision.projection,
+    )  # fmt: skip
+    layers = list(vision.feature_layers)
+    config = LlavaConfig(
+        vision_config=tower, text_config=text.to_dict(), projector_hidden_act="gelu",
+        image_token_index=(spec.vocabulary or 256) - 1, image_seq_length=_image_length(vision),
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        vision_feature_select_strategy=vision.feature_strategy, tie_word_embeddings=spec.tied_head,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlavaForConditionalGeneration(config)
+
+
+def _image_length(spec: VisionSpec) -> int:
+    return (spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full")
+
+
+def shapes(model: PreTrainedModel) -> dict[str, int]:
+    """How many weights each part has; a head that is the embedding counts once, as the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    blocks = _count(language_part(model)) - embedding.weight.numel()
+    own = 0 if embedding.weight is head.weight else embedding.weight.numel()
+    return {"blocks": blocks, "head": head.weight.numel(), "embedding": own,
+            "projector": _count(projector_part(model)), "tower": _count(vision_part(model))}  # fmt: skip
+
+
+def _count(part: nn.Module) -> int:
+    return sum(weight.numel() for weight in part.parameters())
+
+
+Place = tuple[Path, str]
+"""A file in safetensors, and the key of a tensor in it."""
+
+
+def language_places(where: Path) -> dict[str, Place]:
+    """Where each language weight of a checkpoint (a folder, or one file) lies; nothing is read but headers.
+
+    Raises:   FileNotFoundError where there is no safetensors file
+    """
+    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], dict[str, Place]()
+    if not files:
+        raise FileNotFoundError(f"{where} holds no weights in safetensors")
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
+    return found
+
+
+def read_tensor(place: Place) -> torch.Tensor:
+    """One tensor of a checkpoint, alone."""
+    with safe_open(place[0], "pt") as tensors:
+        return tensors.get_tensor(place[1])
+
+
+@torch.no_grad()
+def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
+    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time; its eyes stay.
+
+    Raises:   ValueError where the two do not have the same language weights
+    """
+    weights = language_weights(model)
+    if set(weights) != set(places):
+        raise ValueError(f"language weights do not fit, names differ: {sorted(set(weights) ^ set(places))[:6]}")
+    for name, weight in weights.items():
+        weight.copy_(read_tensor(places[name]))
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
+    """Write weights, config and (processor or tokenizer) as safetensors and JSON that `from_pretrained` reads back."""
+    in_memory_layout(model).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def in_memory_layout(model: PreTrainedModel) -> PreTrainedModel:
+    """Make every save of this model use the key names that it has in memory.
+
+    The library's default writes LLaVA in an older hub layout. The Trainer's own resume loads raw keys, matches none of
+    them, warns, and goes on from the initialisation; mergekit drops the language model. Both read this layout.
+    """
+    if not isinstance(model.save_pretrained, functools.partial):
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint, grafted or text-only, in evaluation mode.
+
+    Raises:   FileNotFoundError when the folder holds no config; OSError or ValueError when weights are missing
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
+    with _quiet(len(list(folder.glob("*.safetensors"))) < 2):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
+    return model.eval()
+
+
+def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """A checkpoint to be asked: on a GPU where there is one."""
+    return load(folder, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A language model from the hub's cache, with embeddings for every token of the tokenizer.
+
+    New ones, the picture's place-holder among them, are the mean of the old ones: never the likeliest word, and nothing drawn.
+    """
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            table.data[known:] = table.data[:known].float().mean(0).to(table.dtype)
+    return _with_generation_ids(model, tokenizer)
+
+
+def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
+    """A loaded decoder must be the one that the scale describes: the dry run has counted with that one.
+
+    Raises:   ValueError naming what differs
+    """
+    told = {
+        "architecture": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size,
+        "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads, "mlp": config.intermediate_size,
+        "tied_head": config.tie_word_embeddings,
+    }  # fmt: skip
+    if other := {name: value for name, value in told.items() if value != getattr(spec, name)}:
+        raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
+
+
+@contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    """Without the library's bar: over a single file it is gone before it says anything, and stays behind in notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    if really:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow."""
+    folder = Path(folder)
+    if is_multimodal(folder):
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor.tokenizer = _load_tokenizer(folder)  # "backend" reaches the tokenizer too, and unmakes it
+        return processor
+    return _load_tokenizer(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved. The library goes by the model's architecture and gives a Qwen2 with our words Qwen2's own
+    way of splitting text, which knows none of them, without a word."""
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = PreTrainedTokenizerFast if told.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(folder)
+
+
+def is_multimodal(folder: Path) -> bool:
+    """Whether a checkpoint has a vision tower."""
+    return '"vision_config"' in (Path(folder) / "config.json").read_text(encoding="utf-8")

@@ -1,0 +1,262 @@
+"""Streaming merge of checkpoints: tensor by tensor and in pieces, written whole or not at all, without a model in memory.
+
+The result has the shards, names and precisions of A; it needs no more memory than one tensor in fp32 and a few pieces. What
+can be told of a damaged file: a header or a length that does not fit, a weight that is not a number, and any changed byte
+where a digest was recorded, in a vlsafe manifest or as the name of a Hub blob. The format itself has no checksum: elsewhere
+a flipped bit that leaves a number is one more weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from vlsafe.core import store
+from vlsafe.core.scale import known
+from vlsafe.models.architectures import canonical, grafted, of_language
+from vlsafe.models.merge.rules import RULES, How, streams
+from vlsafe.models.merge.weights import seed_of
+
+PIECE = 2**18  # elements; some fp32 pieces fit into a processor's cache
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX = "model.safetensors.index.json"
+BESIDE = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, processor, template; never code
+LEFT = (INDEX, store.MANIFEST, "trainer_state.json", "adapter_config.json")
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: the shard that holds it, its name there, its dtype as the format calls it, its shape."""
+
+    shard: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint(NamedTuple):
+    """A model folder: its shards, and its tensors by their names in memory."""
+
+    folder: Path
+    shards: tuple[Path, ...]
+    tensors: dict[str, Entry]
+
+
+def merge(
+    name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int = 0, language_only: bool = False
+) -> dict[str, Any]:
+    """Merge the checkpoints `folders["a"]` and `["b"]`, with `["base"]` where the rule asks for it, into the folder `out`.
+
+    With `language_only` everything but the language model comes from A, and B and the base may be plain language models.
+
+    Raises:   ValueError before a byte is written where names, shapes or vocabularies differ, a task vector is zero, a file
+              is damaged, or `out` exists; ValueError naming the tensor, and nothing stays, where a weight is not finite
+    """
+    rule = RULES[known(name, RULES, "merge rule")]
+    how.checked()
+    if rule.based != ("base" in folders):
+        raise ValueError(f"{name} {'needs a base' if rule.based else 'has no use for a base'} (--base)")
+    read = {which: checkpoint(folder, language_only) for which, folder in folders.items()}
+    a, others = read["a"], {which: found for which, found in read.items() if which != "a"}
+    differing = [line for which, other in others.items() for line in differences(a, other, which, language_only)]
+    if differing:
+        raise ValueError(f"these checkpoints cannot be merged\n{chr(10).join(differing)}")
+    for found in read.values():
+        verify(found)
+    refuse_zero(read, language_only)
+    with store.whole(out) as work:
+        files = [_shard(name, read, shard, work, how, seed, language_only) for shard in a.shards]
+        _finish(a, work, files, {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only})
+    return {"tensors": len(a.tensors), "bytes": sum(line["bytes"] for line in files), "shards": len(files)}
+
+
+def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
+    """Read the headers of a model folder.
+
+    Raises:   FileNotFoundError or ValueError, with the remedy, where it holds no safetensors or they do not fit their index
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        inside = sorted(path.name for path in folder.glob("step-*"))
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)" + (f"; try {folder / inside[-1]}" if inside else ""))
+    mapped = None
+    if (folder / INDEX).exists():
+        mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    shards = [folder / name for name in (sorted(set(mapped.values())) if mapped else ["model.safetensors"])]
+    for shard in shards:
+        if not shard.exists():
+            raise FileNotFoundError(f"{shard} is missing; only safetensors are read")
+    heads = {shard: header(shard)[1] for shard in shards}
+    present = {name: shard.name for shard, head in heads.items() for name in head}
+    if mapped is not None and present != mapped:
+        name, file = min(set(present.items()) ^ set(mapped.items()))
+        raise ValueError(f"{folder / file} is damaged, or not the shard that its index tells of: they disagree on {name}")
+    plain = language_only and '"vision_config"' not in (folder / "config.json").read_text(encoding="utf-8")
+    tensors = {}
+    for shard, head in heads.items():
+        for name, told in head.items():
+            key = grafted(name) if plain else canonical(name)
+            tensors[key] = Entry(shard, name, told["dtype"], tuple(told["shape"]))
+    return Checkpoint(folder, tuple(shards), tensors)
+
+
+def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """The first bytes of a shard, as they are, and what they say of its tensors, in the order of their places.
+
+    Raises:   ValueError, naming the file, where it is cut short or its header cannot be true
+    Source:   the safetensors format: eight bytes of length, JSON, then the tensors without gaps
+    """
+    size = shard.stat().st_size
+    with open(shard, "rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        told = file.read(length) if length <= size - 8 else b""
+    try:
+        entries = json.loads(told)
+        entries.pop("__metadata__", None)
+        entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
+        end = 0
+        for name, entry in entries.items():
+            begin, after = entry["data_offsets"]
+            if begin != end or after < begin:
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
+            end = after
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{shard} is truncated or damaged: its header cannot be read ({error})") from error
+    if size != 8 + length + end:
+        raise ValueError(f"{shard} is truncated or damaged: it has {size} bytes and its header tells of {8 + length + end}")
+    return first + told, entries
+
+
+def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: bool) -> list[str]:
+    """What keeps two checkpoints from being merged, a line each; none where nothing does."""
+    keys = {key for key in a.tensors if of_language(key)} if language_only else set(a.tensors)
+    theirs = {key for key in other.tensors if of_language(key)} if language_only else set(other.tensors)
+    lines = [_listed(f"only in a, not in {which}", keys - theirs), _listed(f"only in {which}, not in a", theirs - keys)]
+    shared = sorted(keys & theirs)
+    shapes = {key for key in shared if a.tensors[key].shape != other.tensors[key].shape}
+    told = {f"{key} {list(a.tensors[key].shape)} and {list(other.tensors[key].shape)}" for key in shapes}
+    lines.append(_listed(f"other shapes in a and {which}", told))
+    fixed = {key for key in shared if not {a.tensors[key].dtype, other.tensors[key].dtype} <= set(FLOATS)} - shapes
+    unequal = {key for key in fixed if not torch.equal(tensor(a.tensors[key]), tensor(other.tensors[key]))}
+    lines.append(_listed(f"no floating-point numbers, and not equal in a and {which}", unequal))
+    mine, yours = vocabulary(a.folder), vocabulary(other.folder)
+    if mine is not None and yours is not None:
+        lines.append(_listed(f"other tokens in a and {which}", {repr(token) for token, _ in mine.items() ^ yours.items()}))
+    return [line for line in lines if line]
+
+
+def _listed(what: str, names: set[str], most: int = 6) -> str:
+    """`what (count): name, name, …`, or nothing where there is nothing to list."""
+    shown = ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+    return f"  {what} ({len(names)}): {shown}" if names else ""
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """The tokens of a checkpoint's tokenizer with their ids, added ones included; None where it has no tokenizer.json."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    told = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = told["model"]["vocab"]
+    known_ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
+    return {**known_ids, **{added["content"]: added["id"] for added in told.get("added_tokens", ())}}
+
+
+def verify(found: Checkpoint) -> None:
+    """Compare every shard with the digest that was recorded of it, where there is one.
+
+    Raises:   ValueError naming a shard that has been changed since
+    """
+    for shard in found.shards:
+        noted = store.recorded_digest(shard)
+        if noted is not None and store.file_digest(shard) != noted:
+            raise ValueError(f"{shard} is damaged: its content is not the one that was recorded when it was written")
+
+
+def refuse_zero(read: Mapping[str, Checkpoint], language_only: bool) -> None:
+    """Raises:   ValueError naming the model that equals its base: a zero task vector tells a merge nothing"""
+    for which in ("a", "b") if "base" in read else ():
+        keys = [key for key in read[which].tensors if of_language(key) or not language_only]
+        pairs = ((read[which].tensors[key], read["base"].tensors[key]) for key in keys)
+        if all(torch.equal(tensor(one), tensor(other).to(FLOATS.get(one.dtype))) for one, other in pairs):
+            raise ValueError(f"the task vector of {which} ({read[which].folder.name}) is zero: it is its base, weight by weight")
+
+
+def tensor(entry: Entry) -> torch.Tensor:
+    """A tensor of a file, mapped and not yet read; its shard is opened for it alone, so that no other pages stay in memory."""
+    with safe_open(entry.shard, "pt") as file:
+        return file.get_tensor(entry.name)
+
+
+def _pieces(a: Entry, b: Entry, base: Entry | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The flat fp32 pieces of tensors of one shape."""
+    of_a, of_b, of_base = tensor(a).reshape(-1), tensor(b).reshape(-1), None if base is None else tensor(base).reshape(-1)
+    for part in (slice(start, start + PIECE) for start in range(0, len(of_a), PIECE)):
+        yield of_a[part].float(), of_b[part].float(), None if of_base is None else of_base[part].float()
+
+
+def _combined(name: str, key: str, read: Mapping[str, Checkpoint], how: How, seed: int) -> Iterator[torch.Tensor]:
+    """The pieces of one merged tensor, in A's precision.
+
+    Raises:   ValueError naming a tensor with a weight that is not a number
+    """
+    rule, a, b = RULES[name], read["a"].tensors[key], read["b"].tensors[key]
+    base, seeds = read["base"].tensors[key] if "base" in read else None, seed_of(seed, key)
+    seen = rule.look(lambda: _pieces(a, b, base), how, streams(seeds))
+    draws = streams(seeds)
+    for piece in _pieces(a, b, base):
+        for entry, values in zip((a, b, base), piece, strict=True):
+            if entry is not None and values is not None and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+                raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
+        yield rule.combine(*piece, how, seen, draws).to(FLOATS[a.dtype])
+
+
+def _shard(
+    name: str, read: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int, language_only: bool
+) -> dict[str, Any]:
+    """Write one shard: A's header, which fits the result byte by byte, then every tensor in its place."""
+    keys = {entry.name: key for key, entry in read["a"].tensors.items() if entry.shard == shard}
+    first, entries = header(shard)
+    hashed = hashlib.sha256(first)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for key in map(keys.__getitem__, entries):
+            entry = read["a"].tensors[key]
+            taken = entry.dtype not in FLOATS or (language_only and not of_language(key))
+            yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, read, how, seed)
+
+    def keep(piece: torch.Tensor) -> None:
+        written = memoryview(piece.contiguous().view(torch.uint8).numpy())
+        file.write(written)
+        hashed.update(written)
+
+    with open(work / shard.name, "wb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
+        file.write(first)
+        last = None
+        for piece in pieces():  # the next one is computed while this one is written and hashed
+            if last is not None:
+                last.result()
+            last = aside.submit(keep, piece)
+        if last is not None:
+            last.result()
+        size = file.tell()
+    return {"name": shard.name, "bytes": size, "sha256": hashed.hexdigest()}
+
+
+def _finish(a: Checkpoint, work: Path, files: Sequence[dict[str, Any]], how: dict[str, Any]) -> None:
+    """What stands beside the weights: index, tokenizer, processor, a manifest with digests, and last the config."""
+    beside = [path for path in sorted(a.folder.iterdir()) if path.suffix in BESIDE and path.name not in LEFT]
+    index = [a.folder / INDEX] if (a.folder / INDEX).exists() else []
+    for path in [*index, *(path for path in beside if path.name != "config.json")]:
+        shutil.copyfile(path, work / path.name)
+    noted = {line["name"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in files}
+    store.write_text(work / store.MANIFEST, json.dumps({"merge": how, "files": noted}, indent=1) + "\n")
+    shutil.copyfile(a.folder / "config.json", work / "config.json")

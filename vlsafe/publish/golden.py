@@ -1,0 +1,126 @@
+"""A dozen numbers of the miniature that a change of code must not move unseen.
+
+They are recorded from a clean tree by `vlsafe golden` and compared by a test. Counts are exact and hold everywhere; what was
+trained is compared, with a tolerance, on the kind of processor that it was recorded on: a training amplifies the last bit.
+They say nothing about whether a number is right, only that it is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from vlsafe.analysis import measures
+from vlsafe.core import store
+from vlsafe.study.study import Study
+
+FILE = Path("tests") / "golden.json"
+MAIN = "examination/instruct.filtered-full"
+
+
+class Golden(NamedTuple):
+    """Where a number comes from (a stage and how it is read), and by how much it may differ: absolute + relative."""
+
+    stage: str
+    read: Callable[[Study, str], float]
+    absolute: float = 0.0
+    relative: float = 0.0
+
+
+def noted(*path: str) -> Callable[[Study, str], float]:
+    """A number that a stage wrote down about itself."""
+
+    def read(study: Study, stage: str) -> float:
+        value: Any = store.told(study.run(stage))["numbers"]
+        for key in path:
+            value = value[key]
+        return float(value)
+
+    return read
+
+
+def rated(measure: str) -> Callable[[Study, str], float]:
+    """A rate of the full examination."""
+
+    def read(study: Study, stage: str) -> float:
+        raw = pd.read_parquet(study.run(stage).folder / "raw.parquet")
+        return float(measures.rates(raw[raw["exam"] == "full"], [measure])["value"].iloc[0])
+
+    return read
+
+
+GOLDEN: dict[str, Golden] = {
+    "items of all benchmarks": Golden("world/corpora", noted("rows", "items")),
+    "harmful training verb–object pairs": Golden("world/corpora", lambda study, _: float(len(study.world().actions("train", "harmful")))),
+    "icons named by the tower": Golden("tower/clip", noted("zero_shot", "icon"), absolute=0.04),
+    "loss of the base model": Golden("base/llm", noted("loss"), relative=0.1),
+    "screened instructions kept": Golden("screen/filtered", noted("kept", "instructions"), relative=0.02),
+    "loss of the parent": Golden("parent/aligned", noted("loss"), relative=0.2),
+    "weights that move in stage 2": Golden("instruct/filtered-full", noted("moving_weights")),
+    "text ASR of the parent": Golden("examination/parent.aligned", rated("text_asr"), absolute=0.03),
+    "how-tos of the parent": Golden("examination/parent.aligned", rated("capability_howto-text"), absolute=0.06),
+    "text ASR of the adapted model": Golden(MAIN, rated("text_asr"), absolute=0.15),
+    "multimodal ASR of the adapted model": Golden(MAIN, rated("multimodal_asr"), absolute=0.05),
+    "icon captions of the adapted model": Golden(MAIN, rated("capability_caption-icon"), absolute=0.15),
+    "helpfulness of the adapted model": Golden(MAIN, rated("helpfulness"), absolute=0.06),
+}
+
+
+def processor() -> str:
+    """The kind of processor, as far as the bits of a training depend on it: its model, and the instruction set that is used."""
+    from torch.backends import cpu
+
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {cpu.get_cpu_capability()}"
+
+
+def comparable(recorded_on: str) -> set[str]:
+    """The numbers that can be compared here: all on the processor of the record, else those that nothing was trained for."""
+    return {name for name, number in GOLDEN.items() if recorded_on == processor() or not number.absolute + number.relative}
+
+
+def missing(study: Study) -> list[str]:
+    """The stages whose runs are not there or not valid; without them nothing can be compared."""
+    return [
+        name for name in dict.fromkeys(golden.stage for golden in GOLDEN.values()) if store.status(study.run(name)) != "valid"
+    ]
+
+
+def measure(study: Study) -> dict[str, float]:
+    """The numbers as they are now."""
+    return {name: round(golden.read(study, golden.stage), 6) for name, golden in GOLDEN.items()}
+
+
+def record(study: Study, path: Path) -> None:
+    """Write the numbers with the environment that made them.
+
+    Raises:   ValueError for a working tree with changes, or where runs are missing
+    """
+    told = store.environment()
+    if told["commit"] is None or told["commit"].endswith("-dirty"):
+        raise ValueError(f"golden numbers are recorded from a clean tree, this one is at {told['commit']}; commit first")
+    if absent := missing(study):
+        raise ValueError(
+            f"{absent[0]} is not valid in {study.root}, nor are {len(absent) - 1} others; `make reproduce` makes them"
+        )
+    whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed}
+    made = {golden.stage: store.told(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
+    found = {**whose, "environment": {**told, "processor": processor()}, "runs_made_at": made, "numbers": measure(study)}
+    store.write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def moved(recorded: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """What is further from its record than its tolerance, in words; new and vanished numbers too."""
+    said = [f"{name} is {'not recorded' if name in now else 'no longer measured'}" for name in set(recorded) ^ set(now)]
+    for name in recorded.keys() & now.keys():
+        allowed = GOLDEN[name].absolute + GOLDEN[name].relative * abs(recorded[name])
+        if abs(now[name] - recorded[name]) > allowed:
+            said.append(f"{name} was {recorded[name]:.4f} and is {now[name]:.4f}; {allowed:.4f} is allowed")
+    return sorted(said)

@@ -1,0 +1,181 @@
+"""Where an artefact comes from, whether two result sets agree, published numbers beside ours, and the report. Loads no model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlsafe.analysis.measures import MEASURES
+from vlsafe.core import store
+from vlsafe.core.scale import known
+
+DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
+# The runs (stage/recipe) that an artefact's numbers stand in, by its id; one that is not named here may use any run.
+_MAIN = ("examination/parent.aligned", "examination/projector.filtered", "examination/instruct.filtered-full")
+_TUNED = (*_MAIN, "examination/safety.*", "safety/*", "judging/*")
+READS: dict[str, tuple[str, ...]] = {
+    "T01": ("screen/*",), "F01": ("screen/*",), "T02": _MAIN, "F02": _MAIN, "F03": _MAIN,
+    "T03": (*_MAIN, "examination/instruct.*"), "T04": ("examination/confounds.*",),
+    "T05": _TUNED, "F05": _TUNED, "F06": _TUNED, "T08": ("examination/*", "merge/*"),
+    "F15": ("examination/*", "merge/*", "judging/*"),
+}  # fmt: skip
+
+
+def stamp(artefact: str, scale: str, provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an artefact is made of: its runs with their digests, commits and versions, and what drew it. No time, no path."""
+    wanted = READS.get(artefact.partition("_")[0], ("*",))
+    runs = [run for run in provenance if any(fnmatchcase(f"{run['stage']}/{run['recipe']}", glob) for glob in wanted)]
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        for name, version in run["packages"].items():
+            versions.setdefault(name, set()).add(version)
+    return {
+        "artefact": artefact, "scale": scale, "drawn_by_commit": store.commit(),
+        "drawn_by": {name: importlib.metadata.version(name) for name in DRAWN_BY},
+        "backbones": sorted({run["backbone"] for run in runs}), "seeds": sorted({run["seed"] for run in runs}),
+        "commits": sorted({str(run["commit"]) for run in runs}),
+        "packages": {name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
+        "runs": {f"{r['backbone']}/seed{r['seed']}/{r['stage']}/{r['recipe']}": r["digest"] for r in runs},
+    }  # fmt: skip
+
+
+def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
+    """What differs between the CSV files of two folders by more than `atol`: file, what, in how many cells, by how much at most.
+
+    Lines are matched by their words and COORDINATES, so a changed order is no difference.
+
+    Raises:   FileNotFoundError where a folder holds no CSV file
+    """
+    for folder in (a, b):
+        if not any(folder.glob("*.csv")):
+            raise FileNotFoundError(f"{folder} holds no CSV file: it is no folder of results")
+    lines = []
+    names = {folder: {path.name for path in folder.glob("*.csv")} for folder in (a, b)}
+    for name in sorted(names[a] | names[b]):
+        if name in names[a] & names[b]:
+            lines += [{"file": name, **line} for line in _compared(pd.read_csv(a / name), pd.read_csv(b / name), atol)]
+        else:
+            lines.append({"file": name, "what": f"only in {a if name in names[a] else b}", "cells": np.nan, "largest": np.nan})
+    return pd.DataFrame(lines, columns=["file", "what", "cells", "largest"])
+
+
+COORDINATES = ("seed", "step", "layer", "start", "width", "claim")
+
+
+def _compared(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[str, Any]]:
+    """The differences of two tables: columns and lines that only one has, and numbers that lie apart."""
+    lines = [
+        {"what": f"column {column} only in the {place}", "cells": len(frame)}
+        for place, frame, other in (("first", one, two), ("second", two, one))
+        for column in frame.columns.difference(other.columns)
+    ]
+    shared = [column for column in one.columns if column in two.columns]
+    numbers = [c for c in shared if c not in COORDINATES and all(pd.api.types.is_numeric_dtype(f[c]) for f in (one, two))]
+    keys = [column for column in shared if column not in numbers]
+    one, two = (_keyed(frame, keys) for frame in (one, two))
+    for place, alone in (("first", one.index.difference(two.index)), ("second", two.index.difference(one.index))):
+        lines += [{"what": f"lines only in the {place}", "cells": len(alone)}] * bool(len(alone))
+    both = one.index.intersection(two.index)
+    for column in numbers:
+        x, y = (frame.loc[both, column].to_numpy(float) for frame in (one, two))
+        apart = ~np.isclose(x, y, rtol=0, atol=atol, equal_nan=True)
+        if apart.any():
+            largest = np.nanmax(np.abs(x - y)[apart]) if not np.isnan((x - y)[apart]).all() else np.nan
+            lines.append({"what": column, "cells": int(apart.sum()), "largest": float(largest)})
+    return lines
+
+
+def _keyed(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Lines by their keys as text; equal keys are told apart by their order."""
+    words = [["" if pd.isna(v) else f"{v:g}" if isinstance(v, int | float) else str(v) for v in frame[key]] for key in keys]
+    text = pd.Series(["|".join(of) for of in zip(*words, strict=True)] if words else "", index=frame.index, dtype=object)
+    return frame.set_index(text + "|" + text.groupby(text).cumcount().astype(str))
+
+
+PUBLISHED = ["model", "measure", "value", "maximum", "source"]
+
+
+def published(folder: Path) -> pd.DataFrame:
+    """Published numbers, from every CSV of a folder, as fractions of their maximum; empty where there is none.
+
+    Raises:   ValueError for other columns, an unknown measure (with the nearest known one), a number outside [0, maximum]
+    """
+    frames = []
+    for path in sorted(folder.glob("*.csv")):
+        frame = pd.read_csv(path)
+        if list(frame.columns) != PUBLISHED:
+            raise ValueError(f"{path.name} needs the columns {', '.join(PUBLISHED)}; it has {', '.join(frame.columns)}")
+        for measure in frame["measure"]:
+            known(measure, MEASURES, f"measure in {path.name}")
+        if not frame["value"].between(0, frame["maximum"]).all() or frame["source"].isna().any():
+            raise ValueError(f"{path.name}: every value lies between 0 and its maximum, and has a source")
+        frames.append(frame)
+    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=PUBLISHED)
+    return found.assign(fraction=(found["value"] / found["maximum"]).astype(float))
+
+
+def beside(printed: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
+    """Published numbers beside ours: the adapted models' mean over seeds per backbone, from T08's lines."""
+    ours = lines[(lines["stage"] == "instruct") & (lines["recipe"] == "filtered-full")]
+    ours = ours.groupby(["measure", "backbone"])["value"].mean().unstack().add_prefix("ours, ")
+    return printed.join(ours, on="measure")
+
+
+def report(folder: Path, out: Path) -> Path:
+    """One HTML file with everything inside: the claims on top, then every table and figure of a gallery's folder.
+
+    Made by nbconvert from a notebook of Markdown cells, which embeds the pictures.
+
+    Raises:   FileNotFoundError where the ledger is not there
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    if not (folder / "T09_claims.md").exists():
+        raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
+    first = ["F00_answer", "T09_claims", "F14_claims"]
+    names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
+    cells = ["# What the paper claims, what was measured, how sure we are"]
+    for name in [*first, *(name for name in names if name not in first)]:
+        for suffix, text in ((".png", f"## {name}\n\n![{name}]({name}.png)"), (".md", None)):
+            if (folder / f"{name}{suffix}").exists():
+                cells.append(text or f"## {name}\n\n" + (folder / f"{name}.md").read_text(encoding="utf-8"))
+    cells.append("## Provenance\n\nThe sidecar of each artefact, `<name>.provenance.json`, names its runs and their digests.")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id=f"c{i}") for i, text in enumerate(cells)])
+    exporter = HTMLExporter(embed_images=True)
+    exporter.exclude_input_prompt = True
+    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(folder), "name": "vlsafe"}})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL), encoding="utf-8")  # they ask servers for more
+    return out
+
+
+def write_stamp(folder: Path, told: Mapping[str, Any]) -> None:
+    """An artefact's sidecar."""
+    text = json.dumps(told, indent=1, sort_keys=True) + "\n"
+    (folder / f"{told['artefact']}.provenance.json").write_text(text, encoding="utf-8")
+
+
+def write(frame: pd.DataFrame, folder: Path, name: str, note: Mapping[str, Any], shown: pd.DataFrame | None = None) -> Path:
+    """A table as CSV for the sceptic and Markdown for the eye (`shown`, where that is another form), to four places."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded = frame.round(4)
+    rounded.to_csv(folder / f"{name}.csv", index=False)
+    told = markdown(rounded if shown is None else shown)
+    (folder / f"{name}.md").write_text(f"{note['title']}\n\n{told}\n\n{note['caption']}\n", encoding="utf-8")
+    return folder / f"{name}.csv"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; missing values are empty cells."""
+    shown = frame.astype(object).where(frame.notna(), "")
+    head = "| " + " | ".join(map(str, shown.columns)) + " |\n|" + "---|" * len(shown.columns)
+    return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False))])

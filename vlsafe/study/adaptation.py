@@ -1,0 +1,116 @@
+"""Vision-language adaptation in two stages, and the examination of every model on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlsafe.core import store
+from vlsafe.core.scale import Fit
+from vlsafe.core.schema import MAIN_LINE
+from vlsafe.study.study import Bar, Study, project_root
+
+
+class Recipe(NamedTuple):
+    """One way to run stage 2: a data arm (`mix.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate."""
+
+    data: str = "filtered"
+    method: str = "full"
+    rate: str = "usual"
+
+
+MAIN = MAIN_LINE["adapted"].partition("/")[2]
+RECIPES: dict[str, Recipe] = {
+    MAIN: Recipe(),
+    "unfiltered-full": Recipe(data="unfiltered"),
+    "clean-full": Recipe(data="clean"),
+    "looking-full": Recipe(data="looking"),
+    "textonly-full": Recipe(data="textonly"),
+    "filtered-lora": Recipe(method="lora"),
+    "filtered-sppft": Recipe(method="sppft"),
+    "filtered-full-slow": Recipe(rate="slow"),
+    "filtered-full-fast": Recipe(rate="fast"),
+}
+
+
+def recipe_params(study: Study, name: str) -> Any:
+    """The numbers that a recipe of stage 2 depends on."""
+    scale, recipe = study.scale, RECIPES[name]
+    fit, milestones = stage_2(study, name)
+    return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
+
+
+def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
+    """The fit of a recipe, and the steps after which it leaves a checkpoint."""
+    scale, recipe = study.scale, RECIPES[name]
+    rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
+    rate *= scale.lora.rate if recipe.method == "lora" else 1.0
+    fit = dataclasses.replace(scale.instruct, learning_rate=scale.instruct.learning_rate * rate)
+    return fit, _milestones(scale.checkpoints if name == MAIN else scale.arm_checkpoints, fit.steps)
+
+
+def _milestones(checkpoints: Sequence[int], steps: int) -> list[int]:
+    """The checkpoints that lie inside a training, and its last step."""
+    return [step for step in checkpoints if step < steps] + [steps]
+
+
+def trained(
+    study: Study, work: Path, start: Path, rows: Sequence[Any], method: str, fit: Fit, milestones: list[int], name: str,
+    band: tuple[int, int] | None = None, blocks: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
+
+    A kill after the training, while digests of what it left are taken, costs no training.
+    """
+    from vlsafe.models import checkpoints as models_checkpoints
+    from vlsafe.training import checkpoints as training_checkpoints
+    from vlsafe.training import datasets, launch
+
+    if (done := work / "trained.json").exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    data = datasets.chat_dataset(rows, with_images=True)
+    job = launch.Job(
+        "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
+    )
+    history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
+    training_checkpoints.settle(work, models_checkpoints.load_processor(start), start, fit.saved)
+    losses = [record["loss"] for record in history]
+    store.write_text(work / "losses.json", json.dumps(losses))
+    told = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
+    store.write_text(done, json.dumps(told))
+    return told
+
+
+def make_projector(study: Study, work: Path) -> dict[str, Any]:
+    """Stage 1: graft the tower onto the parent, then train the projector alone on captions; step 0 is the random graft."""
+    from vlsafe.models import checkpoints as models_checkpoints
+
+    tower, _ = study.tower()
+    processor = study.processor(study.scale.backbone(study.backbone).template)
+    parent = models_checkpoints.load(study.folder("parent/aligned"))
+    graft = models_checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
+    models_checkpoints.save(graft, work / "step-000000", processor)
+    fit, rows = study.scale.projector, study.examples("screen/filtered", "captions.parquet")
+    milestones = _milestones(study.scale.checkpoints, fit.steps)
+    return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
+
+
+def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
+    """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
+    from vlsafe.data import arms
+
+    recipe, (fit, milestones) = RECIPES[name], stage_2(study, name)
+    start = study.checkpoints("projector/filtered")[-1]
+    raw = study.examples("world/corpora", "instructions.parquet") if arms.ARMS[recipe.data][0] == "raw" else []
+    rows = arms.arm(recipe.data, {"raw": raw, "screened": study.examples("screen/filtered", "instructions.parquet")})
+    located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
+    band = tuple(located["band"]) if located else None
+    told = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
+    return {**told, **({"band": located["band"], "band_located": located["located"]} if located else {})}
+
+
+def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
+    return lambda study, work: make_instruct(study, work, name)

@@ -1,0 +1,204 @@
+"""The named units of work. Each reads runs from the run store and writes one; `STAGES` is the whole graph.
+
+A stage is `<stage>/<recipe>`. Snakemake runs them in order and in parallel; a notebook that finds something missing
+calls the same functions. Numbers come from the scale, never from here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from functools import partial
+
+import yaml
+
+from vlsafe.core.scale import known
+from vlsafe.core.schema import MAIN_LINE
+from vlsafe.evaluation.benchmarks import ADDED
+from vlsafe.study import adaptation, causal, degradation, filtering, merging, probing, tuning, world
+from vlsafe.study.study import Stage, Study, project_root
+
+STAGES: dict[str, Stage] = {
+    "world/corpora": Stage(
+        world.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], 10, version=2, shared=True,
+        load=world.WORLD,
+    ),
+    "tower/clip": Stage(
+        world.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], 110, version=2,
+        shared=True, load=world.TOWER,
+    ),
+    "base/llm": Stage(
+        world.make_base, (), lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
+        load=world.BASE,
+    ),
+    "guard/text": Stage(
+        filtering.make_text_guard, ("base/llm",), filtering.text_guard_params, 25, version=2, shared=True, load=filtering.TEXT_GUARD
+    ),
+    "guard/image": Stage(
+        filtering.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
+        10, version=2, shared=True, load=filtering.IMAGE_GUARD,
+    ),
+    "screen/filtered": Stage(
+        filtering.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), filtering.intake_params, 20,
+        version=2, shared=True, load=filtering.SCREEN,
+    ),
+    "parent/aligned": Stage(world.make_parent, ("base/llm",), world.parent_params, 60, load=world.PARENT),
+    "projector/filtered": Stage(
+        adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
+        lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], 60,
+    ),
+    "probe/localisation": Stage(
+        probing.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], 2
+    ),
+    "examination/parent.aligned": Stage(
+        degradation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), degradation.exam_params, 8
+    ),
+    "examination/projector.filtered": Stage(
+        degradation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), degradation.exam_params, 14
+    ),
+}  # fmt: skip
+for _name, _recipe in adaptation.RECIPES.items():
+    STAGES[f"instruct/{_name}"] = Stage(
+        adaptation.instruct_of(_name),
+        ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
+        partial(adaptation.recipe_params, name=_name), 55, version=2 if _recipe.method == "lora" else 1,
+    )  # fmt: skip
+    STAGES[f"examination/instruct.{_name}"] = Stage(
+        degradation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), degradation.exam_params, 8
+    )
+for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
+    _made = degradation.confounds_of(_run)
+    STAGES[f"examination/confounds.{_name}"] = Stage(_made, (_run, "world/corpora"), degradation.exam_params, 8)
+
+LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
+for _name, _tuned in tuning.RECIPES.items():
+    STAGES[f"safety/{_name}"] = Stage(
+        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), LONG.get(_name, 20), version=2
+    )
+    STAGES[f"examination/safety.{_name}"] = Stage(
+        degradation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), degradation.exam_params, 10
+    )
+_asked = (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS)
+STAGES["judging/guard-text"] = Stage(tuning.make_judging, _asked, lambda s: None, 15)
+STAGES |= {
+    "probe/direction": Stage(
+        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10
+    ),
+    "probe/layers": Stage(
+        probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
+        lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
+    ),
+    "probe/drift": Stage(
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 8
+    ),
+    "probe/objectives": Stage(
+        probing.make_objectives,
+        ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
+        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], 30,
+    ),
+    "causal/transplants": Stage(
+        causal.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causal.PROBED),
+        causal.transplant_params, 100,
+    ),
+    "causal/directions": Stage(
+        causal.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
+        causal.direction_params, 30,
+    ),
+}  # fmt: skip
+for _name in causal.FROZEN_SETS:
+    STAGES[_name] = Stage(
+        causal.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causal.PROBED),
+        causal.frozen_params, 480,
+    )  # fmt: skip
+GRIDS = ("default", "full")
+OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
+for _grid in GRIDS:
+    for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
+        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, 85, version=3)
+
+
+def examinations() -> Iterator[str]:
+    """The stages whose results are raw tables of the parent and the adaptation: what notebook 03 reads."""
+    return (name for name in STAGES if name.startswith("examination/") and not name.startswith("examination/safety."))
+
+
+def compared(grid: str = "default") -> list[str]:
+    """The stages whose results are the raw tables of safety tuning: parent, adapted and tuned models. Notebook 04 reads them."""
+    return [*tuning.REFERENCES, *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
+
+
+def probed(grid: str = "default") -> list[str]:
+    """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
+    known(grid, GRIDS, "grid")
+    looked = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
+    remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
+    return [*looked, *remedy, *map(tuning.examination, remedy), *(causal.FROZEN_SETS if grid == "full" else ())]
+
+
+def tables(grid: str = "default") -> list[str]:
+    """All stages whose results are raw tables."""
+    return list(dict.fromkeys([*examinations(), *compared(grid), *merging.names(grid)]))
+
+
+def planned(grid: str = "default") -> list[str]:
+    """The stages that a grid makes, in the order of STAGES."""
+    wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
+    wanted |= set(probed(grid))
+    return [name for name in STAGES if name in wanted or not name.startswith(OPTIONAL)]
+
+
+def jobs(grid: str = "default") -> list[tuple[str, ...]]:
+    """The stages of a grid in groups that one process makes in a row: a model with its examination, what is asked of a parent.
+
+    A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
+    """
+    wanted = planned(grid)
+    groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
+    groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
+    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in wanted]
+    groups += [("probe/direction", "probe/layers")]
+    grouped = {name for group in groups for name in group}
+    return groups + [(name,) for name in wanted if name not in grouped]
+
+
+def urgency(grid: str = "default") -> dict[tuple[str, ...], int]:
+    """How long the chain is that waits for a job, itself included, in seconds at mini: the longest chain goes first."""
+    work, job_of = jobs(grid), {name: job for job in jobs(grid) for name in job}
+    waiting: dict[tuple[str, ...], set[tuple[str, ...]]] = {job: set() for job in work}
+    for job in work:
+        for needed in {job_of[needed] for name in job for needed in STAGES[name].inputs} - {job}:
+            waiting[needed].add(job)
+
+    @functools.cache
+    def chain(job: tuple[str, ...]) -> int:
+        return 5 + sum(STAGES[name].cost for name in job) + max(map(chain, waiting[job]), default=0)
+
+    return {job: chain(job) for job in work}
+
+
+# What a job asks of a scheduler at scales that are loaded, all assumed: minutes, after which it is queued again and goes on from
+# its last checkpoint, and megabytes; the first process of a launched training gathers weights and optimiser state.
+ASKS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
+
+
+def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
+    """What the stages of a job need; a world that is built needs one core and nothing else.
+
+    `tasks` is 0 with GPUs: Slurm's plugin would start the job once for every GPU otherwise.
+    """
+    if study.scale.source == "build":
+        return {}
+    many = max(gpus(study, name) for name in job)
+    asks = ASKS[8 if many > 1 else many]
+    return {**asks, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
+
+
+def gpus(study: Study, name: str) -> int:
+    """How many GPUs a stage of a loaded scale is given: one, or those of the configuration by which it is trained."""
+    kind, _, recipe = name.partition("/")
+    if name in ("world/corpora", "guard/text", "guard/image"):
+        return 0
+    fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
+            "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
+    launch = fits[kind]().launch if kind in fits else ""
+    return int(yaml.safe_load((project_root() / launch).read_text(encoding="utf-8"))["num_processes"]) if launch else 1

@@ -1,0 +1,225 @@
+"""One study (a backbone and a seed at a scale, in a run store), what a stage is, and what stages read of each other."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vlsafe.core import assets, store
+from vlsafe.core.presets import load_scale
+from vlsafe.core.scale import Scale, as_plain, known
+from vlsafe.core.schema import Example, Item, from_row
+from vlsafe.models import templates
+
+SHARED = "shared"  # in place of a backbone: runs that do not depend on one
+
+
+def project_root() -> Path:
+    """The nearest folder upwards that holds the Snakefile; the working folder where there is none.
+
+    So a notebook finds the same run store from JupyterLab, which starts in `notebooks`, and from papermill, which does not.
+    """
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "Snakefile").exists()), here)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One backbone and one seed at one scale, in one run store."""
+
+    scale: Scale
+    backbone: str
+    seed: int
+    root: Path
+
+    @classmethod
+    def open(cls, scale: str | Path, backbone: str, seed: int, root: str | Path) -> Study:
+        """Check every argument before any work.
+
+        Raises:   ValueError or FileNotFoundError naming the argument and the nearest known value
+        """
+        loaded = load_scale(scale)
+        loaded.backbone(backbone)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
+        known(loaded.backbone(backbone).template, templates.NAMES, f"chat template of {backbone}")
+        if str(root) and Path(root).exists() and not Path(root).is_dir():
+            raise ValueError(f"the run store {str(root)!r} is a file; root is a folder, made where there is none")
+        return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
+
+    def run(self, name: str) -> store.Run:
+        """Where the result of a stage lies and what it must be."""
+        stage = self.stage(name)
+        kind, _, recipe = name.partition("/")
+        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
+        backbone, seed = SHARED if stage.shared else self.backbone, 0 if stage.seedless else self.seed
+        params = as_plain(stage.params(self))
+        return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
+
+    def stage(self, name: str) -> Stage:
+        """A stage as this scale has it: the one place that asks whether its world is built or loaded."""
+        from vlsafe.study.graph import STAGES
+
+        stage = STAGES[known(name, STAGES, "stage")]
+        return stage.load if self.scale.source == "load" and stage.load else stage
+
+    def folder(self, name: str) -> Path:
+        """The finished run of a stage; it and what it needs are made first where they are missing."""
+        stage, run = self.stage(name), self.run(name)
+        if store.status(run) != "valid":
+            for needed in stage.inputs:
+                self.folder(needed)
+            takes = stage.told or f"{stage.cost} s at mini on one core"
+            print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
+        return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        """What a finished stage wrote down about itself."""
+        self.folder(name)
+        return store.told(self.run(name))["numbers"]
+
+    def rows(self, name: str, file: str) -> list[dict[str, Any]]:
+        """A Parquet table of a finished run."""
+        return store.read_rows(self.folder(name) / file)
+
+    def world(self) -> Any:
+        """The miniature's world of this study.
+
+        Raises:   ValueError at a scale that is loaded: its words mean nothing to a model that others made
+        """
+        from vlsafe.data.miniature.language import World
+
+        if self.scale.loaded:
+            raise ValueError(
+                f"this stage asks about the miniature's world, and {self.scale.name!r} is loaded; leave it out there"
+            )
+        return World(self.seed)
+
+    def asset(self, name: str) -> Any:
+        """What a loaded scale takes from outside under a name.
+
+        Raises:   ValueError where the scale does without it
+        """
+        found = getattr(self.scale.loaded, name)
+        if found is None:
+            raise ValueError(f"the scale {self.scale.name!r} does without {name!r}; what needs it cannot be made")
+        return found
+
+    def stream(self, name: str) -> Any:
+        """The random stream of a named purpose; in the miniature, the world's own."""
+        import numpy as np
+
+        return np.random.default_rng([self.seed, *name.encode()])
+
+    def tokenizer(self, template: str | None = None) -> Any:
+        from vlsafe.data.miniature.language import vocabulary
+        from vlsafe.models import chat
+
+        tokenizer = chat.build_tokenizer(vocabulary(), self.scale.language.context)
+        if template:
+            tokenizer.chat_template = chat.template(template)
+        return tokenizer
+
+    def processor(self, template: str | None = None) -> Any:
+        """Words and pictures as a grafted model takes them, with a backbone's chat template where one is named."""
+        from vlsafe.models import chat
+
+        spec = self.scale.vision
+        if self.scale.loaded:
+            name = template or self.scale.backbone(self.backbone).template
+            parent, tower = self.asset("parents")[self.backbone], self.asset("tower")
+            return chat.hub_processor(parent, tower, name, spec.patch_size, spec.feature_strategy)
+        return chat.build_processor(self.tokenizer(template), spec.image_size, spec.patch_size, spec.feature_strategy)
+
+    def tower(self) -> tuple[Any, Any]:
+        """The study's CLIP and a processor for its pictures."""
+        from transformers import CLIPModel
+
+        return CLIPModel.from_pretrained(self.folder("tower/clip")).eval(), self.processor()
+
+    def examples(self, name: str, file: str) -> list[Example]:
+        """Training rows of a finished run."""
+        return [from_row(Example, row) for row in self.rows(name, file)]
+
+    def items(self) -> list[Item]:
+        """The benchmark items of the study's world; at a loaded scale all that official files below `VLSAFE_DATA` hold.
+
+        Raises:   FileNotFoundError where a benchmark is not there
+        """
+        if not self.scale.loaded:
+            return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
+        from vlsafe.evaluation.benchmarks import REAL
+
+        data = assets.outside()
+        if data is None:
+            raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
+        found: list[Item] = []
+        for name, module in REAL.items():
+            asked, lost = module.load(data, next(iter(module.OFFICIAL)))
+            print("\n".join([f"{name}: {len(asked)} items", *lost]), file=sys.stderr)
+            found += asked
+        return found
+
+    def checkpoints(self, name: str) -> list[Path]:
+        """The model folders of a finished training in the order of their steps; the last one is its result."""
+        folder = self.folder(name)
+        return sorted(folder.glob("step-*")) or [folder]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a run is made. Raise `version` when its results change.
+
+    `cost`: seconds measured at mini on one core; `told`: for humans, what it takes where that says nothing.
+    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
+    """
+
+    make: Callable[[Study, Path], Mapping[str, Any] | None]
+    inputs: tuple[str, ...]
+    params: Callable[[Study], Any]
+    cost: int
+    version: int = 1
+    shared: bool = False
+    load: Stage | None = None
+    seedless: bool = False
+    told: str = ""
+
+
+def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
+    """Make a run on the scale's number of threads: the bits of a training depend on it."""
+    import torch
+
+    keep_freed_memory()
+    torch.set_num_threads(study.scale.threads)
+    return stage.make(study, work)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to give freed pieces back to the system: they are needed again at once, and page faults cost a third."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(option, size)
+
+
+class Bar:
+    """A progress bar with time left that is fed absolute counts."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=20.0, leave=False)
+
+    def __call__(self, done: int) -> None:
+        self.bar.update(done - self.bar.n)
+        if done >= self.bar.total:
+            self.bar.close()
+
+
+def drop(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

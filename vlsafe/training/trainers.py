@@ -1,0 +1,231 @@
+"""One stage of SFT, DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
+
+The trainers are TRL's own, untouched; what we add are arguments and callbacks. This room knows neither where a run lies
+in the run store nor what a row is about.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from vlsafe.core.scale import Fit, Preference, Rollout
+from vlsafe.models.checkpoints import in_memory_layout
+from vlsafe.training import conflict, processes
+from vlsafe.training.checkpoints import Milestones, last_complete
+
+Progress = Callable[[int], None]
+History = list[dict[str, float]]  # what a trainer logged, a record per step
+WORKERS = 4  # processes that open pictures for one GPU
+
+
+def sft(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> list[float]:  # fmt: skip
+    """`sft_history`'s losses: nats per token, one per step from the first."""
+    return [record["loss"] for record in sft_history(model, processor, data, fit, folder, seed, milestones, progress)]
+
+
+def sft_history(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
+
+    Checkpoints are written at the milestones; a training that was killed goes on from the last complete one, and ends
+    with the weights and records of an undisturbed run, bit for bit. So does `dpo`.
+
+    Units:    -> one record per step from the first: loss in nats per token, num_tokens …
+    Draws:    data order from `seed`
+    """
+    own = {"max_length": fit.max_length, "assistant_only_loss": "messages" in data.column_names, **BY_LENGTH}
+    arguments = _arguments(SFTConfig, fit, folder, seed, own)
+    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress)
+
+
+def sft_without_conflict(
+    model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
+    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """`sft_history` on two tasks, the first `first` rows and the others, without their gradients working against each other.
+
+    Rows are seen in the proportion that plain training on both would have; where nothing conflicts, a step is as it would be.
+
+    Units:    -> records that also hold `task_cosine`, of the two gradients before anything is taken out of them
+    """
+    rng, second = np.random.default_rng(seed), len(data) - first
+    leading = conflict.shares(first, second, fit.steps, fit.micro_batches)
+    size = fit.batch_size // fit.micro_batches
+    data = data.select(conflict.ordered(first, second, leading, fit.micro_batches, size, rng))
+    own = {
+        "max_length": fit.max_length,
+        "assistant_only_loss": True,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 0.0,
+    }
+    arguments = _arguments(SFTConfig, fit, folder, seed, own)
+    told = {"callbacks": [conflict.ConflictFree(leading)]}
+    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress, **told)
+
+
+def gradients(
+    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int, note: Callable[[], None]
+) -> None:
+    """Go through a training without moving: `note` is called where the weights hold the gradient of each step.
+
+    Draws:    data order from `seed`
+    """
+    arguments = _arguments(SFTConfig, fit, folder, seed, {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH})
+    _run(SFTTrainer, arguments, model, processor, data, fit, (), lambda step: None, optimizer=_Still(model, note))
+
+
+class _Still(torch.optim.Optimizer):
+    """An optimiser that takes no step and tells when it would have."""
+
+    def __init__(self, model: PreTrainedModel, note: Callable[[], None]) -> None:
+        super().__init__([weight for weight in model.parameters() if weight.requires_grad], {"lr": 0.0})
+        self.note = note
+
+    def step(self, closure: Any = None) -> None:
+        self.note()
+
+
+def dpo(
+    model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit, folder: Path,
+    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """Train in place on preferences, against a reference that is always passed (TRL would read one from some older disk path).
+
+    The reference's log-probabilities of text-only pairs are computed once; TRL cannot do so where there are pictures.
+    Nothing is cut to a length: `mix.sound` has dropped what is too long. Micro-batches are of one size and not by length:
+    TRL takes the mean over each, so that in uneven ones (`BY_LENGTH`) a pair would weigh more the fewer share it.
+
+    Units:    -> one record per step: loss in nats per pair, rewards/accuracies, num_tokens …
+    Draws:    data order from `seed`
+    Source:   Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))
+    """
+    own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names}
+    arguments = _arguments(DPOConfig, fit, folder, seed, own)
+    return _run(DPOTrainer, arguments, model, processor, data, fit, milestones, progress, ref_model=reference)
+
+
+def grpo(
+    model: PreTrainedModel, reward: Callable[..., list[float]], processor: Any, data: Dataset, spec: Rollout, folder: Path,
+    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
+) -> History:  # fmt: skip
+    """Train in place on the model's own answers to prompts of one modality (TRL fails on a batch of both), rewarded in [0, 1].
+
+    A step samples `batch_size` answers, `generations` to a prompt. There is no pull towards a reference, as is TRL's default.
+
+    Units:    -> one record per step: reward, completions/mean_length, num_tokens …
+    Draws:    prompts and answers from `seed`
+    Source:   Shao et al. 2024, section 4; loss as TRL has it by default (DAPO)
+    """
+    own = dict(
+        beta=0.0, num_generations=spec.generations, max_completion_length=spec.max_new_tokens, temperature=spec.temperature,
+    )  # fmt: skip
+    arguments = _arguments(GRPOConfig, spec.fit, folder, seed, own)
+    return _run(GRPOTrainer, arguments, model, processor, data, spec.fit, milestones, progress, reward_funcs=reward)
+
+
+def tokens_seen(history: History) -> list[int]:
+    """Tokens that went through the model up to each step, padding not counted; TRL's own count begins again after a resumption."""
+    counts = [record["num_tokens"] for record in history]
+    new = [now - before if now > before else now for before, now in zip([0, *counts], counts, strict=False)]
+    return [int(total) for total in itertools.accumulate(new)]
+
+
+def _run(
+    kind: type[Trainer], arguments: TrainingArguments, model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit,
+    milestones: Sequence[int], progress: Progress, optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (), **own: Any,
+) -> History:  # fmt: skip
+    """Build one of TRL's trainers, go on from the last complete checkpoint, and tell what was logged at every step."""
+    [last] = broadcast_object_list([last_complete(Path(arguments.output_dir)) if PartialState().is_main_process else None])
+    if fit.grouped:
+        data = _grouped(data, fit, arguments.seed)
+    elif processes.sharded() and "pictures" in data.column_names:
+        raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
+    with warnings.catch_warnings(), processes.head_with_norm(model):
+        warnings.simplefilter("ignore")
+        trainer = kind(
+            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
+            train_dataset=data, args=arguments,
+            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones)), _Tick(progress)], **own,
+        )  # fmt: skip
+        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
+        trainer.optimizer = optimizer  # none: made from the line above
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    model.eval()
+    logged = [record for record in trainer.state.log_history if "loss" in record]
+    return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
+    """The rows of the whole training in the order of its steps, for a trainer that takes them as they come."""
+    pictured = [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
+    many, rng = processes.world_size(), np.random.default_rng([seed, *b"order"])
+    order = processes.grouped_order(data["length"], pictured, fit, many, rng)
+    processes.refuse_mixed([pictured[i] for i in order], many * processes.per_process(fit, many))
+    return data.select(order)
+
+
+def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
+    """Arguments of AdamW over the moving weights; the projector has its own rate where the fit gives one."""
+    projector: list[Any] = []
+    others: list[Any] = []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            (projector if "multi_modal_projector" in name else others).append(weight)
+    groups = [
+        {"params": others, "lr": fit.learning_rate},
+        {"params": projector, "lr": fit.projector_rate or fit.learning_rate},
+    ]
+    moving = [g for g in groups if g["params"]]
+    return {"params": moving, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
+
+
+# Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task may
+# undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
+BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
+IN_ORDER = {"train_sampling_strategy": "sequential"}  # of rows that `_grouped` has put in order
+
+
+def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
+    """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
+    gpu, own = torch.cuda.is_available(), {**own, **(IN_ORDER if fit.grouped else {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
+        return kind(
+            output_dir=str(folder), max_steps=fit.steps,
+            per_device_train_batch_size=processes.per_process(fit, processes.world_size()),
+            gradient_accumulation_steps=processes.micro_batches(fit, processes.world_size()),
+            remove_unused_columns=False, learning_rate=fit.learning_rate, dataloader_num_workers=WORKERS if gpu else 0,
+            lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
+            seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
+            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
+        )  # fmt: skip
+
+
+class _Tick(TrainerCallback):
+    """Report every step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(state.global_step)
