@@ -65,8 +65,8 @@ SCALES["nano"] = NANO
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """A whole NANO study, made once."""
-    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
+    """A whole NANO study, made once; in the folder that `VLSAFE_NANO` names, where it is kept for the next session."""
+    made = Study.open("nano", "mini-chat", 0, os.environ.get("VLSAFE_NANO") or tmp_path_factory.mktemp("store"))
     for name in planned():
         made.folder(name)
     return made

@@ -14,7 +14,7 @@ from vlsafe.publish.notebooks import NOTEBOOKS
 ROOT = Path(__file__).parents[2]
 LEVELS = [  # a folder imports from itself and from levels below; README and architecture show the same table
     {"core"}, {"analysis", "models"}, {"data", "training", "inspection", "plots"}, {"evaluation"}, {"study"},
-    {"publish", "planning"}, {"__init__", "__main__", "cli"},
+    {"publish", "planning"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 CORE_AND_ANALYSIS = {"core", "analysis"}  # all that pictures are drawn from

@@ -23,11 +23,6 @@ from vlsafe.core.scale import (
     extended,
     known,
 )
-from vlsafe.data.miniature.language import COLOURS
-from vlsafe.data.miniature.pictures import SHADES
-
-assert tuple(SHADES) == COLOURS
-
 
 # What the paper took from others. Revisions are commits where public files name one, else those of the first download.
 PAPER_LOADED = Loaded(

@@ -26,6 +26,7 @@ SHADES = {
     "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
     "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
 }  # fmt: skip
+assert tuple(SHADES) == COLOURS
 OFFSETS = {  # from left and from above, in pixels, of icons; shifts of printed words from their place
     "left": ((0, 1, 2, 3), (5, 6, 7, 8, 9)),
     "right": ((11, 12, 13, 14), (5, 6, 7, 8, 9)),
