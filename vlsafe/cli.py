@@ -396,7 +396,7 @@ def _gallery(arguments: argparse.Namespace) -> None:
     runs = {folder: study.run(name) for study, name, folder in made(studies, graph.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
-        noted = store.told(run)
+        noted = store.manifest_of(run)
         provenance.append(
             {k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
         )

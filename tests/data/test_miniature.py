@@ -91,7 +91,7 @@ def test_rows_round_trip():
     with pytest.raises(ValueError, match="wrong columns: \\['extra'\\]"):
         from_row(type(row), {**to_row(row), "extra": 1})
     item = Item("i", "b", (Turn("user", "q"),))
-    older = {key: value for key, value in to_row(item).items() if key not in ("asked", "note")}
+    older = {key: value for key, value in to_row(item).items() if key not in ("question", "note")}
     assert from_row(Item, older) == item
     with pytest.raises(ValueError, match="wrong columns: \\['turns'\\]"):
         from_row(Item, {key: value for key, value in older.items() if key != "turns"})

@@ -16,7 +16,7 @@ CASES = json.loads((Path(__file__).parents[1] / "judge_cases.json").read_text(en
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['judge']}:{c['response'][:24]!r}")
 def test_cases(case):
-    known = dict(reference=case.get("reference"), options=tuple(case.get("options", ())), asked=case.get("asked"))
+    known = dict(reference=case.get("reference"), options=tuple(case.get("options", ())), question=case.get("question"))
     item = Item("i", "b", (), **known)
     assert JUDGES[case["judge"]](item, case["response"]).label == case["label"]
 

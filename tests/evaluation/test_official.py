@@ -69,7 +69,7 @@ def test_odd_rows(root):
     items, notes = sorry_bench.load(root)
     assert "translate-fr/2 has no text and is left out" in notes
     told = {item.id: item for item in items}
-    assert told["translate-fr/1"].asked == told["base/1"].turns[0].text and told["base/3"].category == "3"
+    assert told["translate-fr/1"].question == told["base/1"].turns[0].text and told["base/3"].category == "3"
     texts = [item.turns[0].text for item in REAL["wildjailbreak"].load(root)[0]]
     assert texts[0].endswith('"gulls".') and texts[1] == "NA" and "\n" in texts[2] and texts[3] == "null"
     tiny, notes = mm_safetybench.load(root, "tiny")
@@ -77,7 +77,7 @@ def test_odd_rows(root):
     asked = {item.group: item.turns[0].text for item in tiny if item.category == "02-HateSpeech"}
     assert asked["SD"].startswith("The image shows a photo") and asked["SD_TYPO"] == asked["TYPO"] != asked["Text_only"]
     figs, notes = REAL["figstep"].load(root)
-    assert any("2_6 (UnidentifiedImageError)" in note for note in notes) and figs[0].asked == "How to fold a plane, neatly?"
+    assert any("2_6 (UnidentifiedImageError)" in note for note in notes) and figs[0].question == "How to fold a plane, neatly?"
     seed, notes = REAL["seed_bench"].load(root)
     assert "1 video questions have no frame and are left out" in notes and {item.scoring for item in seed} == {"likelihood"}
     rows = {item.id: item for item in REAL["mmbench"].load(root)[0]}

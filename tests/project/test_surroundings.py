@@ -119,7 +119,7 @@ def test_a_card_of_what_was_not_examined_claims_nothing_and_without_weights_ther
 
 
 def test_what_comes_from_elsewhere_stands_in_the_licence_chain(study):
-    noted = store.told(study.run(MAIN))
+    noted = store.manifest_of(study.run(MAIN))
     origin = SimpleNamespace(repo="someone/parent", kind="model", revision="abc", terms="accept the licence on its page")
     content = modelcards.render(noted, [], None, {"parent": origin})
     assert "- parent: someone/parent at abc; accept the licence on its page" in content

@@ -86,9 +86,9 @@ class Item:
 
     `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
     how a response comes about: written by the model, or the letter of that option which it finds most likely as its
-    answer; such options are texts as the assistant would speak them. `asked` is what a judge is told was asked, where
-    that is not what the last user turn says (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what
-    else a judge has to know (SIUO's safety warning).
+    answer; such options are texts as the assistant would speak them. `question` is what a judge is told was asked, where
+    that is not the last user turn (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what else a
+    judge has to know (SIUO's safety warning).
 
     Raises:   ValueError for an unknown scoring, or a ranking without at least two options
     """
@@ -104,7 +104,7 @@ class Item:
     harmful: bool = False
     options: tuple[str, ...] = ()
     scoring: str = "generated"
-    asked: str | None = None
+    question: str | None = None
     note: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,6 +138,7 @@ class Verdict:
 
 
 Row = TypeVar("Row", Example, Pair, Item, Response, Verdict)
+RENAMED_COLUMNS: dict[type, dict[str, str]] = {Item: {"asked": "question"}}  # in older run stores -> now
 
 
 def to_row(value: Any) -> dict[str, Any]:
@@ -162,6 +163,8 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
 
     Raises:   ValueError when the row has other columns than `kind` has fields, naming the difference.
     """
+    renamed = {old: new for old, new in RENAMED_COLUMNS.get(kind, {}).items() if new not in row}
+    row = {renamed.get(name, name): value for name, value in row.items()}
     optional = {f.name for f in fields(kind) if f.default is not MISSING}
     if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
         raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")

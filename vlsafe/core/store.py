@@ -112,7 +112,7 @@ def read_manifest(run: Run) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
 
 
-def told(run: Run) -> dict[str, Any]:
+def manifest_of(run: Run) -> dict[str, Any]:
     """The manifest of a finished run.
 
     Raises:   FileNotFoundError where there is none that can be read
@@ -140,7 +140,7 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
             if found != "missing":
                 say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it again")
             _make(run, make)
-        elif (made_by := told(run)["source"]) != source_digest() and run.folder not in _SAID:
+        elif (made_by := manifest_of(run)["source"]) != source_digest() and run.folder not in _SAID:
             _SAID.add(run.folder)
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
         manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")

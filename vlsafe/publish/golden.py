@@ -36,7 +36,7 @@ def noted(*path: str) -> Callable[[Study, str], float]:
     """A number that a stage wrote down about itself."""
 
     def read(study: Study, stage: str) -> float:
-        value: Any = store.told(study.run(stage))["numbers"]
+        value: Any = store.manifest_of(study.run(stage))["numbers"]
         for key in path:
             value = value[key]
         return float(value)
@@ -111,7 +111,7 @@ def record(study: Study, path: Path) -> None:
             f"{absent[0]} is not valid in {study.root}, nor are {len(absent) - 1} others; `make reproduce` makes them"
         )
     whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed}
-    made = {golden.stage: store.told(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
+    made = {golden.stage: store.manifest_of(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
     found = {**whose, "environment": {**told, "processor": processor()}, "runs_made_at": made, "numbers": measure(study)}
     store.write_text(path, json.dumps(found, indent=1) + "\n")
 

@@ -168,8 +168,8 @@ def card(study: Study, name: str) -> str:
     """
     if (found := store.status(study.run(name))) != "valid":
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {found}; `vlsafe stage {name}` makes it")
-    noted = store.told(study.run(name))
-    made = [store.told(study.run(before)) for before in lineage(name)]
+    noted = store.manifest_of(study.run(name))
+    made = [store.manifest_of(study.run(before)) for before in lineage(name)]
     marked = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
     tables = [study.run(of).folder / "raw.parquet" for of in marked if of in STAGES and store.status(study.run(of)) == "valid"]
     raw = pd.concat([pd.read_parquet(path) for path in tables], ignore_index=True) if tables else None
@@ -181,7 +181,7 @@ def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
     written = []
     for name in names:
         run = study.run(name)
-        if store.status(run) == "valid" and has_weights(store.told(run)):
+        if store.status(run) == "valid" and has_weights(store.manifest_of(run)):
             written.append(run.folder.with_name(f"{run.recipe}.card.md"))
             store.write_text(written[-1], card(study, name))
     return written

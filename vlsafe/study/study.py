@@ -83,7 +83,7 @@ class Study:
     def numbers(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down about itself."""
         self.folder(name)
-        return store.told(self.run(name))["numbers"]
+        return store.manifest_of(self.run(name))["numbers"]
 
     def rows(self, name: str, file: str) -> list[dict[str, Any]]:
         """A Parquet table of a finished run."""

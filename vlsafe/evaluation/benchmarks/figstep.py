@@ -74,7 +74,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         shown = official.seen(where / "images" / album / f"query_ForbidQI_{name}_6.png", name, lost) if pictures else ()
         if shown or not pictures:
             turns, topic = (Turn("user", PROMPT),), row["category_name"]
-            items.append(Item(name, NAME, turns, shown, None, topic, name, subset, True, asked=row["question"]))
+            items.append(Item(name, NAME, turns, shown, None, topic, name, subset, True, question=row["question"]))
     if double := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
         raise ValueError(f"{path} has {double[0]} twice; category and task tell its rows apart")
     notes = official.counted(f"rows of {file}", len(rows), each * len(TOPICS))

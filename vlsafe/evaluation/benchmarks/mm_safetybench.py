@@ -107,7 +107,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
 def _item(scenario: str, kind: str, number: str, text: str, asked: str) -> Item:
     turns, cluster = (Turn("user", text),), f"{scenario}/{number}"
-    return Item(f"{scenario}/{kind}/{number}", NAME, turns, (), None, scenario, cluster, kind, harmful=True, asked=asked)
+    return Item(f"{scenario}/{kind}/{number}", NAME, turns, (), None, scenario, cluster, kind, harmful=True, question=asked)
 
 
 def _tiny(where: Path) -> dict[str, list[str]]:

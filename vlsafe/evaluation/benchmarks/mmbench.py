@@ -82,7 +82,9 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         shown = _picture(row, encoded, lost) if pictures else ()
         if shown or not pictures:
             ability = row.get("l2-category") or row.get("L2-category") or ""
-            known: dict[str, Any] = dict(category=row.get("category"), group=ability, cluster=f"question-{question}", asked=asked)
+            known: dict[str, Any] = dict(
+                category=row.get("category"), group=ability, cluster=f"question-{question}", question=asked
+            )  # fmt: skip
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
             turns = (Turn("user", f"{asked}\n{listed}\n{official.LETTER_SUFFIX}"),)
             items.append(Item(row["index"], NAME, turns, shown, row["answer"] or None, options=options, **known))

@@ -90,7 +90,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             shown = official.seen(official.first(where, *places), name, lost) if pictures else ()
             if shown or not pictures:
                 known: dict[str, Any] = dict(
-                    reference=answer.strip().lower(), group=task, category=task, cluster=f"{task}/{picture}", asked=question
+                    reference=answer.strip().lower(), group=task, category=task, cluster=f"{task}/{picture}", question=question
                 )
                 items.append(Item(name, NAME, (Turn("user", _worded(question, subset)),), shown, **known))
         if odd := [picture for picture, given in answers.items() if sorted(given) != ["no", "yes"]]:
@@ -114,7 +114,7 @@ def official_responses(folder: Path, items: Sequence[Item]) -> Iterator[dict[str
 
     Raises:   ValueError where a line lacks its response or belongs to no question
     """
-    known = {(item.group, item.cluster, _bare(item.asked)): item.id for item in items}
+    known = {(item.group, item.cluster, _bare(item.question)): item.id for item in items}
     paths = [folder / f"{task}.txt" for task in PERCEPTION | COGNITION if (folder / f"{task}.txt").exists()]
     if not paths:
         raise FileNotFoundError(f"{folder} holds none of MME's result files, such as existence.txt")
@@ -141,7 +141,7 @@ def names(item: Item) -> tuple[str, ...]:
 
 def qualifiers(item: Item) -> dict[str, str]:
     """The question, since both of a picture share its name."""
-    return {"question": str(item.asked)}
+    return {"question": str(item.question)}
 
 
 def plain(value: str) -> str:

@@ -81,7 +81,7 @@ def load(folder: Path, subset: str = "generation", pictures: bool = True) -> tup
         official.needs(row, ("question_id", "image", "question", "category"), f"a row of {path}")
         name = str(row["question_id"])
         shown = official.seen(album / row["image"], name, lost) if pictures else ()
-        known = dict(group=subset, category=row["category"], cluster=name, images=shown, asked=row["question"])
+        known = dict(group=subset, category=row["category"], cluster=name, images=shown, question=row["question"])
         if subset == "mcqa":
             official.needs(row, ("options", "correct_option"), f"question {name} of {path}")
             listed = "\n".join(f"({letter}) {option}" for letter, option in row["options"].items())

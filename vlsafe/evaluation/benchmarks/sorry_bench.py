@@ -81,7 +81,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
                 raise ValueError(f"question {number} of {path} has no base wording in {base}")
             name = f"{style}/{number}"
             turns, cluster = (Turn("user", said[0]),), f"question-{number}"
-            items.append(Item(name, NAME, turns, (), None, str(category), cluster, style, harmful=True, asked=asked))
+            items.append(Item(name, NAME, turns, (), None, str(category), cluster, style, harmful=True, question=asked))
         notes += official.counted(f"rows of style {style}", len(rows), 450, 440)
         if len(rows) == 440 and any((int(row["question_id"]) - 1) // 10 + 1 != int(row["category"]) for row in rows):
             notes.append(f"style {style} has 440 rows, whose ids do not count up with their categories as in 202503")

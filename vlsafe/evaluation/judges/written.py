@@ -44,7 +44,7 @@ class Written(NamedTuple):
 def asked(item: Item) -> str:
     """What a judge is told was asked: the item's own word for it, or its last user turn without a picture's placeholder."""
     turns = [turn.text for turn in item.turns if turn.role == "user"]
-    return item.asked if item.asked is not None else turns[-1].replace("<image>", "").strip() if turns else ""
+    return item.question if item.question is not None else turns[-1].replace("<image>", "").strip() if turns else ""
 
 
 def filled(wording: str, **parts: str) -> str:
