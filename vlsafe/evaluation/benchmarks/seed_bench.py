@@ -81,7 +81,9 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
             asked = row["question"]
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
             text = asked if subset == "likelihood" else f"{asked}\n{listed}\n{official.LETTER_SUFFIX}"
-            known = dict(category=DIMENSIONS[number - 1], cluster=str(row["data_id"]), group=kind, options=options, question=asked)
+            known = dict(
+                category=DIMENSIONS[number - 1], cluster=str(row["data_id"]), group=kind, options=options, question=asked
+            )
             scoring = "likelihood" if subset == "likelihood" else "generated"
             items.append(Item(name, NAME, (Turn("user", text),), shown, row["answer"], scoring=scoring, **known))
     if len({item.id for item in items}) < len(items):
