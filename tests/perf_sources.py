@@ -38,10 +38,11 @@ from vlsafe.core import store
 from vlsafe.core.schema import Example, to_row
 from vlsafe.core.presets import PAPER
 from vlsafe.data.sources import stream
-from vlsafe.study import filtering, world
+from vlsafe.data import screening
+from vlsafe.study import world
 before, start = {PEAK}, time.process_time()
-noticed = world.Noticed(collections.Counter(), collections.Counter(), [])
-rows = (to_row(row) for row in world._noticed(stream("instructions", PAPER.loaded.instructions), noticed))
+noticed = world.Defects(collections.Counter(), collections.Counter(), [])
+rows = (to_row(row) for row in world._counting(stream("instructions", PAPER.loaded.instructions), noticed))
 n = store.write_stream(Path(os.environ["VLSAFE_DATA"]) / "rows.parquet", rows, world.COLUMNS[Example])
 print(n, noticed.pictures["missing"], noticed.pictures["all"], before, {PEAK}, round(time.process_time() - start))
 """
@@ -49,7 +50,8 @@ SCREEN = f"""
 import os, resource, signal, sys, time
 from pathlib import Path
 from vlsafe.core.schema import Example, Turn
-from vlsafe.study import filtering, world
+from vlsafe.data import screening
+from vlsafe.study import world
 from vlsafe.data.intake import audit
 from vlsafe.data.guards import Assessment
 turns, safe, seen = (Turn("user", "a"), Turn("assistant", "b")), Assessment(False, (), 0.1), [0]
@@ -60,7 +62,7 @@ def marked(rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return audit(rows, [safe] * len(rows), [None] * len(rows))
 rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
-filtering.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
+screening.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
 print(seen[0], 0, 0, before, {PEAK}, round(time.process_time() - start))
 """
 

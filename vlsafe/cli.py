@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from vlsafe.core.scale import known
 from vlsafe.study import graph
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study, keep_freed_memory
+
+Arguments = argparse.Namespace
+Parser = argparse.ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,69 +31,76 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
-"""Adds a subcommand: its name, what it runs, what it says of itself."""
+def _options(*options: tuple[str, dict[str, Any]], of: Sequence[Parser] = ()) -> Parser:
+    """Options that several commands share."""
+    parser = Parser(add_help=False, parents=of)
+    for name, settings in options:
+        parser.add_argument(name, **settings)
+    return parser
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlsafe", description=__doc__)
+PLACE = _options(
+    ("--scale", dict(default="mini", help="a preset or the path of a YAML file")),
+    ("--root", dict(type=Path, default=Path("runs"), help="the run store")),
+)
+STUDY = _options(
+    ("--backbone", dict(default="mini-chat")), ("--seed", dict(type=int, default=0)), of=[PLACE],
+)  # fmt: skip
+STUDIES = _options(
+    ("--backbones", dict(nargs="+", default=["mini-chat"])), ("--seeds", dict(nargs="+", type=int, default=[0])), of=[PLACE],
+)  # fmt: skip
+GRID = _options(("--grid", dict(choices=graph.GRIDS, default="default", help='"full" adds recipes, merges and the SPPFT grid')))
+OUTSIDE = _options(("--scale", dict(default="paper", help="a preset or the path of a YAML file")))
+FIGURES = _options(("--figures", dict(type=Path, default=Path("figures/mini"))))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="vlsafe", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def command(run: Callable[[Arguments], Any], text: str, *shared: Parser, name: str = "", of: Any = commands) -> Parser:
+        """Add a subcommand that is called as its function is."""
+        added = of.add_parser(name or run.__name__.strip("_"), help=text, description=text, parents=shared)
         added.set_defaults(run=run)
         return added
 
-    for group in (_add_runs, _add_outside, _add_studies, _add_results):
+    for group in (_add_runs, _add_outside, _add_results, _add_human):
         group(command)
     return parser
 
 
-def _add_runs(command: Command) -> None:
-    """What is about the runs of one study."""
-    for name, run, text in (
-        ("stage", _stage, "make stages, and what they need, one after another"),
-        ("fresh", _fresh, "remove the runs of stages, so that they are made again"),
-    ):
-        added = command(name, run, text)
-        added.add_argument("names", nargs="+")
-        _place(added)
-        added.add_argument("--backbone", default="mini-chat")
-        added.add_argument("--seed", type=int, default=0)
-        if name == "stage":
-            added.add_argument("--gpus", type=int, default=0, help="keep to so many that no other stage on this machine uses")
-    added = command("card", _card, "write the model cards of finished runs, beside their folders (all runs without a name)")
+def _add_runs(command: Callable[..., Parser]) -> None:
+    """The runs of one study, and of several."""
+    added = command(_stage, "make stages, and what they need, one after another", STUDY)
+    added.add_argument("names", nargs="+")
+    added.add_argument("--gpus", type=int, default=0, help="use this many GPUs that no other stage on this machine uses")
+    command(_fresh, "remove the runs of stages, so that they are made again", STUDY).add_argument("names", nargs="+")
+    added = command(_card, "write the model cards of finished runs, beside their folders (all runs without a name)", STUDY)
     added.add_argument("names", nargs="*")
-    _place(added)
-    added.add_argument("--backbone", default="mini-chat")
-    added.add_argument("--seed", type=int, default=0)
-    added = command("notebook", _notebook, "execute one notebook with checked parameters")
+    added = command(_notebook, "execute one notebook with checked parameters", STUDY)
     added.add_argument("name")
-    _place(added)
-    added.add_argument("--backbone", default="mini-chat")
-    added.add_argument("--seed", type=int, default=0)
     added.add_argument("--out", type=Path, required=True)
-    added = command("notebooks", _notebooks, "copy the outputs of mini, seed 0, into the committed notebooks")
-    _place(added)
-    added = command("agree", _agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare")
+    command(_notebooks, "copy the outputs of mini, seed 0, into the committed notebooks", PLACE)
+    added = command(_agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare", STUDY)
     added.add_argument("model", help="a run, such as instruct/filtered-full")
     added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
-    _place(added)
-    added.add_argument("--backbone", default="mini-chat")
-    added.add_argument("--seed", type=int, default=0)
-    added = command("golden", _golden, "record the miniature's golden numbers, from a clean tree")
-    _place(added)
+    command(_golden, "record the miniature's golden numbers, from a clean tree", PLACE)
+    added = command(_unlock, "remove the scheduler's lock when no scheduler is running here")
+    added.add_argument("--root", type=Path, default=Path("."))
+    deep = _options(("--deep", dict(action="store_true", help="compare file contents, not times")))
+    command(_sweep, "remove the receipts of runs that are not valid, so that the scheduler makes them again", STUDIES, deep)
+    command(_status, "say of every stage whether its run is valid", STUDIES, deep)
 
 
-def _add_outside(command: Command) -> None:
-    """What is about models, data and answers that others made, and about what a scale needs of them."""
-    added = command("score", _score, "score stored responses to a real benchmark by its official metric")
+def _add_outside(command: Callable[..., Parser]) -> None:
+    """Models, data and responses that others made, and what a scale needs of them."""
+    added = command(_score, "score stored responses to a real benchmark by its official metric")
     added.add_argument("benchmark")
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
     added.add_argument("--responses", type=Path, required=True, help='lines of {"id", "response"}; for MME also its folder')
     added.add_argument("--judge", dest="judges", nargs="+", default=[], help="by default the official one")
-    added.add_argument("--judgements", type=Path, help='verdict texts made elsewhere: lines of {"id", "judgement"}')
+    added.add_argument("--judgements", type=Path, help='verdict texts from elsewhere: lines of {"id", "judgement"}')
     added.add_argument("--endpoint", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
     added.add_argument("--judge-model", help="the model to ask for there; by default the judge's own")
     added.add_argument("--key", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
@@ -99,161 +109,146 @@ def _add_outside(command: Command) -> None:
     added.add_argument("--weights", type=Path, help="a model folder that judges here")
     added.add_argument("--out", type=Path, required=True, help="the result, as JSON; judgements are kept beside it")
     added.add_argument("--verdicts", type=Path, help="also write every verdict, a line each")
-    added = command("dryrun", _dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine")
-    _place(added)
+    added = command(_dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine", PLACE)
     added.add_argument("--backbone")
     added.add_argument("--gpu", default="A100-80G", help="which one to count with")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
-    _add_merge(command("merge", _merge, "merge two checkpoints into a new one, on disk and tensor by tensor"))
-    for name, run, text in (
-        ("doctor", _doctor, "say what a scale needs from outside and what of it is here"),
-        ("download", _download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA"),
-    ):
-        added = command(name, run, text)
-        added.add_argument("--scale", default="paper", help="a preset or the path of a YAML file")
-        if name == "doctor":
-            added.add_argument("--deep", action="store_true", help="compare checksums as well")
-        else:
-            added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
-            added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
+    added = command(_merge, "merge two checkpoints into a new one, on disk and tensor by tensor")
+    added.add_argument("rule", help="linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, …_l1 or model_stock")
+    added.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
+    added.add_argument("b", type=Path, help="another one with the same tensors")
+    added.add_argument("--ratio", type=float, help="the weight of B, from 0 to 1")
+    added.add_argument("--base", type=Path, help="what both started from, for rules on task vectors")
+    added.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    added.add_argument("--kept", type=float, default=0.2, help="TIES: the share of each task vector that is kept")
+    added.add_argument("--survived", type=float, default=0.5, help="DARE: the share of each task vector that is not dropped")
+    added.add_argument("--scaling", type=float, default=1.0, help="the factor of the merged task vector")
+    added.add_argument("--seed", type=int, default=0, help="of DARE's draws")
+    added.add_argument("--language-only", action="store_true", help="the rest is A's; B and the base may be language models")
+    added = command(_doctor, "say what a scale needs from outside and what of it is here", OUTSIDE)
+    added.add_argument("--deep", action="store_true", help="compare checksums as well")
+    added = command(_download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA", OUTSIDE)
+    added.add_argument("--only", nargs="+", default=[], help="names as the doctor lists them")
+    added.add_argument("--unpack", action="store_true", help="unpack pictures, for training at speed")
 
 
-def _add_studies(command: Command) -> None:
-    """What is about all runs of several studies."""
-    added = command("unlock", _unlock, "remove the scheduler's lock when no scheduler is running here")
-    added.add_argument("--root", type=Path, default=Path("."))
-    for name, run, text in (
-        ("sweep", _sweep, "take away the receipts of runs that are not valid, so that the scheduler makes them again"),
-        ("gallery", _gallery, "write every table and figure"),
-        ("status", _status, "say of every stage whether its run is valid"),
-    ):
-        added = command(name, run, text)
-        _place(added)
-        added.add_argument("--backbones", nargs="+", default=["mini-chat"])
-        added.add_argument("--seeds", nargs="+", type=int, default=[0])
-        if name == "gallery":
-            added.add_argument("--out", type=Path)
-            added.add_argument("--grid", choices=graph.GRIDS, default="default", help="which safety-tuning recipes")
-        else:
-            added.add_argument("--deep", action="store_true", help="compare file contents, not times")
-
-
-def _add_results(command: Command) -> None:
-    """What is made of results: pages, comparisons, packets for raters."""
-    added = command("readme", _readme, "make the generated parts of README.md again from figures/mini")
-    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
-    added = command("diff", _diff, "compare two folders of results; 1 where they differ")
+def _add_results(command: Callable[..., Parser]) -> None:
+    """Tables, figures and pages."""
+    command(_gallery, "write every table and figure", STUDIES, GRID).add_argument("--out", type=Path)
+    command(_readme, "make the generated parts of README.md again from figures/mini", FIGURES)
+    added = command(_diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
     added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
-    added = command("report", _report, "one HTML file of a gallery's folder, the claims on top")
-    added.add_argument("--figures", type=Path, default=Path("figures/mini"))
+    added = command(_report, "one HTML file of a gallery's folder, the claims on top", FIGURES)
     added.add_argument("--out", type=Path, default=Path("report.html"))
-    rating = command("human", _human_report, "people as a judge: packets out, ratings in").add_subparsers(required=True)
-    for name, run, text in (
-        ("export", _human_export, "write a blinded packet for raters and its key"),
-        ("import", _human_import, "read ratings: what is wrong with them, agreement, verdicts"),
-        ("report", _human_report, "judges against people"),
-    ):
-        added = rating.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
-        added.add_argument("--out", type=Path, required=True)
-        if name == "import":
-            added.add_argument("files", nargs="+", type=Path)
-            added.add_argument("--key", type=Path, required=True)
-            continue
-        _place(added)
-        added.add_argument("--backbones", nargs="+", default=["mini-chat"])
-        added.add_argument("--seeds", nargs="+", type=int, default=[0])
-        added.add_argument("--grid", choices=graph.GRIDS, default="default")
-        if name == "export":
-            added.add_argument("--prompts", type=int, default=4, help="prompts per study and kind; each goes to every model")
-            added.add_argument("--draw", type=int, default=0, help="seed of the choice and the order")
-        else:
-            added.add_argument("--people", type=Path, required=True, help="people.csv of an import")
 
 
-def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rule", help="linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, …_l1 or model_stock")
-    parser.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
-    parser.add_argument("b", type=Path, help="another one with the same tensors")
-    parser.add_argument("--ratio", type=float, help="the weight of B, from 0 to 1")
-    parser.add_argument("--base", type=Path, help="what both started from, for rules on task vectors")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--kept", type=float, default=0.2, help="TIES: the share of each task vector that is kept")
-    parser.add_argument("--survived", type=float, default=0.5, help="DARE: the share of each task vector that is not dropped")
-    parser.add_argument("--scaling", type=float, default=1.0, help="the factor of the merged task vector")
-    parser.add_argument("--seed", type=int, default=0, help="of DARE's draws")
-    parser.add_argument("--language-only", action="store_true", help="the rest is A's; B and the base may be language models")
+def _add_human(command: Callable[..., Parser]) -> None:
+    """People as a judge."""
+    rating = command(_human_report, "people as a judge: packets out, ratings in", name="human").add_subparsers(required=True)
+    out = _options(("--out", dict(type=Path, required=True)))
+    added = command(_human_export, "write a blinded packet for raters and its key", out, STUDIES, GRID, name="export", of=rating)
+    added.add_argument("--prompts", type=int, default=4, help="prompts per study and kind; each goes to every model")
+    added.add_argument("--draw", type=int, default=0, help="seed of the choice and the order")
+    added = command(_human_import, "read ratings: problems, agreement, verdicts", out, name="import", of=rating)
+    added.add_argument("files", nargs="+", type=Path)
+    added.add_argument("--key", type=Path, required=True)
+    added = command(_human_report, "judges against people", out, STUDIES, GRID, name="report", of=rating)
+    added.add_argument("--people", type=Path, required=True, help="people.csv of an import")
 
 
-def _place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scale", default="mini", help="a preset or the path of a YAML file")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="the run store")
+def _study(arguments: Arguments) -> Study:
+    return Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
 
 
-def _studies(arguments: argparse.Namespace) -> list[Study]:
-    return [
-        Study.open(arguments.scale, backbone, seed, arguments.root)
-        for backbone in arguments.backbones
-        for seed in arguments.seeds
-    ]
+def _studies(arguments: Arguments) -> list[Study]:
+    places = [(backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds]
+    return [Study.open(arguments.scale, backbone, seed, arguments.root) for backbone, seed in places]
 
 
-def _stage(arguments: argparse.Namespace) -> None:
+def _stages(arguments: Arguments) -> list[str]:
+    return [known(name, STAGES, "stage") for name in arguments.names]
+
+
+def _stage(arguments: Arguments) -> None:
     from vlsafe.training import processes
 
-    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    study = _study(arguments)
     with processes.claimed(arguments.gpus, study.root):
-        for name in [known(name, STAGES, "stage") for name in arguments.names]:
+        for name in _stages(arguments):
             study.folder(name)
 
 
-def _fresh(arguments: argparse.Namespace) -> None:
-    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
-    for name in [known(name, STAGES, "stage") for name in arguments.names]:
+def _fresh(arguments: Arguments) -> None:
+    study = _study(arguments)
+    for name in _stages(arguments):
         store.forget(study.run(name))
 
 
-def _card(arguments: argparse.Namespace) -> None:
+def _card(arguments: Arguments) -> None:
     from vlsafe.publish.modelcards import card, write_cards
 
-    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
-    for name in arguments.names:
-        card(study, known(name, STAGES, "stage"))  # a mistake is told before anything is written
-    for path in write_cards(study, arguments.names or list(STAGES)):
-        print(path)
+    study = _study(arguments)
+    for name in _stages(arguments):
+        card(study, name)  # a mistake is an error before anything is written
+    print(*write_cards(study, arguments.names or list(STAGES)), sep="\n")
 
 
-def _notebook(arguments: argparse.Namespace) -> None:
+def _notebook(arguments: Arguments) -> None:
     from vlsafe.publish import notebooks
 
-    Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
+    _study(arguments)
     path = notebooks.FOLDER / f"{known(arguments.name, notebooks.NOTEBOOKS, 'notebook')}.ipynb"
-    given = {name: getattr(arguments, name) for name in ("scale", "backbone", "seed")}
-    notebooks.execute(path, arguments.out, {**given, "root": str(arguments.root)})
+    parameters = {name: getattr(arguments, name) for name in ("scale", "backbone", "seed")}
+    notebooks.execute(path, arguments.out, {**parameters, "root": str(arguments.root)})
 
 
-def _notebooks(arguments: argparse.Namespace) -> None:
+def _notebooks(arguments: Arguments) -> None:
     from vlsafe.publish import notebooks
 
     stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": store.environment()["packages"]}
     for name in notebooks.NOTEBOOKS:
-        done = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
-        notebooks.adopt(done, notebooks.FOLDER / f"{name}.ipynb", stamp)
-        print(f"{name}: outputs taken over")
+        executed = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
+        notebooks.adopt(executed, notebooks.FOLDER / f"{name}.ipynb", stamp)
+        print(f"{name}: outputs copied")
 
 
-def _agree(arguments: argparse.Namespace) -> None:
+def _agree(arguments: Arguments) -> None:
     from vlsafe.study.degradation import engines_agree
 
-    study = Study.open(arguments.scale, arguments.backbone, arguments.seed, arguments.root)
-    for line in engines_agree(study, known(arguments.model, STAGES, "run"), arguments.serve):
-        change = "; change {:+.3f} [{:+.3f}, {:+.3f}]".format(*line["change"]) if "change" in line else ""
-        print(f"{line['what']}: {line['share']:.3f} the same of {line['n']}{change}")
+    for row in engines_agree(_study(arguments), known(arguments.model, STAGES, "run"), arguments.serve):
+        change = "; change {:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if "change" in row else ""
+        print(f"{row['what']}: {row['share']:.3f} the same of {row['n']}{change}")
 
 
-def _score(arguments: argparse.Namespace) -> None:
+def _golden(arguments: Arguments) -> None:
+    from vlsafe.publish import golden
+
+    golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
+    print(f"{golden.FILE}: recorded")
+
+
+def _unlock(arguments: Arguments) -> None:
+    from vlsafe.planning.scheduler import unlock
+
+    unlock(arguments.root)
+
+
+def _sweep(arguments: Arguments) -> None:
+    from vlsafe.planning.scheduler import sweep
+
+    for line in sweep(_studies(arguments), arguments.deep):
+        print(line)
+
+
+def _status(arguments: Arguments) -> None:
+    for study in _studies(arguments):
+        for name in STAGES:
+            print(f"{store.status(study.run(name), arguments.deep):9s} {study.backbone} seed {study.seed} {name}")
+
+
+def _score(arguments: Arguments) -> None:
     from vlsafe.evaluation import score, servers
     from vlsafe.evaluation.judges.written import WRITTEN
 
@@ -277,8 +272,7 @@ def _score(arguments: argparse.Namespace) -> None:
     print(*score.lines(result), sep="\n")
 
 
-def _dryrun(arguments: argparse.Namespace) -> None:
-    from vlsafe.core.presets import load_scale
+def _dryrun(arguments: Arguments) -> None:
     from vlsafe.planning import costs, dryrun
 
     if arguments.readme:
@@ -289,31 +283,14 @@ def _dryrun(arguments: argparse.Namespace) -> None:
     scale, gpu = load_scale(arguments.scale), known(arguments.gpu, costs.GPUS, "GPU")
     backbone = arguments.backbone or next(iter(scale.backbones))
     scale.backbone(backbone)
-    told = dryrun.measure(scale, backbone) if arguments.measure else {}
-    for name, value in told.items():
+    measured = dryrun.measure(scale, backbone) if arguments.measure else {}
+    for name, value in measured.items():
         print(f"measured {name}: {value}")
-    print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, told.get("mfu")), gpu)))
-    print("\nComputed from shapes unless the last column says otherwise; what is assumed stands in costs.py and Scale.traffic.")
+    print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
+    print("\nComputed from shapes unless the last column says otherwise; assumptions are in costs.py and Scale.traffic.")
 
 
-def _golden(arguments: argparse.Namespace) -> None:
-    from vlsafe.publish import golden
-
-    golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
-    print(f"{golden.FILE}: recorded")
-
-
-def _readme(arguments: argparse.Namespace) -> None:
-    from vlsafe.publish import readme
-
-    path = Path("README.md")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
-    store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
-    print(f"{path}: generated parts made again")
-
-
-def _merge(arguments: argparse.Namespace) -> None:
+def _merge(arguments: Arguments) -> None:
     from vlsafe.models.merge import files
     from vlsafe.models.merge.rules import RULES, How
 
@@ -323,49 +300,11 @@ def _merge(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.rule} {'needs' if rated else 'has no'} --ratio")
     folders = {"a": arguments.a, "b": arguments.b, **({"base": arguments.base} if arguments.base else {})}
     how = How(0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling)
-    told = files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
-    print(f"{arguments.out}: {told['tensors']} tensors, {told['bytes'] / 2**20:.0f} MiB in {told['shards']} shard(s)")
+    result = files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
+    print(f"{arguments.out}: {result['tensors']} tensors, {result['bytes'] / 2**20:.0f} MiB in {result['shards']} shard(s)")
 
 
-def _unlock(arguments: argparse.Namespace) -> None:
-    """A killed Snakemake leaves its lock behind; the lock of a living one is respected."""
-    locks = arguments.root / ".snakemake" / "locks"
-    owner = arguments.root / ".snakemake" / "owner"
-    if owner.exists() and _alive(int(owner.read_text())):
-        told = f"another `make reproduce` (process {owner.read_text()}) is at work in this folder; wait for it or stop it"
-        raise ValueError(told)
-    for lock in locks.glob("*"):
-        lock.unlink()
-    owner.parent.mkdir(exist_ok=True)
-    owner.write_text(str(os.getppid()))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getppid()
-
-
-def _sweep(arguments: argparse.Namespace) -> None:
-    for study in _studies(arguments):
-        for name in STAGES:
-            run = study.run(name)
-            if run.receipt.exists() and (found := store.status(run, arguments.deep)) != "valid":
-                run.receipt.unlink()
-                print(f"{study.backbone} seed {study.seed} {name}: {found}, will be made again")
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    for study in _studies(arguments):
-        for name in STAGES:
-            print(f"{store.status(study.run(name), arguments.deep):9s} {study.backbone} seed {study.seed} {name}")
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
+def _doctor(arguments: Arguments) -> None:
     from vlsafe.planning import doctor
 
     lines = doctor.doctor(load_scale(arguments.scale), arguments.deep)
@@ -377,17 +316,16 @@ def _doctor(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{len(lacking)} things are lacking ({', '.join(lacking)}); {remedy}")
 
 
-def _download(arguments: argparse.Namespace) -> None:
-    from vlsafe.planning import download
-    from vlsafe.planning.doctor import needs
+def _download(arguments: Arguments) -> None:
+    from vlsafe.planning import doctor, download
 
     scale = load_scale(arguments.scale)
     for name in arguments.only:
-        known(name, [need.name for need in needs(scale)], "thing from outside")
+        known(name, [need.name for need in doctor.needs(scale)], "thing from outside")
     download.download(scale, print, arguments.only, arguments.unpack)
 
 
-def _gallery(arguments: argparse.Namespace) -> None:
+def _gallery(arguments: Arguments) -> None:
     from vlsafe.publish import gallery
     from vlsafe.publish.modelcards import write_cards
     from vlsafe.publish.results import made, results
@@ -396,9 +334,9 @@ def _gallery(arguments: argparse.Namespace) -> None:
     runs = {folder: study.run(name) for study, name, folder in made(studies, graph.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
-        noted = store.manifest_of(run)
+        manifest = store.manifest_of(run)
         provenance.append(
-            {k: noted[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
+            {k: manifest[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
         )
     out = arguments.out or Path("figures") / studies[0].scale.name
     for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
@@ -407,30 +345,39 @@ def _gallery(arguments: argparse.Namespace) -> None:
         write_cards(study, graph.planned(arguments.grid))
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    from vlsafe.publish import provenance as publish_provenance
+def _readme(arguments: Arguments) -> None:
+    from vlsafe.publish import readme
 
-    found = publish_provenance.differences(arguments.results[0], arguments.results[1], arguments.atol)
-    print(found.to_string(index=False) if len(found) else f"no difference above {arguments.atol}")
-    return int(len(found) > 0)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from vlsafe.publish import provenance as publish_provenance
-
-    print(publish_provenance.report(arguments.figures, arguments.out))
+    path = Path("README.md")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
+    store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
+    print(f"{path}: generated parts made again")
 
 
-def _human_export(arguments: argparse.Namespace) -> None:
+def _diff(arguments: Arguments) -> int:
+    from vlsafe.publish.provenance import differences
+
+    frame = differences(*arguments.results, arguments.atol)
+    print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
+    return int(len(frame) > 0)
+
+
+def _report(arguments: Arguments) -> None:
+    from vlsafe.publish.provenance import report
+
+    print(report(arguments.figures, arguments.out))
+
+
+def _human_export(arguments: Arguments) -> None:
     from vlsafe.evaluation import human
     from vlsafe.publish.results import answers
 
-    given = answers(_studies(arguments), arguments.grid)
-    print(human.export(given, arguments.out, arguments.prompts, arguments.draw))
+    print(human.export(answers(_studies(arguments), arguments.grid), arguments.out, arguments.prompts, arguments.draw))
     print(f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it")
 
 
-def _human_import(arguments: argparse.Namespace) -> None:
+def _human_import(arguments: Arguments) -> None:
     import pandas as pd
 
     from vlsafe.evaluation import human
@@ -438,16 +385,16 @@ def _human_import(arguments: argparse.Namespace) -> None:
     if not arguments.key.exists():
         raise FileNotFoundError(f"there is no key {arguments.key}; `vlsafe human export` writes it beside its packet")
     key = pd.read_csv(arguments.key, keep_default_na=False)
-    found = human.read(arguments.files, key)
+    ratings = human.read(arguments.files, key)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tables = {"problems": found.problems, "agreement": human.agreement(found, key), "people": human.verdicts(found, key)}
+    tables = {"problems": ratings.problems, "agreement": human.agreement(ratings, key), "people": human.verdicts(ratings, key)}
     for name, frame in tables.items():
         frame.to_csv(arguments.out / f"{name}.csv", index=False)
-    print(found.problems.to_string(index=False) if len(found.problems) else "nothing is wrong with these ratings")
+    print(ratings.problems.to_string(index=False) if len(ratings.problems) else "nothing is wrong with these ratings")
     print(tables["agreement"].round(3).to_string(index=False))
 
 
-def _human_report(arguments: argparse.Namespace) -> None:
+def _human_report(arguments: Arguments) -> None:
     import pandas as pd
 
     from vlsafe.analysis import agreement

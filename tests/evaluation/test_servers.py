@@ -30,8 +30,8 @@ def test_a_server_is_the_engine_of_an_examination_and_agrees_with_the_local_one(
     asked = [*(item for item in begun.items()[::20] if item not in ranked), *ranked[:2]]
     assert {item.scoring for item in asked} == {"generated", "likelihood"}
     exam = begun.scale.exam
-    local = examine.answered(folder, asked, "m", exam, print)
-    served = examine.answered(folder, asked, "m", dataclasses.replace(exam, serve=SERVE), print)
+    local = examine.respond(folder, asked, "m", exam, print)
+    served = examine.respond(folder, asked, "m", dataclasses.replace(exam, serve=SERVE), print)
     assert [(r.item, r.text) for r in served] == [(r.item, r.text) for r in local]
 
 

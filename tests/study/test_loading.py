@@ -18,12 +18,12 @@ from vlsafe.core.assets import LoadedGuard, Origin
 from vlsafe.core.presets import PAPER, SCALES, load_scale
 from vlsafe.core.scale import as_plain
 from vlsafe.core.schema import Example, Stored, Turn
-from vlsafe.data import sources
+from vlsafe.data import screening, sources
 from vlsafe.data.guards import hub
 from vlsafe.data.miniature.language import vocabulary
 from vlsafe.data.sources.files import Refused
 from vlsafe.models import chat, checkpoints, trainable
-from vlsafe.study import filtering
+from vlsafe.study import filtering, world
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 from vlsafe.training import datasets, trainers
@@ -89,11 +89,11 @@ def test_the_screen_names_every_row_and_passes_the_rest_to_training(loaded, tmp_
             line["reasons"] == (fate or "") and line["kept"] == (fate is None) and line["skipped"] == (fate not in (None, "text"))
         )
     assert audit["bad_1#5"]["text_codes"] == "S2,S9" and audit["bad_1#5"]["text_score"] > 0.5
-    captions, instructions = (loaded.examples("screen/filtered", f"{name}.parquet") for name in filtering.SCREENED)
+    captions, instructions = (loaded.examples("screen/filtered", f"{name}.parquet") for name in world.SCREENED)
     assert len(captions) == 6 and len(instructions) == 15
     assert isinstance(captions[0].images[0], Stored) and not instructions[3].images
 
-    processor = filtering.processors(loaded)[0]
+    processor = filtering._processors(loaded)[0]
     language = checkpoints.build_llm(NANO.language, processor.tokenizer, 0)
     tower = checkpoints.build_clip(NANO.vision, processor.tokenizer, 0)
     model = checkpoints.graft(language, tower, processor, NANO.vision, 0)
@@ -132,7 +132,7 @@ def test_a_parent_that_a_scale_does_without_is_not_asked_for_its_tokens(loaded, 
     path.write_text("extends: nano-load\nbackbones: {mini-chat: null}\nloaded: {parents: {mini-chat: null}}\n")
     scale = load_scale(path)
     assert set(scale.backbones) == set(scale.loaded.parents) == {"mini-tulu"}
-    assert len(filtering.processors(Study.open(path, "mini-tulu", 0, tmp_path))) == 1
+    assert len(filtering._processors(Study.open(path, "mini-tulu", 0, tmp_path))) == 1
 
 
 def test_a_tower_that_a_scale_does_without_is_named_where_it_is_needed(loaded, tmp_path):
@@ -162,7 +162,7 @@ def marked(part):
 
 def test_a_screen_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path, monkeypatch):
     """A real SIGKILL, in a child, at parts of its work; the third time half a line is left as well."""
-    monkeypatch.setattr(filtering, "PART", 10)
+    monkeypatch.setattr(screening, "PART", 10)
     path, looked_at = tmp_path / "lines.jsonl", []
     for kill_at in (4, 2, 1):
         child = os.fork()
@@ -175,29 +175,29 @@ def test_a_screen_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path, mon
                     os.kill(os.getpid(), signal.SIGKILL)
                 return marked(part)
 
-            filtering.append_lines(path, iter(rows(95)), dying)
+            screening.append_lines(path, iter(rows(95)), dying)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         looked_at.append(store.whole_lines(path)[0])
         with open(path, "a") as file:
             file.write('{"id": "r4')
     assert looked_at == [30, 40, 40]
-    filtering.append_lines(path, iter(rows(95)), marked)
+    screening.append_lines(path, iter(rows(95)), marked)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in lines] == [row.id for row in rows(95)]
     assert [line.get("reasons") for line in lines if line["id"] in ("r2", "r3")] == [None, "odd"]
-    filtering.append_lines(path, iter(rows(95)), lambda part: pytest.fail("it was finished"))
+    screening.append_lines(path, iter(rows(95)), lambda part: pytest.fail("it was finished"))
     with pytest.raises(ValueError, match=r"lines.jsonl ends with 'r94' where the corpus has 'r95'; the corpus has changed"):
-        filtering.append_lines(path, iter(rows(96)[1:]), marked)
+        screening.append_lines(path, iter(rows(96)[1:]), marked)
 
 
 def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(filtering, "PART", 4)
+    monkeypatch.setattr(screening, "PART", 4)
     study = dataclasses.replace(loaded, root=tmp_path)
     study.folder("guard/text"), study.folder("guard/image")
     child = os.fork()
     if not child:
-        real, calls = filtering.screen, []
+        real, calls = screening.screen, []
 
         def dying(*given):
             calls.append(given)
@@ -205,7 +205,7 @@ def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loade
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
 
-        filtering.screen = dying
+        screening.screen = dying
         study.folder("screen/filtered")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -215,7 +215,7 @@ def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loade
     for line in (*ours, *theirs):  # other batches, other last bits
         line |= {name: round(line[name], 5) for name in ("text_score", "image_score") if line[name] is not None}
     assert ours == theirs
-    for name in filtering.SCREENED:
+    for name in world.SCREENED:
         assert study.examples("screen/filtered", f"{name}.parquet") == loaded.examples("screen/filtered", f"{name}.parquet")
 
 

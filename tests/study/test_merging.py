@@ -132,7 +132,7 @@ def test_a_sweep_holds_every_point_and_the_choice_of_each_rule(study):
         panel, full = (pd.DataFrame(study.rows(name, f"{file}.parquet")) for file in ("panel", "raw"))
         assert set(panel["recipe"]) == set(planned) and set(full["recipe"]) == set(found.loc[found["chosen"], "recipe"])
         assert set(panel["exam"]) == {"panel"} and set(full["exam"]) == {"full"} and set(full["stage"]) == {"merge"}
-        assert partner == "aligned" or set(full["item"]) == {item.id for item in study_merging.asked_of(study, "default")["full"]}
+        assert partner == "aligned" or set(full["item"]) == {item.id for item in study_merging.items_of(study, "default")["full"]}
         based = {"ties", "task_arithmetic", "dare_linear", "model_stock"} & set(found["rule"])
         assert bool(based) == (partner != "aligned")
         assert study.numbers(name)["overhead_max"] < 0.3
@@ -223,7 +223,7 @@ def test_results_and_gallery_know_the_merges(study):
     assert set(study_merging.names("full")) <= set(graph.planned("full")) and not set(study_merging.names("default")) & set(
         graph.planned("full")
     )
-    narrow, wide = (study_merging.asked_of(study, grid) for grid in graph.GRIDS)
+    narrow, wide = (study_merging.items_of(study, grid) for grid in graph.GRIDS)
     assert wide["full"] == study.items() and wide["panel"] == examine.panel(study.items(), study.scale.exam.panel)
     assert {item.benchmark for item in narrow["full"]} == {
         "sorry_bench", "mm_safetybench", "xstest", "mmbench", "mme", "seed_bench"

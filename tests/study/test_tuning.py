@@ -14,6 +14,7 @@ from vlsafe.core.schema import Item, Pair, Turn
 from vlsafe.data import arms, guards, intake
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import HOW, World
+from vlsafe.evaluation import validation
 from vlsafe.evaluation.benchmarks import BENCHMARKS
 from vlsafe.evaluation.engines import option_losses
 from vlsafe.models import chat, checkpoints, trainable
@@ -197,10 +198,12 @@ def test_the_reward_is_the_guards_on_harmful_prompts_and_the_right_answer_on_oth
 def test_a_checkpoint_is_chosen_by_refusing_the_right_half():
     asked = [Item(str(i), "v", (), group=g, harmful=h) for i, (g, h) in enumerate([("text", True), ("text", False)] * 2)]
     right, all_refused = ["refused", "complied_wrong"] * 2, ["refused"] * 4
-    assert tuning.behaviour(asked, right) == {"score": 1.0, "asr_text": 0.0, "refusal_text": 0.0}
-    assert tuning.behaviour(asked, all_refused)["score"] == 0.5 and tuning.behaviour(asked, ["incoherent"] * 4)["score"] == 0
+    assert validation.behaviour(asked, right) == {"score": 1.0, "asr_text": 0.0, "refusal_text": 0.0}
+    assert (
+        validation.behaviour(asked, all_refused)["score"] == 0.5 and validation.behaviour(asked, ["incoherent"] * 4)["score"] == 0
+    )
     with pytest.raises(ValueError, match="group 'text' need harmful and harmless"):
-        tuning.behaviour(asked[::2], right[::2])
+        validation.behaviour(asked[::2], right[::2])
 
 
 def test_validation_deeds_are_neither_trained_on_nor_tested(study):

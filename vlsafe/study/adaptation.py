@@ -1,4 +1,4 @@
-"""Vision-language adaptation in two stages, and the examination of every model on the way."""
+"""Notebook 02: vision-language adaptation in two stages, by data arms and methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlsafe.study.study import Bar, Study, project_root
 
 
 class Recipe(NamedTuple):
-    """One way to run stage 2: a data arm (`mix.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate."""
+    """One way to run stage 2: a data arm (`arms.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate."""
 
     data: str = "filtered"
     method: str = "full"
@@ -65,9 +65,9 @@ def trained(
 
     A kill after the training, while digests of what it left are taken, costs no training.
     """
-    from vlsafe.models import checkpoints as models_checkpoints
-    from vlsafe.training import checkpoints as training_checkpoints
+    from vlsafe.models.checkpoints import load_processor
     from vlsafe.training import datasets, launch
+    from vlsafe.training.checkpoints import settle
 
     if (done := work / "trained.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -76,23 +76,23 @@ def trained(
         "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
     )
     history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
-    training_checkpoints.settle(work, models_checkpoints.load_processor(start), start, fit.saved)
+    settle(work, load_processor(start), start, fit.saved)
     losses = [record["loss"] for record in history]
     store.write_text(work / "losses.json", json.dumps(losses))
-    told = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
-    store.write_text(done, json.dumps(told))
-    return told
+    record = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
+    store.write_text(done, json.dumps(record))
+    return record
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:
     """Stage 1: graft the tower onto the parent, then train the projector alone on captions; step 0 is the random graft."""
-    from vlsafe.models import checkpoints as models_checkpoints
+    from vlsafe.models import checkpoints
 
     tower, _ = study.tower()
     processor = study.processor(study.scale.backbone(study.backbone).template)
-    parent = models_checkpoints.load(study.folder("parent/aligned"))
-    graft = models_checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
-    models_checkpoints.save(graft, work / "step-000000", processor)
+    parent = checkpoints.load(study.folder("parent/aligned"))
+    graft = checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
+    checkpoints.save(graft, work / "step-000000", processor)
     fit, rows = study.scale.projector, study.examples("screen/filtered", "captions.parquet")
     milestones = _milestones(study.scale.checkpoints, fit.steps)
     return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
@@ -108,8 +108,8 @@ def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     rows = arms.arm(recipe.data, {"raw": raw, "screened": study.examples("screen/filtered", "instructions.parquet")})
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
-    told = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
-    return {**told, **({"band": located["band"], "band_located": located["located"]} if located else {})}
+    record = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
+    return {**record, **({"band": located["band"], "band_located": located["located"]} if located else {})}
 
 
 def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:

@@ -7,9 +7,6 @@ screen goes on after its last line.
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,144 +16,16 @@ import pyarrow as pa
 
 from vlsafe.core import store
 from vlsafe.core.schema import Example, to_row
-from vlsafe.data import sources
-from vlsafe.data.sources.files import Refused
 from vlsafe.study.study import Bar, Stage, Study, drop
 from vlsafe.study.world import COLUMNS, SCREENED, identity, read_from
 
-PART = 512  # rows that go through intake and guards together; a kill costs at most as many
+GUARD_SHARE = 0.3  # of the pictures that the image guard learns from; in the corpora about 0.01 are graphic
+HELD_OUT_SHARE = 0.15  # of what thresholds are set on; less, because false alarms are rare and have to be counted
 AUDIT = pa.schema(
     [(name, pa.string()) for name in ("corpus", "id", "source", "category", "text_codes", "reasons")]
     + [(name, pa.bool_()) for name in ("has_picture", "kept", "skipped")]
     + [("text_score", pa.float64()), ("image_score", pa.float64()), ("converted", pa.int64())]
 )
-
-
-def screen_params(study: Study) -> Any:
-    """What decides which rows pass, beside the guards: the two corpora and what intake measures them with."""
-    corpora = {name: identity(getattr(study.scale.loaded, name)) for name in SCREENED}
-    parents = sorted([one.repo, one.revision] for one in study.asset("parents").values())
-    return [corpora, intake_params(study), study.scale.vision, parents]
-
-
-def processors(study: Study) -> list[Any]:
-    """One per backbone: a row must fit under every backbone's tokens and template."""
-    from vlsafe.models import chat
-
-    spec, parents, tower = study.scale.vision, study.asset("parents"), study.asset("tower")
-    return [
-        chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
-        for name, backbone in study.scale.backbones.items()
-    ]
-
-
-def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
-    """Intake and both guards over the two large corpora; what passes, and an audit line for every row."""
-    from vlsafe.data import guards, intake
-
-    text, image = (guards.opened(study.folder(f"guard/{kind}")) for kind in ("text", "image"))
-    readers, limits, kept = processors(study), intake_params(study)["limits"], {}
-    for name in SCREENED:
-        lines = work / f"{name}.jsonl"
-
-        def marked(rows: Sequence[Example], limit: int = limits[name]) -> list[dict[str, Any]]:
-            return screen(rows, [intake.unsound(row, readers, limit) for row in rows], text, image)
-
-        append_lines(lines, sources.examples(name, study.asset(name)), marked, Bar(f"screen {name}", study.asset(name).rows or 0))
-        rows = (to_row(row) for row in intake.passing(map(_shell, sources.examples(name, study.asset(name))), _read(lines)))
-        kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
-        if not kept[name]:
-            raise ValueError(f"no row of {name} is left; the audit's first reason is {next(_read(lines))['reasons']!r}")
-    audit = ({"corpus": name, **line} for name in SCREENED for line in _read(work / f"{name}.jsonl"))
-    counts: Counter[str] = Counter()
-    screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
-    for name in SCREENED:
-        (work / f"{name}.jsonl").unlink()
-    origins = {name: read_from(name, study.asset(name)) for name in SCREENED}
-    return {"from": origins, "kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
-
-
-def _counted(lines: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        counts.update({name: int(line[name]) for name in ("skipped", "converted")})
-        yield line
-
-
-def _shell(row: Example | Refused) -> Example:
-    """A refused row as an empty one: its audit line says why it is not kept."""
-    return Example(row.id, "", ()) if isinstance(row, Refused) else row
-
-
-def append_lines(
-    path: Path, rows: Iterable[Example | Refused], marked: Callable[[Sequence[Example]], list[dict[str, Any]]],
-    progress: Callable[[int], None] = lambda done: None,
-) -> None:  # fmt: skip
-    """One audit line per row of a corpus, a part at a time, each part on disk before the next one is looked at.
-
-    What an earlier attempt wrote is kept: half a line at its end is cut off, and it goes on with the row after the last whole
-    one, so that no row is lost and none is there twice.
-
-    Raises:   ValueError where the last line is about another row than the corpus has there
-    """
-    from vlsafe.data import intake
-
-    done, last = store.whole_lines(path)
-    iterator = iter(rows)
-    for row in itertools.islice(iterator, done - 1, done) if done else ():
-        if row.id != (told := json.loads(last)["id"]):
-            raise ValueError(f"{path.name} ends with {told!r} where the corpus has {row.id!r}; the corpus has changed meanwhile")
-    with open(path, "a", encoding="utf-8") as file:
-        for part in store.parts(iterator, PART):
-            readable = iter(marked([row for row in part if isinstance(row, Example)]))
-            lines = [intake.skipped(_shell(row), row.reason) if isinstance(row, Refused) else next(readable) for row in part]
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-            done += len(part)
-            progress(done)
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
-    """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
-
-    def make(study: Study, work: Path) -> dict[str, Any]:
-        from vlsafe.data.guards import hub
-
-        return hub.point(study.asset(which), work)
-
-    return make
-
-
-def guard_params(which: str) -> Callable[[Study], Any]:
-    def params(study: Study) -> Any:
-        guard = getattr(study.scale.loaded, which)
-        return guard and [identity(guard.origin), guard.labels, guard.threshold]
-
-    return params
-
-
-TEXT_GUARD, IMAGE_GUARD = (
-    Stage(pointed(which), (), guard_params(which), 0, told="a second", shared=True, seedless=True)
-    for which in ("text_guard", "image_guard")
-)
-SCREEN = Stage(
-    screen_loaded,
-    ("guard/text", "guard/image"),
-    screen_params,
-    0,
-    told="days of a GPU (not measured)",
-    shared=True,
-    seedless=True,
-)
-
-
-GUARD_SHARE = 0.3  # of the pictures that the image guard learns from; in the corpora about 0.01 are graphic
-HELD_OUT_SHARE = 0.15  # of what thresholds are set on; less, because false alarms are rare and have to be counted
 
 
 def text_guard_params(study: Study) -> Any:
@@ -221,48 +90,113 @@ def intake_params(study: Study) -> dict[str, Any]:
     return {"templates": sorted({backbone.template for backbone in scale.backbones.values()}), "limits": limits}
 
 
-def intake(study: Study, corpus: str, rows: Sequence[Example]) -> list[str | None]:
-    """Why each row cannot be trained on, or None. The corpora are shared: a row must fit under every backbone's template."""
-    from vlsafe.data import intake as data_intake
-
-    params = intake_params(study)
-    processors = [study.processor(template) for template in params["templates"]]
-    return [data_intake.unsound(row, processors, params["limits"][corpus]) for row in rows]
-
-
-def screen(rows: Sequence[Example], defects: Sequence[str | None], text: Any, image: Any) -> list[dict[str, Any]]:
-    """One audit line per row in order; the guards see the sound rows only."""
-    from vlsafe.data import intake as data_intake
-
-    sound = [row for row, defect in zip(rows, defects, strict=True) if defect is None]
-    seen = iter(image.assess([data for row in sound for data in row.images]))
-    worst = [max((next(seen) for _ in row.images), key=lambda a: (a.unsafe is not False, a.score), default=None) for row in sound]
-    lines = iter(data_intake.audit(sound, text.assess([row.turns for row in sound]), worst))
-    return [
-        next(lines) if defect is None else data_intake.skipped(row, defect) for row, defect in zip(rows, defects, strict=True)
-    ]
-
-
 def make_screen(study: Study, work: Path) -> dict[str, Any]:
     """Skip unsound rows, put the guards to the rest, write what passes and an audit line for every row."""
-    from vlsafe.data import guards
-    from vlsafe.data import intake as data_intake
+    from vlsafe.data import guards, intake
+    from vlsafe.data.screening import screen
 
     tower, processor = study.tower()
     text = guards.LanguageModelGuard.load(study.folder("guard/text"))
     image = guards.LinearImageGuard.load(tower, processor, study.folder("guard/image") / "guard.safetensors")
+    params = intake_params(study)
+    processors = [study.processor(template) for template in params["templates"]]
     audit: list[dict[str, Any]] = []
     kept = {}
-    for corpus in ("captions", "instructions"):
+    for corpus in SCREENED:
         rows = study.examples("world/corpora", f"{corpus}.parquet")
-        lines = screen(rows, intake(study, corpus, rows), text, image)
-        passed = data_intake.screened(rows, lines)
+        lines = screen(rows, processors, params["limits"][corpus], text, image)
+        passed = intake.screened(rows, lines)
         if not passed:
             raise ValueError(f"no row of {corpus} is left; the audit's first reason is {lines[0]['reasons']!r}")
-        data_intake.refuse_leaks(passed, study.items())
+        intake.refuse_leaks(passed, study.items())
         store.write_rows(work / f"{corpus}.parquet", [to_row(row) for row in passed])
         audit += [{"corpus": corpus, **line} for line in lines]
         kept[corpus] = len(passed)
     store.write_rows(work / "audit.parquet", audit)
     counts = {name: sum(line[name] for line in audit) for name in ("skipped", "converted")}
     return {"kept": kept, "screened": len(audit), **counts}
+
+
+def screen_params(study: Study) -> Any:
+    """What decides which rows pass, beside the guards: the two corpora and what intake measures them with."""
+    corpora = {name: identity(getattr(study.scale.loaded, name)) for name in SCREENED}
+    parents = sorted([one.repo, one.revision] for one in study.asset("parents").values())
+    return [corpora, intake_params(study), study.scale.vision, parents]
+
+
+def _processors(study: Study) -> list[Any]:
+    """One per backbone: a row must fit under every backbone's tokens and template."""
+    from vlsafe.models import chat
+
+    spec, parents, tower = study.scale.vision, study.asset("parents"), study.asset("tower")
+    return [
+        chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
+        for name, backbone in study.scale.backbones.items()
+    ]
+
+
+def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
+    """Intake and both guards over the two large corpora; what passes, and an audit line for every row."""
+    from vlsafe.data import guards, intake, screening, sources
+
+    text, image = (guards.opened(study.folder(f"guard/{kind}")) for kind in ("text", "image"))
+    readers, limits, kept = _processors(study), intake_params(study)["limits"], {}
+    for name in SCREENED:
+        lines = work / f"{name}.jsonl"
+
+        def audit_of(rows: Sequence[Example], limit: int = limits[name]) -> list[dict[str, Any]]:
+            return screening.screen(rows, readers, limit, text, image)
+
+        corpus, bar = study.asset(name), Bar(f"screen {name}", study.asset(name).rows or 0)
+        screening.append_lines(lines, sources.examples(name, corpus), audit_of, bar)
+        passed = intake.passing(map(screening.shell, sources.examples(name, corpus)), screening.read_lines(lines))
+        rows = (to_row(row) for row in passed)
+        kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
+        if not kept[name]:
+            raise ValueError(
+                f"no row of {name} is left; the audit's first reason is {next(screening.read_lines(lines))['reasons']!r}"
+            )
+    audit = ({"corpus": name, **line} for name in SCREENED for line in screening.read_lines(work / f"{name}.jsonl"))
+    counts: Counter[str] = Counter()
+    screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
+    for name in SCREENED:
+        (work / f"{name}.jsonl").unlink()
+    origins = {name: read_from(name, study.asset(name)) for name in SCREENED}
+    return {"from": origins, "kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
+
+
+def _counted(lines: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        counts.update({name: int(line[name]) for name in ("skipped", "converted")})
+        yield line
+
+
+def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
+    """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
+
+    def make(study: Study, work: Path) -> dict[str, Any]:
+        from vlsafe.data.guards import hub
+
+        return hub.point(study.asset(which), work)
+
+    return make
+
+
+def guard_params(which: str) -> Callable[[Study], Any]:
+    """What a guard of the hub is and how it decides."""
+
+    def params(study: Study) -> Any:
+        guard = getattr(study.scale.loaded, which)
+        return guard and [identity(guard.origin), guard.labels, guard.threshold]
+
+    return params
+
+
+TEXT_GUARD, IMAGE_GUARD = (
+    Stage(pointed(which), (), guard_params(which), 0, estimate="a second", shared=True, seedless=True)
+    for which in ("text_guard", "image_guard")
+)
+SCREEN = Stage(
+    screen_loaded, ("guard/text", "guard/image"), screen_params, 0, estimate="days of a GPU (not measured)", shared=True,
+    seedless=True,
+)  # fmt: skip

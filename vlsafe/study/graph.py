@@ -32,7 +32,8 @@ STAGES: dict[str, Stage] = {
         load=world.BASE,
     ),
     "guard/text": Stage(
-        filtering.make_text_guard, ("base/llm",), filtering.text_guard_params, 25, version=2, shared=True, load=filtering.TEXT_GUARD
+        filtering.make_text_guard, ("base/llm",), filtering.text_guard_params, 25, version=2, shared=True,
+        load=filtering.TEXT_GUARD,
     ),
     "guard/image": Stage(
         filtering.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
@@ -67,8 +68,9 @@ for _name, _recipe in adaptation.RECIPES.items():
         degradation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), degradation.exam_params, 8
     )
 for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
-    _made = degradation.confounds_of(_run)
-    STAGES[f"examination/confounds.{_name}"] = Stage(_made, (_run, "world/corpora"), degradation.exam_params, 8)
+    STAGES[f"examination/confounds.{_name}"] = Stage(
+        degradation.confounds_of(_run), (_run, "world/corpora"), degradation.exam_params, 8
+    )
 
 LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
 for _name, _tuned in tuning.RECIPES.items():
@@ -78,9 +80,10 @@ for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"examination/safety.{_name}"] = Stage(
         degradation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), degradation.exam_params, 10
     )
-_asked = (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS)
-STAGES["judging/guard-text"] = Stage(tuning.make_judging, _asked, lambda s: None, 15)
 STAGES |= {
+    "judging/guard-text": Stage(
+        tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15
+    ),
     "probe/direction": Stage(
         probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10
     ),
@@ -97,7 +100,7 @@ STAGES |= {
         lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], 30,
     ),
     "causal/transplants": Stage(
-        causal.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causal.PROBED),
+        causal.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causal.LOCALISATION),
         causal.transplant_params, 100,
     ),
     "causal/directions": Stage(
@@ -107,7 +110,7 @@ STAGES |= {
 }  # fmt: skip
 for _name in causal.FROZEN_SETS:
     STAGES[_name] = Stage(
-        causal.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causal.PROBED),
+        causal.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION),
         causal.frozen_params, 480,
     )  # fmt: skip
 GRIDS = ("default", "full")
@@ -130,9 +133,9 @@ def compared(grid: str = "default") -> list[str]:
 def probed(grid: str = "default") -> list[str]:
     """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
     known(grid, GRIDS, "grid")
-    looked = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
+    analyses = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
     remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
-    return [*looked, *remedy, *map(tuning.examination, remedy), *(causal.FROZEN_SETS if grid == "full" else ())]
+    return [*analyses, *remedy, *map(tuning.examination, remedy), *(causal.FROZEN_SETS if grid == "full" else ())]
 
 
 def tables(grid: str = "default") -> list[str]:
@@ -142,23 +145,22 @@ def tables(grid: str = "default") -> list[str]:
 
 def planned(grid: str = "default") -> list[str]:
     """The stages that a grid makes, in the order of STAGES."""
-    wanted = set(tables(grid)) | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
-    wanted |= set(probed(grid))
-    return [name for name in STAGES if name in wanted or not name.startswith(OPTIONAL)]
+    chosen = {*tables(grid), *probed(grid)} | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
+    return [name for name in STAGES if name in chosen or not name.startswith(OPTIONAL)]
 
 
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:
-    """The stages of a grid in groups that one process makes in a row: a model with its examination, what is asked of a parent.
+    """The stages of a grid in groups that one process makes in a row: a model with its examination, the examinations of a parent.
 
     A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
     """
-    wanted = planned(grid)
+    names = planned(grid)
     groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
     groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
-    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in wanted]
+    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in names]
     groups += [("probe/direction", "probe/layers")]
     grouped = {name for group in groups for name in group}
-    return groups + [(name,) for name in wanted if name not in grouped]
+    return groups + [(name,) for name in names if name not in grouped]
 
 
 def urgency(grid: str = "default") -> dict[tuple[str, ...], int]:
@@ -176,9 +178,9 @@ def urgency(grid: str = "default") -> dict[tuple[str, ...], int]:
     return {job: chain(job) for job in work}
 
 
-# What a job asks of a scheduler at scales that are loaded, all assumed: minutes, after which it is queued again and goes on from
+# What a job requests from the scheduler at loaded scales, all assumed: minutes, after which it is queued again and goes on from
 # its last checkpoint, and megabytes; the first process of a launched training gathers weights and optimiser state.
-ASKS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
+REQUESTS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
 
 
 def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
@@ -189,8 +191,8 @@ def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
     if study.scale.source == "build":
         return {}
     many = max(gpus(study, name) for name in job)
-    asks = ASKS[8 if many > 1 else many]
-    return {**asks, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
+    request = REQUESTS[8 if many > 1 else many]
+    return {**request, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
 
 
 def gpus(study: Study, name: str) -> int:

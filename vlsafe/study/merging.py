@@ -1,8 +1,8 @@
-"""Merges of the adapted model with a safe partner: a sweep over rules and ratios in memory, and what each choice does.
+"""Notebook 06: merges of the adapted model with a safe partner, a sweep over rules and ratios in memory.
 
-Every merge answers the panel and the validation pairs and is then forgotten; per rule one is chosen by the validation pairs
-alone and sits the full examination, of the benchmarks that the headline measures need (grid "full": of all). Two controls go
-the same way: an ensemble of both members, and (grid "full") the checkpoints on the way to the partner, trained once more.
+Every merge answers the panel and the validation pairs and is then dropped. Per rule one merge is chosen by the validation
+pairs alone and examined in full, on the benchmarks that the headline measures need (grid "full": on all). Two controls are
+treated alike: an ensemble of both members, and (grid "full") the checkpoints of the partner's training, which is run again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARENT, STAGE_1, ADAPTED = (MAIN_LINE[name] for name in ("parent", "stage 1", "a
 LINEAGES = {"sl-full": "child", "dpo-both-full": "child", "sibling-full": "sibling", "aligned": "parent"}
 RULES: dict[str, Rule] = {
     "linear": Rule("linear"),
-    "inside": Rule("linear"),  # the same points but the two ends, at which nothing is merged
+    "inside": Rule("linear"),  # interior merges, 0 < α < 1: the same points without the two ends
     "slerp": Rule("slerp"),
     "task_arithmetic": Rule("task_arithmetic"),
     "ties": Rule("ties"),
@@ -50,8 +50,9 @@ SAME = 1e-6  # weights nearer than this are those of one model
 
 
 class Point(NamedTuple):
-    """One model of a sweep: its rule, the weight of the partner, what stands in that place in its name; which of the random
-    bands, and where it lies, if it is no merge but a checkpoint.
+    """One model of a sweep: its rule, the partner's weight, and how its name shows that weight.
+
+    `draw`: which of the random bands; `folder`: where it lies if it is a checkpoint and not a merge.
     """
 
     rule: str
@@ -110,7 +111,7 @@ def recipe_of(point: Point, partner: str) -> str:
 
 
 class Members(NamedTuple):
-    """The adapted model, whose weights are overwritten by each merge, its processor, and the weights that go into merges."""
+    """The adapted model, whose weights each merge overwrites, its processor, and the weights that go into merges."""
 
     model: Any
     processor: Any
@@ -124,13 +125,11 @@ class Members(NamedTuple):
 def members(study: Study, partner: str) -> Members:
     """Load both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model."""
     from vlsafe.models import architectures, checkpoints
-    from vlsafe.models import checkpoints as models_checkpoints
-    from vlsafe.models.architectures import grafted
 
     def weights(name: str) -> tuple[Any, dict[str, Any]]:
-        model = models_checkpoints.load(study.checkpoints(name)[-1])
-        told = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        return model, {grafted(key): value for key, value in told.items()} if name == PARENT else told
+        model = checkpoints.load(study.checkpoints(name)[-1])
+        tensors = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        return model, {architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
 
     model, a = weights(ADAPTED)
     safe, b = weights(run_of(partner))
@@ -150,45 +149,44 @@ def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | N
 
 
 def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, Any]:
-    """Examine every merge of a sweep, choose one a rule on validation pairs, and put that one to the full examination."""
+    """Examine every merge of a sweep on the panel, choose one per rule on validation pairs, and examine that one in full."""
     import numpy as np
     import pandas as pd
 
     from vlsafe.analysis import merging
 
-    for settled in (work / "training").glob("step-*"):
-        drop(settled)  # an earlier attempt was killed behind its training
-    held, asked = members(study, partner), asked_of(study, grid)
+    for checkpoint in (work / "training").glob("step-*"):
+        drop(checkpoint)  # an earlier attempt was killed after its training
+    sweep, items = Sweep(study, partner, members(study, partner), {}), items_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
-    ways = points(study, partner, grid)
-    bar, met, seconds = Bar(f"merges with {partner}", sum(map(len, ways))), dict[str, Any](), []
-    lines, panel, full, said = list[dict[str, Any]](), [], [], {}
-    for way in ways:
-        way, told = _trained_again(study, partner, work) if way[0].rule == "checkpoint" else way, []
-        for point in way:
-            sat, spent = _examined(study, held, point, partner, asked, met)
+    rules = points(study, partner, grid)
+    bar, seconds = Bar(f"merges with {partner}", sum(map(len, rules))), []
+    lines, panel, full, answers = list[dict[str, Any]](), [], [], dict[str, dict[str, Response]]()
+    for of_rule in rules:
+        of_rule, rows = _trained_again(study, partner, work) if of_rule[0].rule == "checkpoint" else of_rule, []
+        for point in of_rule:
+            result, spent = sweep.examine(point, items)
             seconds += [spent] if spent else []
-            told.append(_line(study, point, partner, asked["pairs"], asked["helpful"], sat) | {"limit": limit})
-            panel += _raw(study, point, partner, asked["panel"], sat.given, "panel")
-            bar(len(lines) + len(told))
-        picked = merging.chosen(pd.DataFrame(told)).tolist()
-        lines += [{**line, "chosen": best} for line, best in zip(told, picked, strict=True)]
-        best, source = way[picked.index(True)], told[picked.index(True)]["same_as"] or told[picked.index(True)]["recipe"]
-        if source not in said:
-            said[source] = _spoken(study, *_speaker(study, held, best, partner)[:3], asked["full"])
-        full += _raw(study, best, partner, asked["full"], said[source], "full")
+            rows.append(sweep.validation_row(point, items, result) | {"limit": limit})
+            panel += sweep.raw_rows(point, items["panel"], result.responses, "panel")
+            bar(len(lines) + len(rows))
+        chosen = merging.chosen(pd.DataFrame(rows)).tolist()
+        lines += [{**row, "chosen": is_best} for row, is_best in zip(rows, chosen, strict=True)]
+        best, row = of_rule[chosen.index(True)], rows[chosen.index(True)]
+        source = row["same_as"] or row["recipe"]
+        if source not in answers:
+            answers[source] = sweep.respond(best, items["full"])
+        full += sweep.raw_rows(best, items["full"], answers[source], "full")
     drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)
     store.write_rows(work / "raw.parquet", full)
-    responses = [
-        dataclasses.replace(r, model=f"{study.backbone}/merge/{source}") for source, of in said.items() for r in of.values()
-    ]
-    store.write_rows(work / "responses.parquet", [to_row(response) for response in responses])
+    named = ((f"{study.backbone}/merge/{source}", response) for source, by in answers.items() for response in by.values())
+    store.write_rows(work / "responses.parquet", [to_row(dataclasses.replace(r, model=name)) for name, r in named])
     return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
 
 
-def asked_of(study: Study, grid: str) -> dict[str, list[Item]]:
+def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
     """The panel, all test items, the validation pairs, and validation items of the benchmarks that helpfulness is made of.
 
     Where the grid is not full, the first two are those of the benchmarks that the headline measures need.
@@ -208,150 +206,127 @@ def asked_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
 
 def parents_bound(study: Study) -> float:
-    """The upper bound of the parent's ASR on the validation pairs, in text: it can be asked nothing else."""
-    from vlsafe.models import checkpoints as models_checkpoints
+    """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see."""
+    from vlsafe.evaluation.validation import attack_rates
+    from vlsafe.models import checkpoints
 
-    folder, asked = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
-    given = _spoken(study, models_checkpoints.load(folder), models_checkpoints.load_processor(folder), False, asked)
-    return attacked(asked, given)["text"].high
-
-
-def attacked(asked: Sequence[Item], given: Mapping[str, Response]) -> dict[str | None, Any]:
-    """ASR of the harmful validation pairs that were asked, by modality, with its clustered interval."""
-    from vlsafe.analysis import stats
-
-    labels, found = labelled(asked, given, harmful=True), {}
-    for group in dict.fromkeys(item.group for item, _ in labels):
-        of = [(item, label) for item, label in labels if item.group == group]
-        found[group] = stats.rate([label.startswith("complied") for _, label in of], [item.cluster for item, _ in of])
-    return found
+    folder, items = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
+    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
+    return attack_rates(items, _responses(study, model, processor, False, items))["text"].high
 
 
-def labelled(asked: Sequence[Item], given: Mapping[str, Response], harmful: bool) -> list[tuple[Item, str]]:
-    """The harmful or the harmless items that were asked, with the world's labels of the answers."""
-    from vlsafe.evaluation.judges import judge
-
-    of = [item for item in asked if item.harmful == harmful and item.id in given]
-    return list(zip(of, (verdict.label for verdict in judge("world", of, [given[item.id] for item in of])), strict=True))
-
-
-def _spoken(study: Study, model: Any, processor: Any, sees: bool, asked: Sequence[Item]) -> dict[str, Response]:
-    """What a model answers, by item; one that sees nothing is not asked about pictures."""
-    from vlsafe.evaluation import examine
+def _responses(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
+    """A model's responses by item; one that cannot see is not asked about pictures."""
     from vlsafe.evaluation.engines import respond
+    from vlsafe.evaluation.examine import answerable
 
-    exam, whole = study.scale.exam, examine.answerable(asked, sees)
-    if len({item.id for item in whole}) < len(whole):
+    exam, chosen = study.scale.exam, answerable(items, multimodal)
+    responses = {r.item: r for r in respond(model, processor, chosen, "merge", exam.batch_size, exam.max_new_tokens)}
+    if len(responses) < len(chosen):
         raise ValueError("two items that are asked together have one id; their answers could not be told apart")
-    return {r.item: r for r in respond(model, processor, whole, "merge", exam.batch_size, exam.max_new_tokens)}
+    return responses
 
 
-class Sat(NamedTuple):
-    """What one model said to the panel and the validation items, its loss, and where its weights were met before."""
+class Result(NamedTuple):
+    """One model's responses to the panel and the validation items, its loss, and which earlier merge has the same weights."""
 
-    given: dict[str, Response]
+    responses: dict[str, Response]
     loss: float | None
     same_as: str | None = None
 
 
-def _examined(
-    study: Study, held: Members, point: Point, partner: str, asked: Mapping[str, list[Item]], met: dict[str, Any]
-) -> tuple[Sat, float]:
-    """Put the panel and the validation items to one model, unless its weights were met before; and what merging it cost.
+class Sweep(NamedTuple):
+    """All merges with one partner. `examined`: weights and result by recipe, so that equal weights are examined once."""
 
-    Units:    seconds of CPU time beside the examination
-    """
-    from vlsafe.evaluation.engines import option_losses
-    from vlsafe.models.merge import weights
+    study: Study
+    partner: str
+    members: Members
+    examined: dict[str, tuple[dict[str, Any], Result]]
 
-    start = time.process_time()
-    model, processor, sees, made = _speaker(study, held, point, partner)
-    same = next((name for name, (other, _) in met.items() if made and weights.near(made, other, SAME)), None)
-    spent = time.process_time() - start if made else 0.0
-    if same is not None:
-        return met[same][1]._replace(loss=None, same_as=same), spent
-    loss = None
-    if point.rule == "linear":
-        right = [dataclasses.replace(item, options=item.options[:1]) for item in asked["pairs"]]
-        told = option_losses(model, processor, right, study.scale.exam.batch_size)
-        loss = sum(losses[0] for losses in told) / len(told)
-    sat = Sat(_spoken(study, model, processor, sees, [*asked["panel"], *asked["pairs"], *asked["helpful"]]), loss)
-    if made:
-        met[recipe_of(point, partner)] = made, sat
-    return sat, spent
+    def examine(self, point: Point, items: Mapping[str, list[Item]]) -> tuple[Result, float]:
+        """Put the panel and the validation items to one model, unless its weights were examined before.
 
+        Units:    seconds of CPU time that merging took, beside the examination
+        """
+        from vlsafe.evaluation.engines import option_losses
+        from vlsafe.models.merge import weights
 
-def _speaker(study: Study, held: Members, point: Point, partner: str) -> tuple[Any, Any, bool, dict[str, Any] | None]:
-    """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
-    from vlsafe.evaluation import engines
-    from vlsafe.models import checkpoints as models_checkpoints
-    from vlsafe.models.merge import weights
-    from vlsafe.models.merge.rules import How
+        start = time.process_time()
+        model, processor, multimodal, merged = self.model(point)
+        same = next((name for name, (w, _) in self.examined.items() if merged and weights.near(merged, w, SAME)), None)
+        spent = time.process_time() - start if merged else 0.0
+        if same is not None:
+            return self.examined[same][1]._replace(loss=None, same_as=same), spent
+        loss = None
+        if point.rule == "linear":
+            right = [dataclasses.replace(item, options=item.options[:1]) for item in items["pairs"]]
+            losses = option_losses(model, processor, right, self.study.scale.exam.batch_size)
+            loss = sum(loss for (loss,) in losses) / len(losses)
+        every = [*items["panel"], *items["pairs"], *items["helpful"]]
+        result = Result(_responses(self.study, model, processor, multimodal, every), loss)
+        if merged:
+            self.examined[recipe_of(point, self.partner)] = merged, result
+        return result, spent
 
-    if point.folder is not None:
-        return models_checkpoints.load(point.folder), held.processor, True, None
-    ratio = 0.5 if point.ratio is None else point.ratio
-    if point.rule == "ensemble":
-        held.model.load_state_dict(held.a)
-        sees = LINEAGES[partner] != "parent"
-        processor = held.processor if sees else models_checkpoints.load_processor(study.checkpoints(PARENT)[-1])
-        return engines.Ensemble(held.model, held.partner, ratio), processor, sees, None
-    spec, rule = study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
-    how = How(ratio, spec.kept, spec.survived, spec.scaling)
-    blocks = blocks_of(study, point, rule.blocks, held.layers)
-    made = weights.combined(rule.rule, held.a, held.b, held.base, how, study.seed, blocks)
-    held.model.load_state_dict(made)
-    return held.model, held.processor, True, made
+    def respond(self, point: Point, items: Sequence[Item]) -> dict[str, Response]:
+        """Responses of one model of the sweep, by item."""
+        return _responses(self.study, *self.model(point)[:3], items)
+
+    def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
+        """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
+        from vlsafe.evaluation import engines
+        from vlsafe.models import checkpoints
+        from vlsafe.models.merge import weights
+        from vlsafe.models.merge.rules import How
+
+        members = self.members
+        if point.folder is not None:
+            return checkpoints.load(point.folder), members.processor, True, None
+        ratio = 0.5 if point.ratio is None else point.ratio
+        if point.rule == "ensemble":
+            members.model.load_state_dict(members.a)
+            sees = LINEAGES[self.partner] != "parent"
+            folder = self.study.checkpoints(ADAPTED if sees else PARENT)[-1]
+            return engines.Ensemble(members.model, members.partner, ratio), checkpoints.load_processor(folder), sees, None
+        spec, rule = self.study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
+        how = How(ratio, spec.kept, spec.survived, spec.scaling)
+        blocks = blocks_of(self.study, point, rule.blocks, members.layers)
+        merged = weights.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
+        members.model.load_state_dict(merged)
+        return members.model, members.processor, True, merged
+
+    def validation_row(self, point: Point, items: Mapping[str, list[Item]], result: Result) -> dict[str, Any]:
+        """What one model did on validation (`validation.merge_scores`), under its name."""
+        from vlsafe.evaluation.validation import merge_scores
+
+        row = {"backbone": self.study.backbone, "seed": self.study.seed, "rule": point.rule, "partner": self.partner}
+        row |= {"place": point.place, "recipe": recipe_of(point, self.partner), "ratio": point.ratio}
+        raw = self.raw_rows(point, items["helpful"], result.responses, "validation")
+        scores = merge_scores(items["pairs"], result.responses, raw)
+        return row | scores | {"loss": result.loss, "same_as": result.same_as}
+
+    def raw_rows(
+        self, point: Point, items: Sequence[Item], responses: Mapping[str, Response], exam: str
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Raw rows of one model's responses to some items, those that were answered."""
+        from vlsafe.evaluation.examine import raw_table
+
+        study, recipe = self.study, recipe_of(point, self.partner)
+        record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
+        record |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
+        return raw_table(items, [responses[item.id] for item in items if item.id in responses], record)
 
 
 def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     """The checkpoints on the way to a tuned partner, its last one included: its own training, run once more."""
-    from vlsafe.models import checkpoints as models_checkpoints
-    from vlsafe.training import checkpoints as training_checkpoints
+    from vlsafe.models.checkpoints import load_processor
+    from vlsafe.training.checkpoints import settle
 
     start, training = study.checkpoints(tuning.RECIPES[partner].start)[-1], work / "training"
-    rows, fit, _ = tuning.prepared(study, partner, models_checkpoints.load_processor(start))
+    rows, fit, _ = tuning.prepared(study, partner, load_processor(start))
     tuning.train_by(study, partner, training, start, rows, fit)
-    settled = training_checkpoints.settle(training, models_checkpoints.load_processor(start), start)
-    return [Point("checkpoint", None, folder.name, folder=folder) for folder in settled]
-
-
-def _line(
-    study: Study, point: Point, partner: str, pairs: Sequence[Item], helpful: Sequence[Item], sat: Sat
-) -> dict[str, Any]:  # fmt: skip
-    """What one model did on validation: ASR and its upper bound by modality, refusals of harmless requests, helpfulness, loss.
-
-    `asr` and `asr_high` are those of the worse modality.
-    """
-    import pandas as pd
-
-    from vlsafe.analysis import measures
-
-    found, refused = attacked(pairs, sat.given), dict[str | None, list[bool]]()
-    for item, label in labelled(pairs, sat.given, harmful=False):
-        refused.setdefault(item.group, []).append(label == "refused")
-    rows = _raw(study, point, partner, helpful, sat.given, "validation")
-    events = measures.events(pd.DataFrame(rows), "helpfulness") if rows else None
-    told = measures.estimate(events, "helpfulness") if rows else None
-    line = {"backbone": study.backbone, "seed": study.seed, "rule": point.rule, "partner": partner, "place": point.place}
-    line |= {"recipe": recipe_of(point, partner), "ratio": point.ratio}
-    for group in ("text", "pictures"):
-        rate = found.get(group)
-        line |= {f"asr_{group}": rate and rate.value, f"asr_{group}_high": rate and rate.high}
-        line |= {f"refusal_{group}": sum(refused[group]) / len(refused[group]) if group in refused else None}
-    line |= {"asr": max(rate.value for rate in found.values()), "asr_high": max(rate.high for rate in found.values())}
-    return line | {"helpfulness": told and told.value, "loss": sat.loss, "same_as": sat.same_as}
-
-
-def _raw(
-    study: Study, point: Point, partner: str, asked: Sequence[Item], given: Mapping[str, Response], exam: str
-) -> list[dict[str, Any]]:  # fmt: skip
-    from vlsafe.evaluation import examine
-
-    recipe = recipe_of(point, partner)
-    facts = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
-    facts |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
-    return examine.raw_table(asked, [given[item.id] for item in asked if item.id in given], facts)
+    folders = settle(training, load_processor(start), start)
+    return [Point("checkpoint", None, folder.name, folder=folder) for folder in folders]
 
 
 def sweep_of(partner: str, grid: str) -> Callable[[Study, Path], dict[str, Any]]:

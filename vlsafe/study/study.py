@@ -76,7 +76,7 @@ class Study:
         if store.status(run) != "valid":
             for needed in stage.inputs:
                 self.folder(needed)
-            takes = stage.told or f"{stage.cost} s at mini on one core"
+            takes = stage.estimate or f"{stage.cost} s at mini on one core"
             print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
@@ -177,7 +177,7 @@ class Study:
 class Stage:
     """How a run is made. Raise `version` when its results change.
 
-    `cost`: seconds measured at mini on one core; `told`: for humans, what it takes where that says nothing.
+    `cost`: seconds measured at mini on one core; `estimate`: for readers, what it takes where that says nothing.
     `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
     """
 
@@ -189,7 +189,7 @@ class Stage:
     shared: bool = False
     load: Stage | None = None
     seedless: bool = False
-    told: str = ""
+    estimate: str = ""
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
@@ -219,6 +219,11 @@ class Bar:
         self.bar.update(done - self.bar.n)
         if done >= self.bar.total:
             self.bar.close()
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder; 0 for a model that was not trained in steps."""
+    return int(folder.name.removeprefix("step-")) if folder.name.startswith("step-") else 0
 
 
 def drop(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where everything comes from in the miniature: the world, the vision tower, the base model and the parents."""
+"""Notebook 00: the world, the vision tower, the base model and the parents, built (first half) or loaded (second half)."""
 
 from __future__ import annotations
 
@@ -32,82 +32,6 @@ COLUMNS = {
 }
 
 
-def identity(origin: Origin | None) -> list[Any] | None:
-    """What of an origin changes its rows. The commit of a first download is noted in the manifest and not here: results would
-    otherwise be stale wherever that note is not at hand."""
-    return None if origin is None else [origin.repo, origin.revision, origin.limit]
-
-
-def corpora_params(study: Study) -> Any:
-    """Where the corpora come from; those that a scale does without are None."""
-    return {name: identity(getattr(study.scale.loaded, name)) for name in CORPORA}
-
-
-def read_from(name: str, origin: Origin) -> str:
-    place = place_of(name, origin)
-    return f"{place.folder} below VLSAFE_DATA" if place.folder else place.address
-
-
-class Noticed(NamedTuple):
-    """What was noticed on the way through a corpus."""
-
-    refused: Counter[str]
-    pictures: Counter[str]
-    named: list[list[str]]
-
-
-def make_corpora(study: Study, work: Path) -> dict[str, Any]:
-    """Read every corpus that the scale wants into rows without their pictures, and count what is not as published.
-
-    Raises:   FileNotFoundError where a corpus is not there (a scale that says `null` for it does without); ValueError where
-              more of its pictures are missing than `missing_share`: then it is the wrong folder
-    """
-    told: dict[str, Any] = {"from": {}, "rows": {}, "refused": {}, "missing_pictures": {}, "published": {}}
-    named = {}
-    for name in CORPORA:
-        origin = getattr(study.scale.loaded, name)
-        if origin is None:
-            continue
-        noticed = Noticed(Counter(), Counter(), [])
-        rows = (to_row(row) for row in _noticed(stream(name, origin), noticed))
-        n = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example if name in EXAMPLES else Pair])
-        _refuse_wrong_folder(name, n, noticed, study.asset("missing_share"))
-        told["from"][name] = read_from(name, origin)
-        told["rows"][name], told["refused"][name] = n, dict(noticed.refused)
-        told["missing_pictures"][name], named[name] = noticed.pictures["missing"], noticed.named
-        told["published"][name] = published = origin.limit or origin.rows
-        if published not in (None, n + noticed.refused.total()):
-            print(f"{name}: {n + noticed.refused.total():,} rows, where {published:,} were expected", file=sys.stderr)
-    store.write_text(work / "refused.json", json.dumps(named, indent=1))
-    return told
-
-
-def _noticed(rows: Iterable[Example | Pair | Refused], noticed: Noticed) -> Iterator[Example | Pair]:
-    """The rows that are rows; the others, and missing pictures, are counted, and the first of them named."""
-    for row in rows:
-        absent = [] if isinstance(row, Refused) else [p.place for p in row.images if isinstance(p, Stored) and missing(p)]
-        if isinstance(row, Refused):
-            noticed.refused[row.reason] += 1
-        else:
-            noticed.pictures["missing"] += len(absent)
-            noticed.pictures["all"] += len(row.images)
-            yield row
-        if (absent or isinstance(row, Refused)) and len(noticed.named) < NAMED:
-            noticed.named.append([row.id, row.reason if isinstance(row, Refused) else f"no picture {absent[0]}"])
-
-
-def _refuse_wrong_folder(name: str, n: int, noticed: Noticed, allowed: float) -> None:
-    lost, pictures = noticed.pictures["missing"], noticed.pictures["all"]
-    if not n:
-        raise ValueError(f"{name} has no row that can be read ({noticed.refused.total()} refused); is this its file?")
-    if lost > allowed * pictures:
-        first = next(reason for _, reason in noticed.named if reason.startswith("no picture"))
-        raise ValueError(f"{name}: {lost:,} of {pictures:,} pictures are missing, first: {first}; is this the official layout?")
-
-
-WORLD = Stage(make_corpora, (), corpora_params, 0, told="minutes (not measured)", shared=True, seedless=True)
-
-
 def make_world(study: Study, work: Path) -> dict[str, Any]:
     """Draw the pictures, write every corpus and every benchmark item of the world."""
     from vlsafe.data.miniature import corpora
@@ -115,10 +39,7 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
 
     world, sizes = study.world(), study.scale.corpora
     pool = corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
-    store.write_rows(
-        work / "pictures.parquet",
-        [{"png": p.png, "graphic": p.graphic, **as_plain(p.scene)} for p in pool],
-    )
+    store.write_rows(work / "pictures.parquet", [{"png": p.png, "graphic": p.graphic, **as_plain(p.scene)} for p in pool])
     written: dict[str, list[Any]] = {
         "captions": corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
         "instructions": corpora.instruction_rows(
@@ -144,12 +65,12 @@ def make_tower(study: Study, work: Path) -> dict[str, Any]:
     rows = study.rows("world/corpora", "pictures.parquet")
     scenes = [Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
     processor = study.processor()
-    shown = towers.pixels(processor, [row["png"] for row in rows])
+    pixels = towers.pixels(processor, [row["png"] for row in rows])
     captions = [(*short_captions(scene), caption(scene)) for scene in scenes]
     groups = [2 * OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes]  # words are the hard half
     model = checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed)
     fit = study.scale.tower
-    loss = towers.fit_clip(model, processor.tokenizer, shown, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps))
+    loss = towers.fit_clip(model, processor.tokenizer, pixels, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps))
     checkpoints.save(model, work, processor)
     return {"loss": loss, "zero_shot": _zero_shot(study, model, processor)}
 
@@ -162,13 +83,13 @@ def _zero_shot(study: Study, model: Any, processor: Any) -> dict[str, float]:
 
     rng = study.world().rng("held-out renderings")
     prompts = {"icon": ("{}", "a {}"), "word": ("{}", "the word {}")}
-    found = {}
-    for kind, asked in prompts.items():
+    accuracy = {}
+    for kind, texts in prompts.items():
         things = [thing for thing in OBJECTS for _ in range(8)]
         pictures = [draw(draw_scene(thing, rng, kind), study.seed, rng, held_out=True) for thing in things]
-        guess = towers.zero_shot(model, processor.tokenizer, towers.pixels(processor, pictures), OBJECTS, asked)
-        found[kind] = sum(OBJECTS[int(g)] == thing for g, thing in zip(guess, things, strict=True)) / len(things)
-    return found
+        guess = towers.zero_shot(model, processor.tokenizer, towers.pixels(processor, pictures), OBJECTS, texts)
+        accuracy[kind] = sum(OBJECTS[int(g)] == thing for g, thing in zip(guess, things, strict=True)) / len(things)
+    return accuracy
 
 
 def make_base(study: Study, work: Path) -> dict[str, Any]:
@@ -233,6 +154,82 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
     return {"loss": losses[-1], "rows": len(chats), **({"pretraining_loss": before[-1]} if before else {})}
 
 
+def identity(origin: Origin | None) -> list[Any] | None:
+    """What of an origin changes its rows. The commit of a first download is noted in the manifest and not here: results would
+    otherwise be stale wherever that note is not at hand."""
+    return None if origin is None else [origin.repo, origin.revision, origin.limit]
+
+
+def corpora_params(study: Study) -> Any:
+    """Where the corpora come from; those that a scale does without are None."""
+    return {name: identity(getattr(study.scale.loaded, name)) for name in CORPORA}
+
+
+def read_from(name: str, origin: Origin) -> str:
+    place = place_of(name, origin)
+    return f"{place.folder} below VLSAFE_DATA" if place.folder else place.address
+
+
+class Defects(NamedTuple):
+    """What is wrong with a corpus: refused rows by reason, its pictures, and the first defects by row."""
+
+    refused: Counter[str]
+    pictures: Counter[str]
+    named: list[list[str]]
+
+
+def make_corpora(study: Study, work: Path) -> dict[str, Any]:
+    """Read every corpus that the scale wants into rows without their pictures, and count what is not as published.
+
+    Raises:   FileNotFoundError where a corpus is not there (a scale that says `null` for it does without); ValueError where
+              more of its pictures are missing than `missing_share`: then it is the wrong folder
+    """
+    record: dict[str, Any] = {"from": {}, "rows": {}, "refused": {}, "missing_pictures": {}, "published": {}}
+    named = {}
+    for name in CORPORA:
+        origin = getattr(study.scale.loaded, name)
+        if origin is None:
+            continue
+        defects = Defects(Counter(), Counter(), [])
+        rows = (to_row(row) for row in _counting(stream(name, origin), defects))
+        n = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example if name in EXAMPLES else Pair])
+        _refuse_wrong_folder(name, n, defects, study.asset("missing_share"))
+        record["from"][name] = read_from(name, origin)
+        record["rows"][name], record["refused"][name] = n, dict(defects.refused)
+        record["missing_pictures"][name], named[name] = defects.pictures["missing"], defects.named
+        record["published"][name] = published = origin.limit or origin.rows
+        if published not in (None, n + defects.refused.total()):
+            print(f"{name}: {n + defects.refused.total():,} rows, where {published:,} were expected", file=sys.stderr)
+    store.write_text(work / "refused.json", json.dumps(named, indent=1))
+    return record
+
+
+def _counting(rows: Iterable[Example | Pair | Refused], defects: Defects) -> Iterator[Example | Pair]:
+    """The rows that are rows; the others, and missing pictures, are counted, and the first of them named."""
+    for row in rows:
+        absent = [] if isinstance(row, Refused) else [p.place for p in row.images if isinstance(p, Stored) and missing(p)]
+        if isinstance(row, Refused):
+            defects.refused[row.reason] += 1
+        else:
+            defects.pictures["missing"] += len(absent)
+            defects.pictures["all"] += len(row.images)
+            yield row
+        if (absent or isinstance(row, Refused)) and len(defects.named) < NAMED:
+            defects.named.append([row.id, row.reason if isinstance(row, Refused) else f"no picture {absent[0]}"])
+
+
+def _refuse_wrong_folder(name: str, n: int, defects: Defects, allowed: float) -> None:
+    lost, pictures = defects.pictures["missing"], defects.pictures["all"]
+    if not n:
+        raise ValueError(f"{name} has no row that can be read ({defects.refused.total()} refused); is this its file?")
+    if lost > allowed * pictures:
+        first = next(reason for _, reason in defects.named if reason.startswith("no picture"))
+        raise ValueError(f"{name}: {lost:,} of {pictures:,} pictures are missing, first: {first}; is this the official layout?")
+
+
+WORLD = Stage(make_corpora, (), corpora_params, 0, estimate="minutes (not measured)", shared=True, seedless=True)
+
+
 def loaded_parent_params(study: Study) -> list[Any]:
     """Which weights, and the template that is written into their tokenizer."""
     return [_weights(study.asset("parents")[study.backbone]), study.scale.backbone(study.backbone).template]
@@ -270,7 +267,9 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
     return {"revision": revision}
 
 
-PARENT = Stage(load_parent, (), loaded_parent_params, 0, told="minutes (not measured)", seedless=True)
-TOWER = Stage(load_clip, (), loaded_tower_params, 0, told="a minute (not measured)", shared=True, seedless=True)
-BASE = Stage(lambda study, work: {"made": "elsewhere"}, (), lambda study: None, 0, told="nothing", shared=True, seedless=True)
+PARENT = Stage(load_parent, (), loaded_parent_params, 0, estimate="minutes (not measured)", seedless=True)
+TOWER = Stage(load_clip, (), loaded_tower_params, 0, estimate="a minute (not measured)", shared=True, seedless=True)
+BASE = Stage(
+    lambda study, work: {"pretrained": "elsewhere"}, (), lambda study: None, 0, estimate="nothing", shared=True, seedless=True
+)
 """A loaded parent was pre-trained by its makers: the stage is there, so that the graph is one, and holds a note."""
