@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from vlsafe.core import assets, store
@@ -88,6 +90,38 @@ class Study:
     def rows(self, name: str, file: str) -> list[dict[str, Any]]:
         """A Parquet table of a finished run."""
         return store.read_rows(self.folder(name) / file)
+
+    def frame(self, names: str | Sequence[str], file: str = "raw.parquet", columns: Sequence[str] = ()) -> pd.DataFrame:
+        """One Parquet table of one or several stages as one frame; what is missing is made first.
+
+        `columns` are put before the file's own: any of backbone, seed, stage and recipe.
+        """
+        frames = []
+        for name in [names] if isinstance(names, str) else names:
+            frame = pd.read_parquet(self.folder(name) / file)
+            for place, column in enumerate(columns):
+                frame.insert(place, column, self.coordinates(name)[column])
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+    def coordinates(self, name: str) -> dict[str, Any]:
+        """What tells a stage's result from others of its scale: backbone, seed, stage, recipe."""
+        stage, _, recipe = name.partition("/")
+        return {"backbone": self.backbone, "seed": self.seed, "stage": stage, "recipe": recipe}
+
+    def losses(self, *names: str) -> pd.DataFrame:
+        """Training losses of stages, a column each, by step. Units: nats per token."""
+        read = {name: json.loads((self.folder(name) / "losses.json").read_text(encoding="utf-8")) for name in names}
+        return pd.DataFrame({name: pd.Series(values) for name, values in read.items()})
+
+    def digests(self, *names: str) -> pd.Series:
+        """The digest of each stage's run: what a notebook has read."""
+        return pd.Series({name: self.run(name).digest for name in names}, name="digest")
+
+    @property
+    def figures(self) -> Path:
+        """The committed tables and figures of this scale."""
+        return project_root() / "figures" / self.scale.name
 
     def world(self) -> Any:
         """The miniature's world of this study.
