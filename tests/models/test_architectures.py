@@ -1,20 +1,19 @@
-"""Grouped-query attention with and without QKV bias: probing and transplants work on all, by `models`' addresses alone."""
+"""Grouped-query attention with and without QKV bias: probing and transplants work on all, by the addresses of one table."""
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPModel,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, CLIPModel, LlamaConfig, MistralConfig, Qwen2Config
 
 from vlsafe.core.scale import LoraSpec
 from vlsafe.core.schema import Turn
 from vlsafe.inspection import causal, states
 from vlsafe.models import architectures, chat, checkpoints, trainable
+from vlsafe.models.merge import files
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 KINDS = {
@@ -134,3 +133,41 @@ def test_scaling_and_freezing_find_their_blocks(pair):
     frozen = {architectures.address(n)[0] for n, w in architectures.language_weights(model).items() if not w.requires_grad}
     assert frozen == {0, 2}
     assert all(not w.requires_grad for n, w in architectures.language_weights(model).items() if "layers.2.mlp" in n)
+
+
+def test_an_unknown_vision_language_type_is_refused_and_an_unknown_decoder_read_as_the_others(tmp_path):
+    save_file(
+        {"model.visual.w": torch.ones(2), "model.layers.0.mlp.up_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new-vl", "vision_config": {}}))
+    model = SimpleNamespace(config=SimpleNamespace(model_type="new-vl", vision_config={}))
+    for refused in (
+        lambda: architectures.language_part(model),
+        lambda: architectures.language_weights(model),
+        lambda: checkpoints.language_places(tmp_path),
+        lambda: files.checkpoint(tmp_path, language_only=True),
+    ):
+        with pytest.raises(ValueError, match=r"'new-vl' are not known.*FAMILIES of vlsafe/models/architectures.py"):
+            refused()
+    assert len(files.checkpoint(tmp_path).tensors) == 2  # all weights alike need no address
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new-decoder"}))
+    assert "layers.0.mlp.up_proj.weight" in checkpoints.language_places(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, name, block",
+    [
+        ("language_model.model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight", 3),
+        ("model.language_model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight", 3),
+        ("model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight", 3),
+        ("language_model.lm_head.weight", "lm_head.weight", None),
+        ("model.embed_tokens.weight", "embed_tokens.weight", None),
+        ("vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight", None, None),
+        ("model.multi_modal_projector.linear_1.weight", None, None),
+    ],
+)
+def test_a_weight_has_one_name_in_every_layout(key, name, block):
+    assert architectures.language_name(key) == name and architectures.block_of(key) == block
+    assert architectures.language_name(architectures.canonical(key)) == name
+    assert architectures.of_vision(key) == ("vision_tower" in key)
+    assert architectures.of_projector(f"base_model.model.{key}") == ("projector" in key)

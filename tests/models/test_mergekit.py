@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from models.test_merge_files import llavas  # noqa: F401
+from safetensors.torch import load_file, save_file
 
 from vlsafe.models.merge import rules, weights
 from vlsafe.models.merge.rules import How

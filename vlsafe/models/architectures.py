@@ -1,72 +1,102 @@
-"""Names of LLaVA's tensors in files and in memory, without a model library: what can be told of a key by reading it."""
+"""Where the parts of a model are, by model type. This is the only file that knows: a new family is one entry of `FAMILIES`.
+
+Weights have one name here in whichever layout a file holds them: that of the model in memory. Within the decoder, a grafted
+and a plain language model call them alike (`layers.3.mlp.up_proj.weight`).
+"""
 
 from __future__ import annotations
 
-import re
+import json
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    CLIPModel,
-    PreTrainedModel,
-)
-
-RENAMED = (  # what a key begins with in an older layout -> how the library calls it in memory
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("model.vision_tower.vision_model.", "model.vision_tower."),
-)
-BLOCK = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.")
+from transformers import CLIPModel, PreTrainedModel
 
 
-def canonical(key: str) -> str:
-    """The name in memory of a tensor of a checkpoint in either layout; a plain language model's keys stay as they are."""
-    for old, new in RENAMED:
-        if key.startswith(old):
-            key = new + key.removeprefix(old)
-    return key
+class Family(NamedTuple):
+    """Addresses of submodules in memory; empty where a family has no such part.
 
-
-def grafted(key: str) -> str:
-    """The name in a LLaVA of a tensor of a plain language model."""
-    return key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key
-
-
-def of_language(key: str) -> bool:
-    """Whether a tensor of a LLaVA, by its name in memory, belongs to the language model and its head."""
-    return key.startswith(("model.language_model.", "lm_head."))
-
-
-def block_of(key: str) -> int | None:
-    """The decoder block that a tensor, by its name in memory, belongs to; None for all others, the vision tower's included."""
-    found = BLOCK.match(key)
-    return int(found.group(1)) if found else None
-
-
-def vision_part(model: PreTrainedModel) -> nn.Module:
-    """The vision tower's transformer."""
-    tower = model.model.vision_tower
-    return getattr(tower, "vision_model", tower)
-
-
-def patch_embeddings(tower: CLIPModel, shown: torch.Tensor) -> torch.Tensor:
-    """What a CLIP makes of each patch by itself.
-
-    Shapes:   [P, 3, H, W]  ->  [P, patches, W]
+    `language`: the decoder without its head, with `layers` and `norm`. `vision`: the tower's transformer, with `embeddings` and
+    `encoder.layers`. `renamed`: beginnings of names in files -> in memory, applied in this order.
     """
-    return tower.vision_model.embeddings.patch_embedding(shown).flatten(2).transpose(1, 2)
+
+    language: str = ""
+    vision: str = ""
+    projector: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
-def projector_part(model: PreTrainedModel) -> nn.Module:
-    """The MLP between picture features and word embeddings."""
-    return model.model.multi_modal_projector
+DECODER = Family(language="model")  # also of text-only types that are not listed
+FAMILIES = {
+    "llava": Family(
+        language="model.language_model", vision="model.vision_tower", projector="model.multi_modal_projector",
+        renamed=(
+            ("language_model.lm_head.", "lm_head."),
+            ("language_model.model.", "model.language_model."),
+            ("language_model.", "model.language_model."),
+            ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+            ("model.vision_tower.vision_model.", "model.vision_tower."),
+        ),
+    ),
+    "clip": Family(vision="vision_model"),
+    "llama": DECODER, "mistral": DECODER, "qwen2": DECODER,
+}  # fmt: skip
+# Within a decoder block, of all families: its attention and MLP, and their linear maps.
+ATTENTION, MLP = "self_attn", "mlp"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LANGUAGE = sorted({f"{family.language}." for family in FAMILIES.values() if family.language}, key=len, reverse=True)
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family of a model in memory.
+
+    Raises:   ValueError for a vision-language model of a type that is not in `FAMILIES`
+    """
+    return _family(model.config.model_type, hasattr(model.config, "vision_config"))
+
+
+def family_at(folder: Path) -> Family:
+    """The family of a checkpoint, by its config.json. Raises as `family_of` does."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return _family(config.get("model_type", ""), "vision_config" in config)
+
+
+def _family(kind: str, multimodal: bool) -> Family:
+    if multimodal and kind not in FAMILIES:
+        raise ValueError(
+            f"vision-language models of the type {kind!r} are not known; say where their parts are in FAMILIES of "
+            f"vlsafe/models/architectures.py (known: {', '.join(sorted(FAMILIES))})"
+        )
+    return FAMILIES.get(kind, DECODER)
+
+
+def is_multimodal(folder: Path) -> bool:
+    """Whether a checkpoint has a vision tower."""
+    return '"vision_config"' in (Path(folder) / "config.json").read_text(encoding="utf-8")
+
+
+def _part(model: PreTrainedModel, where: str) -> nn.Module:
+    """A part of a model, also under adapters."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    return model.get_submodule(getattr(family_of(model), where))
 
 
 def language_part(model: PreTrainedModel) -> nn.Module:
     """The decoder without its head, of a grafted model or of a plain language model."""
-    return getattr(model.model, "language_model", model.model)
+    return _part(model, "language")
+
+
+def vision_part(model: PreTrainedModel) -> nn.Module:
+    """The vision tower's transformer."""
+    return _part(model, "vision")
+
+
+def projector_part(model: PreTrainedModel) -> nn.Module:
+    """The MLP between picture features and word embeddings."""
+    return _part(model, "projector")
 
 
 def language_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -74,41 +104,84 @@ def language_layers(model: PreTrainedModel) -> nn.ModuleList:
     return language_part(model).layers
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head."""
+    return language_part(model).norm
+
+
 def block_names(model: PreTrainedModel) -> list[str]:
-    """Class names of the blocks of which a model is a stack: decoder's, and the tower's where there is one."""
+    """Class names of the blocks of which a model is a stack: the decoder's, and the tower's where there is one."""
     blocks = {type(language_layers(model)[0]).__name__}
-    if hasattr(model.model, "vision_tower"):
+    if family_of(model).vision:
         blocks.add(type(vision_part(model).encoder.layers[0]).__name__)
     return sorted(blocks)
 
 
-def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last block and the head, also under adapters."""
-    return language_part(getattr(model, "get_base_model", lambda: model)()).norm
+def patch_embeddings(tower: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    """A CLIP's embedding of each patch, before a position is added.
+
+    Shapes:   [P, 3, H, W]  ->  [P, patches, W]
+    """
+    return vision_part(tower).embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
 
 
 def read_out(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """What the model would say next if a state were its last one: final norm and head.
+    """Next-token logits if a state were the last one (logit lens): final norm and head.
 
     Shapes:   [..., D]  ->  logits [..., vocabulary]
     """
     return model.get_output_embeddings()(final_norm(model)(states))
 
 
-def language_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The weights of decoder and head, named alike in a grafted and a plain model: `layers.3.mlp.up_proj.weight`."""
-    return {name: weight for key, weight in model.named_parameters() if (name := language_name(key))}
+def canonical(key: str) -> str:
+    """The name in memory of a tensor of a checkpoint in any layout; a plain language model's names stay as they are."""
+    for old, new in (pair for family in FAMILIES.values() for pair in family.renamed):
+        if key.startswith(old):
+            key = new + key.removeprefix(old)
+    return key
+
+
+def grafted(key: str) -> str:
+    """The name in a LLaVA of a tensor of a plain language model."""
+    start, new = (f"{family.language}." for family in (DECODER, FAMILIES["llava"]))
+    return new + key.removeprefix(start) if key.startswith(start) else key
+
+
+def of_vision(key: str) -> bool:
+    """Whether a weight belongs to a vision tower, by its name in any layout, also under adapters."""
+    return _within(key, "vision")
+
+
+def of_projector(key: str) -> bool:
+    """Whether a weight belongs to a projector, by its name in any layout, also under adapters."""
+    return _within(key, "projector")
+
+
+def _within(key: str, where: str) -> bool:
+    names = {getattr(family, where).rpartition(".")[2] for family in FAMILIES.values()} - {""}
+    return not names.isdisjoint(key.split("."))
 
 
 def language_name(key: str) -> str | None:
-    """What a checkpoint's tensor is called within the decoder, in whichever layout it lies; None for eyes and projector."""
-    if any(organ in key for organ in ("vision_tower", "vision_model", "multi_modal_projector", "image_newline")):
+    """The name within the decoder of a tensor of a checkpoint in any layout; None for vision tower and projector."""
+    if of_vision(key) or of_projector(key):
         return None
-    prefixes = ("model.language_model.", "language_model.model.", "language_model.", "model.")
-    return key.removeprefix(next((prefix for prefix in prefixes if key.startswith(prefix)), ""))
+    key = canonical(key)
+    return key.removeprefix(next((start for start in LANGUAGE if key.startswith(start)), ""))
+
+
+def language_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of decoder and head by their names within the decoder."""
+    family_of(model)  # refuses a type whose names would not be understood
+    return {name: weight for key, weight in model.named_parameters() if (name := language_name(key)) is not None}
 
 
 def address(name: str) -> tuple[int | None, str]:
     """Block and module of a language weight, as `language_weights` names it; no block: embeddings, final norm, head."""
     parts = name.split(".")
     return (int(parts[1]), parts[-2]) if parts[0] == "layers" else (None, parts[0])
+
+
+def block_of(key: str) -> int | None:
+    """The decoder block that a tensor belongs to; None for all others, the vision tower's included."""
+    return address(language_name(key) or "")[0]

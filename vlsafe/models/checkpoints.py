@@ -1,6 +1,6 @@
-"""Build, load, graft and save models. The only room that knows where a module lives.
+"""Build, load, graft and save models.
 
-Everything is an ordinary Hugging Face checkpoint in safetensors; code that comes with a checkpoint is never run.
+Every model is an ordinary Hugging Face checkpoint in safetensors; code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -25,13 +25,24 @@ from transformers import (
     CLIPModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
-from vlsafe.models.architectures import language_name, language_part, language_weights, projector_part, vision_part
+from vlsafe.models.architectures import (
+    ATTENTION,
+    family_at,
+    is_multimodal,
+    language_layers,
+    language_name,
+    language_part,
+    language_weights,
+    projector_part,
+    vision_part,
+)
 
 
 def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
@@ -41,11 +52,7 @@ def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) 
     times larger, and position would be invisible for most of a short training.
     """
     torch.manual_seed(seed)
-    vision = dict(
-        hidden_size=spec.vision_width, intermediate_size=2 * spec.vision_width, num_hidden_layers=spec.vision_layers,
-        num_attention_heads=spec.heads, image_size=spec.image_size, patch_size=spec.patch_size,
-        projection_dim=spec.projection,
-    )  # fmt: skip
+    vision = _vision_config(spec, mlp=2 * spec.vision_width)
     text = dict(
         vocab_size=len(tokenizer), hidden_size=spec.text_width, intermediate_size=2 * spec.text_width,
         num_hidden_layers=spec.text_layers, num_attention_heads=spec.heads, max_position_embeddings=32,
@@ -53,8 +60,35 @@ def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) 
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=spec.projection))
-    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
+    nn.init.normal_(vision_part(model).embeddings.position_embedding.weight, std=0.5)
     return model
+
+
+def _vision_config(spec: VisionSpec, mlp: int) -> dict[str, Any]:
+    return dict(
+        hidden_size=spec.vision_width, intermediate_size=mlp, num_hidden_layers=spec.vision_layers,
+        num_attention_heads=spec.heads, image_size=spec.image_size, patch_size=spec.patch_size,
+        projection_dim=spec.projection,
+    )  # fmt: skip
+
+
+def _language_config(spec: LanguageSpec, vocabulary: int, **more: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=vocabulary, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
+        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head, **more,
+    )  # fmt: skip
+
+
+def _llava_config(tower: dict[str, Any], language: PreTrainedConfig, image_token: int, spec: VisionSpec) -> LlavaConfig:
+    layers = list(spec.feature_layers)
+    return LlavaConfig(
+        vision_config=tower, text_config=language.to_dict(), image_token_index=image_token, projector_hidden_act="gelu",
+        image_seq_length=(spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full"),
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
+        tie_word_embeddings=language.tie_word_embeddings,
+    )  # fmt: skip
 
 
 def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -68,23 +102,17 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        spec.architecture,
-        vocab_size=len(tokenizer), hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads,
-        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
-        initializer_range=spec.initial_std, attention_bias=spec.attention_bias, **_token_ids(tokenizer),
-    )  # fmt: skip
+    config = _language_config(spec, len(tokenizer), initializer_range=spec.initial_std, **_token_ids(tokenizer))
     model = AutoModelForCausalLM.from_config(config)
-    for layer in model.model.layers:
-        attention = layer.self_attn
+    for block in language_layers(model):
+        attention = block.get_submodule(ATTENTION)
         if spec.heads == spec.key_value_heads:
             _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
         else:
             _correlate(attention.q_proj.weight, _per_query(attention.k_proj.weight, spec), spec.matching)
         _correlate(attention.o_proj.weight, _per_query(attention.v_proj.weight, spec).T, spec.copying)
     if not spec.tied_head:
-        model.lm_head.weight.data.copy_(model.get_input_embeddings().weight)
+        model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
     return _with_generation_ids(model, tokenizer)
 
 
@@ -116,18 +144,12 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
 
     Draws:    the projector, from `seed`, with PyTorch's own linear initialisation (the library's 0.02 is slow to align)
     """
-    layers = list(spec.feature_layers)
-    config = LlavaConfig(
-        vision_config=tower.config.vision_config.to_dict(), text_config=language.config.to_dict(),
-        image_token_index=processor.tokenizer.image_token_id, projector_hidden_act="gelu",
-        image_seq_length=_image_length(spec),
-        vision_feature_layer=layers[0] if len(layers) == 1 else layers, vision_feature_select_strategy=spec.feature_strategy,
-        tie_word_embeddings=language.config.tie_word_embeddings,
-    )  # fmt: skip
+    image_token = processor.tokenizer.image_token_id
+    config = _llava_config(tower.config.vision_config.to_dict(), language.config, image_token, spec)
     model = LlavaForConditionalGeneration(config).to(language.dtype)
-    _copy(language.model, language_part(model))
-    _copy(language.lm_head, model.lm_head)
-    _copy(tower.vision_model, vision_part(model))
+    _copy(language_part(language), language_part(model))
+    _copy(language.get_output_embeddings(), model.get_output_embeddings())
+    _copy(vision_part(tower), vision_part(model))
     torch.manual_seed(seed)
     for layer in projector_part(model).modules():
         if isinstance(layer, nn.Linear):
@@ -137,10 +159,9 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
     weights = source.state_dict()
-    here = target.state_dict()
-    if set(weights) != set(here):
-        raise ValueError(f"weights do not fit, keys differ: {sorted(set(weights) ^ set(here))[:6]}")
-    target.load_state_dict(weights, strict=True)
+    if differing := set(weights) ^ set(target.state_dict()):
+        raise ValueError(f"weights do not fit, keys differ: {sorted(differing)[:6]}")
+    target.load_state_dict(weights)
 
 
 def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
@@ -148,30 +169,11 @@ def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: s
 
     CLIPs from the hub have MLPs of four times their width, the miniature's of twice.
     """
-    text = AutoConfig.for_model(
-        spec.architecture,
-        vocab_size=spec.vocabulary or 256, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
-        max_position_embeddings=spec.context, tie_word_embeddings=spec.tied_head,
-    )  # fmt: skip
-    tower = dict(
-        model_type="clip_vision_model", hidden_size=vision.vision_width, num_hidden_layers=vision.vision_layers,
-        intermediate_size=(4 if loaded else 2) * vision.vision_width, num_attention_heads=vision.heads,
-        image_size=vision.image_size, patch_size=vision.patch_size, projection_dim=vision.projection,
-    )  # fmt: skip
-    layers = list(vision.feature_layers)
-    config = LlavaConfig(
-        vision_config=tower, text_config=text.to_dict(), projector_hidden_act="gelu",
-        image_token_index=(spec.vocabulary or 256) - 1, image_seq_length=_image_length(vision),
-        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-        vision_feature_select_strategy=vision.feature_strategy, tie_word_embeddings=spec.tied_head,
-    )  # fmt: skip
+    vocabulary = spec.vocabulary or 256
+    tower = _vision_config(vision, mlp=(4 if loaded else 2) * vision.vision_width) | {"model_type": "clip_vision_model"}
+    config = _llava_config(tower, _language_config(spec, vocabulary), vocabulary - 1, vision)
     with torch.device(device):
         return LlavaForConditionalGeneration(config)
-
-
-def _image_length(spec: VisionSpec) -> int:
-    return (spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full")
 
 
 def shapes(model: PreTrainedModel) -> dict[str, int]:
@@ -192,17 +194,19 @@ Place = tuple[Path, str]
 
 
 def language_places(where: Path) -> dict[str, Place]:
-    """Where each language weight of a checkpoint (a folder, or one file) lies; nothing is read but headers.
+    """Where each language weight of a checkpoint (a folder, or one file) lies; only headers are read.
 
-    Raises:   FileNotFoundError where there is no safetensors file
+    Raises:   FileNotFoundError where there is no safetensors file; ValueError for an unknown vision-language type
     """
-    files, found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], dict[str, Place]()
+    files, places = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], dict[str, Place]()
     if not files:
         raise FileNotFoundError(f"{where} holds no weights in safetensors")
+    if (where / "config.json").exists():
+        family_at(where)
     for file in files:
         with safe_open(file, "pt") as tensors:
-            found |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
-    return found
+            places |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
+    return places
 
 
 def read_tensor(place: Place) -> torch.Tensor:
@@ -213,7 +217,7 @@ def read_tensor(place: Place) -> torch.Tensor:
 
 @torch.no_grad()
 def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
-    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time; its eyes stay.
+    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time.
 
     Raises:   ValueError where the two do not have the same language weights
     """
@@ -252,7 +256,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
-    with _quiet(len(list(folder.glob("*.safetensors"))) < 2):
+    with _no_progress_bar(len(list(folder.glob("*.safetensors"))) < 2):
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
     if missing:
@@ -261,7 +265,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    """A checkpoint to be asked: on a GPU where there is one."""
+    """A checkpoint for inference, on a GPU where there is one."""
     return load(folder, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -280,29 +284,29 @@ def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> Pr
 
 
 def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
-    """A loaded decoder must be the one that the scale describes: the dry run has counted with that one.
+    """Refuse a loaded decoder that is not the one of the scale: the dry run has counted with that one.
 
     Raises:   ValueError naming what differs
     """
-    told = {
+    loaded = {
         "architecture": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size,
         "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads, "mlp": config.intermediate_size,
         "tied_head": config.tie_word_embeddings,
     }  # fmt: skip
-    if other := {name: value for name, value in told.items() if value != getattr(spec, name)}:
+    if other := {name: value for name, value in loaded.items() if value != getattr(spec, name)}:
         raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
 
 
 @contextmanager
-def _quiet(really: bool) -> Iterator[None]:
-    """Without the library's bar: over a single file it is gone before it says anything, and stays behind in notebooks."""
-    shown = logging.is_progress_bar_enabled()
-    if really:
+def _no_progress_bar(condition: bool) -> Iterator[None]:
+    """Without the library's bar: over a single file it says nothing, and stays behind in notebooks."""
+    enabled = logging.is_progress_bar_enabled()
+    if condition:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
@@ -317,13 +321,8 @@ def load_processor(folder: Path) -> Any:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that was saved. The library goes by the model's architecture and gives a Qwen2 with our words Qwen2's own
-    way of splitting text, which knows none of them, without a word."""
-    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    kind = PreTrainedTokenizerFast if told.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    """The tokenizer that was saved. The library goes by the model's type and silently gives a Qwen2 with our words Qwen2's
+    own way of splitting text, which knows none of them."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
     return kind.from_pretrained(folder)
-
-
-def is_multimodal(folder: Path) -> bool:
-    """Whether a checkpoint has a vision tower."""
-    return '"vision_config"' in (Path(folder) / "config.json").read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, true: torch.Tensor
 
 
 def fit_clip(
-    model: CLIPModel, tokenizer: Any, shown: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[int],
+    model: CLIPModel, tokenizer: Any, pixels: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[int],
     fit: Fit, seed: int, progress: Progress,
 ) -> float:  # fmt: skip
     """Train in place. A wide batch shows every group once, a deep one half of the groups twice.
@@ -50,7 +50,7 @@ def fit_clip(
     The first 15 % of the steps use only the shortest caption (what it is), afterwards 70 % of the rows the full one:
     words are the slow part of learning and need the easy question first.
 
-    Shapes:   shown  [P, 3, H, W];  captions  P × levels, from short to full;  groups  P integers  ->  last loss, nats
+    Shapes:   pixels  [P, 3, H, W];  captions  P × levels, from short to full;  groups  P integers  ->  last loss, nats
     Draws:    from a generator of `seed` only
     """
     rng = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def fit_clip(
         if step >= 0.15 * fit.steps:
             full = torch.rand(len(batch), generator=rng) < 0.7
             level = torch.where(full, levels - 1, torch.randint(levels - 1, (len(batch),), generator=rng))
-        loss = _contrast(model, shown[batch], [t[batch] for t in tokens], [n[batch] for n in names], level)
+        loss = _contrast(model, pixels[batch], [t[batch] for t in tokens], [n[batch] for n in names], level)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,7 +96,7 @@ def _numbered(texts: Sequence[str]) -> torch.Tensor:
 
 
 def _contrast(
-    model: CLIPModel, shown: torch.Tensor, ids: list[torch.Tensor], names: list[torch.Tensor], level: torch.Tensor
+    model: CLIPModel, pixels: torch.Tensor, ids: list[torch.Tensor], names: list[torch.Tensor], level: torch.Tensor
 ) -> torch.Tensor:
     """The loss of one batch whose row i is captioned at `level[i]`; a caption is true of every picture it describes."""
     width = max(t.shape[1] for t in ids)
@@ -104,7 +104,7 @@ def _contrast(
     rows = torch.arange(len(level))
     described = torch.stack(names)  # [levels, N]: what each picture is called at each level
     true = described[level, rows][None, :] == described[level].T  # [N pictures, N captions]
-    image = functional.normalize(model.get_image_features(pixel_values=shown).pooler_output, dim=-1)
+    image = functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     text_ids = padded[level, rows]
     mask = (text_ids != model.config.text_config.pad_token_id).long()
     text = model.get_text_features(input_ids=text_ids, attention_mask=mask).pooler_output
@@ -113,22 +113,22 @@ def _contrast(
 
 @torch.inference_mode()
 def zero_shot(
-    model: CLIPModel, tokenizer: Any, shown: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
+    model: CLIPModel, tokenizer: Any, pixels: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
 ) -> torch.Tensor:
     """Index of the name whose prompts lie nearest to each picture.
 
-    Shapes:   shown  [P, 3, H, W];  prompts contain "{}"  ->  [P]
+    Shapes:   pixels  [P, 3, H, W];  prompts contain "{}"  ->  [P]
     """
     texts = [prompt.format(name) for name in names for prompt in prompts]
     batch = text_inputs(tokenizer, texts)
     text = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
     text = functional.normalize(text, dim=-1).view(len(names), len(prompts), -1).mean(1)
-    image = functional.normalize(model.get_image_features(pixel_values=shown).pooler_output, dim=-1)
+    image = functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     return (image @ functional.normalize(text, dim=-1).T).argmax(1)
 
 
 @torch.inference_mode()
-def features(model: CLIPModel, shown: torch.Tensor) -> torch.Tensor:
+def features(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
     """What an image guard looks at: mean, maximum and minimum over the patch embeddings, before a position is added.
 
     Deeper it gets worse: captions never mention a stain, and a tower forgets what they do not mention. On a development
@@ -137,5 +137,5 @@ def features(model: CLIPModel, shown: torch.Tensor) -> torch.Tensor:
 
     Shapes:   [P, 3, H, W]  ->  [P, 3 W]
     """
-    patches = patch_embeddings(model, shown)
+    patches = patch_embeddings(model, pixels)
     return torch.cat([patches.mean(1), patches.amax(1), patches.amin(1)], dim=1)

@@ -1,9 +1,8 @@
 """Streaming merge of checkpoints: tensor by tensor and in pieces, written whole or not at all, without a model in memory.
 
-The result has the shards, names and precisions of A; it needs no more memory than one tensor in fp32 and a few pieces. What
-can be told of a damaged file: a header or a length that does not fit, a weight that is not a number, and any changed byte
-where a digest was recorded, in a vlsafe manifest or as the name of a Hub blob. The format itself has no checksum: elsewhere
-a flipped bit that leaves a number is one more weight.
+The result has the shards, names and precisions of A; it needs no more memory than one tensor in fp32 and a few pieces. Damage
+is detected in headers and lengths, in weights that are not finite, and in any byte where a digest was recorded, in a vlsafe
+manifest or as the name of a Hub blob. The format has no checksum: elsewhere a flipped bit that leaves a number goes unnoticed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from safetensors import safe_open
 
 from vlsafe.core import store
 from vlsafe.core.scale import known
-from vlsafe.models.architectures import canonical, grafted, of_language
+from vlsafe.models.architectures import canonical, family_at, grafted, language_name
 from vlsafe.models.merge.rules import RULES, How, streams
 from vlsafe.models.merge.weights import seed_of
 
@@ -49,6 +48,10 @@ class Checkpoint(NamedTuple):
     shards: tuple[Path, ...]
     tensors: dict[str, Entry]
 
+    def keys(self, language_only: bool) -> set[str]:
+        """The names of all tensors, or of the language model's alone."""
+        return {key for key in self.tensors if not language_only or language_name(key) is not None}
+
 
 def merge(
     name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int = 0, language_only: bool = False
@@ -64,16 +67,16 @@ def merge(
     how.checked()
     if rule.based != ("base" in folders):
         raise ValueError(f"{name} {'needs a base' if rule.based else 'has no use for a base'} (--base)")
-    read = {which: checkpoint(folder, language_only) for which, folder in folders.items()}
-    a, others = read["a"], {which: found for which, found in read.items() if which != "a"}
-    differing = [line for which, other in others.items() for line in differences(a, other, which, language_only)]
-    if differing:
-        raise ValueError(f"these checkpoints cannot be merged\n{chr(10).join(differing)}")
-    for found in read.values():
-        verify(found)
-    refuse_zero(read, language_only)
+    models = {which: checkpoint(folder, language_only) for which, folder in folders.items()}
+    a = models["a"]
+    lines = [line for which in models if which != "a" for line in differences(a, models[which], which, language_only)]
+    if lines:
+        raise ValueError(f"these checkpoints cannot be merged\n{chr(10).join(lines)}")
+    for model in models.values():
+        verify(model)
+    refuse_zero(models, language_only)
     with store.whole(out) as work:
-        files = [_shard(name, read, shard, work, how, seed, language_only) for shard in a.shards]
+        files = [_shard(name, models, shard, work, how, seed, language_only) for shard in a.shards]
         _finish(a, work, files, {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only})
     return {"tensors": len(a.tensors), "bytes": sum(line["bytes"] for line in files), "shards": len(files)}
 
@@ -81,7 +84,8 @@ def merge(
 def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     """Read the headers of a model folder.
 
-    Raises:   FileNotFoundError or ValueError, with the remedy, where it holds no safetensors or they do not fit their index
+    Raises:   FileNotFoundError or ValueError, with the remedy, where it holds no safetensors or they do not fit their index;
+              ValueError with `language_only` for an unknown vision-language type
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -94,22 +98,21 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     for shard in shards:
         if not shard.exists():
             raise FileNotFoundError(f"{shard} is missing; only safetensors are read")
-    heads = {shard: header(shard)[1] for shard in shards}
-    present = {name: shard.name for shard, head in heads.items() for name in head}
+    headers = {shard: header(shard)[1] for shard in shards}
+    present = {name: shard.name for shard, entries in headers.items() for name in entries}
     if mapped is not None and present != mapped:
         name, file = min(set(present.items()) ^ set(mapped.items()))
         raise ValueError(f"{folder / file} is damaged, or not the shard that its index tells of: they disagree on {name}")
-    plain = language_only and '"vision_config"' not in (folder / "config.json").read_text(encoding="utf-8")
-    tensors = {}
-    for shard, head in heads.items():
-        for name, told in head.items():
-            key = grafted(name) if plain else canonical(name)
-            tensors[key] = Entry(shard, name, told["dtype"], tuple(told["shape"]))
+    rename = grafted if language_only and not family_at(folder).vision else canonical
+    tensors = {
+        rename(name): Entry(shard, name, entry["dtype"], tuple(entry["shape"]))
+        for shard, entries in headers.items() for name, entry in entries.items()
+    }  # fmt: skip
     return Checkpoint(folder, tuple(shards), tensors)
 
 
 def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
-    """The first bytes of a shard, as they are, and what they say of its tensors, in the order of their places.
+    """The header of a shard as bytes, and its tensors' entries in the order of their places.
 
     Raises:   ValueError, naming the file, where it is cut short or its header cannot be true
     Source:   the safetensors format: eight bytes of length, JSON, then the tensors without gaps
@@ -118,9 +121,9 @@ def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
     with open(shard, "rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
-        told = file.read(length) if length <= size - 8 else b""
+        text = file.read(length) if length <= size - 8 else b""
     try:
-        entries = json.loads(told)
+        entries = json.loads(text)
         entries.pop("__metadata__", None)
         entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
         end = 0
@@ -133,20 +136,20 @@ def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
         raise ValueError(f"{shard} is truncated or damaged: its header cannot be read ({error})") from error
     if size != 8 + length + end:
         raise ValueError(f"{shard} is truncated or damaged: it has {size} bytes and its header tells of {8 + length + end}")
-    return first + told, entries
+    return first + text, entries
 
 
 def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: bool) -> list[str]:
     """What keeps two checkpoints from being merged, a line each; none where nothing does."""
-    keys = {key for key in a.tensors if of_language(key)} if language_only else set(a.tensors)
-    theirs = {key for key in other.tensors if of_language(key)} if language_only else set(other.tensors)
+    keys, theirs = a.keys(language_only), other.keys(language_only)
     lines = [_listed(f"only in a, not in {which}", keys - theirs), _listed(f"only in {which}, not in a", theirs - keys)]
-    shared = sorted(keys & theirs)
-    shapes = {key for key in shared if a.tensors[key].shape != other.tensors[key].shape}
-    told = {f"{key} {list(a.tensors[key].shape)} and {list(other.tensors[key].shape)}" for key in shapes}
-    lines.append(_listed(f"other shapes in a and {which}", told))
-    fixed = {key for key in shared if not {a.tensors[key].dtype, other.tensors[key].dtype} <= set(FLOATS)} - shapes
-    unequal = {key for key in fixed if not torch.equal(tensor(a.tensors[key]), tensor(other.tensors[key]))}
+    pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(keys & theirs)}
+    shapes = {f"{key} {list(one.shape)} and {list(two.shape)}" for key, (one, two) in pairs.items() if one.shape != two.shape}
+    lines.append(_listed(f"other shapes in a and {which}", shapes))
+    unequal = {
+        key for key, (one, two) in pairs.items()
+        if one.shape == two.shape and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(tensor(one), tensor(two))
+    }  # fmt: skip
     lines.append(_listed(f"no floating-point numbers, and not equal in a and {which}", unequal))
     mine, yours = vocabulary(a.folder), vocabulary(other.folder)
     if mine is not None and yours is not None:
@@ -156,38 +159,38 @@ def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: boo
 
 def _listed(what: str, names: set[str], most: int = 6) -> str:
     """`what (count): name, name, …`, or nothing where there is nothing to list."""
-    shown = ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
-    return f"  {what} ({len(names)}): {shown}" if names else ""
+    first = ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+    return f"  {what} ({len(names)}): {first}" if names else ""
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """The tokens of a checkpoint's tokenizer with their ids, added ones included; None where it has no tokenizer.json."""
     if not (folder / "tokenizer.json").exists():
         return None
-    told = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = told["model"]["vocab"]
-    known_ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
-    return {**known_ids, **{added["content"]: added["id"] for added in told.get("added_tokens", ())}}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
+    return {**ids, **{added["content"]: added["id"] for added in tokenizer.get("added_tokens", ())}}
 
 
-def verify(found: Checkpoint) -> None:
+def verify(model: Checkpoint) -> None:
     """Compare every shard with the digest that was recorded of it, where there is one.
 
     Raises:   ValueError naming a shard that has been changed since
     """
-    for shard in found.shards:
-        noted = store.recorded_digest(shard)
-        if noted is not None and store.file_digest(shard) != noted:
+    for shard in model.shards:
+        digest = store.recorded_digest(shard)
+        if digest is not None and store.file_digest(shard) != digest:
             raise ValueError(f"{shard} is damaged: its content is not the one that was recorded when it was written")
 
 
-def refuse_zero(read: Mapping[str, Checkpoint], language_only: bool) -> None:
-    """Raises:   ValueError naming the model that equals its base: a zero task vector tells a merge nothing"""
-    for which in ("a", "b") if "base" in read else ():
-        keys = [key for key in read[which].tensors if of_language(key) or not language_only]
-        pairs = ((read[which].tensors[key], read["base"].tensors[key]) for key in keys)
+def refuse_zero(models: Mapping[str, Checkpoint], language_only: bool) -> None:
+    """Raises:   ValueError naming the model that equals its base: a merge learns nothing from a zero task vector"""
+    for which in ("a", "b") if "base" in models else ():
+        folder, tensors = models[which].folder, models[which].tensors
+        pairs = ((tensors[key], models["base"].tensors[key]) for key in models[which].keys(language_only))
         if all(torch.equal(tensor(one), tensor(other).to(FLOATS.get(one.dtype))) for one, other in pairs):
-            raise ValueError(f"the task vector of {which} ({read[which].folder.name}) is zero: it is its base, weight by weight")
+            raise ValueError(f"the task vector of {which} ({folder.name}) is zero: it is its base, weight by weight")
 
 
 def tensor(entry: Entry) -> torch.Tensor:
@@ -203,35 +206,34 @@ def _pieces(a: Entry, b: Entry, base: Entry | None) -> Iterator[tuple[torch.Tens
         yield of_a[part].float(), of_b[part].float(), None if of_base is None else of_base[part].float()
 
 
-def _combined(name: str, key: str, read: Mapping[str, Checkpoint], how: How, seed: int) -> Iterator[torch.Tensor]:
+def _combined(name: str, key: str, models: Mapping[str, Checkpoint], how: How, seed: int) -> Iterator[torch.Tensor]:
     """The pieces of one merged tensor, in A's precision.
 
     Raises:   ValueError naming a tensor with a weight that is not a number
     """
-    rule, a, b = RULES[name], read["a"].tensors[key], read["b"].tensors[key]
-    base, seeds = read["base"].tensors[key] if "base" in read else None, seed_of(seed, key)
-    seen = rule.look(lambda: _pieces(a, b, base), how, streams(seeds))
-    draws = streams(seeds)
+    rule, a, b = RULES[name], models["a"].tensors[key], models["b"].tensors[key]
+    base, seeds = models["base"].tensors[key] if "base" in models else None, seed_of(seed, key)
+    summary, draws = rule.summarise(lambda: _pieces(a, b, base), how, streams(seeds)), streams(seeds)
     for piece in _pieces(a, b, base):
         for entry, values in zip((a, b, base), piece, strict=True):
             if entry is not None and values is not None and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
                 raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
-        yield rule.combine(*piece, how, seen, draws).to(FLOATS[a.dtype])
+        yield rule.combine(*piece, how, summary, draws).to(FLOATS[a.dtype])
 
 
 def _shard(
-    name: str, read: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int, language_only: bool
+    name: str, models: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int, language_only: bool
 ) -> dict[str, Any]:
     """Write one shard: A's header, which fits the result byte by byte, then every tensor in its place."""
-    keys = {entry.name: key for key, entry in read["a"].tensors.items() if entry.shard == shard}
+    keys = {entry.name: key for key, entry in models["a"].tensors.items() if entry.shard == shard}
     first, entries = header(shard)
     hashed = hashlib.sha256(first)
 
     def pieces() -> Iterator[torch.Tensor]:
         for key in map(keys.__getitem__, entries):
-            entry = read["a"].tensors[key]
-            taken = entry.dtype not in FLOATS or (language_only and not of_language(key))
-            yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, read, how, seed)
+            entry = models["a"].tensors[key]
+            taken = entry.dtype not in FLOATS or (language_only and language_name(key) is None)
+            yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, models, how, seed)
 
     def keep(piece: torch.Tensor) -> None:
         written = memoryview(piece.contiguous().view(torch.uint8).numpy())
@@ -252,11 +254,11 @@ def _shard(
 
 
 def _finish(a: Checkpoint, work: Path, files: Sequence[dict[str, Any]], how: dict[str, Any]) -> None:
-    """What stands beside the weights: index, tokenizer, processor, a manifest with digests, and last the config."""
+    """Write what stands beside the weights: index, tokenizer, processor, a manifest with digests, and last the config."""
     beside = [path for path in sorted(a.folder.iterdir()) if path.suffix in BESIDE and path.name not in LEFT]
     index = [a.folder / INDEX] if (a.folder / INDEX).exists() else []
     for path in [*index, *(path for path in beside if path.name != "config.json")]:
         shutil.copyfile(path, work / path.name)
-    noted = {line["name"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in files}
-    store.write_text(work / store.MANIFEST, json.dumps({"merge": how, "files": noted}, indent=1) + "\n")
+    digests = {line["name"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in files}
+    store.write_text(work / store.MANIFEST, json.dumps({"merge": how, "files": digests}, indent=1) + "\n")
     shutil.copyfile(a.folder / "config.json", work / "config.json")

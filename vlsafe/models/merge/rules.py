@@ -1,15 +1,15 @@
 """Merge rules as pure functions of tensors, in the letters of their papers.
 
 θ_a and θ_b are two models, θ_0 what both started from, τ = θ − θ_0 a task vector; `ratio` is the weight of b, 1 − ratio that
-of a. A rule has two steps, so that large tensors can pass in pieces: `look` goes over a whole tensor and keeps the few
-numbers that depend on all of it (a cut, an angle), `combine` then works element by element. Arithmetic is in fp32.
+of a. A rule has two steps, so that large tensors can pass in pieces: `summarise` reads a whole tensor and returns the few
+numbers that depend on all of it (a threshold, an angle), `combine` then works element by element. Arithmetic is in fp32.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor
 from vlsafe.core.scale import known
 
 Pieces = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
-"""Goes over the flat fp32 pieces of (θ_a, θ_b, θ_0), again at every call."""
+"""Iterates over the flat fp32 pieces of (θ_a, θ_b, θ_0), again at every call."""
 Draws = tuple[np.random.Generator, np.random.Generator]
-"""One stream for each model, so that what is drawn does not depend on the size of the pieces."""
+"""One random stream for each model, so that masks do not depend on the size of the pieces."""
 
 
 class How(NamedTuple):
@@ -43,11 +43,11 @@ class How(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`based`: it needs θ_0; `rated`: it has a ratio; `source`: whose it is."""
+    """`based`: it needs θ_0; `rated`: it has a ratio; `source`: the paper."""
 
     combine: Callable[..., Tensor]
     source: str
-    look: Callable[[Pieces, How, Draws], Any] = lambda pieces, how, draws: None
+    summarise: Callable[[Pieces, How, Draws], Any] = lambda pieces, how, draws: None
     based: bool = False
     rated: bool = True
 
@@ -66,8 +66,8 @@ def merged(name: str, a: Tensor, b: Tensor, base: Tensor | None, how: How, seed:
     if a.numel() == 0:
         return a
     flat = a.reshape(-1).float(), b.reshape(-1).float(), None if base is None else base.reshape(-1).float()
-    seen = rule.look(lambda: iter([flat]), how, streams(seed))
-    return rule.combine(*flat, how, seen, streams(seed)).reshape(a.shape).to(a.dtype)
+    summary = rule.summarise(lambda: iter([flat]), how, streams(seed))
+    return rule.combine(*flat, how, summary, streams(seed)).reshape(a.shape).to(a.dtype)
 
 
 def streams(seed: int | Sequence[int]) -> Draws:
@@ -76,33 +76,38 @@ def streams(seed: int | Sequence[int]) -> Draws:
     return np.random.default_rng(first), np.random.default_rng(second)
 
 
-def linear(a: Tensor, b: Tensor, base: Tensor | None, how: How, seen: Any = None, draws: Draws | None = None) -> Tensor:
+def linear(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
     """(1 − ratio) θ_a + ratio θ_b; the ends and equal inputs come back bit for bit."""
     if how.ratio in (0, 1):
         return b if how.ratio else a
     return torch.lerp(a, b, how.ratio)  # a + r (b − a) below one half, b − (1 − r)(b − a) above: exact where a equals b
 
 
-def angle(pieces: Pieces, how: How, draws: Draws) -> float:
-    """The angle between two tensors as vectors; 0 where it cannot be told or the arc between them is not one (opposite)."""
+def _cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """The cosine of two vectors that come in pieces, in fp64; None where one of them is zero."""
     dot = norm_a = norm_b = 0.0
-    for a, b, _ in pieces():
+    for a, b in pairs:
         x, y = a.double(), b.double()
         dot, norm_a, norm_b = dot + float(x @ y), norm_a + float(x @ x), norm_b + float(y @ y)
     norms = math.sqrt(norm_a * norm_b)
-    cosine = dot / norms if norms > 0 else 1.0
-    return math.acos(cosine) if abs(cosine) < 1 - 1e-10 else 0.0
+    return dot / norms if norms > 0 else None
 
 
-def slerp(a: Tensor, b: Tensor, base: Tensor | None, how: How, seen: float, draws: Draws | None = None) -> Tensor:
+def angle(pieces: Pieces, how: How, draws: Draws) -> float:
+    """The angle between two tensors as vectors; 0 where it is undefined or there is no arc between them (opposite)."""
+    cosine = _cosine((a, b) for a, b, _ in pieces())
+    return math.acos(cosine) if cosine is not None and abs(cosine) < 1 - 1e-10 else 0.0
+
+
+def slerp(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: float, draws: Draws | None = None) -> Tensor:
     """sin((1 − ratio) Ω) / sin Ω · θ_a + sin(ratio Ω) / sin Ω · θ_b with Ω, the angle between both whole tensors.
 
-    Departs:  linear where Ω cannot be told; mergekit falls back to it at a cosine of 0.9995 already, where most pairs of
-              models with one ancestor lie
+    Departs:  linear only where Ω is undefined; mergekit is linear from a cosine of 0.9995, where most pairs of models with
+              one ancestor lie
     """
-    if seen == 0 or how.ratio in (0, 1) or torch.equal(a, b):
+    if summary == 0 or how.ratio in (0, 1) or torch.equal(a, b):
         return linear(a, b, base, how)
-    of_a, of_b = (math.sin(share * seen) / math.sin(seen) for share in (1 - how.ratio, how.ratio))
+    of_a, of_b = (math.sin(share * summary) / math.sin(summary) for share in (1 - how.ratio, how.ratio))
     return a * of_a + b * of_b
 
 
@@ -115,7 +120,7 @@ def _added(base: Tensor, taus: Sequence[Tensor], how: How) -> Tensor:
     return base + how.scaling * ((1 - how.ratio) * taus[0] + how.ratio * taus[1])
 
 
-def task_arithmetic(a: Tensor, b: Tensor, base: Tensor, how: How, seen: Any = None, draws: Draws | None = None) -> Tensor:
+def task_arithmetic(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
     """θ_0 + λ ((1 − ratio) τ_a + ratio τ_b). With λ = 1 the weights add up to one, and θ_0 cancels: the linear merge."""
     return _added(base, _taus(a, b, base), how)
 
@@ -127,9 +132,9 @@ def kept_count(n: int, share: float) -> int:
 
 def cut(magnitudes: np.ndarray, share: float) -> float:
     """The smallest magnitude that is kept. The array is reordered."""
-    place = len(magnitudes) - kept_count(len(magnitudes), share)
-    magnitudes.partition(place)
-    return float(magnitudes[place])
+    index = len(magnitudes) - kept_count(len(magnitudes), share)
+    magnitudes.partition(index)
+    return float(magnitudes[index])
 
 
 def cuts(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
@@ -170,9 +175,9 @@ def elected(taus: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.mul_(sign).div_(share.clamp_(min=1e-12))  # where nobody agrees both are zero
 
 
-def ties(a: Tensor, b: Tensor, base: Tensor, how: How, seen: tuple[float, float], draws: Draws | None = None) -> Tensor:
+def ties(a: Tensor, b: Tensor, base: Tensor, how: How, summary: tuple[float, float], draws: Draws | None = None) -> Tensor:
     """θ_0 + λ τ_m: trim, elect sign, merge those that agree."""
-    taus = [trimmed(tau, least) for tau, least in zip(_taus(a, b, base), seen, strict=True)]
+    taus = [trimmed(tau, least) for tau, least in zip(_taus(a, b, base), summary, strict=True)]
     return base + how.scaling * elected(taus, (1 - how.ratio, how.ratio))
 
 
@@ -186,33 +191,32 @@ def dropped(tau: Tensor, mask: Tensor, survived: float) -> Tensor:
     return tau * mask / survived
 
 
-def _dropped(a: Tensor, b: Tensor, base: Tensor, how: How, seen: Any, draws: Draws) -> list[Tensor]:
-    """Both task vectors after DARE; `seen` holds other factors than 1 / (1 − p), or nothing."""
-    factors = seen or (how.survived, how.survived)
+def _dropped(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> list[Tensor]:
+    """Both task vectors after DARE; `summary` holds other divisors than 1 − p, or nothing."""
+    factors = summary or (how.survived, how.survived)
     both = zip(_taus(a, b, base), masks(len(a), how, draws), factors, strict=True)
     return [dropped(tau, mask, factor) for tau, mask, factor in both]
 
 
-def dare_linear(a: Tensor, b: Tensor, base: Tensor, how: How, seen: Any, draws: Draws) -> Tensor:
+def dare_linear(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> Tensor:
     """Task arithmetic with task vectors of which DARE has dropped a share."""
-    return _added(base, _dropped(a, b, base, how, seen, draws), how)
+    return _added(base, _dropped(a, b, base, how, summary, draws), how)
 
 
-def dare_ties(a: Tensor, b: Tensor, base: Tensor, how: How, seen: Any, draws: Draws) -> Tensor:
+def dare_ties(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> Tensor:
     """TIES with DARE's random dropping in place of its trimming; a mean over those that agree, where mergekit adds them up."""
-    return base + how.scaling * elected(_dropped(a, b, base, how, seen, draws), (1 - how.ratio, how.ratio))
+    return base + how.scaling * elected(_dropped(a, b, base, how, summary, draws), (1 - how.ratio, how.ratio))
 
 
 def surviving_norm(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
     """Which share of each task vector's sum of magnitudes its mask leaves: what mergekit divides by instead of 1 − p."""
-    before, after = [0.0, 0.0], [0.0, 0.0]
+    sums = np.zeros((2, 2))
     for a, b, base in pieces():
         for which, (tau, mask) in enumerate(zip(_taus(a, b, base), masks(len(a), how, draws), strict=True)):
             magnitudes = tau.abs().double()
-            before[which] += float(magnitudes.sum())
-            after[which] += float((magnitudes * mask).sum())
-    left, right = (kept / whole if kept else 1.0 for kept, whole in zip(after, before, strict=True))
-    return left, right
+            sums[which] += float(magnitudes.sum()), float((magnitudes * mask).sum())
+    of_a, of_b = (float(kept / total) if kept else 1.0 for total, kept in sums)
+    return of_a, of_b
 
 
 def agreement(pieces: Pieces, how: How, draws: Draws) -> float:
@@ -221,30 +225,25 @@ def agreement(pieces: Pieces, how: How, draws: Draws) -> float:
     Departs:  vectors that point apart count as unrelated, t = 0; the formula would leave the segment and divides by zero
               for opposite ones
     """
-    dot = norm_a = norm_b = 0.0
-    for a, b, base in pieces():
-        x, y = (tau.double() for tau in _taus(a, b, base))
-        dot, norm_a, norm_b = dot + float(x @ y), norm_a + float(x @ x), norm_b + float(y @ y)
-    norms = math.sqrt(norm_a * norm_b)
-    cosine = min(1.0, max(0.0, dot / norms)) if norms > 0 else 0.0
+    cosine = min(1.0, max(0.0, _cosine(_taus(a, b, base) for a, b, base in pieces()) or 0.0))
     return 2 * cosine / (1 + cosine)
 
 
-def model_stock(a: Tensor, b: Tensor, base: Tensor, how: How, seen: float, draws: Draws | None = None) -> Tensor:
+def model_stock(a: Tensor, b: Tensor, base: Tensor, how: How, summary: float, draws: Draws | None = None) -> Tensor:
     """t (θ_a + θ_b) / 2 + (1 − t) θ_0: one point, no ratio."""
-    return torch.lerp(base, (a + b) / 2, seen)
+    return torch.lerp(base, (a + b) / 2, summary)
 
 
 RULES: dict[str, Rule] = {
     "linear": Rule(linear, "Wortsman et al. 2022, model soups (arXiv 2203.05482); WiSE-FT (2109.01903)"),
-    "slerp": Rule(slerp, "Shoemake 1985, section 3.3", look=angle),
+    "slerp": Rule(slerp, "Shoemake 1985, section 3.3", summarise=angle),
     "task_arithmetic": Rule(task_arithmetic, "Ilharco et al. 2023 (arXiv 2212.04089), section 2", based=True),
-    "ties": Rule(ties, "Yadav et al. 2023 (arXiv 2306.01708), algorithm 1", look=cuts, based=True),
+    "ties": Rule(ties, "Yadav et al. 2023 (arXiv 2306.01708), algorithm 1", summarise=cuts, based=True),
     "dare_linear": Rule(dare_linear, "Yu et al. 2024 (arXiv 2311.03099), section 3", based=True),
     "dare_ties": Rule(dare_ties, "Yu et al. 2024 with Yadav et al. 2023", based=True),
-    "dare_linear_l1": Rule(dare_linear, "mergekit's rescaling to the same L1 norm", look=surviving_norm, based=True),
-    "dare_ties_l1": Rule(dare_ties, "mergekit's rescaling to the same L1 norm", look=surviving_norm, based=True),
+    "dare_linear_l1": Rule(dare_linear, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
+    "dare_ties_l1": Rule(dare_ties, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
     "model_stock": Rule(
-        model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", look=agreement, based=True, rated=False
+        model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", summarise=agreement, based=True, rated=False
     ),
 }  # fmt: skip

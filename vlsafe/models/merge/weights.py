@@ -1,4 +1,4 @@
-"""Merging in memory: named weights in, named weights out. Names are those in memory (`layouts`)."""
+"""Merging in memory: named weights in, named weights out. Names are those in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def seed_of(seed: int, key: str) -> list[int]:
-    """The seed of what is drawn for one tensor: it depends on no other tensor and on no order."""
+    """The seed of one tensor's draws; it depends on no other tensor and on no order."""
     return [seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])]
 
 
@@ -28,26 +28,18 @@ def combined(
 
     Raises:   ValueError where B has what A lacks, or a task vector is zero
     """
-    extra = set(b) - set(a)
-    if extra:
-        raise ValueError(f"b has {len(extra)} tensors that a lacks, first {sorted(extra)[:3]}")
-    if RULES[name].based:
-        refuse_zero(a, b, base or {})
-    found = {}
-    for key, value in a.items():
-        if key not in b or (blocks is not None and block_of(key) not in blocks):
-            found[key] = value
-            continue
-        without = RULES[name].based and key not in (base or {})
-        found[key] = merged("linear" if without else name, value, b[key], (base or {}).get(key), how, seed_of(seed, key))
-    return found
-
-
-def refuse_zero(a: Weights, b: Weights, base: Weights) -> None:
-    """Raises:   ValueError naming the model that equals the base: a zero task vector tells a merge nothing"""
-    for which, model in (("a", a), ("b", b)):
+    if extra := sorted(set(b) - set(a)):
+        raise ValueError(f"b has {len(extra)} tensors that a lacks, first {extra[:3]}")
+    based, base = RULES[name].based, base or {}
+    for which, model in (("a", a), ("b", b)) if based else ():
         if all(torch.equal(model[key], value) for key, value in base.items() if key in model):
             raise ValueError(f"the task vector of {which} is zero: it is the base, weight by weight")
+    weights = dict(a)
+    for key in a:
+        if key in b and (blocks is None or block_of(key) in blocks):
+            rule = "linear" if based and key not in base else name
+            weights[key] = merged(rule, a[key], b[key], base.get(key), how, seed_of(seed, key))
+    return weights
 
 
 def near(one: Weights, other: Weights, gap: float) -> bool:
