@@ -8,9 +8,9 @@ import torch
 
 from vlsafe.core.schema import Turn
 from vlsafe.data.miniature.language import World
+from vlsafe.evaluation import prompts
 from vlsafe.inspection import states as inspection_states
 from vlsafe.models import architectures, chat, checkpoints
-from vlsafe.study import probing
 
 
 @pytest.fixture(scope="module")
@@ -117,19 +117,19 @@ def test_a_thousand_prompts_go_to_disk_with_at_most_two_batches_in_memory(model,
 def test_the_kept_states_of_the_stage_are_a_thousand_prompts_at_mini_and_safetensors(study):
     from vlsafe.core.presets import MINI
 
-    n = len(probing.prompts(World(0), "test", MINI.probing.prompts))
-    assert n >= 1000 and len({item.id for item in probing.prompts(World(0), "test", 20)}) == 120
+    n = len(prompts.probing_prompts(World(0), "test", MINI.probing.prompts))
+    assert n >= 1000 and len({item.id for item in prompts.probing_prompts(World(0), "test", 20)}) == 120
     kept = sorted((study.folder("probe/layers") / "states").rglob("*"))
     assert {path.suffix for path in kept if path.is_file()} == {".safetensors"}
     assert {path.name for path in kept if path.is_dir()} >= {"own", "reference"}
 
 
-def test_probed_deeds_are_not_those_of_the_direction(study):
-    """The direction is fixed on validation verb–object pairs, everything else is about test verb–object pairs; kinds are equally many."""
+def test_probed_pairs_are_not_those_of_the_direction(study):
+    """The direction is found on validation verb–object pairs, everything else is about test ones; kinds are equally many."""
     world = World(0)
-    asked, fixed = (probing.prompts(world, split, 30) for split in ("test", "validation"))
+    asked, fixed = (prompts.probing_prompts(world, split, 30) for split in ("test", "validation"))
     assert not {item.cluster for item in asked} & {item.cluster for item in fixed}
-    for modality in probing.MODALITIES:
+    for modality in prompts.MODALITIES:
         of = [item for item in asked if item.group == modality]
         assert sum(item.harmful for item in of) == sum(not item.harmful for item in of) == 30
         assert all(bool(item.images) == (modality != "text") for item in of)
@@ -193,7 +193,7 @@ def test_the_reference_of_a_text_prompt_is_the_parent_bit_for_bit(study):
     """The parent's language weights behind the adapted model's eyes, as the stage kept them, against the parent itself."""
     parent = checkpoints.load(study.folder("parent/aligned"))
     tokenizer = checkpoints.load_processor(study.folder("parent/aligned"))
-    asked = probing.prompts(World(0), "test", study.scale.probing.prompts)
+    asked = prompts.probing_prompts(World(0), "test", study.scale.probing.prompts)
     folder = study.folder("probe/layers") / "states" / "instruct.filtered-full" / "reference"
     text = [(item.turns, ()) for item in asked if item.group == "text"][:8]
     own = inspection_states.last_states(parent, tokenizer, text, batch_size=8)

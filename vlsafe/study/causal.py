@@ -1,4 +1,4 @@
-"""Operations on models and what comes of them: transplanted blocks, a removed or added direction, blocks frozen in training."""
+"""Notebook 05: interventions and how models respond then: transplanted blocks, removed or added directions, frozen blocks."""
 
 from __future__ import annotations
 
@@ -8,72 +8,58 @@ from pathlib import Path
 from typing import Any
 
 from vlsafe.core import store
-from vlsafe.core.schema import Item
 from vlsafe.study import adaptation
-from vlsafe.study.probing import ADAPTED, PARENT, STAGE_1, directions
-from vlsafe.study.study import Bar, Study, drop
+from vlsafe.study.probing import ADAPTED, DIRECTION, LOCALISATION, PARENT, STAGE_1, refusal_directions
+from vlsafe.study.study import Bar, Study, drop, step_of
 
-EXAMINED = ("sorry_bench", "mm_safetybench", "xstest", "mmbench", "mme", "seed_bench")
-"""What an intervention is examined on: attack success, twins and exaggerated refusal, helpfulness."""
-PROBED, FROZEN = "probe/localisation", "instruct/filtered-sppft"
 FROZEN_SETS = ("sppft/bands", "sppft/random")
+SPPFT = "filtered-sppft"  # the recipe of stage 2 whose frozen blocks are varied
 Rows = list[dict[str, Any]]
 
 
-def exam_params(study: Study) -> Any:
+def exam_params(study: Study) -> list[Any]:
     """The numbers that every examination of an intervention depends on."""
     return [study.scale.exam, study.scale.probing.items]
 
 
-def asked_of(study: Study, multimodal: bool) -> list[Item]:
-    """The panel of an intervention's examination."""
-    from vlsafe.evaluation import examine as evaluation_examine
-
-    chosen = evaluation_examine.panel(study.items(), study.scale.probing.items)
-    return evaluation_examine.answerable([item for item in chosen if item.benchmark in EXAMINED], multimodal)
-
-
 def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
-    """An examination to hand to `causal`: a model in memory and a name -> rows of the raw table. Its processor is `folder`'s."""
-    from vlsafe.evaluation import examine as evaluation_examine
-    from vlsafe.evaluation.engines import respond
+    """An examination to hand to `inspection.causal`: a model in memory and its name -> rows of the raw table.
+
+    The model is one of the checkpoint in `folder`, whose processor it takes.
+    """
+    from vlsafe.evaluation import engines, examine, prompts
     from vlsafe.models import checkpoints
 
     processor, exam = checkpoints.load_processor(folder), study.scale.exam
-    asked = asked_of(study, checkpoints.is_multimodal(folder))
+    items = prompts.intervention_items(study.items(), study.scale.probing.items, checkpoints.is_multimodal(folder))
 
-    def examine(model: Any, recipe: str, step: int = 0, stage: str = stage) -> Rows:
+    def examination(model: Any, recipe: str, step: int = 0, stage: str = stage) -> Rows:
         name = f"{study.backbone}/{stage}/{recipe}/step-{step:06d}"
-        given = respond(model, processor, asked, name, exam.batch_size, exam.max_new_tokens)
-        whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": name}
-        return evaluation_examine.raw_table(
-            asked, given, {**whose, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"}
-        )
+        responses = engines.respond(model, processor, items, name, exam.batch_size, exam.max_new_tokens)
+        record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": name}
+        return examine.raw_table(items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"})
 
-    return examine
+    return examination
 
 
-def along(study: Study, run: str, examine: Callable[..., Rows]) -> Rows:
-    """All checkpoints of a training, examined as an intervention is: the curve that gives attack success at equal helpfulness."""
+def examine_checkpoints(folders: Sequence[Path], examine: Callable[..., Rows], stage: str, recipe: str) -> Rows:
+    """Checkpoints of one training, examined as an intervention is: the curve that gives attack success at equal helpfulness."""
     from vlsafe.models import checkpoints
 
-    stage, _, recipe = run.partition("/")
-    found = ((folder, int(folder.name.split("-")[1])) for folder in study.checkpoints(run))
-    return [row for folder, step in found for row in examine(checkpoints.load(folder), recipe, step, stage)]
+    return [row for folder in folders for row in examine(checkpoints.load(folder), recipe, step_of(folder), stage)]
 
 
 def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     """The parent's blocks in the adapted model, by bands and random sets; the adapted model's in the parent at the located width.
 
-    With everything of the parent's but the eyes, the model is the parent behind the adapted model's tower and projector:
-    that is where the reverse begins.
+    The parent has the adapted vision tower and projector there: it is the adapted model with the parent's language weights.
     """
     from vlsafe.inspection import causal
     from vlsafe.models import architectures, checkpoints
 
-    probing, band = study.scale.probing, study.numbers(PROBED)["band"]
-    folder, start = study.checkpoints(ADAPTED)[-1], study.checkpoints(STAGE_1)[-1]
-    model, examine = checkpoints.load(folder), examiner(study, folder, "causal")
+    probing, band = study.scale.probing, study.numbers(LOCALISATION)["band"]
+    folders, start = study.checkpoints(ADAPTED), study.checkpoints(STAGE_1)[-1]
+    model, examine = checkpoints.load(folders[-1]), examiner(study, folders[-1], "causal")
     own = {name: weight.detach().clone() for name, weight in architectures.language_weights(model).items()}
     parent = {name: checkpoints.read_tensor(place) for name, place in checkpoints.language_places(study.folder(PARENT)).items()}
     n, width, rng = len(architectures.language_layers(model)), band[1] - band[0], study.world().rng("random blocks")
@@ -82,24 +68,24 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     patches = causal.bands(n, widths)
     patches += [patch for w in widths for patch in causal.random_sets(n, w, probing.random_sets, rng)]
     patches += [causal.Patch("rest", (causal.EVERYTHING,)), causal.Patch("blocks", every[:-1]), causal.Patch("all", every)]
-    bar = Bar("transplants", len(patches))
-    rows = [row | {"kind": "curve", "blocks": None} for row in examine(checkpoints.load(start), "filtered", 0, "projector")]
-    rows += [row | {"kind": "curve", "blocks": None} for row in along(study, ADAPTED, examine)]
-    rows += causal.transplants(model, parent, patches, examine, bar)
     reverse = [causal.Patch("reverse", patch.blocks) for patch in causal.bands(n, [width])] if width < n else []
+    curve = examine(checkpoints.load(start), "filtered", 0, "projector")
+    curve += examine_checkpoints(folders, examine, *ADAPTED.split("/"))
+    rows = [{**row, "kind": "curve", "blocks": None} for row in curve]
+    rows += causal.transplants(model, parent, patches, examine, Bar("transplants", len(patches)))
     with causal.transplanted(model, parent, every):
         rows += causal.transplants(model, own, reverse, examine)
     store.write_rows(work / "raw.parquet", rows)
-    return {"patches": len(patches) + len(reverse), "band": band, "items": len(asked_of(study, True))}
+    return {"patches": len(patches) + len(reverse), "band": band, "items": len({row["item"] for row in rows})}
 
 
-def transplant_params(study: Study) -> Any:
+def transplant_params(study: Study) -> list[Any]:
     """The numbers that transplants depend on."""
     return [*exam_params(study), study.scale.probing.widths, study.scale.probing.random_sets]
 
 
 def make_directions(study: Study, work: Path) -> dict[str, Any]:
-    """The refusal direction taken out of the parent and of the adapted model, and added to the adapted one; random ones beside.
+    """The refusal direction removed from the parent and from the adapted model, and added to the adapted one; random ones beside.
 
     A random direction is as long as the refusal direction itself.
     """
@@ -107,27 +93,24 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
 
     from vlsafe.models import checkpoints
 
-    probing, layer = study.scale.probing, study.numbers("probe/direction")["layer"]
-    direction = directions(study)["direction"][layer]
-    rng = study.world().rng("random directions")
+    probing, layer = study.scale.probing, study.numbers(DIRECTION)["layer"]
+    direction, rng = refusal_directions(study)["direction"][layer], study.world().rng("random directions")
     drawn = [torch.from_numpy(rng.normal(size=len(direction))).float() for _ in range(probing.random_directions)]
     others = [other / other.norm() * direction.norm() for other in drawn]
     rows: Rows = []
-    for run in (PARENT, ADAPTED):
+    for run, strengths in ((PARENT, ()), (ADAPTED, probing.strengths)):
         folder = study.checkpoints(run)[-1]
         model, examine = checkpoints.load(folder), examiner(study, folder, "directed")
-        for what, strength, number, how in _operations(
-            model, layer, direction, others, probing.strengths if run == ADAPTED else ()
-        ):
-            with how:
-                sat = examine(model, f"{run.replace('/', '.')}-{what}-{strength:g}-{number}")
-            rows += [row | {"of": run, "what": what, "strength": strength, "number": number} for row in sat]
+        for what, strength, number, operation in _operations(model, layer, direction, others, strengths):
+            columns = {"of": run, "what": what, "strength": strength, "number": number}
+            with operation:
+                rows += [row | columns for row in examine(model, f"{run.replace('/', '.')}-{what}-{strength:g}-{number}")]
     store.write_rows(work / "raw.parquet", rows)
     return {"layer": layer, "directions": len(others)}
 
 
 def _operations(model: Any, layer: int, direction: Any, others: Sequence[Any], strengths: Sequence[float]) -> Iterator[tuple]:
-    """What is done to a model, at which strength, with which direction (0: the refusal direction, or the first random one)."""
+    """What is done to a model, at which strength, with which random direction (0 for the refusal direction), as a context."""
     from vlsafe.inspection import causal
 
     yield "none", 0.0, 0, contextlib.nullcontext()
@@ -140,7 +123,7 @@ def _operations(model: Any, layer: int, direction: Any, others: Sequence[Any], s
             yield "added-random", strength, k, causal.added(model, strength * other, layer)
 
 
-def direction_params(study: Study) -> Any:
+def direction_params(study: Study) -> list[Any]:
     """The numbers that operations with directions depend on."""
     return [*exam_params(study), study.scale.probing.strengths, study.scale.probing.random_directions]
 
@@ -148,50 +131,39 @@ def direction_params(study: Study) -> Any:
 def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     """Stage 2 with a set of blocks frozen, once for each band of the located width, or for random sets of as many blocks.
 
-    Only answers are kept: one model exists at a time, and a set whose answers are there is not trained again.
+    Only rows are kept: one model exists at a time, and a set whose rows are there is not trained again.
     """
     from vlsafe.inspection import causal
     from vlsafe.models import architectures, checkpoints
 
-    band, start = study.numbers(PROBED)["band"], study.checkpoints(STAGE_1)[-1]
+    band, start = study.numbers(LOCALISATION)["band"], study.checkpoints(STAGE_1)[-1]
     n, width = len(architectures.language_layers(checkpoints.load(start))), band[1] - band[0]
     patches = causal.bands(n, [width])
     if which == "random":
-        rng = study.world().rng("random frozen blocks")
-        patches = causal.random_sets(n, width, study.scale.probing.frozen_sets, rng)
-    examine, rows = examiner(study, start, "sppft"), []
-    for patch in patches:
-        file = work / f"{patch.name}.parquet"
+        patches = causal.random_sets(n, width, study.scale.probing.frozen_sets, study.world().rng("random frozen blocks"))
+    files = {patch: work / f"{patch.name}.parquet" for patch in patches}
+    (fit, milestones), training = adaptation.stage_2(study, SPPFT), work / "training"
+    examine, data, rows = examiner(study, start, "sppft"), study.examples("screen/filtered", "instructions.parquet"), []
+    for patch, file in files.items():
         if not file.exists():
-            told = {"kind": patch.kind, "blocks": patch.name, "located": patch.blocks == tuple(range(*band))}
-            store.write_rows(file, [row | told for row in _frozen(study, work / "training", start, patch, examine)])
+            drop(training)
+            adaptation.trained(study, training, start, data, "sppft", fit, milestones, patch.name, blocks=patch.blocks)
+            columns = {"kind": patch.kind, "blocks": patch.name, "located": patch.blocks == tuple(range(*band))}
+            results = examine_checkpoints(sorted(training.glob("step-*")), examine, "sppft", patch.name)
+            store.write_rows(file, [row | columns for row in results])
+            drop(training)
         rows += store.read_rows(file)
     if rows:
         store.write_rows(work / "raw.parquet", rows)
-    for patch in patches:
-        (work / f"{patch.name}.parquet").unlink()
+    for file in files.values():
+        file.unlink()
     return {"sets": len(patches), "width": width, "band": band}
-
-
-def _frozen(study: Study, work: Path, start: Path, patch: Any, examine: Callable[..., Rows]) -> Rows:
-    """Answers of all checkpoints of one training, whose models are then dropped."""
-    from vlsafe.models import checkpoints
-
-    fit, milestones = adaptation.stage_2(study, FROZEN.partition("/")[2])
-    rows = study.examples("screen/filtered", "instructions.parquet")
-    drop(work)
-    adaptation.trained(study, work, start, rows, "sppft", fit, milestones, patch.name, blocks=patch.blocks)
-    folders = [(folder, int(folder.name.split("-")[1])) for folder in sorted(work.glob("step-*"))]
-    sat = [row for folder, step in folders for row in examine(checkpoints.load(folder), patch.name, step)]
-    drop(work)
-    return sat
 
 
 def frozen_by(which: str) -> Callable[[Study, Path], dict[str, Any]]:
     return lambda study, work: make_frozen(study, work, which)
 
 
-def frozen_params(study: Study) -> Any:
+def frozen_params(study: Study) -> list[Any]:
     """The numbers that the SPPFT grid depends on."""
-    fit, milestones = adaptation.stage_2(study, FROZEN.partition("/")[2])
-    return [*exam_params(study), fit, milestones, study.scale.probing.frozen_sets, study.scale.threads]
+    return [*exam_params(study), *adaptation.stage_2(study, SPPFT), study.scale.probing.frozen_sets, study.scale.threads]
