@@ -1,7 +1,4 @@
-"""What a scale takes from outside, as values: where it lies, at which revision, what it weighs, what has to be accepted.
-
-No file is opened and no address asked here; `scales` holds one of these, `sources` and `plan` act on it.
-"""
+"""What a scale takes from outside: repositories, revisions, sizes and licence terms; and the files below `VLSAFE_DATA`."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ import huggingface_hub
 
 @dataclass(frozen=True)
 class Origin:
-    """Something that others made and the hub holds: a corpus or weights, at a revision.
+    """A corpus or a model on the hub, at a revision.
 
-    `revision` "main" means: as it was when it was first downloaded; `vlsafe download` notes the commit and keeps to it.
-    `files` are patterns of what is taken (all where empty), `gigabytes` what that weighs, `rows` what the publisher counts,
-    `limit` how many rows are used (a fixed random subset; None: all). `terms`: what has to be accepted before the hub gives it.
-    `archives` are zip files from elsewhere that belong to the corpus; `by_hand` is what no command can fetch.
+    `revision` "main" means the commit of the first download, which `vlsafe download` pins. `files` are patterns of what is
+    taken (all where empty), `gigabytes` their size, `rows` the publisher's count, `limit` how many rows are used (a fixed
+    random subset; None: all), `terms` what has to be accepted on the hub first. `archives` are zip files from elsewhere that
+    belong to the corpus; `by_hand` is what no command can fetch.
     """
 
     repo: str
@@ -46,8 +43,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class LoadedGuard:
-    """A guard from the hub. `labels` are the classes that count as unsafe (an image guard's). Without a `threshold` a text guard
-    goes by its own word, an image guard by 0.5."""
+    """A guard from the hub. `labels` are an image guard's classes that count as unsafe. Without a `threshold` a text guard
+    decides by its generated label, an image guard at 0.5."""
 
     origin: Origin
     labels: tuple[str, ...] = ()
@@ -57,10 +54,10 @@ class LoadedGuard:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a scale takes from outside, where its `source` is "load". A corpus may be None: it is then done without.
+    """What a scale takes from outside, where its `source` is "load". A corpus that is None is left out.
 
-    `missing_share`: a corpus of which more pictures than that are not there is taken for the wrong folder. Units of
-    `gpu_gigabytes`: 10^9 bytes that the largest training of the scale needs on each GPU.
+    `missing_share`: a corpus with a larger share of missing pictures is refused as a wrong folder. Units of `gpu_gigabytes`:
+    10^9 bytes on each GPU for the largest training run of the scale.
     """
 
     captions: Origin | None
@@ -76,7 +73,7 @@ class Loaded:
     gpu_gigabytes: float = 0.0
 
 
-MEMBER = "!"  # between an archive's place and the name of a file in it
+MEMBER = "!"  # between the path of an archive and the name of a file in it
 LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
 
 
@@ -85,16 +82,16 @@ class TooLarge(ValueError):
 
 
 def outside() -> Path | None:
-    """The folder of what others made, from the environment's `VLSAFE_DATA`; None where it is not set."""
-    named = os.environ.get("VLSAFE_DATA")
-    return Path(named) if named else None
+    """The folder of downloaded corpora, from the environment's `VLSAFE_DATA`; None where it is not set."""
+    name = os.environ.get("VLSAFE_DATA")
+    return Path(name) if name else None
 
 
 PINS = "pins.json"
 
 
 def pinned(repo: str, revision: str) -> str:
-    """The commit that a repository was first downloaded at, where no commit is asked for; `vlsafe download` notes it."""
+    """The revision to load: where it is "main", the commit of the first download, which `vlsafe download` has pinned."""
     root = outside()
     if revision != "main" or root is None or not (root / PINS).is_file():
         return revision
@@ -104,15 +101,13 @@ def pinned(repo: str, revision: str) -> str:
 def outside_bytes(place: str) -> bytes:
     """The content of a file below `VLSAFE_DATA`, or of a member of a zip file there or at an address of fsspec's ("hf://…").
 
-    Raises:   FileNotFoundError where it is not there; TooLarge beyond `LARGEST` bytes, declared or real; ValueError
-              where the name leads out of the folder
+    Raises:   FileNotFoundError where it is missing; TooLarge beyond `LARGEST` bytes, declared or real; ValueError where the
+              name leads out of the folder
     """
     archive, _, member = place.partition(MEMBER)
     if member:
         return _member_bytes(archive, member)
-    path = outside_path(archive)
-    if not path.is_file():
-        raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
+    path = _existing(archive)
     if path.stat().st_size > LARGEST:
         raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
     return path.read_bytes()
@@ -131,6 +126,13 @@ def outside_path(name: str) -> Path:
     return root / name
 
 
+def _existing(name: str) -> Path:
+    path = outside_path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is not below VLSAFE_DATA")
+    return path
+
+
 def inside(name: str) -> bool:
     """Whether a relative name stays below the folder that it is relative to."""
     return not (name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0])
@@ -138,13 +140,13 @@ def inside(name: str) -> bool:
 
 def _member_bytes(archive: str, member: str) -> bytes:
     try:
-        opened = _archive(archive_at(archive), os.getpid())
-        found = opened.getinfo(member)
+        file = _archive(archive_at(archive), os.getpid())
+        info = file.getinfo(member)
     except KeyError:
         raise FileNotFoundError(f"{archive} has no member {member!r}") from None
-    if found.file_size > LARGEST:
-        raise TooLarge(f"{member} of {archive} unpacks to {found.file_size:,} bytes, more than a picture may have")
-    return opened.read(found)
+    if info.file_size > LARGEST:
+        raise TooLarge(f"{member} of {archive} unpacks to {info.file_size:,} bytes, more than a picture may have")
+    return file.read(info)
 
 
 def members(archive: str) -> frozenset[str]:
@@ -158,16 +160,13 @@ def archive_at(archive: str) -> str:
     Raises:   FileNotFoundError where it should be local and is not
     """
     if "://" not in archive:
-        path = outside_path(archive)
-        if not path.is_file():
-            raise FileNotFoundError(f"{archive} is not below VLSAFE_DATA")
-        return str(path)
-    repository = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", archive)
-    if repository is None:
+        return str(_existing(archive))
+    match = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", archive)
+    if match is None:
         return archive
-    repo, revision, file = repository.groups()
-    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
-    return found if isinstance(found, str) else archive
+    repo, revision, file = match.groups()
+    cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
+    return cached if isinstance(cached, str) else archive
 
 
 @lru_cache(maxsize=16)
@@ -177,7 +176,7 @@ def _names(where: str, process: int) -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def _archive(where: str, process: int) -> zipfile.ZipFile:
-    """An archive that stays open. Per process: workers that share a file handle would move each other's place in it."""
+    """An archive that stays open, one per process: workers that share a file handle would move each other's position."""
     try:
         return zipfile.ZipFile(fsspec.open(where, "rb").open() if "://" in where else where)
     except zipfile.BadZipFile as error:

@@ -24,13 +24,13 @@ from vlsafe.core.scale import (
     known,
 )
 
-# What the paper took from others. Revisions are commits where public files name one, else those of the first download.
+# What the paper loads. Revisions are commits where public files name one, else those of the first download.
 PAPER_LOADED = Loaded(
     captions=Origin(  # LLaVA-1.5's stage 1
         "liuhaotian/LLaVA-Pretrain", "70f9d1e5e1a697fe35830875cfc7de1dd590d727",
         files=("blip_laion_cc_sbu_558k.json", "images.zip"), gigabytes=27.6, rows=558128,
     ),
-    instructions=Origin(  # LLaVA-1.5's stage 2; its pictures lie with their makers, addresses from LLaVA's README
+    instructions=Origin(  # LLaVA-1.5's stage 2; its pictures are at their publishers, addresses from LLaVA's README
         "liuhaotian/LLaVA-Instruct-150K", "9d451dc7629cfe0469f6ae4432b765cd603d5fcb",
         files=("llava_v1_5_mix665k.json",), gigabytes=65.0, rows=665298,  # assumed: 1 of text, about 64 of pictures
         archives=(
@@ -46,7 +46,7 @@ PAPER_LOADED = Loaded(
         "ys-zong/VLGuard", files=("train.json", "test.json", "train.zip", "test.zip"), gigabytes=0.45, rows=2000,
         terms="agree on its page to share your contact details and to use it for research only",
     ),
-    safe_rlhf=Origin(  # the current generation; the paper can only have seen that of mid-2024 (83.4K rows), which has no name
+    safe_rlhf=Origin(  # the current version; the paper can only have used that of mid-2024 (83.4K rows), which has no name
         "PKU-Alignment/PKU-SafeRLHF", "9421ffafec3fa40a1f1a7d567b4d525079477ecb", files=("data/*/*.jsonl",),
         gigabytes=0.3, rows=73907,  # gigabytes assumed
     ),
@@ -106,9 +106,9 @@ MINI = Scale(
         ),
     },
 )
-_MADE_ELSEWHERE = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of what this scale loads; no stage reads it
-# What moves all weights is sharded; a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
-_SHARED_OUT: dict[str, Any] = dict(grouped=True, saved="bfloat16", micro_batches=1, max_length=2048)  # grouped: LLaVA-1.5's
+_LOADED = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of models that a scale loads; no stage reads it
+# Training all weights is sharded, a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
+_DISTRIBUTED: dict[str, Any] = dict(grouped=True, saved="bfloat16", micro_batches=1, max_length=2048)  # grouped: LLaVA-1.5's
 _DDP, _FSDP = "env/accelerate/ddp.yaml", "env/accelerate/fsdp2.yaml"
 PAPER = Scale(
     name="paper",
@@ -122,26 +122,26 @@ PAPER = Scale(
         layers=32, width=4096, heads=32, key_value_heads=32, mlp=11008, attention_bias=False, matching=0.0, copying=0.0,
         context=2048, tied_head=False, initial_std=0.02, vocabulary=32000,
     ),
-    tower=_MADE_ELSEWHERE, pretraining=_MADE_ELSEWHERE, guard=_MADE_ELSEWHERE,
+    tower=_LOADED, pretraining=_LOADED, guard=_LOADED,
     projector=Fit(  # LLaVA-1.5 pretrain.sh, one epoch of 558,128 rows; all of them have a picture
-        steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, launch=_DDP, **_SHARED_OUT,
+        steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, launch=_DDP, **_DISTRIBUTED,
     ),
     instruct=Fit(  # LLaVA-1.5 finetune.sh, one epoch of 665,298 rows
-        steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+        steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_DISTRIBUTED,
     ),
     tuning=Tuning(
         sft=Fit(  # VLGuard: three epochs; assumed: stage 2's rate
-            steps=47, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_SHARED_OUT,
+            steps=47, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_DISTRIBUTED,
         ),
         preference=Preference(Fit(  # SPA-VL's script: one epoch of 93,258 pairs
-            steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_SHARED_OUT,
+            steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_DISTRIBUTED,
         )),
         rollout=Rollout(Fit(steps=500, batch_size=64, learning_rate=1e-6)),  # assumed; not in the paper
         pairs=0,  # the paper's rule: the last checkpoint
     ),
     backbones={
-        "llama2-chat": Backbone(template="llama2", fit=_MADE_ELSEWHERE),
-        "tulu2": Backbone(template="tulu", fit=_MADE_ELSEWHERE),
+        "llama2-chat": Backbone(template="llama2", fit=_LOADED),
+        "tulu2": Backbone(template="tulu", fit=_LOADED),
     },
     exam=Exam(panel=200, full=1_000_000, batch_size=16, max_new_tokens=512, dtype="bfloat16"),  # assumed; full: all there is
     lora=LoraSpec(rank=128, alpha=256),  # LLaVA-1.5 finetune_lora.sh
@@ -179,7 +179,7 @@ SMALL = dataclasses.replace(
         rollout=Rollout(Fit(steps=200, batch_size=64, learning_rate=1e-6)),  # assumed
         pairs=0,
     ),
-    backbones={"smollm2": Backbone(template="smollm2", fit=_MADE_ELSEWHERE)},
+    backbones={"smollm2": Backbone(template="smollm2", fit=_LOADED)},
     exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
     lora=LoraSpec(rank=64, alpha=128),  # assumed
     checkpoints=(20, 50, 100, 250, 500),
@@ -208,5 +208,5 @@ def load_scale(name: str | Path) -> Scale:
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
     scale = extended(base, {"name": Path(text).stem, **changes})
     for name in scale.backbones:
-        scale.decoder(name)  # a mistake in it is told now
+        scale.decoder(name)  # raises for a mistake in it
     return scale

@@ -1,6 +1,6 @@
-"""A scale is a frozen value that holds every number of a reproduction; code never asks its name.
+"""A scale: a frozen value that holds every number of a reproduction; no code depends on its name.
 
-The dataclasses, how one value extends another (`extended`), and how they are written down (`as_plain`).
+Here are the dataclasses, how one value extends another (`extended`), and how one becomes JSON (`as_plain`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlsafe.core.assets import Loaded, Origin
 
 
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """A field that was added when results existed. At its default it is left out of digests, so that they stay valid."""
+    """A field that is newer than some results. At its default it is left out of digests, so that they stay valid."""
     return field(default=default, metadata={"later": True}, **more)
 
 
@@ -34,7 +34,7 @@ class VisionSpec:
     text_layers: int = 2
     heads: int = 4
     projection: int = 64
-    feature_layers: tuple[int, ...] = (1, -1)  # what and where: a tiny tower's last layer alone is hard to align (LOG.md)
+    feature_layers: tuple[int, ...] = (1, -1)  # object and position: a tiny tower's last layer alone is hard to align (LOG.md)
     feature_strategy: str = "full"
 
 
@@ -59,12 +59,12 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class Fit:
-    """One stretch of training with AdamW. Units: steps; rows per step; 1/step for the rate.
+    """One training run with AdamW. Units: steps; rows per step; 1/step for the rate.
 
-    The rows of a step are split by length into `micro_batches`, whose gradients are added up. `projector_rate` is the
-    projector's own learning rate where it moves together with the language model (LLaVA's `mm_projector_lr`).
-    `grouped`: every step is of one modality, as in LLaVA's scripts. `launch`: an accelerate configuration by whose processes
-    the fit is trained; without one it is trained in the process that asks. `saved`: what finished checkpoints are written in.
+    The rows of a step are split by length into `micro_batches`, whose gradients are accumulated. `projector_rate` is the
+    projector's own learning rate beside a trained language model (LLaVA's `mm_projector_lr`). `grouped`: every step has one
+    modality, as in LLaVA's scripts. `launch`: an accelerate configuration whose processes train; without one the calling
+    process does. `saved`: the dtype of finished checkpoints.
     """
 
     steps: int
@@ -77,7 +77,7 @@ class Fit:
     micro_batches: int = 2
     projector_rate: float | None = None
     grouped: bool = later(False)
-    at_once: int | None = later(None)  # rows that one process takes at a time, at most; more micro-batches where it takes them
+    at_once: int | None = later(None)  # most rows that one process takes at a time; more micro-batches where needed
     launch: str = later("")
     saved: str = later("float32")
 
@@ -122,9 +122,9 @@ class Rollout:
 class Tuning:
     """Safety tuning. The steps of a fit are for a recipe's first corpus; with more corpora they grow with the rows.
 
-    `replay` is how many general rows are seen again per safety row. `milestones` are fractions of a training at which a
-    checkpoint is left, beside its end; `pairs` is how many validation pairs of each modality choose among them.
-    `task_batches` is into how many micro-batches of one task each a step is cut where gradients may not conflict.
+    `replay` is the number of general rows per safety row. `milestones` are fractions of a run at which a checkpoint is kept,
+    beside its end; `pairs` is how many validation pairs of each modality choose among them. `task_batches` is the number of
+    micro-batches of one task each that a step is split into where conflicting gradients are projected.
     """
 
     sft: Fit
@@ -138,11 +138,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Merging:
-    """Merging: `ratios` of the linear merge, `votes` of the ensemble, `few` of all other rules; TIES keeps and DARE spares a
-    share of a task vector.
+    """Merging: `ratios` of the linear merge, `votes` of the ensemble, `few` of all other rules; the share of a task vector that
+    TIES keeps (`kept`) and that survives DARE (`survived`).
 
-    `margin` is by how much the upper bound of a merge's ASR may exceed its parent's where a ratio is chosen, `items` how many
-    validation items a benchmark helpfulness is measured on there; `random_bands` are as many blocks as the located band's.
+    Where a ratio is chosen, `margin` is by how much the upper bound of a merge's ASR may exceed its parent's, and `items` the
+    number of validation items per benchmark of helpfulness; `random_bands` have as many blocks as the located band.
     """
 
     ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -158,7 +158,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Search:
-    """How the safety band of a parent is looked for: prompts per kind, pairs per cosine, factors of the scaling."""
+    """The search for the safety band of a parent: prompts per kind, pairs per cosine, scaling factors."""
 
     prompts: int = 100
     pairs: int = 500
@@ -167,12 +167,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Probing:
-    """How models are looked into and operated on.
+    """Hidden states and interventions.
 
-    `prompts` of each kind and modality whose states are kept, `along` at every checkpoint and for other recipes; `items` a
+    `prompts` of each kind and modality whose states are kept, `along` at every checkpoint and for other recipes; `items` per
     benchmark in the examination of an intervention; `widths` of transplanted bands, `random_sets` of blocks per width;
     `strengths` at which the refusal direction is added, beside `random_directions`; batches of each task whose gradients
-    are compared, at so many points of a training; `frozen_sets` of random blocks in the SPPFT grid.
+    are compared, at how many points of a run; `frozen_sets` of random blocks in the SPPFT grid.
     """
 
     prompts: int = 175
@@ -189,11 +189,11 @@ class Probing:
 
 @dataclass(frozen=True)
 class Backbone:
-    """An aligned language model: how it is made, how it is spoken to, what its alignment data leave out.
+    """An aligned language model: its training, its chat template, what its alignment data leave out.
 
     `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
     mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
-    but sound dangerous. `language`: in what its decoder differs from the scale's; it is then pre-trained by itself, else it
+    but sound dangerous. `language`: changes to the scale's decoder; the backbone is then pre-trained separately, else it
     is aligned from the base model that all others share.
     """
 
@@ -207,7 +207,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the dry run counts with where no corpus has been read: text tokens a row, shares of rows with a picture, items.
+    """What the dry run assumes where no corpus has been read: text tokens a row, shares of rows with a picture, items.
 
     Defaults are for the paper's data, all assumed: captions are one sentence; 665,298 rows of mix665k hold 40,688 of ShareGPT
     without a picture and come to about 840 tokens each, at which LLaVA-1.5's published 10 hours are a quarter of the peak.
@@ -240,7 +240,7 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Exam:
-    """How models are examined: rows per benchmark in each examination, and generation."""
+    """Examinations: rows per benchmark in each of the two, and generation."""
 
     panel: int = 36
     full: int = 240
@@ -248,14 +248,14 @@ class Exam:
     max_new_tokens: int = 16
     captions: int = 200
     dtype: str = later("float32")
-    serve: str = later("")  # a command that serves `{folder}` on `{port}`, which then writes the answers; empty: the local engine
+    serve: str = later("")  # a command that serves `{folder}` on `{port}` and generates; empty: the local engine
 
 
 @dataclass(frozen=True)
 class Scale:
     """Every number of one reproduction.
 
-    `source` says where worlds come from: "build" makes them, "load" takes `loaded` from outside.
+    `source`: "build" makes corpora and models, "load" takes the `loaded` ones from outside.
     """
 
     name: str
@@ -319,7 +319,7 @@ def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any
     """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked."""
     hints = typing.get_type_hints(type(base))
     values: dict[str, Any] = {}
-    for key, value in changes.items():
+    for key, value in _mapping(changes, where).items():
         known(key, hints, f"key of {where}")
         values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
     try:
@@ -328,22 +328,23 @@ def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any
         raise ValueError(f"{where}: {error}") from None
 
 
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
+    return value
+
+
 def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
+    optional = isinstance(value, Mapping) and dataclasses.is_dataclass(current)
+    if dataclasses.is_dataclass(hint) or optional:
         return extended(current, value, where)
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(current):  # of an optional field
-        return extended(current, value, where)
-    if hint == Mapping[str, Any] and isinstance(value, Mapping):
-        return {**current, **value}
-    if typing.get_origin(hint) is not None and typing.get_origin(hint) in (Mapping, dict):
-        current = {k: v for k, v in current.items() if k not in value or value[k] is not None}  # null: done without
-        value = {k: v for k, v in value.items() if v is not None}
-        if typing.get_args(hint)[1] is Origin:
-            known_ones = {k: current.get(k, Origin(repo="")) for k in value}
-            return {**current, **{k: extended(known_ones[k], v, f"{where}.{k}") for k, v in value.items()}}
-        return {**current, **{k: _backbone(v, current, k, f"{where}.{k}") for k, v in value.items()}}
+    if typing.get_origin(hint) is Mapping:
+        kind, value = typing.get_args(hint)[1], _mapping(value, where)
+        if kind is Any:
+            return {**current, **value}
+        kept = {name: entry for name, entry in current.items() if name not in value or value[name] is not None}
+        changes = {name: entry for name, entry in value.items() if entry is not None}  # null removes an entry
+        return {**kept, **{name: _entry(entry, kind, kept, name, f"{where}.{name}") for name, entry in changes.items()}}
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -356,30 +357,28 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
     return value
 
 
-def _backbone(value: Any, those: Mapping[str, Backbone], name: str, where: str) -> Backbone:
-    """An entry of `backbones`: changes to a known one, or a new one that says which it `extends`."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a mapping of its fields, not {value!r}")
-    value = dict(value)
-    base = value.pop("extends", name)
-    if base not in those and base == name:
-        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(those))})")
-    return extended(those[known(base, those, "backbone")], value, where)
+def _entry(changes: Any, kind: type, entries: Mapping[str, Any], name: str, where: str) -> Any:
+    """An entry of `backbones` or `parents`: changes to a known one, or a new one; a new backbone says which it `extends`."""
+    if kind is Origin:
+        return extended(entries.get(name, Origin(repo="")), changes, where)
+    changes = dict(_mapping(changes, where))
+    base = changes.pop("extends", name)
+    if base not in entries and base == name:
+        raise ValueError(f"{where} is new; say which backbone it extends (one of {', '.join(sorted(entries))})")
+    return extended(entries[known(base, entries, "backbone")], changes, where)
 
 
 def as_plain(value: Any) -> Any:
-    """A frozen value as JSON-ready dictionaries and lists; what digests and manifests hold."""
+    """A frozen value as JSON-ready dictionaries and lists, as digests and manifests hold it."""
     if dataclasses.is_dataclass(value):
-        told = {f.name: (f, as_plain(getattr(value, f.name))) for f in dataclasses.fields(value)}
-        return {
-            name: plain for name, (f, plain) in told.items() if not ("later" in f.metadata and plain == as_plain(_default(f)))
-        }
+        entries = [(of, as_plain(getattr(value, of.name))) for of in dataclasses.fields(value)]
+        return {of.name: plain for of, plain in entries if "later" not in of.metadata or plain != _default(of)}
     if isinstance(value, Mapping):
-        return {str(k): as_plain(v) for k, v in value.items()}
+        return {str(key): as_plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return [as_plain(v) for v in value]
+        return [as_plain(entry) for entry in value]
     return value
 
 
 def _default(of: dataclasses.Field) -> Any:
-    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()
+    return as_plain(of.default if of.default_factory is dataclasses.MISSING else of.default_factory())

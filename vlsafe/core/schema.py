@@ -1,15 +1,15 @@
-"""The nouns that travel between rooms, and nothing that acts on them.
+"""The row types that modules exchange: training examples, preference pairs, benchmark items, responses, verdicts.
 
-Rows of every corpus and of every benchmark, real or miniature, have these shapes. This room knows neither models
-nor files; pictures are bytes of a picture file, so that a row means the same thing in memory, in a file and on another machine.
-Those of large corpora stay where they lie (`Stored`) until somebody asks for their bytes.
+Rows of every corpus and of every benchmark, real or miniature, have these types, which know neither models nor files. Pictures
+are bytes of a picture file, so that a row means the same in memory, in a file and on another machine; those of large corpora
+stay where they are (`Stored`) until their bytes are needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture that stays where it lies, below `VLSAFE_DATA` or in an archive (`store.outside_bytes`), until `bytes(it)`."""
+    """A picture that stays below `VLSAFE_DATA` or in an archive (`assets.outside_bytes`) until `bytes(it)`."""
 
     place: str
 
@@ -49,11 +49,11 @@ Picture = bytes | Stored
 
 @dataclass(frozen=True)
 class Example:
-    """A training row: a whole conversation, its pictures, and what is known about it.
+    """A training row: a whole conversation, its pictures, and metadata.
 
-    `category` names the harm that the row would do (None: benign); guards are marked against it and never see it.
-    `cluster` says which rows are about the same thing, so that splits can be told apart. `task` is what kind of row it is,
-    where that is known ("how-to", "look"); `description` is what its picture shows, in words, for the text-only twin.
+    `category` is the kind of harm (None: benign); guards are evaluated against it and never see it. Rows of one `cluster` are
+    about the same thing, so that splits can be kept apart. `task` is the kind of row, where known ("how-to", "look");
+    `description` says in words what its picture shows, for the text-only twin.
     """
 
     id: str
@@ -84,9 +84,9 @@ class Pair:
 class Item:
     """One benchmark prompt. `reference` is the right answer, `cluster` what its answers correlate within.
 
-    `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring` says
-    how a response comes about: written by the model, or the letter of that option which it finds most likely as its
-    answer; such options are texts as the assistant would speak them. `question` is what a judge is told was asked, where
+    `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring`: the response
+    is generated, or it is the letter of the option to which the model gives the highest likelihood as its answer; such options
+    are texts as the assistant would write them. `question` is what a judge is told was asked, where
     that is not the last user turn (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what else a
     judge has to know (SIUO's safety warning).
 
@@ -127,7 +127,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a judge marked a response; `label` is one of the judge's own words or "unjudged", never a default."""
+    """A judge's verdict on a response; `label` is one of the judge's own labels or "unjudged", never a default."""
 
     item: str
     benchmark: str
@@ -142,16 +142,10 @@ RENAMED_COLUMNS: dict[type, dict[str, str]] = {Item: {"asked": "question"}}  # i
 
 
 def to_row(value: Any) -> dict[str, Any]:
-    """A plain dictionary that Parquet and `datasets` take; pictures become `{"bytes", "path"}` as in `datasets.Image`, a stored
-    one its place alone."""
-    row = asdict(value)
-    if "turns" in row:
-        row["turns"] = [dict(turn) for turn in row["turns"]]
-    if "images" in row:
-        row["images"] = [_cell(image) for image in value.images]
-    if "options" in row:
-        row["options"] = list(row["options"])
-    return row
+    """A plain dictionary for Parquet and `datasets`; pictures become `{"bytes", "path"}` as in `datasets.Image`, stored ones
+    their place alone."""
+    row = {name: list(cell) if isinstance(cell, tuple) else cell for name, cell in asdict(value).items()}
+    return {**row, "images": [_cell(image) for image in value.images]} if "images" in row else row
 
 
 def _cell(image: Picture) -> dict[str, Any]:
@@ -168,25 +162,18 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
     optional = {f.name for f in fields(kind) if f.default is not MISSING}
     if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
         raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")
-    values = dict(row)
-    if "turns" in values:
-        values["turns"] = tuple(Turn(turn["role"], turn["text"]) for turn in values["turns"])
-    if "images" in values:
-        values["images"] = tuple(
-            Stored(image["path"]) if image["bytes"] is None else image["bytes"] for image in values["images"]
-        )
-    if "options" in values:
-        values["options"] = tuple(values["options"])
-    return kind(**values)
+    convert: dict[str, Callable[[Any], Any]] = {
+        "turns": lambda turn: Turn(turn["role"], turn["text"]),
+        "images": lambda image: Stored(image["path"]) if image["bytes"] is None else image["bytes"],
+        "options": str,
+    }
+    return kind(**{name: tuple(map(convert[name], cell)) if name in convert else cell for name, cell in row.items()})
 
 
 def content_digest(value: Example | Pair | Item) -> str:
-    """Digest of what a model would see of a row (turns and pictures), whatever it is called.
-
-    Splits are disjoint when these are: ids can lie, contents cannot.
-    """
-    spoken = [[turn.role, turn.text] for turn in value.turns]
-    hashed = hashlib.sha256(json.dumps(spoken).encode())
+    """Digest of the turns and pictures of a row, whatever its id: splits are disjoint when these are."""
+    turns = [[turn.role, turn.text] for turn in value.turns]
+    hashed = hashlib.sha256(json.dumps(turns).encode())
     for image in value.images:
         hashed.update(hashlib.sha256(bytes(image)).digest())
     return hashed.hexdigest()[:16]
@@ -198,13 +185,10 @@ def messages(turns: Iterable[Turn], n_images: int = 0) -> list[dict[str, Any]]:
     Source:   LLaVA moves every image token to the front of the first human message (preprocess_multimodal).
     """
     result: list[dict[str, Any]] = []
-    pending = n_images
     for turn in turns:
-        blocks: list[dict[str, str]] = []
-        if turn.role == "user" and pending:
-            blocks += [{"type": "image"}] * pending
-            pending = 0
-        result.append({"role": turn.role, "content": [*blocks, {"type": "text", "text": turn.text}]})
-    if pending:
+        images = [{"type": "image"}] * n_images if turn.role == "user" else []
+        n_images -= len(images)
+        result.append({"role": turn.role, "content": [*images, {"type": "text", "text": turn.text}]})
+    if n_images:
         raise ValueError("a row has pictures but no user turn to carry them")
     return result

@@ -1,9 +1,8 @@
 """The run store: run folders, manifests, digests, atomic completion, locks.
 
-A run is the result of one stage. It is valid when its manifest carries the digest that the stage expects now and its
-files are as they were when it was finished. Work happens in `<recipe>.partial`; the last act renames the folder, so
-a folder without that suffix is whole or has been tampered with, never half-made. The store decides what is valid; the
-scheduler decides only the order.
+A run is the result of one stage. It is valid when its manifest has the digest that the stage expects now and its files are
+unchanged. Work happens in `<recipe>.partial`, which is renamed last: a folder without that suffix is complete or has been
+tampered with. The store decides what is valid, the scheduler only the order.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 MANIFEST, NOTE = "manifest.json", ".digest"
-FULL = 16 * 2**20  # bytes; with less free, whatever went wrong is told as a full disk: libraries tell it in many ways
+FULL = 16 * 2**20  # bytes; with less free, any error is reported as a full disk: libraries word it in many ways
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
-_SAID: set[Path] = set()  # runs of which this process has said that older code made them
+_NOTIFIED: set[Path] = set()  # runs of which this process has printed that older code made them
 Status = Literal["valid", "missing", "stale", "tampered"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where the result of a stage lies and what it must be. `recipe` tells runs of one stage apart.
+    """The place of a stage's result and what identifies it; `recipe` distinguishes the runs of one stage.
 
     `inputs` maps a name to the digest of another run; `params` are the resolved numbers that the result depends on.
     """
@@ -62,26 +61,23 @@ class Run:
 
     @property
     def partial(self) -> Path:
-        """Where it is being made."""
+        """The run while it is being computed."""
         return self.folder.with_name(self.folder.name + ".partial")
 
     @property
     def receipt(self) -> Path:
-        """A copy of the manifest beside the folder: what the scheduler sees, and may delete without harm."""
+        """A copy of the manifest beside the folder, for the scheduler, which may delete it without harm."""
         return self.folder.with_name(self.folder.name + ".json")
 
     @property
     def digest(self) -> str:
         """Identity of the result: stage, version, parameters, seed, inputs."""
-        told = [self.stage, self.recipe, self.version, self.seed, self.backbone, self.params, dict(self.inputs)]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        identity = [self.stage, self.recipe, self.version, self.seed, self.backbone, self.params, dict(self.inputs)]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def status(run: Run, deep: bool = False) -> Status:
-    """Whether a run can be used.
-
-    Files are compared by size and modification time, by content where the time differs, and always when `deep`.
-    """
+    """Whether a run can be used. Files are compared by size and time, by content where the time differs or when `deep`."""
     manifest = read_manifest(run)
     if manifest is None:
         return "tampered" if run.folder.exists() else "missing"
@@ -94,11 +90,10 @@ def _files_intact(folder: Path, files: Mapping[str, Mapping[str, Any]], deep: bo
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if present != set(files):
         return False
-    for name, noted in files.items():
+    for name, record in files.items():
         stat = (folder / name).stat()
-        if stat.st_size != noted["bytes"]:
-            return False
-        if (deep or stat.st_mtime_ns != noted["mtime_ns"]) and file_digest(folder / name) != noted["sha256"]:
+        changed = deep or stat.st_mtime_ns != record["mtime_ns"]
+        if stat.st_size != record["bytes"] or (changed and file_digest(folder / name) != record["sha256"]):
             return False
     return True
 
@@ -126,22 +121,22 @@ def manifest_of(run: Run) -> dict[str, Any]:
 
 
 def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], None]) -> Path:
-    """The folder of a valid run, made first if it is not there.
+    """The folder of a valid run, computed first if it is missing.
 
-    `make` gets the `.partial` folder, which may hold what an earlier, killed attempt of the *same* digest left, and
-    returns numbers for the manifest. One process makes a run at a time; others wait for it.
+    `make` gets the `.partial` folder, which may hold files of a killed attempt of the *same* digest, and returns numbers for
+    the manifest. One process computes a run at a time; others wait for it.
 
     Raises:   whatever `make` raises; the partial folder then stays, without looking complete
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(run.folder) + ".lock"):
-        found = status(run)
-        if found != "valid":
-            if found != "missing":
-                say(f"{run.stage}/{run.recipe}: the run on disk is {found}; making it again")
+        state = status(run)
+        if state != "valid":
+            if state != "missing":
+                say(f"{run.stage}/{run.recipe}: the run on disk is {state}; making it again")
             _make(run, make)
-        elif (made_by := manifest_of(run)["source"]) != source_digest() and run.folder not in _SAID:
-            _SAID.add(run.folder)
+        elif (made_by := manifest_of(run)["source"]) != source_digest() and run.folder not in _NOTIFIED:
+            _NOTIFIED.add(run.folder)
             say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
         manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")
         if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != manifest:
@@ -162,12 +157,13 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
         write_text(work / MANIFEST, json.dumps(_manifest(run, work, numbers, time.monotonic() - started), indent=1))
     except Exception as error:
         if (free := shutil.disk_usage(run.root).free) < FULL:
-            told = f"the run store's disk is full ({free / 1e6:.0f} MB free) and {run.stage}/{run.recipe} stopped"
-            raise OSError(
-                errno.ENOSPC, f"{told}; make room and run the same command again, it goes on from what is whole"
-            ) from error
+            message = (
+                f"the run store's disk is full ({free / 1e6:.0f} MB free) and {run.stage}/{run.recipe} stopped; make room and "
+                "run the same command again, it goes on from what is whole"
+            )
+            raise OSError(errno.ENOSPC, message) from error
         raise
-    note.unlink()  # so late, because digests of large models take minutes, and a kill meanwhile must not cost a training
+    note.unlink()  # only now: digests of large models take minutes, and a kill meanwhile must not cost a training
     os.rename(work, run.folder)
     _sync(run.folder.parent)
 
@@ -201,34 +197,25 @@ def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: 
 def environment() -> dict[str, Any]:
     """Commit, package versions, processor: what else a result may depend on. No path, no host name."""
     return {
-        "commit": commit(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-    }
+        "commit": commit(), "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(), "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS"),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
     """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
-    here = Path(__file__).parents[1]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        output = subprocess.check_output(describe, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return output.strip()
 
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Digest of the package's source, so that a result made by other code can be told."""
+    """Digest of the package's source; a result records which code computed it."""
     hashed = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*")):
         if path.suffix in (".py", ".jinja"):
@@ -249,14 +236,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old text or the new one, never half of it."""
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path to write to that is renamed to `path` at the end: a reader sees the old file or the new one, never half of it."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    yield beside
+    os.replace(beside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it."""
+    with _beside(path) as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _sync(path: Path) -> None:
@@ -269,7 +262,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder that is written completely or not at all: work in the one that is given, it is renamed at the end.
+    """A folder that is written completely or not at all: yields a folder to work in, which is renamed at the end.
 
     What a killed attempt has left is removed first; an error removes everything.
 
@@ -295,9 +288,8 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The SHA-256 that was noted of a file when it was written: by a manifest in its folder or the one above, or, in the
-    Hub's cache, by the name of the blob that it points to. None where nobody noted it.
-    """
+    """The SHA-256 recorded of a file when it was written: in a manifest in its folder or the one above, or, in the Hub's cache,
+    as the name of the blob that it points to. None where there is none."""
     for folder in (path.parent, path.parent.parent):
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -309,16 +301,15 @@ def recorded_digest(path: Path) -> str | None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of equal columns as Parquet, written beside and renamed.
+    """Write rows of equal columns as Parquet.
 
     Raises:   ValueError when there are none: an empty table has no columns and hides a mistake
     """
     table = pa.Table.from_pylist(list(rows))
     if table.num_rows == 0:
         raise ValueError(f"no rows to write to {path.name}")
-    beside = path.with_name(path.name + ".tmp")
-    pq.write_table(table, beside, compression="zstd")
-    os.replace(beside, path)
+    with _beside(path) as beside:
+        pq.write_table(table, beside, compression="zstd")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -327,21 +318,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Schema, batch: int = 2048) -> int:
-    """Rows as Parquet without holding them all, written beside and renamed; how many there were, possibly none."""
-    beside, written = path.with_name(path.name + ".tmp"), 0
-    with pq.ParquetWriter(beside, columns, compression="zstd") as file:
+    """Write rows as Parquet, one batch in memory at a time; returns how many there were, possibly none."""
+    written = 0
+    with _beside(path) as beside, pq.ParquetWriter(beside, columns, compression="zstd") as file:
         for part in parts(rows, batch):
-            file.write_table(pa.Table.from_pylist(list(part), schema=columns))
+            file.write_table(pa.Table.from_pylist(part, schema=columns))
             written += len(part)
-    os.replace(beside, path)
     return written
 
 
 def whole_lines(path: Path) -> tuple[int, str]:
-    """How many whole lines a file has (none where there is no file), and the last one. Half a line at its end is cut off.
-
-    Units:    lines
-    """
+    """Number of complete lines of a file (0 where there is no file), and the last one. Half a line at its end is cut off."""
     if not path.exists():
         return 0, ""
     count, last, end = 0, b"", 0

@@ -80,8 +80,8 @@ def is_multimodal(folder: Path) -> bool:
 
 def _part(model: PreTrainedModel, where: str) -> nn.Module:
     """A part of a model, also under adapters."""
-    model = getattr(model, "get_base_model", lambda: model)()
-    return model.get_submodule(getattr(family_of(model), where))
+    where = getattr(family_of(model), where)
+    return getattr(model, "get_base_model", lambda: model)().get_submodule(where)
 
 
 def language_part(model: PreTrainedModel) -> nn.Module:
