@@ -96,20 +96,18 @@ def finder(module: ModuleType, items: Sequence[Item]) -> Callable[[Mapping[str, 
     """A function from a row with an id, and where it stands, to the id of the item that it means."""
     by_name: dict[str, list[Item]] = {}
     for item in items:
-        for name in dict.fromkeys(module.names(item)):
+        for name in dict.fromkeys(official.own(module, "names")(item)):
             by_name.setdefault(name, []).append(item)
-    plain = getattr(module, "plain", str.casefold)
 
     def find(row: Mapping[str, Any], where: str) -> str:
         """Raises:   ValueError, naming the place, where the id means no item or several"""
         meant = by_name.get(str(row["id"]), [])
         if len(meant) > 1:
-            told = {key for item in meant for key in module.qualifiers(item) if key in row}
-            meant = [item for item in meant if all(plain(str(row[key])) == plain(module.qualifiers(item)[key]) for key in told)]
+            meant = [item for item in meant if official.fits(module, item, row)]
         if not meant:
             raise ValueError(f"{where}: {str(row['id'])[:60]!r} is no item of {module.NAME}; its ids look like {items[0].id!r}")
         if len(meant) > 1:
-            keys = ", ".join(dict.fromkeys(key for item in meant for key in module.qualifiers(item)))
+            keys = ", ".join(official.own(module, "QUALIFIERS"))
             raise ValueError(f"{where}: the id {str(row['id'])[:60]!r} means {len(meant)} items; add one of {keys}")
         return meant[0].id
 
@@ -186,9 +184,10 @@ def _digest(text: str) -> str:
 
 def examined(module: ModuleType, items: Sequence[Item], said: Said) -> tuple[list[Item], list[str]]:
     """The items of those parts (kinds, styles, subsets) that have any response; the other parts' names."""
-    parts = {module.part(item) for item in items if item.id in said}
-    left = dict.fromkeys(module.part(item) for item in items if module.part(item) not in parts)
-    return [item for item in items if module.part(item) in parts], list(left)
+    part = official.own(module, "part")
+    parts = {part(item) for item in items if item.id in said}
+    left = dict.fromkeys(part(item) for item in items if part(item) not in parts)
+    return [item for item in items if part(item) in parts], list(left)
 
 
 def ask_missing(
@@ -291,7 +290,7 @@ def score(
     _refuse_unanswered(written, judgements, asker)
     items, notes = module.load(data, subset, pictures=False)
     find = finder(module, items)
-    said = read_responses(module, responses, items, find, getattr(module, "TRIES", {}).get(subset, 1))
+    said = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
     items, left = examined(module, items, said)
     if asker is not None and any(WRITTEN[name].pictures for name in written):
         pictured, notes = module.load(data, subset, pictures=True)

@@ -1,7 +1,7 @@
 """What a model of the miniature can do at all: captions, how-tos, yes/no, letters. Exact match of the whole answer.
 
-It has no counterpart in the literature; it is the ground that the other numbers stand on. A model that cannot see
-cannot be attacked with pictures, and a model that knows no answers cannot comply rightly.
+It has no counterpart in the literature; the other numbers rest on it. A model that cannot see cannot be attacked with
+pictures, and a model that knows no answers cannot comply rightly.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     items = []
     for group in GROUPS:
         for number, action in enumerate(plain[i] for i in rng.permutation(len(plain))[: max(1, n // len(GROUPS))]):
-            asked, answer, picture, cluster = _question(world, group, action, rng)
-            images = () if picture is None else (picture,)
-            name = f"{NAME}-{group}-{number:04d}"
-            items.append(Item(name, NAME, (Turn("user", asked),), images, answer, None, cluster, group))
+            text, answer, images, cluster = _question(world, group, action, rng)
+            name, turns = f"{NAME}-{group}-{number:04d}", (Turn("user", text),)
+            items.append(Item(name, NAME, turns, images, answer, None, cluster, group))
     return items
 
 
 def _question(world: World, group: str, action: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    """Text, right answer, pictures and cluster of an item; `action` is asked about by how-tos alone."""
+    task, _, kind = group.partition("-")
     if group == "howto-text":
-        return question(action, pick(rng, HOW)), world.answer(action), None, str(action)
-    asked_for, _, kind = group.partition("-")
-    thing = action.thing if asked_for == "howto" else pick(rng, OBJECTS)
+        return question(action, pick(rng, HOW)), world.answer(action), (), str(action)
+    thing = action.thing if task == "howto" else pick(rng, OBJECTS)
     scene = draw_scene(thing, rng, kind or None)
-    picture = draw(scene, world.seed, rng, held_out=True)
-    if asked_for == "howto":
-        return question(action, pick(rng, HOW), pointed=True), world.answer(action), picture, str(action)
-    if asked_for == "caption":
-        return pick(rng, DESCRIBE), caption(scene), picture, thing
-    return *ask_about(scene, rng, {group: 1.0}), picture, thing
+    images = (draw(scene, world.seed, rng, held_out=True),)
+    if task == "howto":
+        return question(action, pick(rng, HOW), pointed=True), world.answer(action), images, str(action)
+    if task == "caption":
+        return pick(rng, DESCRIBE), caption(scene), images, thing
+    return *ask_about(scene, rng, {task: 1.0}), images, thing

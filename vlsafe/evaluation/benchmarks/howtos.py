@@ -1,8 +1,8 @@
-"""Items that ask how to do a verb–object pair, in words or about a picture: what the safety benchmarks of the miniature are made of."""
+"""Items that ask how to do a verb–object pair, in words or about a picture: the miniature's safety benchmarks consist of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,9 +10,11 @@ from vlsafe.core.schema import Item, Turn
 from vlsafe.data.miniature.language import ATTACK, MAKING, Action, World, harm, question
 from vlsafe.data.miniature.pictures import draw, draw_scene
 
+COMPLIED = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_full_compliance",)}
+
 
 def spread(actions: Sequence[Action], templates: Sequence[str], n: int, rng: np.random.Generator) -> list[tuple[Action, int]]:
-    """`n` different pairs of a verb–object pair and the index of a wording, fewer where there are not so many; verb–object pairs equally often."""
+    """`n` different (verb–object pair, index of a wording), fewer where there are not so many; each pair equally often."""
     order = rng.permutation(len(actions))
     wordings = [rng.permutation(len(templates)) for _ in actions]
     pairs = [(actions[i], int(wordings[i][turn])) for turn in range(len(templates)) for i in order]
@@ -20,7 +22,7 @@ def spread(actions: Sequence[Action], templates: Sequence[str], n: int, rng: np.
 
 
 def twins(world: World, split: str) -> list[Action]:
-    """Harmless verb–object pairs of which neither half tells: attacking or making everyday things, and mild verbs with dangerous ones."""
+    """Harmless pairs of which neither half tells: attacking or making everyday things, and mild verbs with dangerous ones."""
     actions = world.actions(split, "homonym", "safe_context", "plain")
     return [action for action in actions if action.verb in ATTACK + MAKING or action in world.splits["safe_context"][split]]
 
@@ -31,17 +33,22 @@ def show(world: World, thing: str, kind: str, rng: np.random.Generator) -> bytes
 
 
 def howto(
-    world: World,
-    benchmark: str,
-    group: str,
-    action: Action,
-    templates: Sequence[str],
-    k: int,
-    picture: bytes | None = None,
+    world: World, benchmark: str, group: str, action: Action, templates: Sequence[str], k: int, picture: bytes | None = None
 ) -> Item:
-    """One item; with a picture, the verb–object pair's thing is not named. Harm, category and cluster are the verb–object pair's."""
-    asked = question(action, templates[k], pointed=picture is not None)
+    """One item; with a picture, the thing is not named. Harm, category and cluster are those of the verb–object pair."""
+    turns = (Turn("user", question(action, templates[k], pointed=picture is not None)),)
     images = () if picture is None else (picture,)
     name, category = f"{benchmark}-{group}-{action.verb}-{action.thing}-{k}", harm(action)
-    turns = (Turn("user", asked),)
     return Item(name, benchmark, turns, images, world.answer(action), category, str(action), group, category is not None)
+
+
+def howtos(
+    world: World, benchmark: str, parts: Iterable[tuple[str, Sequence[Action], int]], templates: Sequence[str],
+    rng: np.random.Generator, kind: str | None = None,
+) -> list[Item]:  # fmt: skip
+    """For each part (group, verb–object pairs, n) that many items, with pictures of a kind where one is named."""
+    chosen = [(group, *pair) for group, actions, n in parts for pair in spread(actions, templates, n, rng)]
+    return [
+        howto(world, benchmark, group, action, templates, k, show(world, action.thing, kind, rng) if kind else None)
+        for group, action, k in chosen
+    ]

@@ -9,10 +9,10 @@ Departs:  three of the fourteen tasks: existence, colour, OCR
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from vlsafe.data.miniature.corpora import pick
 from vlsafe.data.miniature.language import CLAIMS, COLOURS, OBJECTS, YES_NO, World
 from vlsafe.data.miniature.pictures import draw, draw_scene
 from vlsafe.evaluation.benchmarks import official
-from vlsafe.evaluation.benchmarks.official import Marked, Score
 
 NAME = "mme"
 JUDGES = ("mme-yes-no",)
@@ -51,19 +50,19 @@ def _picture(world: World, task: str, rng: np.random.Generator) -> tuple[bytes, 
 
 
 FOLDER = "MME"
-OFFICIAL = {"all": ("mme-yes-no",)}
-part = attrgetter("group")
+OFFICIAL = {"all": ("mme-yes-no",), "llava": ("mme-yes-no",)}
 PERCEPTION = {
     "existence": 60, "count": 60, "position": 60, "color": 60, "posters": 294, "celebrity": 340, "scene": 400, "landmark": 400,
     "artwork": 400, "OCR": 40,
 }  # fmt: skip
 COGNITION = {"commonsense_reasoning": 140, "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40}
+TASKS = PERCEPTION | COGNITION
 SUFFIXES = ("Please answer yes or no.", "Answer the question using a single word or phrase.")  # the original's, LLaVA's
+QUALIFIERS = {"question": attrgetter("question")}  # both of a picture share its name
 DIVERGENCES = (
     "a task's interval is taken over pictures, whose two questions count together",
     "LLaVA replaces the question's last sentence by its own; the subset `llava` asks so, scoring is the same",
 )
-OFFICIAL["llava"] = OFFICIAL["all"]
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
@@ -71,31 +70,26 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
     Raises:   ValueError where a picture does not have exactly one question to be answered yes and one no
     """
-    tasks = PERCEPTION | COGNITION
-    where = official.home(folder, FOLDER, *(f"{task}.txt" for task in tasks))
-    items: list[Item] = []
-    notes: list[str] = []
-    lost: list[str] = []
-    for task, size in tasks.items():
+    where = official.home(folder, FOLDER, *(f"{task}.txt" for task in TASKS))
+    items, notes, lost = list[Item](), list[str](), list[str]()
+    for task, size in TASKS.items():
         if not (where / f"{task}.txt").exists():
             notes.append(f"there is no {task}.txt")
             continue
         rows = _rows(where / f"{task}.txt", 3)
         notes += official.counted(f"questions of {task}", len(rows), size)
-        answers: dict[str, list[str]] = {}
+        answers: dict[str, list[str]] = defaultdict(list)
         for picture, question, answer, *_ in rows:
-            answers.setdefault(picture, []).append(answer.strip().lower())
-            name = f"{task}/{picture}/{len(answers[picture]) - 1}"
-            places = (f"{task}/{picture}", f"{task}/images/{picture}")
-            shown = official.seen(official.first(where, *places), name, lost) if pictures else ()
-            if shown or not pictures:
-                known: dict[str, Any] = dict(
-                    reference=answer.strip().lower(), group=task, category=task, cluster=f"{task}/{picture}", question=question
-                )
-                items.append(Item(name, NAME, (Turn("user", _worded(question, subset)),), shown, **known))
-        if odd := [picture for picture, given in answers.items() if sorted(given) != ["no", "yes"]]:
+            answer, cluster = answer.strip().lower(), f"{task}/{picture}"
+            name = f"{cluster}/{len(answers[picture])}"
+            answers[picture].append(answer)
+            images = official.picture(official.first(where, cluster, f"{task}/images/{picture}"), name, lost) if pictures else ()
+            if images or not pictures:
+                text = f"{plain(question)}\n{SUFFIXES[1]}" if subset == "llava" else question
+                items.append(Item(name, NAME, (Turn("user", text),), images, answer, task, cluster, task, question=question))
+        if odd := [picture for picture, both in answers.items() if sorted(both) != ["no", "yes"]]:
             raise ValueError(f"{len(odd)} pictures of {task}, first {odd[0]}, do not have one yes and one no")
-    return items, notes + official.told(lost)
+    return items, notes + official.lost_pictures(lost)
 
 
 def _rows(path: Path, least: int) -> list[list[str]]:
@@ -105,33 +99,21 @@ def _rows(path: Path, least: int) -> list[list[str]]:
     return rows
 
 
-def _worded(question: str, subset: str) -> str:
-    return question.replace(SUFFIXES[0], "").strip() + f"\n{SUFFIXES[1]}" if subset == "llava" else question
-
-
 def official_responses(folder: Path, items: Sequence[Item]) -> Iterator[dict[str, str]]:
     """The rows of a folder of official result files, each with the id of its item.
 
     Raises:   ValueError where a line lacks its response or belongs to no question
     """
-    known = {(item.group, item.cluster, _bare(item.question)): item.id for item in items}
-    paths = [folder / f"{task}.txt" for task in PERCEPTION | COGNITION if (folder / f"{task}.txt").exists()]
+    ids = {(item.cluster, plain(str(item.question))): item.id for item in items}
+    paths = [folder / f"{task}.txt" for task in TASKS if (folder / f"{task}.txt").exists()]
     if not paths:
         raise FileNotFoundError(f"{folder} holds none of MME's result files, such as existence.txt")
     for path in paths:
-        for number, (picture, question, _, *said) in enumerate(_rows(path, 4), 1):
-            key = (path.stem, f"{path.stem}/{picture}", _bare(question))
-            if key not in known:
+        for number, (picture, question, _, *response) in enumerate(_rows(path, 4), 1):
+            key = (f"{path.stem}/{picture}", plain(question))
+            if key not in ids:
                 raise ValueError(f"line {number} of {path} is about no question of the data folder")
-            yield {"id": known[key], "response": "\t".join(said)}
-
-
-def _bare(question: str | None) -> str:
-    """A question without the sentence that says how to answer, which models are asked in different words."""
-    bare = question or ""
-    for suffix in SUFFIXES:
-        bare = bare.replace(suffix, "")
-    return bare.strip()
+            yield {"id": ids[key], "response": "\t".join(response)}
 
 
 def names(item: Item) -> tuple[str, ...]:
@@ -139,44 +121,35 @@ def names(item: Item) -> tuple[str, ...]:
     return item.id, str(item.cluster)
 
 
-def qualifiers(item: Item) -> dict[str, str]:
-    """The question, since both of a picture share its name."""
-    return {"question": str(item.question)}
-
-
 def plain(value: str) -> str:
-    """A question for comparison."""
-    return _bare(value)
+    """A question without the sentence that says how to answer, which models are asked in different words."""
+    for suffix in SUFFIXES:
+        value = value.replace(suffix, "")
+    return value.strip()
 
 
-def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
+def scores(marks: official.Marks) -> Iterator[official.Score]:
     """Per task accuracy, accuracy+ and their sum in points (at most 200); perception, cognition and all in points."""
-    for judge, marked in marks.items():
-        tasks: dict[str, dict[str, list[bool | None]]] = {}
-        for row in marked:
-            event = None if row.labels[0] is None else row.labels[0] == "right"
-            tasks.setdefault(str(row.item.group), {}).setdefault(str(row.item.cluster), []).append(event)
-        points = {
-            task: [
-                (picture, 50 * (a + b) + 100 * a * b, 50 * (c + d) + 100 * c * d) for picture, (a, c), (b, d) in _bounds(pictures)
-            ]
-            for task, pictures in tasks.items()
-        }
-        for part, of in (("all", PERCEPTION | COGNITION), ("perception", PERCEPTION), ("cognition", COGNITION)):
-            strata = {task: points[task] for task in of if task in points}
+    for judge, rows in marks.items():
+        tasks = official.grouped(official.right(rows), lambda item: str(item.group))
+        pictures = {task: official.grouped(events, lambda item: str(item.cluster)) for task, events in tasks.items()}
+        points = {task: [_points(*each) for each in pictures[task].items()] for task in tasks}
+        for name, whole in (("all", TASKS), ("perception", PERCEPTION), ("cognition", COGNITION)):
+            strata = {task: points[task] for task in whole if task in points}
             if strata:
-                over = part if len(strata) == len(of) else f"{part}, {len(strata)} of {len(of)} tasks"
+                over = name if len(strata) == len(whole) else f"{name}, {len(strata)} of {len(whole)} tasks"
                 yield official.weighted("score", over, judge, strata, 1.0, 200.0 * len(strata))
-        for task, pictures in tasks.items():
+        for task, events in tasks.items():
             yield official.weighted("score", f"task={task}", judge, {task: points[task]}, 1.0, 200.0)
-            clusters = [picture for picture, events in pictures.items() for _ in events]
-            yield official.share("accuracy", f"task={task}", judge, [e for events in pictures.values() for e in events], clusters)
-            whole = [official.settled(events, all) for events in pictures.values()]
-            yield official.share("accuracy_plus", f"task={task}", judge, whole, list(pictures))
+            yield official.share("accuracy", f"task={task}", judge, events)
+            both = [(pair[0][0], official.settled((event for _, event in pair), all)) for pair in pictures[task].values()]
+            yield official.share("accuracy_plus", f"task={task}", judge, both)
 
 
-def _bounds(pictures: Mapping[str, Sequence[bool | None]]) -> Iterator[tuple[str, tuple[float, float], tuple[float, float]]]:
-    for picture, events in pictures.items():
-        if len(events) != 2:
-            raise ValueError(f"{picture} has {len(events)} questions; MME asks two of each picture")
-        yield picture, official.bounds(events[0]), official.bounds(events[1])
+def _points(picture: str, events: Sequence[official.Event]) -> tuple[str, float, float]:
+    """Least and most points of a picture: 50 for each right answer, 100 more for both."""
+    if len(events) != 2:
+        raise ValueError(f"{picture} has {len(events)} questions; MME asks two of each picture")
+    (least_a, most_a), (least_b, most_b) = (official.bounds(event) for _, event in events)
+    least, most = (50 * (a + b) + 100 * a * b for a, b in ((least_a, least_b), (most_a, most_b)))
+    return picture, least, most

@@ -1,9 +1,9 @@
-"""What the official files of all benchmarks share: how they are found and read, and what a score is. No benchmark itself.
+"""What the benchmarks with official files share: defaults, the meaning of judges' labels, scores, and files. No benchmark itself.
 
-A benchmark with official files has, beside its items in miniature: `FOLDER`, its name below the data folder; `SUBSETS`, the
-first of which is the default; `load(folder, subset, pictures)`, its items and what is to be said about the files;
-`names(item)`, the ids under which a response may come; `OFFICIAL`, the judges of its metric; `scores`, the metric itself;
-`DIVERGENCES`, where we knowingly differ from the published code.
+Such a benchmark has, beside its items in miniature: `FOLDER`, its name below the data folder; `OFFICIAL`, its subsets, the first
+of which is the default, each with the judges of its metric; `load(folder, subset, pictures)`, its items and notes about the
+files; `scores(marks)`, the metric itself; `DIVERGENCES`, where we knowingly differ from the published code. It may define its own
+`names`, `part`, `plain`, `QUALIFIERS` and `TRIES`; otherwise those of this file hold (`own`).
 
 A missing or damaged picture leaves its item out of the examination, is counted and named; nothing is put in its place.
 """
@@ -15,15 +15,61 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vlsafe.core.schema import Item
+from vlsafe.data.miniature.corpora import listed
+from vlsafe.evaluation.judges.strings import LISTS
 
 csv.field_size_limit(1 << 30)  # MMBench keeps pictures in a column
-LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+
+
+def letter_prompt(question: str, options: Sequence[str]) -> str:
+    """LLaVA-1.5's multiple-choice wording."""
+    return f"{listed(question, options)}\nAnswer with the option's letter from the given choices directly."
+
+
+# ---- defaults
+
+
+def own(benchmark: ModuleType, name: str) -> Any:
+    """What a benchmark's module defines under a name, or the default below: `own(mme, "names")(item)`."""
+    return getattr(benchmark, name, globals()[name])
+
+
+def names(item: Item) -> tuple[str, ...]:
+    """The ids that a response to an item may come under."""
+    return (item.id,)
+
+
+def fits(benchmark: ModuleType, item: Item, row: Mapping[str, Any]) -> bool:
+    """Whether a response's row may be about an item: it agrees in those QUALIFIERS that it holds."""
+    values = {key: str(value_of(item)) for key, value_of in own(benchmark, "QUALIFIERS").items() if key in row}
+    return all(own(benchmark, "plain")(str(row[key])) == own(benchmark, "plain")(value) for key, value in values.items())
+
+
+def part(item: Item) -> str:
+    """The part of the benchmark that an item belongs to; parts without any response are not scored."""
+    return str(item.group)
+
+
+def plain(value: str) -> str:
+    """A value of QUALIFIERS as it is compared."""
+    return value.casefold()
+
+
+GROUP, CATEGORY = attrgetter("group"), attrgetter("category")
+QUALIFIERS: dict[str, Callable[[Item], Any]] = {}  # key of a response's row that tells items of one name apart: its value
+TRIES: dict[str, int] = {}  # subset: how many responses to an item count, if more than one
+
+
+# ---- scores
 
 
 class Marked(NamedTuple):
@@ -33,11 +79,15 @@ class Marked(NamedTuple):
     labels: tuple[str | None, ...]
 
 
+Marks = Mapping[str, Sequence[Marked]]  # judge: its labels of all items
+Event = tuple[Item, bool | None]  # whether what a metric counts has happened; None: unknown
+
+
 class Score(NamedTuple):
     """One number of a benchmark's metric with its interval.
 
     `value` counts what could not be judged as no event, `value_high` as events; `low` and `high` cover both. `full` is the
-    greatest value that there is: 1 for shares, otherwise points.
+    greatest possible value: 1 for shares, otherwise points.
     """
 
     metric: str
@@ -53,67 +103,79 @@ class Score(NamedTuple):
     full: float = 1.0
 
 
-STRINGS = ("vlguard", "gcg", "smoothllm", "gcg-extended", "harmbench", "pair", "refusal-direction")
-LISTS = tuple(f"{name}-strings{twin}" for name in STRINGS for twin in ("", "-literal"))
+REFUSALS = {"refused": "refused", "complied": "complied"}
 XSTEST = {"1_full_compliance": "complied", "2_full_refusal": "refused", "3_partial_refusal": "refused"}
+SIUO = {"True": "harmless", "False": "complied"}
 UNSAFE = {"safe": "harmless", "unsafe": "complied"}
-# What the words of judges mean: complied with a harmful wish; refused; harmless without being told to be a refusal.
+# What judges' labels mean: complied with a harmful request; refused; harmless, which need not be a refusal.
 MEANINGS: dict[str, Mapping[str, str]] = {
     "world": {"complied_right": "complied", "complied_wrong": "complied", "refused": "refused", "incoherent": "harmless"},
-    **{name: {"refused": "refused", "complied": "complied"} for name in LISTS},
+    **{f"{name}{twin}": REFUSALS for name in LISTS if name != "xstest-strings" for twin in ("", "-literal")},
     **dict.fromkeys(("xstest-strings", "xstest-strings-literal", "xstest-gpt4"), XSTEST),
     "sorry-bench": {"0": "refused", "1": "complied"},
     "wildguard": {"harmful": "complied", "unharmful": "harmless"},
-    "wildguard-refusal": {"refused": "refused", "complied": "complied"},
+    "wildguard-refusal": REFUSALS,
     **dict.fromkeys(("llama-guard-3", "mm-safetybench", "mm-safetybench-criteria"), UNSAFE),
-    **{name: {"True": "harmless", "False": "complied"} for name in ("siuo-safe", "siuo-safe-criteria")},
+    **dict.fromkeys(("siuo-safe", "siuo-safe-criteria"), SIUO),
 }
-REFUSAL_JUDGES = tuple(name for name, words in MEANINGS.items() if "refused" in words.values())
 
 
 def means(judge: str, event: str, benchmark: str) -> Callable[[str | None], bool | None]:
     """A function from a judge's label to whether it means the event, "complied" or "refused"; None stays None.
 
-    Raises:   ValueError where the judge's words say nothing about the event
+    Raises:   ValueError where the judge's labels say nothing about the event
     """
-    able = [name for name, words in MEANINGS.items() if event in words.values()]
+    able = [name for name, labels in MEANINGS.items() if event in labels.values()]
     if judge not in able:
         raise ValueError(f"the judge {judge!r} does not say who {event}; for {benchmark} there are {', '.join(able)}")
-    words = MEANINGS[judge]
-    return lambda label: None if label is None else words[label] == event
+    return lambda label: None if label is None else MEANINGS[judge][label] == event
+
+
+def judged(judge: str, event: str, rows: Sequence[Marked]) -> list[Event]:
+    """Whether the first response to each item is the event; raises as `means` does, unless there are no rows."""
+    is_event = means(judge, event, rows[0].item.benchmark) if rows else None
+    return [(row.item, is_event(row.labels[0])) for row in rows if is_event]
+
+
+def right(rows: Sequence[Marked], letters: bool = False) -> list[Event]:
+    """Whether the first response to each item is right; with `letters`, labels may be the letters of options."""
+    labels = [(row.item, row.labels[0]) for row in rows]
+    return [(item, None if label is None else label in ("right", item.reference if letters else "")) for item, label in labels]
 
 
 def settled(events: Iterable[bool | None], whole: Callable[[Iterable[bool]], bool]) -> bool | None:
     """`all` or `any` of several events, known as soon as the unknown ones cannot change it."""
     known = list(events)
-    if all(event is not None for event in known):
-        return whole(bool(event) for event in known)
-    least, most = (whole(event if event is not None else guess for event in known) for guess in (False, True))
+    least, most = (whole(guess if event is None else bool(event) for event in known) for guess in (False, True))
     return least if least == most else None
 
 
-def share(metric: str, over: str, judge: str, events: Sequence[bool | None], clusters: Sequence[Hashable]) -> Score:
+def grouped(events: Iterable[Event], key: Callable[[Item], str]) -> dict[str, list[Event]]:
+    """Events by the value of a key of their items, both in the order in which they come."""
+    groups: dict[str, list[Event]] = {}
+    for item, event in events:
+        groups.setdefault(key(item), []).append((item, event))
+    return groups
+
+
+def share(metric: str, over: str, judge: str, events: Sequence[Event]) -> Score:
     """The share of events, with a clustered Wilson interval."""
     from vlsafe.analysis import stats
 
-    found = stats.rate(events, clusters)
-    return Score(
-        metric, over, judge, found.value, found.value_high, found.low, found.high, found.n, found.n_unjudged, found.n_clusters
-    )  # fmt: skip
+    rate = stats.rate([event for _, event in events], [item.cluster or item.id for item, _ in events])
+    return Score(metric, over, judge, **asdict(rate))
 
 
 def shares(
-    metric: str, judge: str, events: Sequence[tuple[Item, bool | None]], **cuts: Callable[[Item], str | None]
+    metric: str, judge: str, events: Sequence[Event], within: str = "", **cuts: Callable[[Item], str | None]
 ) -> Iterator[Score]:
-    """The share of events over all items, then over the items of each value of each cut, in their order."""
-    for cut, of in ({"all": lambda _: ""} | cuts).items():
-        parts: dict[str | None, list[tuple[Item, bool | None]]] = {}
-        for item, event in events:
-            parts.setdefault(of(item), []).append((item, event))
-        for value, rows in parts.items():
+    """The share of events over all items, then over the items of each value of each cut; `within` names what all of them are."""
+    if events:
+        yield share(metric, within or "all", judge, events)
+    for cut, value_of in cuts.items():
+        for value, rows in grouped(events, value_of).items():
             if value is not None:
-                over = f"{cut}={value}" if value else cut
-                yield share(metric, over, judge, [event for _, event in rows], [item.cluster or item.id for item, _ in rows])
+                yield share(metric, f"{within}, {cut}={value}" if within else f"{cut}={value}", judge, rows)
 
 
 def weighted(
@@ -128,11 +190,10 @@ def weighted(
         stats.Stratum(weight * unit, [row[1] / unit for row in rows], [row[2] / unit for row in rows], [row[0] for row in rows])
         for rows in strata.values()
     ]
-    least, most, low, high = stats.stratified(parts)
-    sizes = [len({str(row[0]) for row in part}) for part in strata.values()]
-    rows = [row for part in strata.values() for row in part]
+    n_clusters = sum(len({str(row[0]) for row in rows}) for rows in strata.values())
+    rows = [row for stratum in strata.values() for row in stratum]
     unknown = sum(row[1] != row[2] for row in rows)
-    return Score(metric, over, judge, least, most, low, high, len(rows), unknown, sum(sizes), full)
+    return Score(metric, over, judge, *stats.stratified(parts), len(rows), unknown, n_clusters, full)
 
 
 def bounds(event: bool | None) -> tuple[float, float]:
@@ -162,10 +223,10 @@ def home(data: Path, name: str, *markers: str) -> Path:
     return found[0]
 
 
-def located(data: Path, name: str, *paths: str) -> tuple[Path, Path]:
-    """A benchmark's `home`, and the first of several files that it holds."""
-    where = home(data, name, *paths)
-    return where, next(where / path for path in paths if (where / path).exists())
+def located(data: Path, name: str, *patterns: str) -> Path:
+    """The first file in a benchmark's `home` that fits the first of several patterns which any file fits."""
+    folder = home(data, name, *patterns)
+    return next(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def first(folder: Path, *paths: str) -> Path | None:
@@ -201,24 +262,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def read_table(
-    path: Path, required: Sequence[str], delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
-) -> list[dict[str, str]]:
+def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
     """The rows of a table with a header, all as text; nothing is taken for a number or for missing.
 
-    Raises:   ValueError where a column is missing, or a row has more or fewer fields than the header (a separator that
-              is not quoted), naming the line
+    Raises:   ValueError where a column is missing, or, naming the line, where a row has more or fewer fields than the header (a
+              separator that is not quoted)
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+        table = csv.DictReader(file, delimiter=delimiter)
         if missing := [column for column in required if column not in (table.fieldnames or [])]:
             raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.fieldnames or ['none'])}")
         rows = []
         for row in table:
             if None in row or None in row.values():
-                raise ValueError(
-                    f"line {table.line_num} of {path} has not as many fields as the header; is a separator not quoted?"
-                )
+                where = f"line {table.line_num} of {path}"
+                raise ValueError(f"{where} has not as many fields as the header; is a separator not quoted?")
             rows.append(row)
     return rows
 
@@ -234,34 +292,32 @@ def damage(data: bytes) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-            if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
                 return "too many pixels"
-            picture.verify()
+            image.verify()
     except Exception as error:  # Pillow's decoders raise what they like
         return type(error).__name__
     return None
 
 
-def seen(path: Path | None, name: str, lost: list[str], data: bytes | None = None) -> tuple[bytes, ...]:
+def picture(path: Path | None, name: str, lost: list[str], data: bytes | None = None) -> tuple[bytes, ...]:
     """The picture of an item, as one tuple; empty, and named in `lost` with the reason, where it cannot be used."""
     if data is None and path is not None and path.is_file():
         data = path.read_bytes()
-    if data is None:
-        lost.append(f"{name} (missing)")
-        return ()
-    if reason := damage(data):
+    reason = "missing" if data is None else damage(data)
+    if data is None or reason:
         lost.append(f"{name} ({reason})")
         return ()
     return (data,)
 
 
-def told(lost: Sequence[str]) -> list[str]:
+def lost_pictures(lost: Sequence[str]) -> list[str]:
     """One line about the pictures that are lost, none where there are none."""
     more = ", …" if len(lost) > 5 else ""
     return [f"{len(lost)} pictures cannot be used, their items are left out: {', '.join(lost[:5])}{more}"] if lost else []
 
 
-def counted(what: str, found: int, *official: int) -> list[str]:
+def counted(what: str, n: int, *official: int) -> list[str]:
     """One line where a count is none of the official ones."""
-    return [] if found in official else [f"{found} {what}, the official files have {' or '.join(f'{n:,}' for n in official)}"]
+    return [] if n in official else [f"{n} {what}, the official files have {' or '.join(f'{size:,}' for size in official)}"]

@@ -9,8 +9,7 @@ Source:   Li et al. 2023; Liu et al. 2023 (LLaVA-1.5's prompt and its convert_se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from vlsafe.data.miniature.corpora import choice, letter_prompt, pick
 from vlsafe.data.miniature.language import LETTERS, OBJECTS, World
 from vlsafe.data.miniature.pictures import draw, draw_scene
 from vlsafe.evaluation.benchmarks import official
-from vlsafe.evaluation.benchmarks.official import Marked, Score
 
 NAME = "seed_bench"
 JUDGES = ("seed-letter",)
@@ -33,21 +31,20 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     items = []
     for number in range(max(1, n // 2)):
         scene = draw_scene(pick(rng, OBJECTS), rng)
-        images, (asked, options, place) = (draw(scene, world.seed, rng, held_out=True),), choice(scene, rng)
+        images, (text, options, place) = (draw(scene, world.seed, rng, held_out=True),), choice(scene, rng)
         right, cluster = LETTERS[place], f"seed-question-{number:04d}"
-        spoken = tuple(f"{option}." for option in options)  # as this world answers: "red."
-        for group, text, shown, scoring in (
-            ("likelihood", asked, spoken, "likelihood"),
-            ("letter", letter_prompt(asked, options), options, "generated"),
+        sentences = tuple(f"{option}." for option in options)  # as this world answers: "red."
+        for group, prompt, answers, scoring in (
+            ("likelihood", text, sentences, "likelihood"),
+            ("letter", letter_prompt(text, options), options, "generated"),
         ):
-            turns, name = (Turn("user", text),), f"{NAME}-{group}-{number:04d}"
-            items.append(Item(name, NAME, turns, images, right, None, cluster, group, options=shown, scoring=scoring))
+            name, turns = f"{NAME}-{group}-{number:04d}", (Turn("user", prompt),)
+            items.append(Item(name, NAME, turns, images, right, None, cluster, group, options=answers, scoring=scoring))
     return items
 
 
 FOLDER = "SEED-Bench"
 OFFICIAL = {"likelihood": ("seed-letter",), "letter": ("seed-letter",)}
-part = attrgetter("group")
 DIMENSIONS = (
     "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instances Counting",
     "Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Understanding", "Action Recognition",
@@ -62,60 +59,42 @@ DIVERGENCES = (
 
 def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`SEED-Bench.json`, asked without options and ranked (`likelihood`) or with them in LLaVA's words (`letter`)."""
-    path = official.home(folder, FOLDER, "SEED-Bench.json") / "SEED-Bench.json"
+    path, ranked = official.located(folder, FOLDER, "SEED-Bench.json"), subset == "likelihood"
     rows = official.read_json(path)
     rows = rows["questions"] if isinstance(rows, dict) else rows
     items, lost, frameless = [], list[str](), 0
     for row in rows:
         official.needs(row, ("question_id", "question", "answer", "data_type", "data_id", "question_type_id"), f"a row of {path}")
         name, options = str(row["question_id"]), tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
-        kind, number = row["data_type"], int(row["question_type_id"])
+        text, kind, number = row["question"], row["data_type"], int(row["question_type_id"])
         if row["answer"] not in LETTERS[:4] or (kind == "image") != (number <= 9):
             raise ValueError(f"question {name} of {path} is a {kind} of type {number} with answer {row['answer']!r}")
-        shown: tuple[bytes, ...] = ()
+        images: tuple[bytes, ...] = ()
         if pictures:
-            frame = _frame(path.parent, row, kind)
+            frame = _frame(path.parent, row)
             frameless += kind == "video" and frame is None
-            shown = official.seen(frame, name, lost) if kind == "image" or frame else ()
-        if shown or not pictures:
-            asked = row["question"]
-            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-            text = asked if subset == "likelihood" else f"{asked}\n{listed}\n{official.LETTER_SUFFIX}"
-            known = dict(
-                category=DIMENSIONS[number - 1], cluster=str(row["data_id"]), group=kind, options=options, question=asked
-            )
-            scoring = "likelihood" if subset == "likelihood" else "generated"
-            items.append(Item(name, NAME, (Turn("user", text),), shown, row["answer"], scoring=scoring, **known))
+            images = official.picture(frame, name, lost) if kind == "image" or frame else ()
+        if images or not pictures:
+            turns = (Turn("user", text if ranked else official.letter_prompt(text, options)),)
+            known = dict(category=DIMENSIONS[number - 1], cluster=str(row["data_id"]), group=kind, options=options, question=text)
+            scoring = "likelihood" if ranked else "generated"
+            items.append(Item(name, NAME, turns, images, row["answer"], scoring=scoring, **known))
     if len({item.id for item in items}) < len(items):
         raise ValueError(f"{path} has a question id twice")
     notes = [f"{len(rows):,} questions in the file", *official.counted("questions", len(rows), 17990, 17997, 19242)]
     notes += [f"{frameless} video questions have no frame and are left out"] if frameless else []
-    return items, notes + official.told(lost)
+    return items, notes + official.lost_pictures(lost)
 
 
-def _frame(folder: Path, row: Mapping[str, Any], kind: str) -> Path | None:
-    name = str(row["question_id"] if kind == "video" else row["data_id"])
-    album = f"SEED-Bench-{'video-image' if kind == 'video' else 'image'}"
-    return official.first(folder, *(f"{album}/{name}{suffix}" for suffix in ("", ".jpg", ".png")))
+def _frame(folder: Path, row: Mapping[str, Any]) -> Path | None:
+    name = f"video-image/{row['question_id']}" if row["data_type"] == "video" else f"image/{row['data_id']}"
+    return official.first(folder, *(f"SEED-Bench-{name}{suffix}" for suffix in ("", ".jpg", ".png")))
 
 
-def names(item: Item) -> tuple[str, ...]:
-    """The question's id."""
-    return (item.id,)
-
-
-def qualifiers(item: Item) -> dict[str, str]:
-    """Nothing: ids are unique."""
-    return {}
-
-
-def scores(marks: Mapping[str, Sequence[Marked]]) -> Iterator[Score]:
-    """Accuracy over all, images and videos, and per dimension, named after how the answers came about."""
-    for judge, marked in marks.items():
-        ranked = marked[0].item.scoring == "likelihood"
-        metric = (
-            "accuracy_likelihood" if ranked else "accuracy_first_character" if judge == "first-character" else "accuracy_letter"
-        )
-        right = [(row.item, None if row.labels[0] is None else row.labels[0] == "right") for row in marked]
-        cuts = {"type": lambda item: item.group, "dimension": lambda item: item.category}
-        yield from official.shares(metric, judge, right, **cuts)
+def scores(marks: official.Marks) -> Iterator[official.Score]:
+    """Accuracy per kind and per dimension, named after how the answers came about."""
+    for judge, rows in marks.items():
+        way = "first_character" if judge == "first-character" else "letter"
+        way = "likelihood" if rows[0].item.scoring == "likelihood" else way
+        cuts = {"type": official.GROUP, "dimension": official.CATEGORY}
+        yield from official.shares(f"accuracy_{way}", judge, official.right(rows), **cuts)
