@@ -91,7 +91,7 @@ def test_the_pictures_tell_their_numbers():
     assert set(points["kind"]) == {"parent", "adapted", "SFT", "DPO"}
     text = points[points["modality"] == "text"].set_index("recipe")
     assert text["front"].to_dict() == {"filtered-full": True, "aligned": False, "sl-full": True, "dpo-text-full": True}
-    told = plots_tuning.plane(points, "mini").get_suptitle()
+    told = plots_tuning.tradeoff(points, "mini").get_suptitle()
     assert told == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
 
 

@@ -178,17 +178,17 @@ def test_07_runs_where_no_model_library_is_installed(study, tmp_path):
 
 
 def test_pictures_of_the_ledger_say_what_was_counted():
-    from test_claims import found, study
+    from analysis.test_claims import found, study
 
     from vlsafe.analysis import claims
     from vlsafe.analysis import claims as analysis_claims
 
     raw = pd.concat([study(seed) for seed in range(3)], ignore_index=True)
     ledger = claims.ledger(found(raw))
-    measured = ledger[ledger["these_models"] != analysis_claims.NOT]
+    measured = ledger[ledger["item_level"] != analysis_claims.NOT]
     told = plots_claims.forest(ledger, "mini").get_suptitle()
-    held = (measured["these_models"] == analysis_claims.SUPPORTED).sum()
+    held = (measured["item_level"] == analysis_claims.SUPPORTED).sum()
     assert f"Of {len(measured)} lines measured, {held} hold" in told
-    points = plots_claims.path(degradation.everything(raw))
+    points = plots_claims.lineage_points(degradation.everything(raw))
     assert points.groupby("kind").size().to_dict() == {"parent": 3, "adapted": 3, "SFT": 3, "DPO": 3}
-    assert plots_claims.answer(points, "mini").get_suptitle() == "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %"
+    assert plots_claims.lineage(points, "mini").get_suptitle() == "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %"

@@ -1,4 +1,4 @@
-"""F14, F15 and F00: the claims, the judges, the answer as pictures. Draws what `claims`, `agreement` and `tables` counted."""
+"""F00, F14 and F15: the answer, the claims and the judges. Draws `analysis.claims`, `.agreement` and `.degradation`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import textwrap
 from typing import Any
 
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from vlsafe.analysis import claims, comparisons
 from vlsafe.analysis.merging import named_short
-from vlsafe.plots.style import KINDS, STYLE, origin, spread
+from vlsafe.analysis.tuning import TAUGHT_ON
+from vlsafe.plots import style
+from vlsafe.plots.style import KINDS
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
@@ -21,122 +21,112 @@ GREY, MARKS = "#8A8A8A", "osDv^P"
 def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     """F14: every claim's deciding difference, drawn so that right of zero is as claimed; a line per backbone.
 
-    Thick: these models (items); thin: this recipe (seeds), whose single effects are ticks. Colour: the verdict on these models.
+    Thick: item-level interval; thin: seed-level interval, with single seeds as ticks. Colour: the item-level verdict.
     """
-    backbones = list(dict.fromkeys(ledger["backbone"]))
-    places, height, heads = {}, 0.0, {}
-    for name, of in ledger.groupby("claim", sort=False):
-        heads[height] = f"{name}  {of['statement'].iloc[0]}"
-        for line in of.itertuples():
-            places[name, line.backbone] = height
-            height += 1.0
-        height += 0.7
-    with plt.style.context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.0, 1.2 + 0.145 * height), layout="constrained")
+    marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
+    height, heads = 0.0, {}
+    note = (
+        "thick: 95 % interval over items, clustered by verb–object pair; thin: t-interval over seeds; ticks: seeds; item-level: "
+    )
+    note += "Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
+    xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
+    inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique())
+    caption = f"{style.origin(scale)}; {note}"
+    with style.panels({"": ""}, {"": ""}, inches, _count(ledger), caption, xlabel) as (figure, axes):
+        axis = axes["", ""]
         axis.axvspan(0, 110, color="#F1F6FA", zorder=0)
         axis.axvline(0, color="black", linewidth=0.7)
-        for line in ledger.itertuples():
-            _draw_claim(axis, line, places[line.claim, line.backbone], MARKS[backbones.index(line.backbone) % len(MARKS)])
-        axis.set_yticks(list(heads), ["\n".join(textwrap.wrap(text, 46)) for text in heads.values()], fontsize=6)
+        for name, rows in ledger.groupby("claim", sort=False):
+            heads[height] = textwrap.fill(f"{name}  {rows['statement'].iloc[0]}", 46)
+            for row in rows.itertuples():
+                _draw_claim(axis, row, height, marks[row.backbone])
+                height += 1.0
+            height += 0.7
+        axis.set_yticks(list(heads), list(heads.values()))
         axis.tick_params(axis="y", length=0)
         axis.set(xlim=(-110, 110), ylim=(height - 0.5, -1.2))
-        axis.set_xlabel("← against the claim    difference in points beyond the claim's threshold    as claimed →")
-        axis.text(112, -0.9, "these models / this recipe", fontsize=5.5, va="bottom")
-        handles = [Line2D([], [], marker=MARKS[i % len(MARKS)], color=GREY, linestyle="", markersize=4, label=name)
-                   for i, name in enumerate(backbones)]  # fmt: skip
-        axis.legend(handles=handles, loc="lower left", frameon=False, fontsize=6)
-        figure.suptitle(_count(ledger), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "thick: 95 % interval over items, clustered by verb–object pair; thin: t-interval over seeds; ticks: seeds\n"
-        note += "these models: Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
-        figure.supxlabel(f"{origin(scale)}; {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+        axis.text(112, -0.9, "item-level / seed-level", fontsize=5.5, va="bottom")
+        axis.legend(
+            handles=style.handles({name: dict(marker=mark, color=GREY) for name, mark in marks.items()}), loc="lower left"
+        )
     return figure
 
 
-def _draw_claim(axis: Any, line: Any, y: float, mark: str) -> None:
-    colour = VERDICTS.get(line.these_models, GREY)
-    told = line.these_models if line.these_models == claims.NOT else f"{line.these_models} / {line.this_recipe}"
-    axis.text(112, y, told, fontsize=5.5, va="center", color=colour, clip_on=False)
-    if line.these_models == claims.NOT:
+def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
+    colour, measured = VERDICTS.get(row.item_level, GREY), row.item_level != claims.NOT
+    verdicts = f"{row.item_level} / {row.seed_level}" if measured else row.item_level
+    axis.text(112, y, verdicts, fontsize=5.5, va="center", color=colour, clip_on=False)
+    if not measured:
         return
 
     def place(value: float) -> float:
-        return 100 * line.sign * (value - line.against)
+        return 100 * row.sign * (value - row.against)
 
-    if line.seeds > 1:
-        ends = [min(108, max(-108, place(end))) for end in (line.recipe_low, line.recipe_high)]
+    if row.seeds > 1:
+        ends = [min(108, max(-108, place(end))) for end in (row.seed_low, row.seed_high)]
         axis.plot(ends, [y, y], color=colour, linewidth=0.6)
-    axis.plot([place(effect) for effect in line.effects], [y] * len(line.effects), "|", color=colour, markersize=4, alpha=0.7)
-    axis.plot([place(line.low), place(line.high)], [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
-    axis.plot(place(line.effect), y, mark, color=colour, markersize=3.6)
+    axis.plot([place(effect) for effect in row.effects], [y] * len(row.effects), "|", color=colour, markersize=4, alpha=0.7)
+    axis.plot([place(row.low), place(row.high)], [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
+    axis.plot(place(row.effect), y, mark, color=colour, markersize=3.6)
 
 
 def _count(ledger: pd.DataFrame) -> str:
-    """How many lines of the ledger hold, for these models and for the recipe."""
-    lines = ledger[ledger["these_models"] != claims.NOT]
-    counts = [(lines[who] == verdict).sum() for who in ("these_models", "this_recipe") for verdict in VERDICTS]
-    told = "Of {} lines measured, {} hold for these models ({} contradicted), {} for the recipe ({})"
-    return told.format(len(lines), *counts)
+    """How many rows of the ledger hold, at item level and at seed level."""
+    rows = ledger[ledger["item_level"] != claims.NOT]
+    counts = [(rows[level] == verdict).sum() for level in ("item_level", "seed_level") for verdict in VERDICTS]
+    text = "Of {} lines measured, {} hold at item level ({} contradicted), {} at seed level ({})"
+    return text.format(len(rows), *counts)
 
 
 def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     """F15: the ASR of every method as each judge sees it, a line per method; lines that cross are a ranking that changes.
 
-    `rates` and `pairs` are `agreement`'s. Under each panel: kappa on single answers and tau of the ranking, per pair of judges.
+    Under each panel: kappa on single answers and tau of the ranking, per pair of judges.
     """
-    backbones, names = sorted(rates["backbone"].unique()), list(dict.fromkeys(rates["judge"]))
-    names = sorted(names, key=lambda name: (name == "people", name != "world", name))
-    with plt.style.context(STYLE):
-        size = (7.0, 0.9 + 2.4 * len(backbones))
-        figure, axes = plt.subplots(len(backbones), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
-        for row, backbone in zip(axes, backbones, strict=True):
-            for axis, modality in zip(row, ("text", "pictures"), strict=True):
-                of = rates[(rates["backbone"] == backbone) & (rates["modality"] == modality)]
-                for (stage, recipe), line in of.groupby(["stage", "recipe"]):
-                    line = line.set_index("judge").reindex(names).dropna(subset=["value"])
-                    x = [names.index(name) for name in line.index]
-                    look = KINDS[kind(stage, recipe)]
-                    axis.plot(x, 100 * line["value"], linewidth=0.9, markersize=3.2, alpha=0.8, **look)
-                    axis.vlines(x, 100 * line["low"], 100 * line["high"], color=look["color"], linewidth=0.5, alpha=0.35)
-                axis.set_xticks(range(len(names)), names)
-                axis.set(xlim=(-0.3, len(names) - 0.7), ylim=(-4, 104))
-                axis.set_title(f"{backbone}, {modality}", loc="left", fontsize=7)
-                of = pairs[(pairs["backbone"] == backbone) & (pairs["modality"] == modality)]
-                told = [f"{p.judge} – {p.other}: κ {_figure(p.kappa)}, τ {_figure(p.tau)}" for p in of.itertuples()]
-                axis.set_xlabel("\n".join(told), fontsize=5.5, loc="left")
-            row[0].set_ylabel("attack success, percent (↓ safer)")
-        shown = {kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)}
-        handles = [Line2D([], [], markersize=4, label=name, **look) for name, look in KINDS.items() if name in shown]
-        figure.legend(handles=handles, loc="outside right center", frameon=False)
-        figure.suptitle(_judged(pairs), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        note = "one line per model, all its seeds; bars: 95 % intervals, clustered by verb–object pair; world: the miniature's truth\n"
-        note += f"κ: agreement on answers beyond chance; τ: on the order of the models; up to n = {int(rates['n'].max())} a point"
-        figure.supxlabel(f"{origin(scale)}; {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    names = sorted(rates["judge"].unique(), key=lambda name: (name == "people", name != "world", name))
+    rates = rates.assign(kind=[kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)])
+    rates = style.percent(rates.assign(place=rates["judge"].map(names.index)).dropna(subset=["value"])).sort_values("place")
+    handles = style.handles({name: look for name, look in KINDS.items() if name in set(rates["kind"])}, linestyle="-")
+    note = "one line per model, all its seeds; bars: 95 % intervals, clustered by verb–object pair; "
+    note += "world: the miniature's truth; κ: agreement on answers beyond chance; τ: on the order of the models; "
+    note += f"up to n = {int(rates['n'].max())} a point"
+    rows = style.by_backbone(rates, "attack success, percent (↓ safer)")
+    columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
+    with style.panels(rows, columns, 2.4, _least_agreement(pairs), caption, handles=handles, sharey=True) as (figure, axes):
+        for (backbone, modality), axis in axes.items():
+            own = (frame[(frame["backbone"] == backbone) & (frame["modality"] == modality)] for frame in (rates, pairs))
+            models, agreement = own
+            for (name, *_), line in models.groupby(["kind", "stage", "recipe"]):
+                axis.plot(line["place"], line["value"], linewidth=0.9, markersize=3.2, alpha=0.8, **KINDS[name])
+                axis.vlines(line["place"], line["low"], line["high"], color=KINDS[name]["color"], linewidth=0.5, alpha=0.35)
+            axis.set_xticks(range(len(names)), names)
+            axis.set(xlim=(-0.3, len(names) - 0.7), ylim=(-4, 104))
+            texts = [f"{p.judge} – {p.other}: κ {_two_places(p.kappa)}, τ {_two_places(p.tau)}" for p in agreement.itertuples()]
+            axis.set_xlabel("\n".join(texts), fontsize=5.5, loc="left")
     return figure
 
 
-def _judged(pairs: pd.DataFrame) -> str:
-    told = pairs.groupby("modality")[["kappa", "tau"]].min().iloc[::-1]
-    ranks, answers = (
-        ", ".join(f"{name} {_figure(value)}" for name, value in told[column].items()) for column in ("tau", "kappa")
-    )
-    return f"Two judges at worst: ranking τ {ranks}; answers κ {answers}"
+def _least_agreement(pairs: pd.DataFrame) -> str:
+    least = pairs.groupby("modality")[["tau", "kappa"]].min().iloc[::-1].map(_two_places)
+    ranking, answers = (", ".join(f"{name} {value}" for name, value in least[column].items()) for column in least)
+    return f"Two judges at worst: ranking τ {ranking}; answers κ {answers}"
 
 
-def _figure(value: float) -> str:
+def _two_places(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.2f}"
 
 
 def kind(stage: str, recipe: str) -> str:
     """What a model is, as KINDS calls it; every recipe of stage 2 is an adapted model."""
-    from vlsafe.analysis.tuning import TAUGHT_ON
-
     known = {"parent": "parent", "projector": "stage 1", "instruct": "adapted", "merge": "merged", "ensemble": "merged"}
     return known.get(stage) or TAUGHT_ON[recipe.rpartition("-")[0]][0]
 
 
-def path(lines: pd.DataFrame) -> pd.DataFrame:
+ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
+MADE_FROM = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
+
+
+def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, ASR beside helpfulness.
 
     The models are those that the claims are decided by, not the best ones.
@@ -144,79 +134,68 @@ def path(lines: pd.DataFrame) -> pd.DataFrame:
     runs = lines["stage"] + "/" + lines["recipe"]
     chosen = lines[runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
     wide = chosen.pivot(index=["backbone", "seed", "stage", "recipe"], columns="measure", values=["value", "low", "high"])
-    names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-    found = {
-        (name if end == "value" else f"{name}_{end}"): wide[end].get(name) for name in names for end in ("value", "low", "high")
-    }
-    points = pd.DataFrame(found, index=wide.index).astype(float).reset_index()
+    points = pd.DataFrame(
+        {
+            f"{name}{suffix}": wide[end].get(name)
+            for name in ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+            for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
+        },
+        index=wide.index,
+    )
+    points = points.astype(float).reset_index()
     return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
 
 
-ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
-MADE_OF = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
-
-
-def answer(points: pd.DataFrame, scale: str) -> Figure:
+def lineage(points: pd.DataFrame, scale: str) -> Figure:
     """F00: from the parent over the adapted to the tuned and merged models, in the plane of helpfulness and attack success.
 
-    `points` is `path`'s. The parent sees nothing, so it stands left of the plane; arrows go from what a model was made of.
+    The parent sees no pictures, so it stands left of the plane; arrows go from what a model was made from.
     """
-    backbones = sorted(points["backbone"].unique())
-    with plt.style.context(STYLE):
-        size = (7.0, 0.8 + 2.3 * len(backbones))
-        figure, axes = plt.subplots(
-            len(backbones), 2, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-        )
-        left = 100 * points["helpfulness"].min() - 12
-        for row, backbone in zip(axes, backbones, strict=True):
-            for axis, measure, title in zip(row, ("text_asr", "multimodal_asr"), ("text", "pictures"), strict=True):
-                of = points[(points["backbone"] == backbone) & points[measure].notna()]
-                _draw_path(axis, of.assign(helpfulness=of["helpfulness"].fillna(left / 100)), measure)
-                axis.set_title(f"{backbone}, attacks {'in text' if title == 'text' else 'with pictures'}", loc="left", fontsize=7)
-                axis.set(ylim=(-12, 110), xlim=(left - 6, 100 * points["helpfulness"].max() + 6))
-            row[0].set_ylabel("attack success, percent (↓ safer)")
-            row[0].axvspan(left - 6, left + 5, color="#F3F3F3", zorder=0)
-            row[0].text(left, 50, "sees nothing", rotation=90, fontsize=6, ha="center", va="center", color="#777777")
-        for axis in axes[-1]:
-            axis.set_xlabel("helpfulness, percent (→ better)")
-        figure.suptitle(_answered(points), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        seeds = ", ".join(str(seed) for seed in sorted(points["seed"].unique()))
-        note = (
-            f"seeds {seeds} (small marks); bars: mean 95 % intervals, clustered by verb–object pair; judge: the world's truth\n"
-        )
-        note += "the models that the claims are decided by; twins: how often harmless requests with pictures are refused"
-        figure.supxlabel(f"{origin(scale)}, {note}", x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    caption = style.caption(
+        points, scale, "small marks: single seeds", "bars: mean 95 % intervals, clustered by verb–object pair",
+        "judge: the world's truth", "the models that the claims are decided by",
+        "twins: how often harmless requests with pictures are refused",
+    )  # fmt: skip
+    rows, xlabel = style.by_backbone(points, "attack success, percent (↓ safer)"), "helpfulness, percent (→ better)"
+    columns = {"text_asr": "attacks in text", "multimodal_asr": "attacks with pictures"}
+    title, shared = _asr_by_kind(points), dict(sharex=True, sharey=True)
+    points, blind = style.percent(points), [f"helpfulness{end}" for end in ("", "_low", "_high")]
+    left, right = points["helpfulness"].min() - 12, points["helpfulness"].max() + 6
+    with style.panels(rows, columns, 2.3, title, caption, xlabel, **shared) as (figure, axes):
+        for (backbone, measure), axis in axes.items():
+            axis.set(ylim=(-12, 110), xlim=(left - 6, right))
+            own = points[(points["backbone"] == backbone) & points[measure].notna()]
+            _draw_lineage(axis, own.fillna(dict.fromkeys(blind, left)), measure)
+            if measure == "text_asr":
+                axis.axvspan(left - 6, left + 5, color="#F3F3F3", zorder=0)
+                axis.text(left, 50, "sees nothing", rotation=90, fontsize=6, ha="center", va="center", color="#777777")
     return figure
 
 
-def _draw_path(axis: Any, points: pd.DataFrame, measure: str) -> None:
-    named = points.assign(name=[named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
-    mean = (100 * named.groupby(["kind", "name"]).mean(numeric_only=True)).reset_index().sort_values(measure)
-    at = {line.kind: (line.helpfulness, getattr(line, measure)) for line in mean.itertuples()}
+def _draw_lineage(axis: Any, points: pd.DataFrame, measure: str) -> None:
+    points = points.assign(name=[named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
+    mean = points.groupby(["kind", "name"]).mean(numeric_only=True).reset_index()
+    places = {row.kind: (row.helpfulness, getattr(row, measure)) for row in mean.itertuples()}
     arrow = dict(arrowstyle="-|>", color="#BBBBBB", linewidth=1.0, mutation_scale=7, shrinkA=4, shrinkB=4)
-    for line, height in zip(mean.itertuples(), spread(list(mean[measure]), gap=8.0), strict=True):
-        look, (x, y) = KINDS[line.kind], (line.helpfulness, getattr(line, measure))
-        if MADE_OF.get(line.kind) in at:
-            axis.annotate("", (x, y), at[MADE_OF[line.kind]], arrowprops=arrow, zorder=1)
-        axis.plot([x, x], [getattr(line, f"{measure}_low"), getattr(line, f"{measure}_high")], color=look["color"], linewidth=0.8)
-        if line.kind != "parent":
-            axis.plot([line.helpfulness_low, line.helpfulness_high], [y, y], color=look["color"], linewidth=0.8)
-        axis.plot(x, y, markersize=6, linestyle="", **look)
-        twins = f", twins {line.twin_refusal:.0f} %" if measure == "multimodal_asr" else ""
-        partner = f" with {line.name.partition(' + ')[2]}" if line.kind == "merged" else ""
-        axis.annotate(
-            f"{line.kind}{partner}{twins}", (x, y), xytext=(1.02, height), va="center", textcoords=axis.get_yaxis_transform(),
-            fontsize=6, color=look["color"], arrowprops=dict(arrowstyle="-", color=look["color"], linewidth=0.4, alpha=0.5),
-        )  # fmt: skip
-    if points["seed"].nunique() > 1:
-        for line in points.itertuples():
-            look = KINDS[line.kind]
-            axis.plot(100 * line.helpfulness, 100 * getattr(line, measure), markersize=2, alpha=0.5, linestyle="", **look)
+    labels = []
+    for row in mean.itertuples():
+        place, partner = (row.helpfulness, getattr(row, measure)), row.name.partition(" + ")[2]
+        if MADE_FROM.get(row.kind) in places:
+            axis.annotate("", place, places[MADE_FROM[row.kind]], arrowprops=arrow, zorder=1)
+        twins = f", twins {row.twin_refusal:.0f} %" if measure == "multimodal_asr" else ""
+        text = f"{row.kind}{f' with {partner}' if row.kind == 'merged' else ''}{twins}"
+        labels.append((text, *place, KINDS[row.kind]["color"]))
+    style.label_right(axis, labels, gap=8.0, size=6)
+    for name, rows in mean.groupby("kind"):
+        style.draw_points(axis, rows, "helpfulness", measure, 6, **KINDS[name])
+        if style.several_seeds(points):
+            style.draw_points(
+                axis, points[points["kind"] == name], "helpfulness", measure, 2, bars=False, alpha=0.5, **KINDS[name]
+            )
 
 
-def _answered(points: pd.DataFrame) -> str:
-    """Text ASR along the path, mean over seeds, from the least to the greatest of the backbones."""
+def _asr_by_kind(points: pd.DataFrame) -> str:
+    """Text ASR from parent to merged, mean over seeds, from the least to the greatest of the backbones."""
     means = (100 * points.groupby(["kind", "backbone"])["text_asr"].mean()).round().dropna().astype(int).groupby("kind")
-    ends = {name: dict.fromkeys((of.min(), of.max())) for name, of in means}
+    ends = {name: dict.fromkeys((values.min(), values.max())) for name, values in means}
     return "Text ASR: " + ", ".join(f"{name} {'–'.join(map(str, ends[name]))} %" for name in ORDER if name in ends)

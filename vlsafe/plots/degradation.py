@@ -1,4 +1,4 @@
-"""Tables to pictures. Every picture says its point in its title, draws its intervals, and says what world it is from."""
+"""F02 and F03: safety along both stages of adaptation, and by category of harm. Draws the tables of `analysis.degradation`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from vlsafe.plots.style import KINDS, LINES, STYLE, origin
+from vlsafe.plots import style
+from vlsafe.plots.style import KINDS, LINES
 
 
 def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figure:
@@ -20,170 +20,113 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
     holds the parent and stage 1, the second stage 2; seeds are thin lines behind their mean, the interval is that of
     the items where there is one seed and the range over seeds where there are several.
     """
-    backbones = sorted(rates["backbone"].unique())
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(len(backbones), 2, figsize=(7.0, 2.9 * len(backbones)), sharey=True, squeeze=False)
-        for row, backbone in zip(axes, backbones, strict=True):
-            of = rates[rates["backbone"] == backbone]
-            for axis, stage in zip(row, ("projector", "instruct"), strict=True):
-                _draw_stage(axis, of, stage)
-            row[0].set_ylabel(f"{backbone}\npercent of prompts")
-            row[0].set_title("stage 1: projector alone, captions", loc="left", fontsize=7)
-            row[1].set_title("stage 2: projector and language model", loc="left", fontsize=7)
-            _label_ends(row[1], of[of["stage"] == "instruct"], labels)
-        for axis in axes[-1]:
-            axis.set_xlabel("training step (square-root scale)")
-        figure.suptitle(_headline(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        figure.text(0.01, 0.005, _caption(rates, scale), fontsize=6, color="#555555")
-        figure.tight_layout(rect=(0, 0.03, 1, 0.97))
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
+    notes = (f"bands: {style.band(rates)}", f"up to n = {n} per point", "judge: the world's truth", "dotted: parent")
+    columns = {"projector": "stage 1: projector alone, captions", "instruct": "stage 2: projector and language model"}
+    rows, xlabel = style.by_backbone(rates, "percent of prompts"), "training step (square-root scale)"
+    caption = style.caption(rates, scale, *notes)
+    with style.panels(rows, columns, 2.6, _before_and_after(rates), caption, xlabel, sharey=True) as (figure, axes):
+        for (backbone, stage), axis in axes.items():
+            own = style.percent(rates[rates["backbone"] == backbone])
+            _draw_stage(axis, own[own["stage"] == stage])
+            parent = own[(own["stage"] == "parent") & (own["measure"] == "text_asr")]
+            if not parent.empty:
+                axis.axhline(parent["value"].mean(), color=LINES["text_asr"]["color"], **style.DOTTED)
+            if stage == "instruct":
+                style.label_ends(axis, own[own["stage"] == stage].assign(root=np.sqrt(own["step"])), "root", labels, gap=8.0)
     return figure
 
 
-def _draw_stage(axis: Any, rates: pd.DataFrame, stage: str) -> None:
+def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
+    rates = rates.assign(root=np.sqrt(rates["step"])).sort_values("step")
     for measure, look in LINES.items():
-        rows = rates[(rates["measure"] == measure) & (rates["stage"] == stage)].sort_values("step")
-        if rows.empty:
-            continue
-        by_step = rows.groupby("step")
-        mean = 100 * by_step["value"].mean()
-        several = rows["seed"].nunique() > 1
-        low = 100 * (by_step["value"].min() if several else by_step["low"].min())
-        high = 100 * (by_step["value"].max() if several else by_step["high"].max())
-        axis.fill_between(np.sqrt(mean.index), low, high, color=look["color"], alpha=0.13, linewidth=0)
-        for _, line in rows.groupby("seed") if several else []:
-            axis.plot(np.sqrt(line["step"]), 100 * line["value"], color=look["color"], linewidth=0.5, alpha=0.5)
-        axis.plot(np.sqrt(mean.index), mean, markersize=3, linewidth=1.4, **look)
-    parent = rates[(rates["stage"] == "parent") & (rates["measure"] == "text_asr")]
-    if not parent.empty:
-        axis.axhline(100 * parent["value"].mean(), color=LINES["text_asr"]["color"], linewidth=0.7, linestyle=(0, (1, 3)))
-    steps = sorted(rates.loc[rates["stage"] == stage, "step"].unique())
+        if not (line := rates[rates["measure"] == measure]).empty:
+            style.draw_line(axis, line, "root", seed_range=True, **look)
+    steps = sorted(rates["step"].unique())
     shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
-    axis.set_xticks(np.sqrt(shown), [str(s) for s in shown])
+    axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
     axis.set_ylim(-3, 103)
 
 
-def _label_ends(axis: Any, rates: pd.DataFrame, labels: Mapping[str, str]) -> None:
-    """Name each line at its end, moved apart where they would overlap."""
-    last = rates[rates["step"] == rates["step"].max()].groupby("measure")["value"].mean() * 100
-    placed = sorted((last[m], m) for m in LINES if m in last.index)
-    height = -np.inf
-    for value, measure in placed:
-        height = max(value, height + 8)
-        axis.annotate(
-            labels[measure], (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=6.5, color=LINES[measure]["color"], annotation_clip=False,
-        )  # fmt: skip
+def _before_and_after(rates: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: the parent (pictures: the untrained graft) and the adapted model."""
 
-
-def _headline(rates: pd.DataFrame) -> str:
-    """What the numbers say, in their own words: the parent (pictures: the untrained graft) and the adapted model."""
-
-    def mean(stage: str, measure: str, place: str) -> float:
+    def mean(stage: str, measure: str, step: str) -> float:
         rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
-        step = rows["step"].min() if place == "first" else rows["step"].max()
-        return 100 * rows.loc[rows["step"] == step, "value"].mean()
+        return 100 * rows.loc[rows["step"] == rows["step"].agg(step), "value"].mean()
 
-    text = f"text ASR {mean('parent', 'text_asr', 'last'):.0f} → {mean('instruct', 'text_asr', 'last'):.0f} %"
-    seen = mean("projector", "multimodal_asr", "first"), mean("instruct", "multimodal_asr", "last")
-    return f"Adaptation on screened data: {text}, multimodal ASR {seen[0]:.0f} (untrained graft) → {seen[1]:.0f} %"
-
-
-def _caption(rates: pd.DataFrame, scale: str) -> str:
-    seeds = ", ".join(str(s) for s in sorted(rates["seed"].unique()))
-    n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
-    band = "range over seeds" if rates["seed"].nunique() > 1 else "95 % interval, clustered by verb–object pair"
-    return f"{origin(scale)}, seeds {seeds}; bands: {band}; up to n = {n} per point; judge: the world's truth; dotted: parent"
+    text = f"text ASR {mean('parent', 'text_asr', 'max'):.0f} → {mean('instruct', 'text_asr', 'max'):.0f} %"
+    pictures = mean("projector", "multimodal_asr", "min"), mean("instruct", "multimodal_asr", "max")
+    return f"Adaptation on screened data: {text}, multimodal ASR {pictures[0]:.0f} (untrained graft) → {pictures[1]:.0f} %"
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:
     """F03: ASR per category of harm, before and after adaptation; text left, pictures right, one row per backbone.
 
-    `rates` is `tables.by_category`'s; the lines of seed "all" are the points, single seeds are small marks behind.
+    The rows of seed "all" are the points, single seeds are small marks behind.
     """
-    backbones = sorted(rates["backbone"].unique())
-    with plt.style.context(STYLE):
-        size = (7.0, 0.9 + 1.9 * len(backbones))
-        figure, axes = plt.subplots(len(backbones), 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
-        for row, backbone in zip(axes, backbones, strict=True):
-            of = rates[rates["backbone"] == backbone]
-            rise = _rise(of, "text_asr").index
-            order = [*sorted(set(of["category"]) - set(rise)), *rise]
-            for axis, measure in zip(row, ("text_asr", "multimodal_asr"), strict=True):
-                _draw_categories(axis, of[of["measure"] == measure], order)
-            row[0].set_ylabel(backbone)
-            row[1].tick_params(labelleft=False)
-        for axis, title in zip(axes[0], ("text (SORRY-Bench)", "pictures (MM-SafetyBench)"), strict=True):
-            axis.set_title(title, loc="left", fontsize=7)
-            axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, frameon=False, borderpad=0, handletextpad=0.1)
-        for axis in axes[-1]:
-            axis.set_xlabel("attack success, percent of prompts (← safer)")
-        figure.suptitle(_where_it_fell(rates), x=0.01, ha="left", fontsize=9, fontweight="bold")
-        figure.supxlabel(_category_caption(rates, scale), x=0.01, ha="left", ma="left", fontsize=6, color="#555555")
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+    pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
+    n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
+    caption = style.caption(
+        single, scale, "judge: the world's truth", "95 % intervals, clustered by verb–object pair", "clearly: intervals apart",
+        f"n ≥ {n['text_asr']} (text), {n['multimodal_asr']} (pictures) a point",
+        "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
+        "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",
+    )  # fmt: skip
+    columns = {"text_asr": "text (SORRY-Bench)", "multimodal_asr": "pictures (MM-SafetyBench)"}
+    rows, xlabel = style.by_backbone(rates), "attack success, percent of prompts (← safer)"
+    with style.panels(rows, columns, 1.9, _where_it_rose(rates), caption, xlabel, sharex=True) as (figure, axes):
+        for (backbone, measure), axis in axes.items():
+            own = rates[rates["backbone"] == backbone]
+            rise = _rise(own, "text_asr").index
+            order = [*sorted(set(own["category"]) - set(rise)), *rise]
+            _draw_categories(axis, style.percent(own[own["measure"] == measure]), order)
+            axis.tick_params(labelleft=measure == "text_asr")
+            if backbone == next(iter(rows)):
+                axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, borderpad=0, handletextpad=0.1)
     return figure
 
 
+def _draw_categories(axis: Any, rates: pd.DataFrame, order: Sequence[str]) -> None:
+    """An arrow from before to after in each category, with both intervals and the marks of single seeds."""
+    rates = rates.assign(place=rates["category"].map(list(order).index))
+    pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
+    for kind, shift in {"parent": 0.13, "stage 1": 0.13, "adapted": -0.13}.items():
+        rows, seeds, look = pooled[pooled["kind"] == kind], single[single["kind"] == kind], KINDS[kind]
+        if rows.empty:
+            continue
+        axis.hlines(rows["place"] + shift, rows["low"], rows["high"], color=look["color"], linewidth=1.0, alpha=0.6)
+        axis.plot(rows["value"], rows["place"] + shift, markersize=4.5, linestyle="", label=kind, **look)
+        if style.several_seeds(single):
+            axis.plot(seeds["value"], seeds["place"] + 2 * shift, markersize=1.8, linestyle="", alpha=0.5, **look)
+    before, after = pooled[pooled["before"]], pooled[~pooled["before"]]
+    for pair in before.merge(after, on="place", suffixes=("", "_after")).itertuples():
+        arrow = dict(arrowstyle="-|>", color="#BBBBBB", linewidth=0.8, mutation_scale=6)
+        axis.annotate("", (pair.value_after, pair.place), (pair.value, pair.place), arrowprops=arrow)
+    for place in range(len(order)):
+        axis.axhline(place, color="#F3F3F3", linewidth=9, zorder=0)
+    axis.set_yticks(range(len(order)), order)
+    axis.set(xlim=(-3, 103), ylim=(-0.6, len(order) - 0.4))
+
+
 def _pooled(rates: pd.DataFrame, measure: str, before: bool) -> pd.DataFrame:
-    """Lines of one measure over all seeds, by category."""
-    of = (rates["measure"] == measure) & (rates["seed"] == "all") & (rates["before"] == before)
-    return rates[of].set_index("category")
+    """Rows of one measure over all seeds, by category."""
+    return rates[(rates["measure"] == measure) & (rates["seed"] == "all") & (rates["before"] == before)].set_index("category")
 
 
 def _rise(rates: pd.DataFrame, measure: str) -> pd.Series:
-    """How much a rate rose per category, least first; one backbone's lines, or the mean over backbones."""
-    change = _pooled(rates, measure, False)["value"].groupby("category").mean()
-    return (change - _pooled(rates, measure, True)["value"].groupby("category").mean()).sort_values(kind="stable")
+    """How much a rate rose per category, least first; one backbone's rows, or the mean over backbones."""
+    before, after = (_pooled(rates, measure, when)["value"].groupby("category").mean() for when in (True, False))
+    return (after - before).sort_values(kind="stable")
 
 
-def _draw_categories(axis: Any, rates: pd.DataFrame, order: Sequence[str]) -> None:
-    """A line from before to after in each category, with both intervals and the marks of single seeds."""
-    height = {category: place for place, category in enumerate(order)}
-    several = rates.loc[rates["seed"] != "all", "seed"].nunique() > 1
-    for kind, shift in {"parent": 0.13, "stage 1": 0.13, "adapted": -0.13}.items():
-        rows = rates[rates["kind"] == kind]
-        for line in rows[rows["seed"] == "all"].itertuples():
-            y = height[line.category] + shift
-            axis.plot([100 * line.low, 100 * line.high], [y, y], color=KINDS[kind]["color"], linewidth=1.0, alpha=0.6)
-        of = rows[rows["seed"] == "all"]
-        places = [height[category] + shift for category in of["category"]]
-        axis.plot(100 * of["value"], places, markersize=4.5, linestyle="", label=kind if len(of) else None, **KINDS[kind])
-        for line in rows[rows["seed"] != "all"].itertuples() if several else ():
-            y = height[line.category] + 2 * shift
-            axis.plot([100 * line.value], [y], markersize=1.8, linestyle="", alpha=0.5, **KINDS[kind])
-    pooled = rates[rates["seed"] == "all"].set_index("category")
-    for category, after in pooled.loc[~pooled["before"], "value"].items():
-        for before in pooled.loc[pooled["before"] & (pooled.index == category), "value"]:
-            ends = dict(xy=(100 * after, height[category]), xytext=(100 * before, height[category]))
-            axis.annotate("", **ends, arrowprops=dict(arrowstyle="-|>", color="#BBBBBB", linewidth=0.8, mutation_scale=6))
-    for y in range(len(order)):
-        axis.axhline(y, color="#F3F3F3", linewidth=9, zorder=0)
-    axis.set_yticks(range(len(order)), order)
-    axis.set_ylim(-0.6, len(order) - 0.4)
-    axis.set_xlim(-3, 103)
-
-
-def _where_it_fell(rates: pd.DataFrame) -> str:
+def _where_it_rose(rates: pd.DataFrame) -> str:
     """The takeaway on text: in how many categories the intervals came apart, and where the rise was greatest."""
     before, after = (_pooled(rates, "text_asr", when).set_index("backbone", append=True) for when in (True, False))
-    apart = after["low"] > before["high"].reindex(after.index)
+    counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
     rise = _rise(rates, "text_asr")
     worst = rise.index[-1]
-    told = [100 * frame.loc[worst, "value"].mean() for frame in (before, after)]
-    counts = apart.groupby("backbone").sum()
+    ends = [100 * frame.loc[worst, "value"].mean() for frame in (before, after)]
     many = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
-    where = f", most for {worst} ({told[0]:.0f} → {told[1]:.0f} %)" if rise.iloc[-1] > 0 else ""
+    where = f", most for {worst} ({ends[0]:.0f} → {ends[1]:.0f} %)" if rise.iloc[-1] > 0 else ""
     return f"Text ASR rose clearly in {many} of {len(rise)} categories of harm{where}"
-
-
-def _category_caption(rates: pd.DataFrame, scale: str) -> str:
-    seeds = sorted(rates.loc[rates["seed"] != "all", "seed"].unique())
-    pooled = rates[rates["seed"] == "all"]
-    n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
-    marks = "; small marks: single seeds" if len(seeds) > 1 else ""
-    means = "; title: mean over backbones" if rates["backbone"].nunique() > 1 else ""
-    return (
-        f"{origin(scale)}, seeds {', '.join(map(str, seeds))}; judge: the world's truth; 95 % intervals, clustered by verb–object pair; "
-        f"clearly: intervals apart\nn ≥ {n['text_asr']} (text), {n['multimodal_asr']} (pictures) a point{marks}; "
-        f"stage 1: the parent with a trained projector{means}"
-    )

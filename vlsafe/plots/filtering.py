@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from vlsafe.plots.style import STYLE
+from vlsafe.analysis.filtering import guard_truths
+from vlsafe.plots import style
 
 
 def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
     """F01: scores of both guards by true label, with the threshold drawn."""
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.4))
-        truths = {
-            "text": ("text guard: score", audit["category"].notna() & (audit["category"] != "graphic")),
-            "image": ("image guard: score", audit["category"] == "graphic"),
-        }
-        found = {}
-        for axis, (guard, (title, truth)) in zip(axes, truths.items(), strict=True):
-            scores = audit[f"{guard}_score"]
-            found[guard] = 100 * (scores[truth & scores.notna()] > 0.5).mean()
-            for value, name, colour in ((False, "harmless", "#0072B2"), (True, "harmful", "#D55E00")):
-                of = scores[(truth == value) & scores.notna()]
-                bins = np.linspace(0, 1, 26)
-                axis.hist(of, bins=bins, color=colour, alpha=0.6, weights=np.full(len(of), 100 / max(1, len(of))),
-                          label=f"{name} (n = {len(of)})")  # fmt: skip
+    truths = {guard: truth for guard, truth in guard_truths(audit).items() if guard != "either"}
+    found = {guard: 100 * (audit.loc[truth, f"{guard}_score"].dropna() > 0.5).mean() for guard, truth in truths.items()}
+    title = f"The text guard finds {found['text']:.0f} % of the harmful texts, "
+    title += f"the image guard {found['image']:.0f} % of the pictures"
+    columns = {guard: f"{guard} guard: score" for guard in truths}
+    caption = style.caption(audit, scale, "all screened rows")
+    with style.panels({"": "percent of rows"}, columns, 1.5, title, caption, "score; dashed: threshold") as (figure, axes):
+        for (_, guard), axis in axes.items():
+            for harmful, name, colour in ((False, "harmless", "#0072B2"), (True, "harmful", "#D55E00")):
+                scores = audit.loc[truths[guard] == harmful, f"{guard}_score"].dropna()
+                weights = np.full(len(scores), 100 / max(1, len(scores)))
+                label = f"{name} (n = {len(scores)})"
+                axis.hist(scores, np.linspace(0, 1, 26), color=colour, alpha=0.6, weights=weights, label=label)
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-            axis.set_title(title, loc="left", fontsize=7)
-            axis.set_xlabel("score; dashed: threshold")
-            axis.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(0.08, 1.0))
-        axes[0].set_ylabel("percent of rows")
-        said = f"The text guard finds {found['text']:.0f} % of the harmful texts, "
-        said += f"the image guard {found['image']:.0f} % of the pictures"
-        figure.suptitle(said, x=0.01, ha="left", fontsize=9, fontweight="bold")
-        world = "miniature: a synthetic world" if scale == "mini" else f"scale {scale}"
-        seeds = ", ".join(map(str, sorted(audit["seed"].unique())))
-        figure.text(0.01, 0.005, f"{world}; seeds {seeds}; all screened rows", fontsize=6, color="#555555")
-        figure.tight_layout(rect=(0, 0.03, 1, 0.97))
-        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+            axis.legend(loc="upper left", bbox_to_anchor=(0.08, 1.0))
     return figure

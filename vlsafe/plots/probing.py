@@ -1,109 +1,99 @@
-"""F07 to F11 as pictures: layers across, what happens in them upwards. Draws what `layers` and `interventions` have counted."""
+"""F07 to F11: layers across, what happens in them upwards. Draws the tables of `analysis.probing` and `analysis.causal`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.analysis.probing import last
 from vlsafe.analysis.stats import wilson
-from vlsafe.plots.style import LINES, STYLE, origin
+from vlsafe.plots import style
+from vlsafe.plots.style import LINES
 
-MODALITIES = ("text", "picture", "typographic")
+MODALITIES = {group: f"{group} prompts" for group in ("text", "picture", "typographic")}
 PROMPTS = {"harmful": dict(color="#D55E00", marker="s"), "benign": dict(color="#0072B2", marker="o")}
+COSINES = {"cosine": ("raw", "-"), "cosine_centred": ("centred", (0, (3, 2)))}
 TASKS = {
     "vl": ("two batches of stage 2", dict(color="#E69F00", linestyle="--")),
     "safety": ("two batches of safety rows", dict(color="#0072B2", linestyle="--")),
     "both": ("one of each", dict(color="#000000", linestyle="-")),
 }
-PAIRS = {
-    "sibling": ("safety from stage 1", "#0072B2"), "sl": ("safety SFT after it", "#D55E00"), "dpo": ("DPO after it", "#009E73"),
-}  # fmt: skip
+VECTORS = {
+    "sibling": ("safety from stage 1", dict(color="#0072B2", marker="o")),
+    "sl": ("safety SFT after it", dict(color="#D55E00", marker="o")),
+    "dpo": ("DPO after it", dict(color="#009E73", marker="o")),
+}
 PAIRED = {"normal_normal": ("N–N", "#0072B2"), "normal_harmful": ("N–M", "#000000"), "harmful_harmful": ("M–M", "#D55E00")}
 SHOWN = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+
+
+def _caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
+    return style.caption(frame, scale, "means over seeds" if style.several_seeds(frame) else "", *notes)
 
 
 def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     """F07: cosine of parent and adapted model in every layer, harmful and benign prompts, one panel per modality.
 
-    `lines` is `layers.similarity`'s; solid lines are raw cosines, dashed ones centred over prompts. Several seeds are averaged,
-    intervals too, and each seed is a thin line.
+    Solid lines are raw cosines, dashed ones centred over prompts. Several seeds are averaged, intervals too, and each seed is
+    a thin line.
     """
     adapted = last(lines)
-    raw = adapted[adapted["measure"].isin(["cosine", "cosine_centred"])]
-    figure, axes = _grid(raw, MODALITIES, 2.3)
-    with plt.style.context(STYLE):
-        for backbone, row in zip(sorted(raw["backbone"].unique()), axes, strict=True):
-            for group, axis in zip(MODALITIES, row, strict=True):
-                for kind, look in PROMPTS.items():
-                    for measure, style in (("cosine", "-"), ("cosine_centred", (0, (3, 2)))):
-                        of = raw[(raw[["backbone", "group", "kind", "measure"]] == [backbone, group, kind, measure]).all(axis=1)]
-                        _draw_line(axis, of, linestyle=style, **look)
-                axis.set_title(f"{group} prompts", loc="left", fontsize=7)
-            row[0].set_ylabel(f"{backbone}\ncosine (↓ moved further)")
-        handles = [plt.Line2D([], [], markersize=3, label=kind, **look) for kind, look in PROMPTS.items()]
-        handles += [
-            plt.Line2D([], [], color="#777777", linestyle=s, label=n) for n, s in (("raw", "-"), ("centred", (0, (3, 2))))
-        ]
-        axes[0][1].legend(handles=handles, frameon=False, ncols=2, fontsize=6, loc="center right", bbox_to_anchor=(1, 0.55))
-        for axis in axes[-1]:
-            axis.set_xlabel("block")
-        text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
-        mean = text.groupby(["kind", "layer"])["value"].mean()
-        layer = int(mean["difference"].idxmin())
-        apart = f"{mean['harmful'][layer]:.2f} against {mean['benign'][layer]:.2f}"
-        told = f"In words, harmful prompts moved further than benign ones, most in block {layer}: {apart}"
-        if mean["difference"].min() >= 0:
-            told = (
-                f"In words, harmful prompts moved no further than benign ones in any block; least apart in block {layer}: {apart}"
-            )
-        n = int(text.loc[text["kind"] != "difference", "n"].min())
-        note = f"last position; n = {n} prompts a line and seed; 95 % intervals over "
-        return _finish(
-            figure,
-            raw,
-            scale,
-            told,
-            note + "verb–object pairs; pictures: the reference is the parent's language weights behind the same eyes",
-        )
+    drawn = adapted[adapted["measure"].isin(list(COSINES))]
+    text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
+    n = int(text.loc[text["kind"] != "difference", "n"].min())
+    caption = _caption(
+        drawn, scale, "last position", f"n = {n} prompts a line and seed", "95 % intervals over verb–object pairs",
+        "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
+    )  # fmt: skip
+    rows = style.by_backbone(drawn, "cosine (↓ moved further)")
+    keys = style.handles(PROMPTS, linestyle="-", markersize=3)
+    keys += style.handles({name: dict(color="#777777", linestyle=dashes) for name, dashes in COSINES.values()})
+    with style.panels(rows, MODALITIES, 2.2, _moved_further(text), caption, "block", keys) as (figure, axes):
+        for (backbone, group, kind, measure), line in drawn.groupby(["backbone", "group", "kind", "measure"]):
+            if kind in PROMPTS and group in MODALITIES:
+                style.draw_line(axes[backbone, group], line, "layer", linestyle=COSINES[measure][1], **PROMPTS[kind])
+        for axis in axes.values():
+            axis.set_xticks(sorted(drawn["layer"].unique()))
+    return figure
 
 
-def along(lines: pd.DataFrame, scale: str) -> Figure:
+def _moved_further(text: pd.DataFrame) -> str:
+    mean = text.groupby(["kind", "layer"])["value"].mean()
+    layer = int(mean["difference"].idxmin())
+    apart = f"{mean['harmful'][layer]:.2f} against {mean['benign'][layer]:.2f}"
+    if mean["difference"].min() >= 0:
+        return f"In words, harmful prompts moved no further than benign ones in any block; least apart in block {layer}: {apart}"
+    return f"In words, harmful prompts moved further than benign ones, most in block {layer}: {apart}"
+
+
+def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     """F08: how much further harmful prompts have moved than benign ones, layer by checkpoint, one panel per modality.
 
     Values are differences of mean centred cosines, benign less harmful; where the interval excludes zero in every seed, a dot.
     """
-    of = lines[(lines["stage"] == "instruct") & (lines["measure"] == "cosine_centred") & (lines["kind"] == "difference")]
-    figure, axes = _grid(of, MODALITIES, 2.3)
-    bound = max(0.01, float((-of.groupby(["backbone", "group", "layer", "step"])["value"].mean()).abs().max()))
-    with plt.style.context(STYLE):
-        for backbone, row in zip(sorted(of["backbone"].unique()), axes, strict=True):
-            for group, axis in zip(MODALITIES, row, strict=True):
-                part = of[(of["backbone"] == backbone) & (of["group"] == group)]
-                shade = -part.pivot_table(index="layer", columns="step", values="value")
-                clear = part.assign(clear=(part["low"] > 0) | (part["high"] < 0)).groupby(["layer", "step"])["clear"].all()
-                image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound)
-                for (layer, step), sure in clear.items():
-                    if sure:
-                        axis.plot(list(shade.columns).index(step), layer, ".", color="black", markersize=2)
-                axis.set_xticks(range(shade.shape[1]), shade.columns)
-                axis.set_yticks(range(shade.shape[0]))
-                axis.set_title(f"{group} prompts", loc="left", fontsize=7)
-            row[0].set_ylabel(f"{backbone}\nblock")
-        for axis in axes[-1]:
-            axis.set_xlabel("step of stage 2")
-        figure.colorbar(image, ax=axes, shrink=0.9, label="harmful moved further →").outline.set_visible(False)
-        text = -of[of["group"] == "text"].groupby(["step", "layer"])["value"].mean().groupby("step").max()
-        half = text.index[(text >= text.max() / 2).to_numpy()][0]
-        told = f"In words, half of the gap between harmful and benign prompts is there by step {half}"
-        note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
-        return _finish(figure, of, scale, told, note)
+    gap = lines[(lines["stage"] == "instruct") & (lines["measure"] == "cosine_centred") & (lines["kind"] == "difference")]
+    gap = gap.assign(value=-gap["value"], clear=(gap["low"] > 0) | (gap["high"] < 0))
+    bound = max(0.01, float(gap.groupby(["backbone", "group", "layer", "step"])["value"].mean().abs().max()))
+    text = gap[gap["group"] == "text"].groupby(["step", "layer"])["value"].mean().groupby("step").min()
+    half = text.index[(text >= text.max() / 2).to_numpy()][0]
+    title = f"In words, half of the gap between harmful and benign prompts is there by step {half}"
+    note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
+    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note)
+    with style.panels(rows, MODALITIES, 2.2, title, caption, "step of stage 2") as (figure, axes):
+        for (backbone, group), axis in axes.items():
+            cells = gap[(gap["backbone"] == backbone) & (gap["group"] == group)]
+            shade = cells.pivot_table(index="layer", columns="step", values="value")
+            clear = cells.pivot_table(index="layer", columns="step", values="clear", aggfunc="all").to_numpy(bool)
+            image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound)
+            axis.plot(*np.nonzero(clear)[::-1], ".", color="black", markersize=2)
+            axis.set_xticks(range(shade.shape[1]), shade.columns)
+            axis.set_yticks(range(shade.shape[0]))
+        figure.colorbar(image, ax=figure.axes, shrink=0.9, label="harmful moved further →").outline.set_visible(False)
+    return figure
 
 
 def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFrame, scale: str) -> Figure:
@@ -112,172 +102,130 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     The search kept no single pairs, so the cosines have no interval; refusals have Wilson's. The bands are those tried with the
     last factor, the one that was used where a band was located.
     """
-    units = list(located.groupby(["backbone", "seed"]).groups)
-    with plt.style.context(STYLE):
-        size = (7.0, 0.7 + 1.6 * len(units))
-        figure, axes = plt.subplots(len(units), 3, figsize=size, squeeze=False, layout="constrained")
-        for unit, row in zip(units, axes, strict=True):
-            mine, tried, band = (
-                frame[(frame[["backbone", "seed"]] == list(unit)).all(axis=1)] for frame in (curves, scaling, located)
+    refused = scaling.groupby(["backbone", "seed"])["refusals"].max()
+    many = "–".join(map(str, sorted({refused.min(), refused.max()})))
+    title = f"A safety band is located in {located['located'].sum()} of {len(located)} parents, by {many} of "
+    title += f"{located['prompts'].max()} harmless prompts that are then refused"
+    note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, dotted: none is; "
+    rows = {unit: f"{unit[0]}\nseed {unit[1]}" for unit in located.groupby(["backbone", "seed"]).groups}
+    columns = {"pairs": "cosine of pairs", "gap": "angular gap, degrees", "refused": "harmless prompts refused, %"}
+    caption = _caption(located, scale, note + "95 % intervals over prompts")
+    with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
+        for unit in rows:
+            curve, tried, band = (
+                frame[(frame["backbone"] == unit[0]) & (frame["seed"] == unit[1])] for frame in (curves, scaling, located)
             )
             for name, (label, colour) in PAIRED.items():
-                row[0].plot(mine["layer"], mine[name], color=colour, marker="o", markersize=2, label=label)
-            row[1].plot(mine["layer"], mine["gap"], color="#000000", marker="o", markersize=2)
-            _draw_scaling(row[2], tried, int(band["prompts"].iloc[0]))
-            for axis in row[:2]:
-                axis.set_xticks(mine["layer"])
+                axes[unit, "pairs"].plot(curve["layer"], curve[name], color=colour, marker="o", markersize=2, label=label)
+            axes[unit, "gap"].plot(curve["layer"], curve["gap"], color="#000000", marker="o", markersize=2)
+            for axis in (axes[unit, "pairs"], axes[unit, "gap"]):
+                axis.set_xticks(curve["layer"])
                 if band["located"].iloc[0]:
                     axis.axvspan(*(band[["start", "end"]].iloc[0] - 0.5), color="#E69F00", alpha=0.2, linewidth=0)
-            row[0].set_ylabel(f"{unit[0]}\nseed {unit[1]}")
-        for axis, title in zip(axes[0], ("cosine of pairs", "angular gap, degrees", "harmless prompts refused, %"), strict=True):
-            axis.set_title(title, loc="left", fontsize=7)
-        for axis in axes[-1][:2]:
-            axis.set_xlabel("block")
-        axes[0][0].legend(frameon=False, fontsize=6, loc="center right")
-        refused = scaling.groupby(["backbone", "seed"])["refusals"].max()
-        n = located["prompts"].max()
-        told = f"A safety band is located in {located['located'].sum()} of {len(located)} parents, by "
-        told += f"{'–'.join(map(str, sorted({refused.min(), refused.max()})))} of {n} harmless prompts that are then refused"
-        note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, dotted: none is; "
-        return _finish(figure, located, scale, told, note + "95 % intervals over prompts")
+            _draw_scaling(axes[unit, "refused"], tried, int(band["prompts"].iloc[0]))
+        axes[unit, "pairs"].set_xlabel("block")
+        axes[unit, "gap"].set_xlabel("block")
+        axes[next(iter(rows)), "pairs"].legend(loc="center right")
+    return figure
 
 
 def _draw_scaling(axis: Any, tried: pd.DataFrame, n: int) -> None:
     """Refused harmless prompts, with each band scaled by the last factor that was tried."""
-    of = tried[tried["factor"] == tried["factor"].iloc[-1]].drop_duplicates(["start", "end"]).sort_values(["start", "end"])
-    share = (of["refusals"] / n).to_numpy()
+    bands = tried[tried["factor"] == tried["factor"].iloc[-1]].drop_duplicates(["start", "end"]).sort_values(["start", "end"])
+    share = (bands["refusals"] / n).to_numpy()
     bars = 100 * np.abs(np.array([wilson(value, n) for value in share]).T - share)
-    axis.errorbar(range(len(of)), 100 * share, bars, fmt="o", markersize=2, linewidth=0.7, color="#000000")
-    names = [f"[{start}, {end})" for start, end in zip(of["start"], of["end"], strict=True)]
-    axis.set_xticks(range(len(of)), names, rotation=90, fontsize=4)
+    axis.errorbar(range(len(bands)), 100 * share, bars, fmt="o", markersize=2, linewidth=0.7, color="#000000")
+    names = [f"[{start}, {end})" for start, end in zip(bands["start"], bands["end"], strict=True)]
+    axis.set_xticks(range(len(bands)), names, rotation=90, fontsize=4)
     axis.axhline(100 * tried["refusals"].iloc[0] / n, color="#777777", linewidth=0.7, linestyle=":")
 
 
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     """F10: the parent's blocks in the adapted model, by start and width of the band; random sets of as many blocks beside.
 
-    `lines` is `interventions.transplants`'s. Several seeds are averaged, intervals too. Starts that are located bands are filled.
+    Several seeds are averaged, intervals too. Starts that are located bands are filled.
     """
-    of = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
-    backbones, widths = sorted(of["backbone"].unique()), sorted(of["width"].unique())[:4]
-    with plt.style.context(STYLE):
-        size = (7.0, 0.8 + 3.6 * len(backbones))
-        figure, axes = plt.subplots(
-            len(SHOWN) * len(backbones), len(widths), figsize=size, squeeze=False, sharey="row", layout="constrained"
-        )
-        for place, row in enumerate(axes):
-            backbone, measure = backbones[place // len(SHOWN)], SHOWN[place % len(SHOWN)]
-            mine = lines[(lines["backbone"] == backbone) & (lines["measure"] == measure)]
-            for width, axis in zip(widths, row, strict=True):
-                _draw_patches(axis, mine, width, LINES[measure]["color"])
-                if place == 0:
-                    axis.set_title(f"{width} block{'s' if width > 1 else ''}", loc="left", fontsize=7)
-                axis.tick_params(labelbottom=place == len(axes) - 1)
-            row[0].set_ylabel(MEASURES[measure]["label"].replace("refusal of benign picture twins", "twin refusal"), fontsize=6)
-        for axis in axes[-1]:
-            axis.set_xlabel("first block")
-        band = of[(of["kind"] == "band") & (of["measure"] == "text_asr")].groupby(["width", "start"])["value"].mean()
-        best = band.idxmin()
-        adapted = (of["value"] - of["change"])[of["measure"] == "text_asr"].mean()
-        fall = f"{100 * adapted:.0f} to {100 * band.min():.0f} %"
-        told = f"The parent's blocks [{int(best[1])}, {int(best[1] + best[0])}) take text ASR from {fall}" + _beaten(of, *best)
-        note = "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; filled: located "
-        return _finish(figure, of, scale, told, note + "band\ndotted: adapted model; dashed: the parent behind the same eyes")
+    drawn = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
+    note = (
+        "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; filled: "
+    )
+    note += "located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
+    rows = {
+        (name, measure): f"{name}\n{MEASURES[measure]['label'].replace('refusal of benign picture twins', 'twin refusal')}"
+        for name in style.by_backbone(drawn)
+        for measure in SHOWN
+    }
+    columns = {width: f"{width} block{'s' if width > 1 else ''}" for width in sorted(drawn["width"].unique())[:4]}
+    caption = _caption(drawn, scale, note)
+    with style.panels(rows, columns, 0.9, _best_band(drawn), caption, "first block", sharey="row") as (figure, axes):
+        for ((backbone, measure), width), axis in axes.items():
+            own = style.percent(lines[(lines["backbone"] == backbone) & (lines["measure"] == measure)])
+            _draw_patches(axis, own, width, LINES[measure]["color"])
+            axis.tick_params(labelbottom=(backbone, measure) == list(rows)[-1])
+            axis.yaxis.label.set_fontsize(6)
+    return figure
 
 
-def _beaten(lines: pd.DataFrame, width: int, start: int) -> str:
-    """How many random sets lower text ASR as far as a band, in words; over all studies."""
-    of = lines[(lines["measure"] == "text_asr") & (lines["width"] == width)].set_index(["backbone", "seed"])
-    band, others = of.loc[(of["kind"] == "band") & (of["start"] == start), "value"], of.loc[of["kind"] == "random", "value"]
+def _best_band(lines: pd.DataFrame) -> str:
+    """The band that lowers text ASR most, and how many random sets of as many blocks lower it as far, over all studies."""
+    text = lines[lines["measure"] == "text_asr"]
+    bands = text[text["kind"] == "band"].groupby(["width", "start"])["value"].mean()
+    width, start = bands.idxmin()
+    fall = f"{100 * (text['value'] - text['change']).mean():.0f} to {100 * bands.min():.0f} %"
+    title = f"The parent's blocks [{int(start)}, {int(start + width)}) take text ASR from {fall}"
+    same = text[text["width"] == width].set_index(["backbone", "seed"])
+    band = same.loc[(same["kind"] == "band") & (same["start"] == start), "value"]
+    others = same.loc[same["kind"] == "random", "value"]
     if others.empty:
-        return ""
-    return f"; {int((others <= band.reindex(others.index)).sum())} of {len(others)} random sets do as well"
+        return title
+    return f"{title}; {int((others <= band.reindex(others.index)).sum())} of {len(others)} random sets do as well"
 
 
 def _draw_patches(axis: Any, lines: pd.DataFrame, width: int, colour: str) -> None:
-    of = lines[lines["width"] == width]
-    bands = of[of["kind"] == "band"].groupby("start").agg(
-        value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), located=("located", "any")
-    ) * [100, 100, 100, 1]  # fmt: skip
-    others = 100 * of[of["kind"] == "random"].groupby("patch")["value"].mean()
+    rows = lines[lines["width"] == width]
+    bands = rows[rows["kind"] == "band"].groupby("start").agg({"value": "mean", "low": "mean", "high": "mean", "located": "any"})
+    others = rows[rows["kind"] == "random"].groupby("patch")["value"].mean()
     axis.vlines(bands.index, bands["low"], bands["high"], color=colour, linewidth=0.8, alpha=0.6)
     axis.plot(bands.index, bands["value"], "o", color=colour, markersize=3.5, markerfacecolor="white")
-    marked = bands[bands["located"].astype(bool)]
-    axis.plot(marked.index, marked["value"], "o", color=colour, markersize=3.5)
+    located = bands[bands["located"].astype(bool)]
+    axis.plot(located.index, located["value"], "o", color=colour, markersize=3.5)
+    ticks = {start: f"{start:.0f}" for start in bands.index}
     if len(others):
-        spot = bands.index.max() + 1.6
-        axis.plot(spot + np.linspace(-0.35, 0.35, len(others)), others, "x", color="#777777", markersize=2.5, markeredgewidth=0.6)
-        axis.axvline(spot - 0.8, color="#CCCCCC", linewidth=0.5)
-    for kind, style in (("all", (0, (4, 2))), ("band", ":")):
-        height = lines[lines["kind"] == kind]
-        level = height["value"].mean() if kind == "all" else (height["value"] - height["change"]).mean()
-        axis.axhline(100 * level, color="#777777", linewidth=0.7, linestyle=style)
-    axis.set_xticks(
-        [*bands.index, *([spot] if len(others) else [])], [*map(int, bands.index), *(["random"] if len(others) else [])]
-    )
+        right = bands.index.max() + 1.6
+        axis.plot(
+            right + np.linspace(-0.35, 0.35, len(others)), others, "x", color="#777777", markersize=2.5, markeredgewidth=0.6
+        )
+        axis.axvline(right - 0.8, color="#CCCCCC", linewidth=0.5)
+        ticks[right] = "random"
+    adapted = (lines["value"] - lines["change"])[lines["kind"] == "band"].mean()
+    for level, dashes in ((lines.loc[lines["kind"] == "all", "value"].mean(), (0, (4, 2))), (adapted, ":")):
+        axis.axhline(level, color="#777777", linewidth=0.7, linestyle=dashes)
+    axis.set_xticks(list(ticks), list(ticks.values()))
 
 
 def objectives(vectors: pd.DataFrame, gradients: pd.DataFrame, scale: str) -> Figure:
     """F11: do safety and stage 2 want the same? Task vectors left, gradients at points of the training right.
 
-    `vectors` and `gradients` are `layers`' tables; several seeds are averaged, intervals too.
+    Several seeds are averaged, intervals too.
     """
-    steps = sorted(gradients["step"].unique())
-    figure, axes = _grid(gradients, ["task vectors", *steps], 2.1)
-    with plt.style.context(STYLE):
-        for backbone, row in zip(sorted(gradients["backbone"].unique()), axes, strict=True):
-            mine = vectors[vectors["backbone"] == backbone]
-            chance = mine["chance"].mean()
-            row[0].axhspan(-chance, chance, color="#DDDDDD", linewidth=0)
-            for pair, (label, colour) in PAIRS.items():
-                _draw_line(row[0], mine[mine["pair"] == pair], color=colour, marker="o", label=label)
-            for step, axis in zip(steps, row[1:], strict=True):
-                for kind, (label, look) in TASKS.items():
-                    of = (gradients["backbone"] == backbone) & (gradients["step"] == step) & (gradients["kind"] == kind)
-                    _draw_line(axis, gradients[of], label=label, **look)
-                axis.set_title(f"gradients, step {step}", loc="left", fontsize=7)
-                axis.set_ylim(-0.3, 1.05)
-            row[0].set_title("task vectors", loc="left", fontsize=7)
-            row[0].set_ylabel(f"{backbone}\ncosine")
-        handles = [handle for axis in axes[0][:2] for handle in axis.get_legend_handles_labels()[0]]
-        figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=6)
-        for axis in axes.flat:
+    both = gradients[gradients["kind"] == "both"]
+    near = ", near a right angle" if both["value"].abs().max() < 0.2 else ""
+    title = f"Gradients of stage 2 and of safety rows: cosine {both['value'].min():+.2f} to {both['value'].max():+.2f}{near}"
+    note = "grey: what random vectors reach; two batches of one task: what noise leaves of 1; 95 % intervals over batches"
+    steps = {step: f"gradients, step {step}" for step in sorted(gradients["step"].unique())}
+    keys = style.handles(dict(VECTORS.values()), linestyle="-") + style.handles(dict(TASKS.values()))
+    rows, caption = style.by_backbone(gradients, "cosine"), _caption(gradients, scale, note)
+    with style.panels(rows, {"vectors": "task vectors", **steps}, 2.0, title, caption, handles=keys) as (figure, axes):
+        for (backbone, column), axis in axes.items():
             axis.axhline(0, color="#777777", linewidth=0.5)
-        both = gradients[gradients["kind"] == "both"]
-        reach = f"cosine {both['value'].min():+.2f} to {both['value'].max():+.2f}"
-        near = ", near a right angle" if both["value"].abs().max() < 0.2 else ""
-        told = f"Gradients of stage 2 and of safety rows: {reach}{near}"
-        note = "grey: what random vectors reach; two batches of one task: what noise leaves of 1; 95 % intervals over batches"
-        return _finish(figure, gradients, scale, told, note)
-
-
-def _grid(frame: pd.DataFrame, columns: Sequence[Any], height: float) -> tuple[Figure, np.ndarray]:
-    """Panels, a row per backbone; one column's figure is 7 inches wide."""
-    rows = frame["backbone"].nunique()
-    with plt.style.context(STYLE):
-        return plt.subplots(rows, len(columns), figsize=(7.0, 0.7 + height * rows), squeeze=False, layout="constrained",
-                            sharey=False)  # fmt: skip
-
-
-def _draw_line(axis: Any, lines: pd.DataFrame, **look: Any) -> None:
-    """Mean over seeds by layer with the interval (mean too), and each seed as a thin line where there are several."""
-    by = lines.groupby("layer")
-    mean = by["value"].mean()
-    if {"low", "high"} <= set(lines):
-        axis.fill_between(mean.index, by["low"].mean(), by["high"].mean(), color=look["color"], alpha=0.15, linewidth=0)
-    if lines["seed"].nunique() > 1:
-        for _, of in lines.groupby("seed"):
-            axis.plot(of["layer"], of["value"], color=look["color"], linewidth=0.4, alpha=0.5)
-    axis.plot(mean.index, mean, markersize=2.5, linewidth=1.2, **look)
-    axis.set_xticks(mean.index)
-
-
-def _finish(figure: Figure, frame: pd.DataFrame, scale: str, told: str, note: str) -> Figure:
-    """Takeaway above, condition below."""
-    figure.suptitle(told, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-    several = "means over seeds; " if frame["seed"].nunique() > 1 else ""
-    caption = f"{origin(scale)}, seeds {seeds}; {several}{note}"
-    figure.supxlabel(caption, x=0.01, ha="left", ma="left", fontsize=5.5, color="#555555", wrap=True)
-    plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+            if column == "vectors":
+                lines, key, looks = vectors[vectors["backbone"] == backbone], "pair", VECTORS
+                chance = lines["chance"].mean()
+                axis.axhspan(-chance, chance, color="#DDDDDD", linewidth=0)
+            else:
+                lines, key, looks = gradients[(gradients["backbone"] == backbone) & (gradients["step"] == column)], "kind", TASKS
+                axis.set_ylim(-0.3, 1.05)
+            for name, (_, look) in looks.items():
+                style.draw_line(axis, lines[lines[key] == name], "layer", **look)
+            axis.set_xticks(sorted(lines["layer"].unique()))
     return figure

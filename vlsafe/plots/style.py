@@ -1,15 +1,20 @@
-"""The look of every figure: style sheet, colours and markers per kind of model, captions, files."""
+"""What all figures share: style sheet, colours and markers, the frame around panels, lines and points with intervals, files."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 STYLE = Path(__file__).parent / "vlsafe.mplstyle"
 # Okabe and Ito's colours: told apart by colour-blind readers, and by grey value together with the line style.
@@ -33,6 +38,39 @@ KINDS: dict[str, dict[str, Any]] = {
     "ensemble": dict(color="#56B4E9", marker="X"),
     "checkpoint": dict(color="#777777", marker="."),
 }
+DOTTED = dict(linewidth=0.7, linestyle=(0, (1, 3)))
+
+
+@contextmanager
+def panels(
+    rows: Mapping[Any, str], columns: Mapping[Any, str], inches: float, title: str, caption: str, xlabel: str = "",
+    handles: Sequence[Any] = (), **options: Any,
+) -> Iterator[tuple[Figure, dict[tuple[Any, Any], Any]]]:  # fmt: skip
+    """A figure and its panels by row and column, to be drawn in the body of `with`: takeaway above, conditions below.
+
+    `rows` are the labels of the y axes, `columns` the titles of the top panels, `handles` a legend on the right.
+
+    Units:    `inches` is the height of one row; a figure is 7 inches wide
+    """
+    with plt.style.context(STYLE):
+        size = (7.0, 0.9 + inches * len(rows))
+        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained", **options)
+        for row, text in zip(axes, rows.values(), strict=True):
+            row[0].set_ylabel(text)
+        for top, bottom, text in zip(axes[0], axes[-1], columns.values(), strict=True):
+            top.set_title(text)
+            bottom.set_xlabel(xlabel)
+        if handles:
+            figure.legend(handles=handles, loc="outside right center")
+        figure.suptitle(textwrap.fill(title, 95), x=0.01, ha="left")
+        figure.supxlabel(textwrap.fill(caption, 150), x=0.01, ha="left", ma="left", color="#555555")
+        yield figure, dict(zip(itertools.product(rows, columns), axes.flat, strict=True))
+        plt.close(figure)  # else a notebook shows it twice: as the cell's value and as an open figure
+
+
+def by_backbone(frame: pd.DataFrame, ylabel: str = "") -> dict[str, str]:
+    """Rows of panels: one per backbone, named above what its y axis shows."""
+    return {name: f"{name}\n{ylabel}".rstrip() for name in sorted(frame["backbone"].unique())}
 
 
 def origin(scale: str) -> str:
@@ -40,23 +78,94 @@ def origin(scale: str) -> str:
     return f"{'miniature: a synthetic world, ' if scale == 'mini' else ''}scale {scale}"
 
 
-def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str, told: Mapping[str, Any] | None = None) -> Sequence[Path]:
+def caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
+    """World, scale and seeds of what is drawn, and what else the reader must know."""
+    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
+    return "; ".join([f"{origin(scale)}, seeds {seeds}", *filter(None, notes)])
+
+
+def several_seeds(frame: pd.DataFrame) -> bool:
+    """Whether there is something to average over."""
+    return frame["seed"].nunique() > 1
+
+
+def band(frame: pd.DataFrame) -> str:
+    """What the band around a line is that `draw_line` draws with `seed_range`."""
+    return "range over seeds" if several_seeds(frame) else "95 % interval, clustered by verb–object pair"
+
+
+def percent(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame with its rates and their intervals in percent."""
+    rates = frame.filter(regex=r"^(value|change|low|high|(\w*asr|helpfulness|twin_refusal)(_low|_high)?)$").columns
+    return frame.assign(**{name: 100 * frame[name] for name in rates})
+
+
+def handles(looks: Mapping[str, Mapping[str, Any]], **options: Any) -> list[Line2D]:
+    """Legend entries, by default markers without a line."""
+    return [Line2D([], [], label=name, **{"linestyle": "", "markersize": 4, **options, **look}) for name, look in looks.items()]
+
+
+def draw_line(axis: Any, rows: pd.DataFrame, x: str, seed_range: bool = False, **look: Any) -> None:
+    """The mean over seeds against `x` with its band, and a thin line for each seed where there are several.
+
+    The band is the interval of the items, mean over seeds; with `seed_range` and several seeds it is their range instead.
+    """
+    by = rows.groupby(x)
+    mean, several = by["value"].mean(), several_seeds(rows)
+    if seed_range and several:
+        axis.fill_between(mean.index, by["value"].min(), by["value"].max(), color=look["color"], alpha=0.12, linewidth=0)
+    elif {"low", "high"} <= set(rows):
+        axis.fill_between(mean.index, by["low"].mean(), by["high"].mean(), color=look["color"], alpha=0.12, linewidth=0)
+    for _, line in rows.groupby("seed") if several else ():
+        axis.plot(line[x], line["value"], color=look["color"], linewidth=0.4, alpha=0.5)
+    axis.plot(mean.index, mean, **{"markersize": 2.5, "linewidth": 1.2, **look})
+
+
+def draw_points(axis: Any, rows: pd.DataFrame, x: str, y: str, size: float, bars: bool = True, **look: Any) -> None:
+    """Points with intervals both ways, from the columns `x`, `x_low`, `x_high` and the same of `y`."""
+    if bars:
+        line = dict(color=look["color"], linewidth=0.7, alpha=0.6)
+        axis.hlines(rows[y], rows[f"{x}_low"], rows[f"{x}_high"], **line)
+        axis.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **line)
+    axis.plot(rows[x], rows[y], markersize=size, linestyle="", **look)
+
+
+def label_right(axis: Any, labels: Iterable[tuple[str, float, float, str]], gap: float, size: float = 5.5) -> None:
+    """Texts at the right edge, in the order of their points' heights and at least `gap` apart, each tied to its point.
+
+    A label is (text, x, y, colour).
+    """
+    ordered = sorted(labels, key=lambda label: (label[2], label[1]))
+    for (text, x, y, colour), height in zip(ordered, spread([label[2] for label in ordered], gap), strict=True):
+        axis.annotate(
+            text, (x, y), xytext=(1.03, height), textcoords=axis.get_yaxis_transform(), va="center", fontsize=size, color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, alpha=0.5, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def label_ends(axis: Any, rates: pd.DataFrame, x: str, names: Mapping[str, str], gap: float) -> None:
+    """Name the lines of LINES at their right ends."""
+    last = rates[rates[x] == rates[x].max()].groupby("measure").agg(x=(x, "max"), y=("value", "mean"))
+    label_right(axis, [(names[m], *last.loc[m], LINES[m]["color"]) for m in LINES if m in last.index], gap, size=6)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Places near ascending heights, in their order and at least `gap` apart: each is pushed up by the one below."""
+    return list(itertools.accumulate(heights, lambda below, height: max(height, below + gap)))
+
+
+def write(
+    figure: Figure, frame: pd.DataFrame, folder: Path, name: str, provenance: Mapping[str, Any] | None = None
+) -> Sequence[Path]:
     """A PNG for the eye, a PDF for the paper, a CSV for the sceptic; no time stamp, so equal data give equal files.
 
-    `told` is the picture's provenance, which goes into both pictures' metadata.
+    `provenance` goes into both pictures' metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(told, sort_keys=True) if told else None
+    text = json.dumps(provenance, sort_keys=True) if provenance else None
     figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None, "Title": name, "Description": text})
-    made = {"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}", "Title": name, "Keywords": text}
-    figure.savefig(folder / f"{name}.pdf", metadata=made)
+    producer = f"matplotlib {matplotlib.__version__}"
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": producer, "Title": name, "Keywords": text})
     frame.round(4).to_csv(folder / f"{name}.csv", index=False)
     return [folder / f"{name}{suffix}" for suffix in (".png", ".pdf", ".csv")]
-
-
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places near the wanted ones, in their order and at least `gap` apart: each is pushed up by the one below."""
-    placed: list[float] = []
-    for place in wanted:
-        placed.append(max(place, placed[-1] + gap) if placed else place)
-    return placed

@@ -113,7 +113,7 @@ def _tuning(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
     tuned = tuning.methods(found["raw"], found["tried"])
     plane, refused = tuning.plane(tuned), tuning.refusals(found["raw"])
     drawn = {
-        "F05_tradeoff": (plots_tuning.plane(plane, scale), plane),
+        "F05_tradeoff": (plots_tuning.tradeoff(plane, scale), plane),
         "F06_exaggerated_refusal": (plots_tuning.refusals(refused, scale), refused),
     }
     written: Written = {
@@ -142,7 +142,7 @@ def _probing(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dr
     gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
     drawn = {
         "F07_layer_similarity": (plots_probing.similarity(similar, scale), analysis_probing.last(similar)),
-        "F08_layers_over_steps": (plots_probing.along(similar, scale), gap[gap["stage"] == "instruct"]),
+        "F08_layers_over_steps": (plots_probing.similarity_over_steps(similar, scale), gap[gap["stage"] == "instruct"]),
         "F09_localisation": (plots_probing.localisation(found["curves"], found["scaling"], located, scale), found["curves"]),
         "F10_transplants": (plots_probing.transplants(patched, scale), patched),
         "F11_objectives": (plots_probing.objectives(vectors, gradients, scale), gradients),
@@ -194,13 +194,13 @@ INSIDE = {
 def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Drawn]:
     """T08, T09, F00, F14 and F15."""
     laid, lines = claims.prepared(found), degradation.everything(found["raw"])
-    ledger, points = claims.ledger(laid), plots_claims.path(lines)
+    ledger, points = claims.ledger(laid), plots_claims.lineage_points(lines)
     wide = agreement.verdicts(found["raw"])
     judged, pairs = agreement.rates(wide), agreement.pairs(wide)
     drawn = {
         "F14_claims": (plots_claims.forest(ledger, scale), ledger),
         "F15_judges": (plots_claims.judges(judged, pairs, scale), judged),
-        "F00_answer": (plots_claims.answer(points, scale), points),
+        "F00_answer": (plots_claims.lineage(points, scale), points),
     }
     written: Written = {
         "T08_models": (
@@ -218,10 +218,10 @@ def _claims(found: Mapping[str, pd.DataFrame], scale: str) -> tuple[Written, Dra
             ledger,
             "T09. What the paper claims, what was measured, how sure we are; in points",
             analysis_claims.sheet(ledger),
-            "These models: items are the sample, Holm over the claims of a backbone; this recipe: seeds are the sample, "
+            "Item-level: items are the sample, Holm over the claims of a backbone; seed-level: seeds are the sample, "
             "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand.",
         ),
-        "T09_by_seed": (analysis_claims.by_seed(laid), "T09. Each seed by itself, in fractions: verdicts on its models alone"),
+        "T09_by_seed": (analysis_claims.by_seed(laid), "T09. Each seed by itself, in fractions: item-level verdicts alone"),
         "T09_parts": (analysis_claims.every_part(laid), "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
         "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
     }  # fmt: skip
