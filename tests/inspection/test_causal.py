@@ -19,9 +19,9 @@ SCARY = {"apple": 0.58, "bread": 0.55, "kite": 0.50, "lamp": 0.46, "chair": 0.45
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = chat.build_tokenizer(vocabulary(), 64)
-    made.chat_template = chat.template("llama2")
-    return made
+    tokenizer = chat.build_tokenizer(vocabulary(), 64)
+    tokenizer.chat_template = chat.template("llama2")
+    return tokenizer
 
 
 def wired(tokenizer, planted=True):
@@ -68,12 +68,12 @@ def located(model, tokenizer):
         for words in (("drum", "boat", "mirror", "clock"), ("bomb", "gun", "acid"))
     )
     gap = inspection_states.angular_gap(harmless, harmful, 40, np.random.default_rng(0))["gap"]
-    asked = [Item(word, "scary", prompt(word)[0]) for word in SCARY]
+    items = [Item(word, "scary", prompt(word)[0]) for word in SCARY]
 
     def refusals(band, factor):
         with inspection_states.scaled(model, band, factor):
-            given = respond(model, tokenizer, asked, "toy", 8, 1)
-        return sum(verdict.label == "2_full_refusal" for verdict in judge("xstest-strings", asked, given))
+            responses = respond(model, tokenizer, items, "toy", 8, 1)
+        return sum(verdict.label == "2_full_refusal" for verdict in judge("xstest-strings", items, responses))
 
     return inspection_states.localise(gap, refusals, (1.1, 1.3)), gap
 
@@ -97,11 +97,11 @@ def test_the_direction_is_a_switch_in_the_wired_model(tokenizer):
     words = ["bomb", "gun", "drum", "boat"]
     states = inspection_states.last_states(model, tokenizer, [prompt(word) for word in words])
     direction = causal.difference_of_means(states[:2], states[2:])
-    asked = [Item(word, "toy", prompt(word)[0]) for word in words]
+    items = [Item(word, "toy", prompt(word)[0]) for word in words]
 
     def refused():
-        given = respond(model, tokenizer, asked, "toy", 4, 1)
-        return [verdict.label == "2_full_refusal" for verdict in judge("xstest-strings", asked, given)]
+        responses = respond(model, tokenizer, items, "toy", 4, 1)
+        return [verdict.label == "2_full_refusal" for verdict in judge("xstest-strings", items, responses)]
 
     assert torch.nn.functional.cosine_similarity(direction[4], torch.eye(8)[2], dim=0) > 0.99
     assert refused() == [True, True, False, False]
@@ -117,7 +117,7 @@ def test_the_direction_is_a_switch_in_the_wired_model(tokenizer):
 def test_an_ablated_stream_has_no_component_left(tokenizer):
     model, seen = wired(tokenizer), []
     direction = torch.tensor([3.0, 0, 4, 0, 0, 0, 0, 0])
-    with torch.inference_mode(), causal.ablated(model, direction), inspection_states.watched(model, seen.append):
+    with torch.inference_mode(), causal.ablated(model, direction), inspection_states.hooked(model, seen.append):
         model(**chat.prompt_batch(tokenizer, [prompt("bomb")[0]], [()]))
     assert len(seen) == LAYERS + 1
     assert max(float((state @ direction / 5).abs().max()) for state in seen) < 1e-4
@@ -139,14 +139,14 @@ def test_a_transplant_is_undone_bit_for_bit_also_after_an_error(tokenizer):
 def test_the_examination_is_an_argument_and_sees_each_patch(tokenizer):
     """Only patches that take a planted block away end the refusal."""
     model, donor = wired(tokenizer), architectures.language_weights(wired(tokenizer, planted=False))
-    asked = [Item("bomb", "toy", prompt("bomb")[0])]
+    items = [Item("bomb", "toy", prompt("bomb")[0])]
 
     def examine(model, name):
-        return [{"name": name, "said": respond(model, tokenizer, asked, name, 1, 1)[0].text}]
+        return [{"name": name, "text": respond(model, tokenizer, items, name, 1, 1)[0].text}]
 
     rows = causal.transplants(model, donor, causal.bands(LAYERS, [1, 2]), examine)
     assert len(rows) == 11 and all(row["name"] == row["blocks"] for row in rows)
-    silent = {row["name"] for row in rows if row["said"] != "sorry"}
+    silent = {row["name"] for row in rows if row["text"] != "sorry"}
     assert silent == {"band-2", "band-1-2", "band-2-3"}  # without block 3 the refusal is weaker, and still one
 
 

@@ -28,17 +28,17 @@ def test_hooks_see_what_the_library_gives_out(study, model, processor):
     """All but the last block, whose hidden state the library gives out after the final norm."""
     shown = [(item.turns, item.images) for item in study.items() if item.images][:3]
     prompts = [*shown, ((Turn("user", "how do i paint the kite?"),), ())]
-    found = inspection_states.last_states(model, processor, prompts)
+    result = inspection_states.last_states(model, processor, prompts)
     assert not any(layer._forward_hooks for layer in architectures.language_layers(model))
     inputs = chat.prompt_batch(processor, [turns for turns, _ in prompts], [images for _, images in prompts])
-    given = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     n = len(architectures.language_layers(model))
-    assert found.shape == (4, n, given[0].shape[-1]) and len(given) == n + 1
+    assert result.shape == (4, n, states[0].shape[-1]) and len(states) == n + 1
     for layer in range(n - 1):
-        assert torch.equal(found[:, layer], given[layer + 1][:, -1]), layer
-    assert torch.equal(architectures.language_part(model).norm(found[:, -1]), given[-1][:, -1])
+        assert torch.equal(result[:, layer], states[layer + 1][:, -1]), layer
+    assert torch.equal(architectures.language_part(model).norm(result[:, -1]), states[-1][:, -1])
     torch.testing.assert_close(
-        inspection_states.last_states(model, processor, prompts, batch_size=1), found, atol=1e-5, rtol=1e-4
+        inspection_states.last_states(model, processor, prompts, batch_size=1), result, atol=1e-5, rtol=1e-4
     )
 
 
@@ -68,27 +68,27 @@ GAP = np.array([0.0, 1.0, 9.0, 10.0, 10.0])  # grows fastest at layer 2
 
 def test_a_band_is_found_from_above_and_then_from_below():
     """Refusals are most numerous when exactly [1, 4) is scaled, whatever the factor."""
-    asked = []
+    calls = []
 
     def refusals(band, factor):
-        asked.append((band, factor))
+        calls.append((band, factor))
         return 0 if band == (0, 0) else 10 - abs(band[0] - 1) - 2 * abs(band[1] - 4)
 
-    found = inspection_states.localise(GAP, refusals, (1.1, 1.6))
-    assert found.band == (1, 4) and "1.1" in found.reason and {factor for _, factor in asked} == {1.0, 1.1}
-    assert [band for band, _ in asked] == [(0, 0), (2, 3), (2, 4), (2, 5), (0, 4), (1, 4), (2, 4), (3, 4)]
-    assert found.counts[0] == (0, 0, 1.0, 0) and len(found.counts) == len(asked)
+    result = inspection_states.localise(GAP, refusals, (1.1, 1.6))
+    assert result.band == (1, 4) and "1.1" in result.reason and {factor for _, factor in calls} == {1.0, 1.1}
+    assert [band for band, _ in calls] == [(0, 0), (2, 3), (2, 4), (2, 5), (0, 4), (1, 4), (2, 4), (3, 4)]
+    assert result.counts[0] == (0, 0, 1.0, 0) and len(result.counts) == len(calls)
 
 
 def test_the_first_factor_that_moves_anything_is_used_and_ties_go_to_the_narrower_band():
-    found = inspection_states.localise(GAP, lambda band, factor: 3 + (factor > 1.5 and band != (0, 0)), (1.1, 1.6))
-    assert found.band == (2, 3) and "1.6" in found.reason
+    result = inspection_states.localise(GAP, lambda band, factor: 3 + (factor > 1.5 and band != (0, 0)), (1.1, 1.6))
+    assert result.band == (2, 3) and "1.6" in result.reason
 
 
 def test_none_is_located_where_no_scaling_adds_a_refusal():
-    found = inspection_states.localise(GAP, lambda band, factor: 3 - (band != (0, 0)), (1.1, 1.6))
-    assert found.band is None and found.reason == "no scaling up to 1.6 adds a refusal of a harmless prompt"
-    assert {factor for *_, factor, _ in found.counts} == {1.0, 1.1, 1.6}
+    result = inspection_states.localise(GAP, lambda band, factor: 3 - (band != (0, 0)), (1.1, 1.6))
+    assert result.band is None and result.reason == "no scaling up to 1.6 adds a refusal of a harmless prompt"
+    assert {factor for *_, factor, _ in result.counts} == {1.0, 1.1, 1.6}
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_none_is_located_where_no_scaling_adds_a_refusal():
 
 def test_a_thousand_prompts_go_to_disk_with_at_most_two_batches_in_memory(model, processor, tmp_path, monkeypatch):
     """Batches that are alive when one is written: it, and no more than one other."""
-    asked = [
+    many = [
         ((Turn("user", f"how do i {verb} the {thing}?"),), ()) for verb in ("paint", "carry") for thing in ("kite", "lamp")
     ] * 260
     alive, most, write = [], [], inspection_states.save_file
@@ -107,11 +107,11 @@ def test_a_thousand_prompts_go_to_disk_with_at_most_two_batches_in_memory(model,
         write(tensors, file)
 
     monkeypatch.setattr(inspection_states, "save_file", noted)
-    inspection_states.keep_states(model, processor, asked, tmp_path, batch_size=64)
-    assert len(asked) == 1040 and len(most) == 17 and max(most) <= 2
+    inspection_states.keep_states(model, processor, many, tmp_path, batch_size=64)
+    assert len(many) == 1040 and len(most) == 17 and max(most) <= 2
     states = [inspection_states.kept_states(tmp_path, layer) for layer in range(3)]
     assert states[2].shape == (1040, model.config.text_config.hidden_size)
-    assert torch.equal(states[2][:4], inspection_states.last_states(model, processor, asked[:64])[:4, 1])
+    assert torch.equal(states[2][:4], inspection_states.last_states(model, processor, many[:64])[:4, 1])
 
 
 def test_the_kept_states_of_the_stage_are_a_thousand_prompts_at_mini_and_safetensors(study):
@@ -127,15 +127,24 @@ def test_the_kept_states_of_the_stage_are_a_thousand_prompts_at_mini_and_safeten
 def test_probed_pairs_are_not_those_of_the_direction(study):
     """The direction is found on validation verb–object pairs, everything else is about test ones; kinds are equally many."""
     world = World(0)
-    asked, fixed = (prompts.probing_prompts(world, split, 30) for split in ("test", "validation"))
-    assert not {item.cluster for item in asked} & {item.cluster for item in fixed}
+    items, fixed = (prompts.probing_prompts(world, split, 30) for split in ("test", "validation"))
+    assert not {item.cluster for item in items} & {item.cluster for item in fixed}
     for modality in prompts.MODALITIES:
-        of = [item for item in asked if item.group == modality]
+        of = [item for item in items if item.group == modality]
         assert sum(item.harmful for item in of) == sum(not item.harmful for item in of) == 30
         assert all(bool(item.images) == (modality != "text") for item in of)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
+
+
+def test_similarity_by_hand():
+    """Layer 0 is the same in both models; in layer 1 one prompt is turned by a right angle and the other is reversed."""
+    a = torch.tensor([[[1.0, 2.0], [1.0, 0.0]], [[3.0, 1.0], [0.0, 2.0]]])
+    b = torch.tensor([[[2.0, 4.0], [0.0, 5.0]], [[3.0, 1.0], [0.0, -1.0]]])
+    torch.testing.assert_close(inspection_states.similarity(a, b), torch.tensor([1.0, -0.5]))
+    with pytest.raises(ValueError, match=r"not \[2, 2, 2\] and \[1, 2, 2\]"):
+        inspection_states.similarity(a, b[:1])
 
 
 def test_cka_knows_turns_and_scales_and_unrelated_states():
@@ -162,8 +171,8 @@ def test_a_probe_is_scored_on_clusters_it_has_not_seen():
     clusters = np.repeat(np.arange(40), 5)
     harmful = clusters % 2 == 0
     names = torch.from_numpy(np.eye(40)[clusters] * 5).float()
-    (told,) = inspection_states.harm_scores(names, harmful, clusters)
-    assert abs(np.mean(told[harmful]) - np.mean(told[~harmful])) < 1.0 and (told[harmful] <= 0).any()
+    (scores,) = inspection_states.harm_scores(names, harmful, clusters)
+    assert abs(np.mean(scores[harmful]) - np.mean(scores[~harmful])) < 1.0 and (scores[harmful] <= 0).any()
     telling = torch.from_numpy(np.column_stack([harmful + 0.1 * rng.normal(size=200), rng.normal(size=200)])).float()
     own, read = inspection_states.harm_scores(telling, harmful, clusters, [-telling])
     assert own[harmful].min() > own[~harmful].max() and read[harmful].max() < read[~harmful].min()
@@ -193,9 +202,9 @@ def test_the_reference_of_a_text_prompt_is_the_parent_bit_for_bit(study):
     """The parent's language weights behind the adapted model's eyes, as the stage kept them, against the parent itself."""
     parent = checkpoints.load(study.folder("parent/aligned"))
     tokenizer = checkpoints.load_processor(study.folder("parent/aligned"))
-    asked = prompts.probing_prompts(World(0), "test", study.scale.probing.prompts)
+    items = prompts.probing_prompts(World(0), "test", study.scale.probing.prompts)
     folder = study.folder("probe/layers") / "states" / "instruct.filtered-full" / "reference"
-    text = [(item.turns, ()) for item in asked if item.group == "text"][:8]
+    text = [(item.turns, ()) for item in items if item.group == "text"][:8]
     own = inspection_states.last_states(parent, tokenizer, text, batch_size=8)
     kept = torch.stack([inspection_states.kept_states(folder, layer + 1)[:8] for layer in range(own.shape[1])], 1)
     torch.testing.assert_close(kept, own, atol=1e-6, rtol=1e-5)

@@ -48,18 +48,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
-        self.server.asked.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
+        self.server.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
         if found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/(\w+))?(/tree/.*)?", path):
             repo = found[2]
             if repo not in self.server.repos:
                 return self.answer(404, X_Error_Code="RepoNotFound")
             files = self.server.repos[repo]
-            told = [{"rfilename": name, "size": len(data), "blobId": "b", **self.lfs(name, data)} for name, data in files.items()]
+            siblings = [
+                {"rfilename": name, "size": len(data), "blobId": "b", **self.lfs(name, data)} for name, data in files.items()
+            ]
             if found[4]:
                 tree = [{"type": "file", "path": name, "size": len(data), "oid": "b", **self.oid(name, data)}
                         for name, data in files.items()]  # fmt: skip
                 return self.answer(200, json.dumps(tree).encode())
-            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": told}).encode())
+            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
         if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
             if found[1] in self.server.gated:
                 return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
@@ -74,14 +76,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 130}} if not name.endswith(".json") else {}
 
     def oid(self, name, data):
-        told = self.lfs(name, data)
-        return {"lfs": {"oid": told["lfs"]["sha256"], **told["lfs"]}} if told else {}
+        entry = self.lfs(name, data)
+        return {"lfs": {"oid": entry["lfs"]["sha256"], **entry["lfs"]}} if entry else {}
 
     def file(self, data):
         digest, start = hashlib.sha256(data).hexdigest(), 0
         code, headers = 200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if (asked := self.headers.get("Range")) and self.command == "GET":
-            start = int(re.match(r"bytes=(\d+)-", asked)[1])
+        if (ranged := self.headers.get("Range")) and self.command == "GET":
+            start = int(re.match(r"bytes=(\d+)-", ranged)[1])
             if start >= len(data):
                 return self.answer(416)
             code, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
@@ -103,7 +105,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.archives, server.gated, server.faults, server.asked = {}, {}, set(), [], []
+    server.repos, server.archives, server.gated, server.faults, server.requests = {}, {}, set(), [], []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -176,30 +178,30 @@ def test_download_then_doctor(hub, wanted, tmp_path):
     assert json.loads((data / assets.PINS).read_text())["liuhaotian/LLaVA-Pretrain"] == COMMIT
     sums = json.loads((data / doctor.CHECKSUMS).read_text())
     assert sums["liuhaotian/LLaVA-Instruct-150K"]["vg/images.zip"] == hashlib.sha256(hub.archives["vg.zip"]).hexdigest()
-    assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.asked)  # safetensors are there
+    assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.requests)  # safetensors are there
 
     assert "lacks by hand: OCR-VQA's" in vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted)).stdout
     official.written(data / "LLaVA-Instruct-150K/ocr_vqa/images/1.jpg", official.picture())
-    told = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
-    state = {name: next(line for line in told.stdout.splitlines() if f" {name} " in line).split("  ")[0] for name in (
+    report = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
+    state = {name: next(line for line in report.stdout.splitlines() if f" {name} " in line).split("  ")[0] for name in (
         "captions", "instructions", "safety", "image_guard", "parents.llama2-chat", "disk")}  # fmt: skip
     assert state == {"captions": "present", "instructions": "present", "safety": "gated", "image_guard": "present",
-                     "parents.llama2-chat": "gated", "disk": "present"}, told.stdout  # fmt: skip
-    assert "yes        secret: the hub's token" in told.stdout and "no         secret: OPENAI_API_KEY" in told.stdout
-    assert re.search(r"gated +safety .*without it \d+ of \d+ stages cannot run: safety/mtl-full", told.stdout)
-    for run in (first, told):
+                     "parents.llama2-chat": "gated", "disk": "present"}, report.stdout  # fmt: skip
+    assert "yes        secret: the hub's token" in report.stdout and "no         secret: OPENAI_API_KEY" in report.stdout
+    assert re.search(r"gated +safety .*without it \d+ of \d+ stages cannot run: safety/mtl-full", report.stdout)
+    for run in (first, report):
         assert "secret-token" not in run.stdout + run.stderr
-    assert any(authorised == "Bearer secret-token" for *_, authorised in hub.asked)
+    assert any(authorised == "Bearer secret-token" for *_, authorised in hub.requests)
 
     (data / "LLaVA-Pretrain/images.zip").write_bytes(packed(["0/b.png"]))
     changed = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
     assert re.search(r"too small +captions +not as downloaded: images.zip", changed.stdout)
 
-    hub.asked.clear()
+    hub.requests.clear()
     hub.gated = set()
     again = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "captions", "safety", "image_guard")
     assert again.returncode == 0, again.stderr
-    assert {path.split("/resolve/")[0] for _, path, _, _ in hub.asked if "resolve" in path} == {"/datasets/ys-zong/VLGuard"}
+    assert {path.split("/resolve/")[0] for _, path, _, _ in hub.requests if "resolve" in path} == {"/datasets/ys-zong/VLGuard"}
 
 
 def test_a_download_that_breaks_off_goes_on_and_a_damaged_one_is_removed(hub, wanted, tmp_path):
@@ -223,9 +225,9 @@ def test_an_archive_is_gone_on_with_where_it_broke_off(hub, tmp_path):
     download.fetch(address(hub, "/archives/a.zip"), target)
     assert target.read_bytes() == hub.archives["a.zip"]
     half = len(hub.archives["a.zip"]) // 2
-    assert [wanted for _, _, wanted, _ in hub.asked] == [None, f"bytes={half}-"]
+    assert [wanted for _, _, wanted, _ in hub.requests] == [None, f"bytes={half}-"]
     download.fetch(address(hub, "/archives/a.zip"), target)
-    assert len(hub.asked) == 2
+    assert len(hub.requests) == 2
     with pytest.raises(OSError, match="answers 404"):
         download.fetch(address(hub, "/elsewhere"), tmp_path / "y")
 

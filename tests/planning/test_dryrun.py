@@ -63,15 +63,15 @@ def test_memory_of_whole_and_of_sharded_weights():
 
 def test_every_part_says_whether_it_was_computed_or_measured():
     assert {work.how for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G")} == {"computed"}
-    told = {work.name: work.how for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G", 0.4)}
-    assert told["stage 2"] == dryrun.MEASURED and told["screening"] == told["examinations"] == "computed"
+    result = {work.name: work.how for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G", 0.4)}
+    assert result["stage 2"] == dryrun.MEASURED and result["screening"] == result["examinations"] == "computed"
 
 
 def test_steps_are_measured_by_the_trainer_itself():
-    told = dryrun.measure(dataclasses.replace(NANO, instruct=dataclasses.replace(NANO.instruct, at_once=2)), "mini-chat", 4)
-    assert told["device"] == "cpu" and told["mfu"] is None and told["peak_bytes"] is None
-    assert told["tokens_per_row"] > 200 and told["tokens_per_second"] == pytest.approx(
-        2 * told["tokens_per_row"] / told["seconds_per_step"]
+    result = dryrun.measure(dataclasses.replace(NANO, instruct=dataclasses.replace(NANO.instruct, at_once=2)), "mini-chat", 4)
+    assert result["device"] == "cpu" and result["mfu"] is None and result["peak_bytes"] is None
+    assert result["tokens_per_row"] > 200 and result["tokens_per_second"] == pytest.approx(
+        2 * result["tokens_per_row"] / result["seconds_per_step"]
     )
 
 

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from trl import SFTConfig, SFTTrainer
 
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import World
@@ -20,10 +19,10 @@ WORLD = World(0)
 def test_the_rule_by_hand():
     """(1, 0) and (-1, 1): each loses its part against the other, (1/2, 1/2) and (0, 1), and neither sum points against either."""
     a, b = [torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([-1.0]), torch.tensor([1.0])]
-    found, cosine = conflict.combined(a, b)
-    assert [float(x) for x in found] == [0.5, 1.5] and cosine == pytest.approx(-(0.5**0.5))
+    result, cosine = conflict.combined(a, b)
+    assert [float(x) for x in result] == [0.5, 1.5] and cosine == pytest.approx(-(0.5**0.5))
     for task in (a, b):
-        assert sum(float(x @ y) for x, y in zip(found, task, strict=True)) >= 0
+        assert sum(float(x @ y) for x, y in zip(result, task, strict=True)) >= 0
     agreeing, cosine = conflict.combined(a, a)
     assert [float(x) for x in agreeing] == [2.0, 0.0] and cosine == pytest.approx(1.0)
     assert conflict.combined(a, [torch.zeros(1), torch.zeros(1)]) == (a, 0.0)
@@ -71,8 +70,8 @@ def test_without_a_conflict_a_step_is_plain_multitask_tunings(study, setting, tm
     model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
     order = conflict.ordered(24, 8, conflict.shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
     own = {"max_length": None, "assistant_only_loss": True, "train_sampling_strategy": "sequential"}
-    arguments = trainers._arguments(SFTConfig, fit, tmp_path / "plain", 0, own)
-    trainers._run(SFTTrainer, arguments, model, checkpoints.load_processor(start), data.select(order), fit, (), lambda step: None)
+    processor, folder = checkpoints.load_processor(start), tmp_path / "plain"
+    trainers._run(trainers.SFT, own, model, processor, data.select(order), fit, folder, 0, (), lambda step: None)
     before = checkpoints.load(start).state_dict()
     moved = [key for key in mine if not torch.equal(before[key], mine[key])]
     assert len(moved) > 20

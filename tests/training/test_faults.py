@@ -44,7 +44,7 @@ def test_a_killed_trainer_is_told_and_its_rerun_ends_with_the_same_bits(begun, r
 
     cut = job(begun, tmp_path / "cut", launch=configuration)
     with pytest.raises(
-        ChildProcessError, match=r"2 training processes of accelerate.yaml ended with code .* goes on from the last"
+        ChildProcessError, match=r"2 training processes of accelerate.yaml ended with code .* resumes from the last"
     ):
         launch.trained(cut, rows, kill, Path("/"))
     assert victims
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, t
     weights = tmp_path / "cut" / "checkpoint-6" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     resumed, ended = trained(of, rows)
-    assert "checkpoint-6 is not whole" in caplog.text
+    assert "checkpoint-6 is incomplete" in caplog.text
     assert resumed == losses and all(torch.equal(whole[key], ended[key]) for key in whole)
 
 
@@ -101,8 +101,8 @@ def test_a_full_disk_is_told_and_a_rerun_with_room_completes(begun, small_disk, 
     filler.write_bytes(b"0" * (filler.stat().st_size - 2**20))  # room for the graft, and not for all checkpoints
     arguments = ["stage", "projector/filtered", "--scale", "nano", "--root", str(small_disk / "runs")]
     assert cli.main(arguments) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "disk is full" in told and "projector/filtered stopped; make room and run the same command again" in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "disk is full" in message and "projector/filtered stopped; make room and run the same command again" in message
     filler.unlink()
     assert cli.main(arguments) == 0
     again = Study.open("nano", "mini-chat", 0, small_disk / "runs")
@@ -125,10 +125,10 @@ def test_a_stage_killed_after_its_training_does_not_train_again(begun, tmp_path,
     shutil.copytree(begun.root, tmp_path / "runs", copy_function=shutil.copy2)
     study = Study.open("nano", "mini-chat", 0, tmp_path / "runs")
     plain = store._manifest
-    monkeypatch.setattr(store, "_manifest", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store, "_manifest", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         study.folder("instruct/filtered-full")
     monkeypatch.setattr(store, "_manifest", plain)
-    monkeypatch.setattr(launch, "trained", lambda *given: pytest.fail("it trained again"))
+    monkeypatch.setattr(launch, "trained", lambda *arguments: pytest.fail("it trained again"))
     study.folder("instruct/filtered-full")
     assert store.status(study.run("instruct/filtered-full"), deep=True) == "valid"

@@ -42,9 +42,9 @@ def loopback(monkeypatch):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A NANO study up to stage 1."""
-    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
-    made.folder("projector/filtered")
-    return made
+    study = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
+    study.folder("projector/filtered")
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +104,16 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
 def test_one_process_where_two_were_asked_for_is_stopped(begun, rows, tmp_path, capfd):
     """accelerate starts one process for this configuration, and says nothing."""
     lone = written(tmp_path, {**DDP, "distributed_type": "MULTI_CPU"})
-    with pytest.raises(ChildProcessError, match="goes on from the last whole checkpoint"):
+    with pytest.raises(ChildProcessError, match="resumes from the last complete checkpoint"):
         trained(job(begun, tmp_path / "x", launch=lone), rows)
-    assert "2 processes were asked for and 1 is training" in capfd.readouterr().err
+    assert "2 processes were requested and 1 is training" in capfd.readouterr().err
 
 
 def test_whole_weights_where_sharded_ones_were_asked_for_are_stopped(begun, rows, tmp_path, capfd):
     """On processors accelerate turns FSDP into DDP, and says nothing."""
     with pytest.raises(ChildProcessError):
         trained(job(begun, tmp_path / "x", launch=written(tmp_path, FSDP)), rows)
-    assert "accelerate has turned FSDP off without a word" in capfd.readouterr().err
+    assert "accelerate has silently turned FSDP off" in capfd.readouterr().err
 
 
 def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_path, capfd, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_p
 
 
 def test_sharded_steps_of_mixed_rows_are_refused(begun, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv(processes.LAUNCH, "1")
+    monkeypatch.setenv(processes.SHARDED, "1")
     mixed = job(begun, tmp_path / "x")
     with pytest.raises(ValueError, match="needs `grouped: true`"):
         trained(dataclasses.replace(mixed, fit=dataclasses.replace(mixed.fit, grouped=False)), rows)
@@ -136,7 +136,7 @@ def test_sharded_steps_of_mixed_rows_are_refused(begun, rows, tmp_path, monkeypa
 
 def test_a_moving_tower_and_low_precision_are_refused(begun):
     model = checkpoints.load(begun.checkpoints("projector/filtered")[-1])
-    with pytest.raises(RuntimeError, match=r"vision_tower.* may move.*could not be resumed"):
+    with pytest.raises(RuntimeError, match=r"vision_tower.* is trainable.*could not be resumed"):
         processes.refuse_unsound_shards(model)
     trainable.choose(model, "full", LoraSpec())
     with pytest.raises(RuntimeError, match="master weights are float32"):
@@ -162,7 +162,7 @@ def test_every_step_has_one_modality_and_the_same_rows_on_any_number_of_processe
 
 
 def test_rows_that_cannot_be_dealt_evenly_are_refused():
-    with pytest.raises(ValueError, match="128 rows a step cannot be dealt to 3 processes in 2 micro-batches"):
+    with pytest.raises(ValueError, match="128 rows a step cannot be split over 3 processes in 2 micro-batches"):
         processes.per_process(Fit(steps=1, batch_size=128, learning_rate=1e-3), 3)
 
 
@@ -179,11 +179,12 @@ def test_the_command_of_several_nodes_starts_once_on_each(monkeypatch):
 def test_a_fit_for_gpus_says_so_where_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"trained on GPUs and there are none here; `vlsafe dryrun`"):
-        launch.wanted(yaml.safe_load((HERE.parent / "env/accelerate/fsdp2.yaml").read_text()), {})
+        launch.process_count(yaml.safe_load((HERE.parent / "env/accelerate/fsdp2.yaml").read_text()), {})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name in ("ddp", "fsdp2"):
-        told = yaml.safe_load((HERE.parent / f"env/accelerate/{name}.yaml").read_text())
-        assert launch.wanted(told, {}) == 4 and launch.wanted(told, {"SLURM_JOB_NUM_NODES": "2"}) == 8
+        configuration = yaml.safe_load((HERE.parent / f"env/accelerate/{name}.yaml").read_text())
+        assert launch.process_count(configuration, {}) == 4
+        assert launch.process_count(configuration, {"SLURM_JOB_NUM_NODES": "2"}) == 8
 
 
 def test_a_job_is_read_as_it_was_written(begun, tmp_path):

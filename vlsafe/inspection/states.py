@@ -1,15 +1,14 @@
-"""What happens inside: hidden states of the decoder blocks, and where in them a parent keeps its safety.
+"""Hidden states of the decoder blocks, how they and the weights change, and where in them a parent keeps its safety.
 
-Layers are counted from 0 and bands are half-open. This room knows neither files nor what makes a prompt harmful.
+Layers are counted from 0 and bands are half-open. This module knows neither the run store nor what makes a prompt harmful.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +18,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlsafe.core.schema import Picture, Turn
-from vlsafe.models.architectures import address, language_layers, read_out
+from vlsafe.models.architectures import PROJECTIONS, address, language_layers, read_out
 from vlsafe.models.chat import last_positions, prompt_batch
 from vlsafe.models.checkpoints import Place, language_places, read_tensor
 
-Prompts = Sequence[tuple[Sequence[Turn], Sequence[Picture]]]
-"""What is asked, and the pictures that go with it."""
+Prompts = Sequence[tuple[Sequence[Turn], Sequence[Picture]]]  # turns, and the pictures that go with them
 Ends = tuple[Mapping[str, Place], Mapping[str, Place]]  # the weights that a task vector leads from and to
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @torch.inference_mode()
 def last_states(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_size: int = 64) -> torch.Tensor:
-    """What every decoder block puts out at the last position of each prompt, taken by hooks.
+    """The output of every decoder block at the last position of each prompt.
 
     Shapes:   N prompts  ->  [N, L, D], before the final norm
     """
@@ -44,31 +40,63 @@ def last_states(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_
 
 @torch.inference_mode()
 def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """The states of one batch after the other: what enters the first block, then what every block puts out.
+    """The states of one batch after the other: the input of the first block, then the output of every block.
 
-    Shapes:   N prompts  ->  batches [B, 1 + L, D] at the last position, on the processor
+    Shapes:   N prompts  ->  batches [B, 1 + L, D] at the last position, on the CPU
     """
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         inputs = prompt_batch(processor, [turns for turns, _ in part], [images for _, images in part])
         rows, last = torch.arange(len(part)), last_positions(inputs["attention_mask"])
-        taken: list[torch.Tensor] = []
-        with watched(model, lambda state: taken.append(state[rows, last].cpu())):  # noqa: B023 (called in this round only)
+        states: list[torch.Tensor] = []
+        with hooked(model, lambda state: states.append(state[rows, last].cpu())):  # noqa: B023 (called in this round only)
             model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
-        yield torch.stack(taken, 1)
+        yield torch.stack(states, 1)
 
 
 @contextmanager
-def watched(model: PreTrainedModel, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Show the residual stream [B, T, D] to `see` where it enters the first block and where it leaves each one."""
-    layers = language_layers(model)
-    hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: see(inputs[0]))]
-    hooks += [layer.register_forward_hook(lambda _, __, out: see(out[0] if isinstance(out, tuple) else out)) for layer in layers]
+def hooked(
+    model: PreTrainedModel, visit: Callable[[torch.Tensor], torch.Tensor | None], layers: Sequence[int] | None = None,
+    entering: bool = True,
+) -> Iterator[None]:  # fmt: skip
+    """Call `visit` on the residual stream [B, T, D] where it enters the first block and leaves the given ones (None: each).
+
+    A tensor that it returns replaces the stream there.
+    """
+
+    def visited(value: Any) -> Any:  # the stream, or a tuple that starts with it
+        if not isinstance(value, tuple):
+            return visit(value)
+        state = visit(value[0])
+        return None if state is None else (state, *value[1:])
+
+    blocks = language_layers(model)
+    chosen = blocks if layers is None else [blocks[layer] for layer in layers]
+    hooks = [block.register_forward_hook(lambda _, __, out: visited(out)) for block in chosen]
+    if entering:
+        hooks.append(blocks[0].register_forward_pre_hook(lambda _, inputs: visited(inputs)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def replaced(weights: Collection[torch.Tensor], values: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Give weights other values, and put their own back bit for bit afterwards, also after an error."""
+
+    @torch.no_grad()
+    def put(values: Iterable[torch.Tensor]) -> None:
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
+
+    own = [weight.detach().clone() for weight in weights]
+    try:
+        put(values)
+        yield
+    finally:
+        put(own)
 
 
 def keep_states(model: PreTrainedModel, processor: Any, prompts: Prompts, folder: Path, batch_size: int = 64) -> Path:
@@ -80,7 +108,7 @@ def keep_states(model: PreTrainedModel, processor: Any, prompts: Prompts, folder
 
 
 def kept_states(folder: Path, layer: int) -> torch.Tensor:
-    """The states of all prompts in one layer; 0 is what enters the first block, `i + 1` what block i puts out.
+    """The kept states of all prompts in one layer; 0 is the input of the first block, `i + 1` the output of block i.
 
     Shapes:   ->  [N, D]
     """
@@ -103,10 +131,22 @@ def centred(states: torch.Tensor, groups: np.ndarray) -> torch.Tensor:
     return out
 
 
-def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear centred kernel alignment of two sets of states of the same prompts; 1 where they differ by turn and scale alone.
+def similarity(states_a: torch.Tensor, states_b: torch.Tensor) -> torch.Tensor:
+    """Mean cosine per layer between the states of the same prompts in two models.
 
-    The estimate without bias: with the usual one, unrelated states of few prompts look alike.
+    Shapes:   states_a, states_b  [N, L, D]  ->  cosine  [L]
+    Raises:   ValueError where the shapes differ
+    Departs:  Li et al. 2024 compare different prompts in one model (`pair_cosines`), here it is one prompt in two models
+    """
+    if states_a.shape != states_b.shape:
+        raise ValueError(f"similarity needs the same prompts and layers, not {list(states_a.shape)} and {list(states_b.shape)}")
+    return torch.cosine_similarity(states_a, states_b, dim=-1).mean(0)
+
+
+def cka(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two sets of states of the same prompts; 1 where they differ by rotation and scale alone.
+
+    The estimate is unbiased: with the usual one, unrelated states of few prompts look alike.
 
     Shapes:   a  [N, D],  b  [N, E]  ->  at most 1
     Raises:   ValueError with fewer than four prompts, for which the estimate is not defined
@@ -119,8 +159,7 @@ def cka(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    n = len(k)
-    rows_k, rows_m = k.sum(0), m.sum(0)
+    n, rows_k, rows_m = len(k), k.sum(0), m.sum(0)
     middle = rows_k.sum() * rows_m.sum() / ((n - 1) * (n - 2)) - 2 * (rows_k @ rows_m) / (n - 2)
     return ((k * m).sum() + middle) / (n * (n - 3))
 
@@ -130,26 +169,26 @@ def harm_scores(
 ) -> list[np.ndarray]:
     """Held-out scores of a linear probe for harmfulness on `states`, and of the same probe read on other models' states.
 
-    Folds hold out whole clusters, and a prompt is scored by the probe that has not seen its cluster.
+    Folds hold out whole clusters, and a prompt is scored by the probe that was not fitted on its cluster.
 
     Shapes:   states, others  [N, D]  ->  1 + len(others) arrays [N], higher for harmful
-    Raises:   ValueError where one side of the truth is missing, or clusters are fewer than folds
+    Raises:   ValueError where one class is missing, or clusters are fewer than folds
     """
     if harmful.all() or not harmful.any():
         raise ValueError("a probe needs harmful and harmless prompts")
-    held, scores = GroupKFold(folds), [np.full(len(harmful), np.nan) for _ in range(1 + len(others))]
-    for seen, unseen in held.split(states, harmful, clusters):
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(states[seen], harmful[seen])
-        for told, of in zip(scores, (states, *others), strict=True):
-            told[unseen] = fitted.decision_function(of[unseen])
+    scores = [np.full(len(harmful), np.nan) for _ in range(1 + len(others))]
+    for train, test in GroupKFold(folds).split(states, harmful, clusters):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(states[train], harmful[train])
+        for values, side in zip(scores, (states, *others), strict=True):
+            values[test] = probe.decision_function(side[test])
     return scores
 
 
 def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bool = True) -> Iterator[dict[str, Any]]:
     """How far the weights of every block and module have moved, two tensors in memory at a time.
 
-    One line per module: squared norms of its weights and of their change, their inner product, how many they are; for a
-    matrix the effective rank of its change. Lines are summed by who reads them.
+    One row per weight: squared norms of it and of its change, their inner product, how many numbers it holds; for a matrix
+    the effective rank of its change. Rows can be added up.
 
     Raises:   ValueError where the two models do not have the same language weights
     Source:   effective rank: exp of the entropy of the normalised singular values, Roy and Vetterli 2007
@@ -159,28 +198,25 @@ def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bo
     for name in before:
         old, new = (read_tensor(side[name]).float() for side in (before, after))
         layer, module = address(name)
-        moved = new - old
-        rank = effective_rank(moved) if with_rank and moved.ndim == 2 and layer is not None else None
+        change = new - old
+        rank = effective_rank(change) if with_rank and change.ndim == 2 and layer is not None else None
         yield {
             "layer": layer, "module": module, "weight": name, "norm": float(old.square().sum()),
             "norm_after": float(new.square().sum()), "inner": float((old * new).sum()),
-            "change": float(moved.square().sum()), "n": moved.numel(), "rank": rank, "full_rank": min(moved.shape),
+            "change": float(change.square().sum()), "n": change.numel(), "rank": rank, "full_rank": min(change.shape),
         }  # fmt: skip
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp of the entropy of the singular values as shares of their sum; 0 for a matrix of zeros."""
     values = torch.linalg.svdvals(matrix.double())
-    if not values.sum() > 0:
-        return 0.0
-    share = values / values.sum()
-    return float(torch.special.entr(share).sum().exp())
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.sum() > 0 else 0.0
 
 
 def alignment(a: Ends, b: Ends) -> Iterator[dict[str, Any]]:
-    """Inner product and squared norms of two task vectors, each from a start to an end, per block and module.
+    """Inner product and squared norms of two task vectors, each from a start to an end, per weight.
 
-    Lines can be added up before a cosine is taken; four tensors are in memory at a time.
+    Rows can be added up before a cosine is taken; four tensors are in memory at a time.
     """
     for name in a[0]:
         first, second = (read_tensor(end[name]).float() - read_tensor(start[name]).float() for start, end in (a, b))
@@ -190,18 +226,18 @@ def alignment(a: Ends, b: Ends) -> Iterator[dict[str, Any]]:
 
 
 def gram(files: Sequence[Path]) -> dict[int, np.ndarray]:
-    """Inner products of gradients that lie in files, per block; as many tensors are in memory as there are files.
+    """Inner products of gradients stored in files, per block; as many tensors are in memory as there are files.
 
     Shapes:   F files  ->  layer -> [F, F]
     """
     places = [language_places(file) for file in files]
-    found: dict[int, np.ndarray] = {}
+    products: dict[int, np.ndarray] = {}
     for name in places[0]:
         layer, _ = address(name)
         if layer is not None:
             rows = torch.stack([read_tensor(place[name]).double().flatten() for place in places])
-            found[layer] = found.get(layer, 0) + (rows @ rows.T).numpy()
-    return found
+            products[layer] = products.get(layer, 0) + (rows @ rows.T).numpy()
+    return products
 
 
 def pair_cosines(a: torch.Tensor, b: torch.Tensor, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -214,7 +250,7 @@ def pair_cosines(a: torch.Tensor, b: torch.Tensor, draws: int, rng: np.random.Ge
     i, j = rng.integers(len(a), size=draws), rng.integers(len(b), size=draws)
     if a is b:
         j = (i + 1 + rng.integers(len(a) - 1, size=draws)) % len(a)
-    return functional.cosine_similarity(a[i], b[j], dim=-1).mean(0).numpy()
+    return similarity(a[i], b[j]).numpy()
 
 
 def angular_gap(normal: torch.Tensor, harmful: torch.Tensor, draws: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -224,38 +260,20 @@ def angular_gap(normal: torch.Tensor, harmful: torch.Tensor, draws: int, rng: np
     Units:    gap: degrees
     Source:   Li et al. 2024, section 3: arccos of the mean cosines, in degrees
     """
-    found = {
-        "normal_normal": pair_cosines(normal, normal, draws, rng),
-        "harmful_harmful": pair_cosines(harmful, harmful, draws, rng),
-        "normal_harmful": pair_cosines(normal, harmful, draws, rng),
-    }
-    angles = {name: np.degrees(np.arccos(np.clip(values, -1, 1))) for name, values in found.items()}
-    return {**found, "gap": angles["normal_harmful"] - angles["normal_normal"]}
+    pairs = {"normal_normal": (normal, normal), "harmful_harmful": (harmful, harmful), "normal_harmful": (normal, harmful)}
+    cosines = {name: pair_cosines(a, b, draws, rng) for name, (a, b) in pairs.items()}
+    angles = {name: np.degrees(np.arccos(np.clip(values, -1, 1))) for name, values in cosines.items()}
+    return {**cosines, "gap": angles["normal_harmful"] - angles["normal_normal"]}
 
 
-@contextmanager
-def scaled(model: PreTrainedModel, band: tuple[int, int], factor: float) -> Iterator[None]:
-    """The projection weights of the blocks of a band multiplied by a factor, and put back bit for bit afterwards."""
-    weights = [
-        module.weight
-        for layer in language_layers(model)[band[0] : band[1]]
-        for name, module in layer.named_modules()
-        if name.rpartition(".")[2] in PROJECTIONS
-    ]
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        with torch.no_grad():
-            for weight in weights:
-                weight.mul_(factor)
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                weight.copy_(value)
+def scaled(model: PreTrainedModel, band: tuple[int, int], factor: float) -> AbstractContextManager[None]:
+    """Multiply the projection weights of a band's blocks by a factor for the time of a `with` block."""
+    modules = [item for layer in language_layers(model)[band[0] : band[1]] for item in layer.named_modules()]
+    weights = [module.weight for name, module in modules if name.rpartition(".")[2] in PROJECTIONS]
+    return replaced(weights, (weight * factor for weight in weights))
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """A safety band `[start, end)`, or None where none was found, and why.
 
     `counts` holds (start, end, factor, refusals) of every scaling tried; the unscaled model is (0, 0, 1.0, refusals).
@@ -270,44 +288,44 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
     """Find the band whose scaling makes a parent refuse most harmless prompts.
 
     Start at the layer where the angular gap grows fastest; move the upper end until refusals peak, then the lower one.
-    The first factor that moves any refusal is used; where none does, nothing is located.
+    The first factor that adds a refusal is used; where none does, nothing is located.
 
     Shapes:   gap  [L];  `refusals(band, factor)` counts refused harmless prompts
     Source:   Li et al. 2024, section 4.2, progressive localisation (factor 1.1 in the released script)
-    Departs:  larger factors are tried where 1.1 moves nothing; ties go to the narrower band
+    Departs:  larger factors are tried where 1.1 adds none; ties go to the narrower band
     """
     n, start = len(gap), int(np.argmax(np.diff(gap, prepend=0.0)))
-    plain = refusals((0, 0), 1.0)
-    counts = [(0, 0, 1.0, plain)]
+    unscaled = refusals((0, 0), 1.0)
+    counts = [(0, 0, 1.0, unscaled)]
 
-    def tried(bands: Sequence[tuple[int, int]], factor: float) -> tuple[int, int]:
-        found = [(refusals(band, factor), band) for band in bands]
-        counts.extend((*band, factor, count) for count, band in found)
-        return max(found, key=lambda pair: (pair[0], pair[1][0] - pair[1][1]))[1]
+    def best(bands: Sequence[tuple[int, int]], factor: float) -> tuple[int, int]:
+        results = [(refusals(band, factor), band) for band in bands]
+        counts.extend((*band, factor, count) for count, band in results)
+        return max(results, key=lambda pair: (pair[0], pair[1][0] - pair[1][1]))[1]
 
     for factor in factors:
-        first = tried([(start, end) for end in range(start + 1, n + 1)], factor)
-        band = tried([(begin, first[1]) for begin in range(first[1])], factor)
-        if max(count for *_, used, count in counts if used == factor) > plain:
+        first = best([(start, end) for end in range(start + 1, n + 1)], factor)
+        band = best([(begin, first[1]) for begin in range(first[1])], factor)
+        if max(count for *_, used, count in counts if used == factor) > unscaled:
             return Located(band, f"scaling by {factor} moves refusals most in [{band[0]}, {band[1]})", tuple(counts))
     return Located(None, f"no scaling up to {max(factors)} adds a refusal of a harmless prompt", tuple(counts))
 
 
 @torch.inference_mode()
 def refusal_by_layer(model: PreTrainedModel, processor: Any, prompts: Prompts, starts: Sequence[str]) -> torch.Tensor:
-    """How likely every layer, read as if it were the last one, finds an answer that starts like a refusal (logit lens).
+    """The probability that an answer starts like a refusal, every layer read as if it were the last one (logit lens).
 
     It is the probability of the *first token* of the answer, added up over the first tokens of `starts`, in lower case and
     capitalised; starts that the tokenizer does not know are left out. A token that also begins other answers ("i") counts
-    whole, so a layer's number is an upper bound; the last layer's is what the model says.
+    in full, so a layer's number is an upper bound; the last layer's is the model's own.
 
     Shapes:   N prompts  ->  [N, L], fractions in [0, 1]
     Source:   nostalgebraist 2020, the logit lens: final norm and head applied to what a block puts out
     Raises:   ValueError where the tokenizer knows no start
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    spoken = {form for start in starts for form in (start, start.capitalize())}
-    first = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spoken} - {tokenizer.unk_token_id}
+    forms = {form for start in starts for form in (start, start.capitalize())}
+    first = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in forms} - {tokenizer.unk_token_id}
     if not first:
         raise ValueError(f"the tokenizer knows no first word of the refusals {list(starts)[:3]} …; name some that it has")
     return read_out(model, last_states(model, processor, prompts)).softmax(-1)[..., sorted(first)].sum(-1)

@@ -1,4 +1,4 @@
-"""What a training costs, on paper: operations, memory, time and disk from shapes alone. No model library, nothing measured.
+"""The cost of a training run on paper: operations, memory, time and disk, from shapes alone. No model library, no measurement.
 
 Units: bytes, seconds, operations (a multiplication and an addition are two).
 """
@@ -17,15 +17,15 @@ GPUS = {  # name -> dense bf16 operations a second, bytes of memory, bytes a sec
 }
 UTILISATION = 0.25  # of the peak, in training: LLaVA-1.5's published 10 hours of stage 2 on eight A100 come to about that
 PREFILL = 0.4  # of the peak, where prompts are only read; assumed
-BANDWIDTH = 0.4  # of the memory's, where answers are written word by word; assumed
-MOVING, STILL = 16, 4  # bytes a weight: float32 master, gradient and AdamW's two moments; float32 alone
-CAST = 2  # bytes a weight of the bfloat16 copy that computing needs
+BANDWIDTH = 0.4  # of the memory's, where answers are decoded token by token; assumed
+TRAINABLE, FROZEN = 16, 4  # bytes a weight: float32 master, gradient and AdamW's two moments; float32 alone
+CAST = 2  # bytes a weight of the bfloat16 copy that computation needs
 WORKING = 40  # bytes per token and unit of width inside the one block that is being recomputed; assumed
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Weights of the parts of a model, counted on its real shapes, and what operations depend on besides."""
+    """The number of weights in each part of a model, and what else the operations depend on."""
 
     blocks: int
     head: int
@@ -46,13 +46,13 @@ class Shapes:
 
 
 def image_tokens(spec: VisionSpec) -> int:
-    """How many places a picture takes in a prompt."""
+    """How many tokens a picture takes in a prompt."""
     return (spec.image_size // spec.patch_size) ** 2 + (spec.feature_strategy == "full")
 
 
 def operations(shapes: Shapes, text: float, pictures: float, passes: int) -> float:
-    """Operations of one row: `passes` is 6 where all weights move (forward 2, backward 4), 4 where they are only passed
-    through, 2 where there is no backward. The tower is always only read; recomputation and padding do not count.
+    """Operations of one row: `passes` is 6 where all weights are trained (forward 2, backward 4), 4 where the backward pass only
+    goes through them, 2 without a backward pass. The tower runs forward only; recomputation and padding do not count.
 
     Units:    text in tokens, pictures per row  ->  operations
     Source:   6·N·tokens plus attention's 12·layers·width·tokens² / 2 for causal masks (Chowdhery et al. 2022, appendix B)
@@ -63,26 +63,26 @@ def operations(shapes: Shapes, text: float, pictures: float, passes: int) -> flo
     return dense + attention + 2 * pictures * (shapes.image_tokens + 1) * shapes.tower
 
 
-def memory(shapes: Shapes, moving: int, tokens_at_once: float, processes: int, sharded: bool) -> float:
-    """Bytes on each GPU: what moves and what stands still, the copies that computing needs, activations under recomputation."""
-    kept = MOVING * moving + STILL * (shapes.all - moving)
+def memory(shapes: Shapes, trainable: int, tokens_at_once: float, processes: int, sharded: bool) -> float:
+    """Bytes on each GPU: trainable and frozen weights, the bfloat16 copies, activations under recomputation."""
+    kept = TRAINABLE * trainable + FROZEN * (shapes.all - trainable)
     share = processes if sharded else 1
     gathered = CAST * (2 * shapes.blocks / shapes.layers + shapes.embedding + shapes.head) if sharded else CAST * shapes.all
     activations = tokens_at_once * shapes.width * (2 * shapes.layers + WORKING)
     return kept / share + gathered + activations
 
 
-def disk(shapes: Shapes, moving: int, checkpoints: int, saved: int, resumable: int) -> tuple[float, float]:
-    """Bytes that finished checkpoints take, and that a training takes while it runs."""
-    whole = STILL * shapes.all
-    return checkpoints * saved * shapes.all, checkpoints * whole + resumable * (whole + 8 * moving)
+def disk(shapes: Shapes, trainable: int, checkpoints: int, saved: int, resumable: int) -> tuple[float, float]:
+    """Bytes that finished checkpoints take, and that a training run takes until it has finished."""
+    full = FROZEN * shapes.all
+    return checkpoints * saved * shapes.all, checkpoints * full + resumable * (full + 8 * trainable)
 
 
 def training_seconds(total: float, gpu: str, processes: int, utilisation: float = UTILISATION) -> float:
     return total / (GPUS[gpu][0] * utilisation * processes)
 
 
-def writing_seconds(shapes: Shapes, answers: int, tokens: float, batch: int, gpu: str) -> float:
-    """Seconds of one GPU to write answers: every word of a batch reads all weights once."""
+def decoding_seconds(shapes: Shapes, answers: int, tokens: float, batch: int, gpu: str) -> float:
+    """Seconds of one GPU to generate answers: every token of a batch reads all weights once."""
     steps = answers / batch * tokens
     return steps * CAST * shapes.language / (GPUS[gpu][2] * BANDWIDTH)

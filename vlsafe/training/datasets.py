@@ -1,8 +1,8 @@
-"""Rows as TRL takes them: conversations, plain texts, preference pairs, prompts."""
+"""Rows in the format of TRL: conversations, plain texts, preference pairs, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
@@ -11,14 +11,20 @@ from vlsafe.core import assets
 from vlsafe.core.schema import Example, Pair, Picture, Stored, Turn
 
 IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
-def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
-    """Rows as TRL takes them. Text-only rows among pictures carry an empty list, never a missing value."""
-    table: dict[str, list[Any]] = {"messages": [[{"role": t.role, "content": t.text} for t in row.turns] for row in rows]}
-    table["length"] = [sum(len(t.text.split()) for t in row.turns) + IMAGE_LENGTH * len(row.images) for row in rows]
-    features: dict[str, Any] = {"messages": List({"role": Value("string"), "content": Value("string")})}
-    features["length"] = Value("int64")
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def _dataset(columns: Mapping[str, Sequence[Sequence[Turn]]], rows: Sequence[Example | Pair], with_images: bool) -> Dataset:
+    """Columns of conversations, with each row's length and pictures. A row without pictures has an empty list, never a null."""
+    table: dict[str, list[Any]] = {name: [_messages(turns) for turns in column] for name, column in columns.items()}
+    parts = zip(*columns.values(), strict=True)
+    words = [sum(len(turn.text.split()) for turns in row for turn in turns) for row in parts]
+    table["length"] = [n + IMAGE_LENGTH * len(row.images) for n, row in zip(words, rows, strict=True)]
+    features: dict[str, Any] = dict.fromkeys(columns, MESSAGES) | {"length": Value("int64")}
     if with_images:
         table["images"] = [[_cell(picture) for picture in row.images] for row in rows]
         table["pictures"] = [len(row.images) for row in rows]
@@ -27,9 +33,26 @@ def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
 
 
 def _cell(picture: Picture) -> dict[str, Any]:
-    """A stored file is named and read when its row is; members of archives are read now."""
+    """A stored file is referenced and read with its row; members of archives are read now."""
     path = assets.outside_path(picture.place) if isinstance(picture, Stored) and assets.MEMBER not in picture.place else None
     return {"bytes": None, "path": str(path)} if path else {"bytes": bytes(picture), "path": None}
+
+
+def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:
+    """Conversations for SFT."""
+    return _dataset({"messages": [row.turns for row in rows]}, rows, with_images)
+
+
+def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
+    """Preference pairs for DPO: the whole conversation is the prompt, only the two final answers are compared."""
+    answers = {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
+    return _dataset({"prompt": [pair.turns for pair in pairs], **answers}, pairs, with_images)
+
+
+def prompt_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """The text prompts of preference pairs for GRPO, each with its row number, by which the reward finds the pair."""
+    table = {"prompt": [_messages(pair.turns) for pair in pairs], "number": list(range(len(pairs)))}
+    return Dataset.from_dict(table, features=Features({"prompt": MESSAGES, "number": Value("int64")}))
 
 
 def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
@@ -44,29 +67,3 @@ def text_dataset(texts: Sequence[Sequence[str]], tokenizer: Any) -> Dataset:
         columns["labels"].append([*labels, tokenizer.eos_token_id])
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
     return Dataset.from_dict(columns)
-
-
-def pair_dataset(pairs: Sequence[Pair], with_images: bool) -> Dataset:
-    """Preference rows as TRL takes them: the whole conversation is the prompt, only the two last answers are compared."""
-    spoken = {"prompt": [pair.turns for pair in pairs]}
-    spoken |= {name: [(Turn("assistant", getattr(pair, name)),) for pair in pairs] for name in ("chosen", "rejected")}
-    table: dict[str, list[Any]] = {
-        name: [[{"role": t.role, "content": t.text} for t in turns] for turns in of] for name, of in spoken.items()
-    }
-    features: dict[str, Any] = {name: List({"role": Value("string"), "content": Value("string")}) for name in spoken}
-    words = [sum(len(t.text.split()) for part in spoken.values() for t in part[n]) for n in range(len(pairs))]
-    table["length"] = [n + IMAGE_LENGTH * len(pair.images) for n, pair in zip(words, pairs, strict=True)]
-    features["length"] = Value("int64")
-    if with_images:
-        table["images"] = [[_cell(picture) for picture in pair.images] for pair in pairs]
-        table["pictures"] = [len(pair.images) for pair in pairs]
-        features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
-    return Dataset.from_dict(table, features=Features(features))
-
-
-def prompt_dataset(pairs: Sequence[Pair]) -> Dataset:
-    """The text prompts of preference rows, each with its place among them, by which a reward finds the row again."""
-    turns = List({"role": Value("string"), "content": Value("string")})
-    told = [[{"role": t.role, "content": t.text} for t in pair.turns] for pair in pairs]
-    features = Features({"prompt": turns, "number": Value("int64")})
-    return Dataset.from_dict({"prompt": told, "number": list(range(len(pairs)))}, features=features)

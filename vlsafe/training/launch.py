@@ -1,7 +1,7 @@
-"""One training, here or on several processes: the same entry point for one, for two, and for the GPUs of several nodes.
+"""One training run, in this process or in several: the same entry point for one, for two, and for the GPUs of several nodes.
 
-A fit that names an `accelerate` configuration is trained by processes of its own, started from the stage and told by files
-what to do; all others in the process that asks. What is trained, and how, is `train`'s; this room starts and watches.
+A fit that names an `accelerate` configuration is trained by processes of its own, which get their job and report through
+files; any other in the calling process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from vlsafe.models import architectures, checkpoints, trainable
 from vlsafe.training import processes, trainers
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
+NODES = "SLURM_JOB_NUM_NODES"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training in words that another process can read. `start` is a model folder, `folder` where checkpoints go."""
+    """A training run that can be written to a file. `start` is a model folder, `folder` where checkpoints go."""
 
     objective: str
     method: str
@@ -46,100 +47,93 @@ class Job:
     band: tuple[int, int] | None = None
     preference: Preference | None = None
     blocks: tuple[int, ...] = ()
-    first: int = 0  # how many rows are the first task's, where the objective tells two apart
+    first: int = 0  # how many rows are the first task's, for an objective that treats two tasks differently
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        told["fit"], told["lora"] = Fit(**told["fit"]), LoraSpec(**told["lora"])
-        if told["preference"]:
-            told["preference"] = Preference(**{**told["preference"], "fit": Fit(**told["preference"]["fit"])})
-        return cls(**told)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields |= {"fit": Fit(**fields["fit"]), "lora": LoraSpec(**fields["lora"])}
+        if preference := fields["preference"]:
+            fields["preference"] = Preference(**preference | {"fit": Fit(**preference["fit"])})
+        return cls(**fields)
 
 
 def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) -> tuple[trainers.History, int]:
-    """Train, and tell what was logged and how many weights could move. `home` is the folder that `launch` is a path in.
+    """Train: the log history, and how many weights were trainable. `fit.launch` is a path below the folder `home`.
 
-    Raises:   ChildProcessError when launched processes fail; the same call goes on from the last whole checkpoint
+    Raises:   ChildProcessError when launched processes fail; the same call resumes from the last complete checkpoint
     """
     return _launched(job, data, progress, home / job.fit.launch) if job.fit.launch else _work(job, data, progress)
 
 
 def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainers.History, int]:
-    """What every process of a training does."""
+    """What every process of a training run does."""
     start = Path(job.start)
-    torch.manual_seed(job.seed)  # adapters start at random, before a trainer sets its seed
+    torch.manual_seed(job.seed)  # adapters are initialised at random before the trainer sets its seed
     model = checkpoints.load(start)
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # what accelerate shards by
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # accelerate shards by these
     model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
-    moving, processor = trainable.moving(model), checkpoints.load_processor(start)
-    how = (Path(job.folder), job.seed, job.milestones, progress)
+    moving, processor = trainable.n_trainable(model), checkpoints.load_processor(start)
+    rest = (Path(job.folder), job.seed, job.milestones, progress)
     if job.preference is not None:
-        history = trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, job.fit, *how)
+        history = trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, job.fit, *rest)
     elif job.objective == "pcgrad":
-        history = trainers.sft_without_conflict(model, processor, data, job.first, job.fit, *how)
+        history = trainers.sft_without_conflict(model, processor, data, job.first, job.fit, *rest)
     else:
-        history = trainers.sft_history(model, processor, data, job.fit, *how)
+        history = trainers.sft_history(model, processor, data, job.fit, *rest)
     return history, moving
 
 
-def _launched(job: Job, data: Dataset, progress: trainers.Progress, configuration: Path) -> tuple[trainers.History, int]:
-    """Write the job down, start its processes, watch them, and read what they wrote."""
-    told = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-    many, notes = wanted(told, os.environ), Path(job.folder) / "job"
-    shutil.rmtree(notes, ignore_errors=True)
-    notes.mkdir(parents=True)
-    data.save_to_disk(notes / "data")
-    write_text(notes / "job.json", json.dumps(as_plain(job)))
-    asked = {processes.ASKED: str(many), processes.LAUNCH: str(int(told["distributed_type"] == "FSDP"))}
-    run = command(configuration, notes / "job.json", many, os.environ)
-    with subprocess.Popen(run, env={**os.environ, **asked}, preexec_fn=processes.die_with_parent) as launched:
+def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) -> tuple[trainers.History, int]:
+    """Write the job to files, start its processes, watch them, and read their result."""
+    configuration = yaml.safe_load(path.read_text(encoding="utf-8"))
+    count, folder = process_count(configuration, os.environ), Path(job.folder) / "job"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    data.save_to_disk(folder / "data")
+    write_text(folder / "job.json", json.dumps(as_plain(job)))
+    sharded = str(int(configuration["distributed_type"] == "FSDP"))
+    environment = {**os.environ, processes.PROCESSES: str(count), processes.SHARDED: sharded}
+    line = command(path, folder / "job.json", count, os.environ)
+    with subprocess.Popen(line, env=environment, preexec_fn=processes.die_with_parent) as launched:
         try:
             while launched.poll() is None:
                 time.sleep(0.5)
-                if (notes / "step").exists():
-                    progress(int((notes / "step").read_text() or 0))
+                if (folder / "step").exists():
+                    progress(int((folder / "step").read_text() or 0))
         except BaseException:
             launched.send_signal(signal.SIGTERM)  # its agent stops the workers
             raise
     if launched.returncode:
         raise ChildProcessError(
-            f"{many} training processes of {configuration.name} ended with code {launched.returncode}; the reason stands above. "
-            "The same command goes on from the last whole checkpoint"
+            f"{count} training processes of {path.name} ended with code {launched.returncode}; the reason stands above. "
+            "The same command resumes from the last complete checkpoint"
         )
-    history, moving = json.loads((notes / "result.json").read_text(encoding="utf-8"))
-    shutil.rmtree(notes)
+    history, moving = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder)
     return history, moving
 
 
-def wanted(configuration: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    """How many processes a configuration means here: as many as it says on processors, at most one per GPU otherwise.
+def process_count(configuration: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    """How many processes a configuration starts here: as many as it says on CPUs, at most one per GPU otherwise.
 
     Raises:   ValueError where it needs GPUs and there are none
     """
-    asked = int(configuration["num_processes"])
+    count = int(configuration["num_processes"])
     if configuration.get("use_cpu"):
-        return asked
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+        return count
     if not torch.cuda.device_count():
         raise ValueError(
             "this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it costs, scale `mini` needs none"
         )
-    return min(asked, torch.cuda.device_count()) * nodes
+    return min(count, torch.cuda.device_count()) * int(environment.get(NODES, "1"))
 
 
-def command(configuration: Path, job: Path, many: int, environment: Mapping[str, str]) -> list[str]:
-    """The command line that starts a training: on this machine, or once on every node of a Slurm job."""
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(configuration),
-        "--num_processes",
-        str(many),
-    ]
+def command(configuration: Path, job: Path, count: int, environment: Mapping[str, str]) -> list[str]:
+    """The command line that starts a training run: on this machine, or once on every node of a Slurm job."""
+    nodes = int(environment.get(NODES, "1"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(configuration), "--num_processes", str(count)]
     if nodes == 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -153,12 +147,11 @@ def command(configuration: Path, job: Path, many: int, environment: Mapping[str,
 
 
 def _first_host(nodes: str) -> str:
-    told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return told.stdout.split()[0]
+    return subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()[0]
 
 
 def main(argv: list[str]) -> None:
-    """One process of a launched training."""
+    """One process of a launched training run."""
     processes.die_with_parent()
     path, first = Path(argv[0]), os.environ.get("RANK", "0") == "0"
 
@@ -166,9 +159,9 @@ def main(argv: list[str]) -> None:
         if first:
             (path.parent / "step").write_text(str(step), encoding="utf-8")
 
-    told = _work(Job.read(path), load_from_disk(path.parent / "data"), progress)
+    result = _work(Job.read(path), load_from_disk(path.parent / "data"), progress)
     if first:
-        write_text(path.parent / "result.json", json.dumps(told))
+        write_text(path.parent / "result.json", json.dumps(result))
 
 
 if __name__ == "__main__":

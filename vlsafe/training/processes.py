@@ -1,7 +1,7 @@
 """Training on several processes: the order of the rows, and what must hold before the first step.
 
-The sharding is `accelerate`'s and the loop the trainer's. Several ways of getting it wrong on LLaVA end in no error, only in
-another model; each of them is refused here by name. This room knows neither what a row is about nor where a run lies.
+`accelerate` shards and the trainer loops. Several mistakes on a LLaVA raise no error there and only train another model; each
+of them is refused here by name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlsafe.core.scale import Fit
-from vlsafe.models.architectures import final_norm
+from vlsafe.models.architectures import final_norm, of_vision
 
-ASKED, LAUNCH = "VLSAFE_PROCESSES", "VLSAFE_SHARDED"  # what a launched trainer was asked to be; absent in an ordinary process
+PROCESSES, SHARDED = "VLSAFE_PROCESSES", "VLSAFE_SHARDED"  # set for launched processes alone: how many, and whether sharded
 
 
 def world_size() -> int:
@@ -35,12 +35,12 @@ def world_size() -> int:
 
 
 def sharded() -> bool:
-    """Whether this is a process of a training that asked for sharded weights."""
-    return os.environ.get(LAUNCH) == "1"
+    """Whether this process was launched to train with sharded weights."""
+    return os.environ.get(SHARDED) == "1"
 
 
 def micro_batches(fit: Fit, processes: int) -> int:
-    """Into how many parts one step's rows are cut, one after another, so that no process takes more than `at_once`."""
+    """Gradient accumulation steps: as many as the fit says, more where a process would take over `at_once` rows."""
     least = -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1
     return max(fit.micro_batches, least)
 
@@ -48,13 +48,13 @@ def micro_batches(fit: Fit, processes: int) -> int:
 def per_process(fit: Fit, processes: int) -> int:
     """Rows of one micro-batch of one process.
 
-    Raises:   ValueError where a step's rows cannot be shared out evenly
+    Raises:   ValueError where a step's rows cannot be split evenly
     """
     parts = micro_batches(fit, processes)
     rows, rest = divmod(fit.batch_size, parts * processes)
     if not rows or (rest and (processes > 1 or fit.grouped)):
         raise ValueError(
-            f"{fit.batch_size} rows a step cannot be dealt to {processes} processes in {parts} micro-batches; "
+            f"{fit.batch_size} rows a step cannot be split over {processes} processes in {parts} micro-batches; "
             "change micro_batches, at_once, or the number of processes"
         )
     return rows
@@ -63,10 +63,10 @@ def per_process(fit: Fit, processes: int) -> int:
 def grouped_order(
     lengths: Sequence[int], pictured: Sequence[bool], fit: Fit, processes: int, rng: np.random.Generator
 ) -> list[int]:
-    """The rows of a whole training in order: every step of one modality, its micro-batches by length, dealt to the processes.
+    """All rows of a training run in order: every step of one modality, its micro-batches by length, split over the processes.
 
-    Which rows share a step does not depend on their length, nor on the number of processes. Rows of a modality that do not
-    fill a step wait for the next round.
+    Which rows share a step depends neither on their length nor on the number of processes. Rows of a modality that do not
+    fill a step wait for the next epoch.
 
     Shapes:   [N], [N]  ->  [steps * batch_size]
     Draws:    from `rng` only
@@ -74,6 +74,7 @@ def grouped_order(
     """
     waiting: dict[bool, list[int]] = {False: [], True: []}
     order: list[int] = []
+    size = per_process(fit, processes) * processes
     while len(order) < fit.steps * fit.batch_size:
         steps: list[list[int]] = []
         for row in rng.permutation(len(lengths)).tolist():
@@ -82,22 +83,17 @@ def grouped_order(
             if len(rows) == fit.batch_size:
                 steps.append(sorted(rows, key=lambda i: (-lengths[i], i)))
                 rows.clear()
-        for at in rng.permutation(len(steps)):
-            order += _dealt(steps[at], per_process(fit, processes), processes)
+        for step in rng.permutation(len(steps)):
+            for at in range(0, fit.batch_size, size):  # micro-batches, dealt out in turn: all pad to about one length
+                order += [row for process in range(processes) for row in steps[step][at : at + size][process::processes]]
     return order[: fit.steps * fit.batch_size]
 
 
-def _dealt(step: Sequence[int], rows: int, processes: int) -> list[int]:
-    """Each micro-batch's rows, longest first, given to the processes in turn, so that all of them pad to about one length."""
-    blocks = (step[at : at + rows * processes] for at in range(0, len(step), rows * processes))
-    return [row for block in blocks for process in range(processes) for row in block[process::processes]]
-
-
 def refuse_mixed(pictured: Sequence[bool], together: int) -> None:
-    """Every `together` rows in a row, those that all processes work on at one time, must be of one modality.
+    """Refuse an order in which `together` successive rows, those that all processes work on at one time, mix modalities.
 
-    A sharded tower is gathered by all processes or by none: with pictures on some of them only, collectives of different
-    kinds meet, which is a crash at best.
+    A sharded tower is gathered by all processes or by none: with pictures on some only, the collectives do not match, which
+    is a crash at best.
 
     Raises:   ValueError that names the first such rows
     """
@@ -111,7 +107,7 @@ def refuse_mixed(pictured: Sequence[bool], together: int) -> None:
 
 @contextlib.contextmanager
 def head_with_norm(model: Any) -> Iterator[None]:
-    """Have the output head sharded together with the language model's last norm.
+    """Shard the output head together with the language model's last norm.
 
     `accelerate` looks for that norm among the base model's own children, where a LLaVA has none, and shards the head by
     itself. TRL's fused loss reads the head's weight outside its forward; its gradient is then never summed over processes.
@@ -122,36 +118,36 @@ def head_with_norm(model: Any) -> Iterator[None]:
 
 
 class Guards(TrainerCallback):
-    """Is this the training that was asked for?"""
+    """Check before the first step that accelerate has set up what the launch requested."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises:   RuntimeError, before the first step, that says what is wrong and what to do"""
-        asked, wanted = int(os.environ.get(ASKED, "1")), sharded()
-        if args.world_size != asked:
+        """Raises:   RuntimeError that says what is wrong and what to do"""
+        requested, shards = int(os.environ.get(PROCESSES, "1")), sharded()
+        if args.world_size != requested:
             raise RuntimeError(
-                f"{asked} processes were asked for and {args.world_size} is training: its steps would hold another number of "
-                "rows. On processors use distributed_type MULTI_GPU with use_cpu; `accelerate launch --cpu` starts one process"
+                f"{requested} processes were requested and {args.world_size} is training: its steps would hold another number of "
+                "rows. On CPUs use distributed_type MULTI_GPU with use_cpu; `accelerate launch --cpu` starts one process"
             )
-        if wanted != any(isinstance(weight, DTensor) for weight in model.parameters()):
+        if shards != any(isinstance(weight, DTensor) for weight in model.parameters()):
             raise RuntimeError(
-                "the weights are {}: accelerate has turned FSDP {} without a word. Its configuration asks for {}, which it "
-                "does on GPUs only".format(*(("whole", "off", "FSDP") if wanted else ("sharded", "on", "whole weights")))
+                "the weights are {}: accelerate has silently turned FSDP {}. Its configuration requests {}, which it does on "
+                "GPUs only".format(*(("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights")))
             )
-        if wanted:
+        if shards:
             refuse_unsound_shards(model)
 
 
 def refuse_unsound_shards(model: Any) -> None:
-    """What breaks a sharded LLaVA without an error.
+    """Refuse what breaks a sharded LLaVA without an error.
 
     Raises:   RuntimeError naming the weight
     """
     moving = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if towers := [name for name in moving if "vision_tower" in name]:
-        raise RuntimeError(f"{towers[0]} may move: features come from an earlier layer, the last one never has a gradient, and "
-                           "the training could not be resumed; freeze the tower")  # fmt: skip
+    if towers := [name for name in moving if of_vision(name)]:
+        raise RuntimeError(f"{towers[0]} is trainable: features come from an earlier layer, the last one never has a gradient, "
+                           "and the training could not be resumed; freeze the tower")  # fmt: skip
     if low := [name for name, weight in moving.items() if weight.dtype != torch.float32]:
-        raise RuntimeError(f"{low[0]} is {moving[low[0]].dtype}: master weights are float32, only computing is in bfloat16")
+        raise RuntimeError(f"{low[0]} is {moving[low[0]].dtype}: master weights are float32, only computation is in bfloat16")
     head, norm = model.get_output_embeddings(), final_norm(model)
     if head.weight.requires_grad and _unit(head) is not _unit(norm):
         raise RuntimeError("the output head is sharded apart from the last norm: its gradient would not be summed over processes")
@@ -163,8 +159,8 @@ def _unit(module: Any) -> Any:
 
 @contextlib.contextmanager
 def claimed(many: int, folder: Path) -> Iterator[None]:
-    """Keep to GPUs that no other stage of this run store uses. A cluster has chosen them already and says so in the environment;
-    on one machine the scheduler knows how many are free but not which.
+    """Reserve GPUs that no other stage of this run store uses. On a cluster the environment names them already; on one machine
+    the scheduler knows how many are free but not which.
 
     Raises:   ValueError where the machine has fewer; RuntimeError where too many are taken
     """
@@ -176,8 +172,8 @@ def claimed(many: int, folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         mine: list[str] = []
         for number in range(here):
-            with contextlib.suppress(Timeout):
-                if len(mine) < many:
+            if len(mine) < many:
+                with contextlib.suppress(Timeout):
                     held.enter_context(FileLock(str(folder / f".gpu{number}.lock")).acquire(blocking=False))
                     mine.append(str(number))
         if len(mine) < many:
@@ -190,6 +186,6 @@ def claimed(many: int, folder: Path) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it is gone, however it went (Linux; elsewhere nothing)."""
+    """Let the kernel kill this process when its parent has ended, however it ended (on Linux; elsewhere nothing)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,7 +1,6 @@
 """One stage of SFT, DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
 
-The trainers are TRL's own, untouched; what we add are arguments and callbacks. This room knows neither where a run lies
-in the run store nor what a row is about.
+The trainers are TRL's own, unmodified; this module adds arguments and callbacks. It knows neither run store nor rows' content.
 """
 
 from __future__ import annotations
@@ -22,13 +21,19 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from vlsafe.core.scale import Fit, Preference, Rollout
+from vlsafe.models.architectures import of_projector
 from vlsafe.models.checkpoints import in_memory_layout
 from vlsafe.training import conflict, processes
 from vlsafe.training.checkpoints import Milestones, last_complete
 
 Progress = Callable[[int], None]
 History = list[dict[str, float]]  # what a trainer logged, a record per step
-WORKERS = 4  # processes that open pictures for one GPU
+SFT, DPO, GRPO = (SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (GRPOTrainer, GRPOConfig)
+WORKERS = 4  # processes that load pictures for one GPU
+# Which rows share a step never depends on their length: in the miniature length reveals the task, and steps of one task may
+# undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
+BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
+IN_ORDER = {"train_sampling_strategy": "sequential"}  # of rows that were put in order before
 
 
 def sft(
@@ -45,55 +50,48 @@ def sft_history(
 ) -> History:  # fmt: skip
     """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
 
-    Checkpoints are written at the milestones; a training that was killed goes on from the last complete one, and ends
-    with the weights and records of an undisturbed run, bit for bit. So does `dpo`.
+    Checkpoints are written at the milestones; a killed run resumes from the last complete one, and ends with the weights and
+    records of an uninterrupted run, bit for bit. So does `dpo`.
 
     Units:    -> one record per step from the first: loss in nats per token, num_tokens …
     Draws:    data order from `seed`
     """
     own = {"max_length": fit.max_length, "assistant_only_loss": "messages" in data.column_names, **BY_LENGTH}
-    arguments = _arguments(SFTConfig, fit, folder, seed, own)
-    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress)
+    return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress)
 
 
 def sft_without_conflict(
     model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
     milestones: Sequence[int] = (), progress: Progress = lambda step: None,
 ) -> History:  # fmt: skip
-    """`sft_history` on two tasks, the first `first` rows and the others, without their gradients working against each other.
+    """`sft_history` on two tasks, the first `first` rows and the others, with conflicting gradients projected (PCGrad).
 
-    Rows are seen in the proportion that plain training on both would have; where nothing conflicts, a step is as it would be.
+    Rows are seen in the same proportion as in plain training on both; where nothing conflicts, a step is the same as well.
 
-    Units:    -> records that also hold `task_cosine`, of the two gradients before anything is taken out of them
+    Units:    -> records that also hold `task_cosine`, of the two gradients before the projection
     """
     rng, second = np.random.default_rng(seed), len(data) - first
     leading = conflict.shares(first, second, fit.steps, fit.micro_batches)
     size = fit.batch_size // fit.micro_batches
     data = data.select(conflict.ordered(first, second, leading, fit.micro_batches, size, rng))
-    own = {
-        "max_length": fit.max_length,
-        "assistant_only_loss": True,
-        "train_sampling_strategy": "sequential",
-        "max_grad_norm": 0.0,
-    }
-    arguments = _arguments(SFTConfig, fit, folder, seed, own)
-    told = {"callbacks": [conflict.ConflictFree(leading)]}
-    return _run(SFTTrainer, arguments, model, processor, data, fit, milestones, progress, **told)
+    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "max_grad_norm": 0.0}  # the callback clips
+    callback = conflict.ConflictFree(leading)
+    return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[callback])
 
 
 def gradients(
     model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int, note: Callable[[], None]
 ) -> None:
-    """Go through a training without moving: `note` is called where the weights hold the gradient of each step.
+    """Run SFT without updating the weights: `note` is called where they hold the gradient of each step.
 
     Draws:    data order from `seed`
     """
-    arguments = _arguments(SFTConfig, fit, folder, seed, {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH})
-    _run(SFTTrainer, arguments, model, processor, data, fit, (), lambda step: None, optimizer=_Still(model, note))
+    own = {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH}
+    _run(SFT, own, model, processor, data, fit, folder, seed, (), lambda step: None, optimizer=_Still(model, note))
 
 
 class _Still(torch.optim.Optimizer):
-    """An optimiser that takes no step and tells when it would have."""
+    """An optimiser that calls `note` instead of taking a step."""
 
     def __init__(self, model: PreTrainedModel, note: Callable[[], None]) -> None:
         super().__init__([weight for weight in model.parameters() if weight.requires_grad], {"lr": 0.0})
@@ -107,10 +105,10 @@ def dpo(
     model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit, folder: Path,
     seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
 ) -> History:  # fmt: skip
-    """Train in place on preferences, against a reference that is always passed (TRL would read one from some older disk path).
+    """Train in place on preferences; the reference is always passed (TRL would load one from a stored, perhaps older path).
 
     The reference's log-probabilities of text-only pairs are computed once; TRL cannot do so where there are pictures.
-    Nothing is cut to a length: `mix.sound` has dropped what is too long. Micro-batches are of one size and not by length:
+    Nothing is truncated: `intake.sound` has dropped what is too long. Micro-batches are of one size and not by length:
     TRL takes the mean over each, so that in uneven ones (`BY_LENGTH`) a pair would weigh more the fewer share it.
 
     Units:    -> one record per step: loss in nats per pair, rewards/accuracies, num_tokens …
@@ -118,8 +116,7 @@ def dpo(
     Source:   Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))
     """
     own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names}
-    arguments = _arguments(DPOConfig, fit, folder, seed, own)
-    return _run(DPOTrainer, arguments, model, processor, data, fit, milestones, progress, ref_model=reference)
+    return _run(DPO, own, model, processor, data, fit, folder, seed, milestones, progress, ref_model=reference)
 
 
 def grpo(
@@ -128,7 +125,7 @@ def grpo(
 ) -> History:  # fmt: skip
     """Train in place on the model's own answers to prompts of one modality (TRL fails on a batch of both), rewarded in [0, 1].
 
-    A step samples `batch_size` answers, `generations` to a prompt. There is no pull towards a reference, as is TRL's default.
+    A step samples `batch_size` answers, `generations` to a prompt. There is no KL penalty, as is TRL's default.
 
     Units:    -> one record per step: reward, completions/mean_length, num_tokens …
     Draws:    prompts and answers from `seed`
@@ -137,37 +134,37 @@ def grpo(
     own = dict(
         beta=0.0, num_generations=spec.generations, max_completion_length=spec.max_new_tokens, temperature=spec.temperature,
     )  # fmt: skip
-    arguments = _arguments(GRPOConfig, spec.fit, folder, seed, own)
-    return _run(GRPOTrainer, arguments, model, processor, data, spec.fit, milestones, progress, reward_funcs=reward)
+    return _run(GRPO, own, model, processor, data, spec.fit, folder, seed, milestones, progress, reward_funcs=reward)
 
 
 def tokens_seen(history: History) -> list[int]:
-    """Tokens that went through the model up to each step, padding not counted; TRL's own count begins again after a resumption."""
+    """Tokens processed up to each step, padding not counted; TRL's own count starts again after a resumption."""
     counts = [record["num_tokens"] for record in history]
     new = [now - before if now > before else now for before, now in zip([0, *counts], counts, strict=False)]
     return [int(total) for total in itertools.accumulate(new)]
 
 
 def _run(
-    kind: type[Trainer], arguments: TrainingArguments, model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit,
-    milestones: Sequence[int], progress: Progress, optimizer: torch.optim.Optimizer | None = None,
-    callbacks: Sequence[TrainerCallback] = (), **own: Any,
+    kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any], model: PreTrainedModel, processor: Any,
+    data: Dataset, fit: Fit, folder: Path, seed: int, milestones: Sequence[int], progress: Progress,
+    optimizer: torch.optim.Optimizer | None = None, callbacks: Sequence[TrainerCallback] = (), **more: Any,
 ) -> History:  # fmt: skip
-    """Build one of TRL's trainers, go on from the last complete checkpoint, and tell what was logged at every step."""
-    [last] = broadcast_object_list([last_complete(Path(arguments.output_dir)) if PartialState().is_main_process else None])
+    """Build one of TRL's trainers, resume from the last complete checkpoint, and return what was logged at every step."""
+    arguments = _arguments(kind[1], fit, folder, seed, own)
+    [last] = broadcast_object_list([last_complete(folder) if PartialState().is_main_process else None])
     if fit.grouped:
-        data = _grouped(data, fit, arguments.seed)
+        data = _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
     with warnings.catch_warnings(), processes.head_with_norm(model):
         warnings.simplefilter("ignore")
-        trainer = kind(
+        trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
             train_dataset=data, args=arguments,
-            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones)), _Tick(progress)], **own,
+            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones)), _Tick(progress)], **more,
         )  # fmt: skip
         trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
-        trainer.optimizer = optimizer  # none: made from the line above
+        trainer.optimizer = optimizer  # None: made from the line above
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
@@ -176,7 +173,7 @@ def _run(
 
 
 def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
-    """The rows of the whole training in the order of its steps, for a trainer that takes them as they come."""
+    """The rows of the whole run in the order of its steps, for a trainer that takes them sequentially."""
     pictured = [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
     many, rng = processes.world_size(), np.random.default_rng([seed, *b"order"])
     order = processes.grouped_order(data["length"], pictured, fit, many, rng)
@@ -185,24 +182,15 @@ def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
 
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
-    """Arguments of AdamW over the moving weights; the projector has its own rate where the fit gives one."""
+    """Arguments of AdamW over the trainable weights; the projector has its own rate where the fit gives one."""
     projector: list[Any] = []
     others: list[Any] = []
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            (projector if "multi_modal_projector" in name else others).append(weight)
-    groups = [
-        {"params": others, "lr": fit.learning_rate},
-        {"params": projector, "lr": fit.projector_rate or fit.learning_rate},
-    ]
-    moving = [g for g in groups if g["params"]]
-    return {"params": moving, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
-
-
-# Which rows share a step never depends on their length: in the miniature length tells the task, and steps of one task may
-# undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
-BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
-IN_ORDER = {"train_sampling_strategy": "sequential"}  # of rows that `_grouped` has put in order
+            (projector if of_projector(name) else others).append(weight)
+    rates = ((others, fit.learning_rate), (projector, fit.projector_rate or fit.learning_rate))
+    groups = [{"params": weights, "lr": rate} for weights, rate in rates if weights]
+    return {"params": groups, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
 
 
 def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
