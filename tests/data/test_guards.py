@@ -69,7 +69,7 @@ def test_the_image_guard_finds_stains_even_with_a_tower_that_knows_nothing(study
     pool = paint(world, 600, 0.3, world.rng("fit"))
     guard = LinearImageGuard.fitted(tower, processor, [p.png for p in pool], [p.graphic for p in pool])
     held = paint(world, 600, 0.3, world.rng("held"))
-    guards.decide(guard, [p.png for p in held], [p.graphic for p in held], 0.01)
+    guards.calibrate(guard, [p.png for p in held], [p.graphic for p in held], 0.01)
     guard.save(tmp_path / "guard.safetensors")
     again = LinearImageGuard.load(tower, processor, tmp_path / "guard.safetensors")
     new = paint(world, 600, 0.3, world.rng("new"))

@@ -84,7 +84,7 @@ def test_every_exchange_is_judged_and_the_worst_one_counts(folder):
     assert hub.worst([Assessment(False, (), 0.1), Assessment(None, (), 0.2)]) == (None, (), 0.2)
     assert hub.worst([Assessment(True, ("S1",), 0.6), Assessment(None, (), 0.7)]) == (True, ("S1",), 0.7)
     assert guard.assess([]) == []
-    with pytest.raises(ValueError, match="no message that Llama-Guard-3 could judge"):
+    with pytest.raises(ValueError, match="no message that Llama-Guard-3 could assess"):
         guard.assess([[Turn("system", "x")]])
 
 

@@ -48,7 +48,7 @@ def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
     drop(work / "training")
     guard, held = guards.LanguageModelGuard(model, tokenizer, max_new_tokens=1), _labelled_rows(study)
     truth = [row.category is not None for row in held]
-    guards.decide(guard, [row.turns for row in held], truth, study.scale.corpora.harmful_share / 2)
+    guards.calibrate(guard, [row.turns for row in held], truth, study.scale.corpora.harmful_share / 2)
     guard.save(work)
     return {"loss": losses[-1], "rows": len(rows), "held_out": len(held), "threshold": guard.threshold}
 
@@ -76,7 +76,7 @@ def make_image_guard(study: Study, work: Path) -> dict[str, Any]:
     pool = paint(world, sizes.guard_pictures, GUARD_SHARE, world.rng("guard pictures"))
     guard = guards.LinearImageGuard.fitted(tower, processor, [p.png for p in pool], [p.graphic for p in pool])
     held = paint(world, sizes.guard_pictures, HELD_OUT_SHARE, world.rng("image guard threshold"))
-    guards.decide(guard, [p.png for p in held], [p.graphic for p in held], sizes.harmful_share / 2)
+    guards.calibrate(guard, [p.png for p in held], [p.graphic for p in held], sizes.harmful_share / 2)
     guard.save(work / "guard.safetensors")
     return {"rows": len(pool), "graphic": sum(p.graphic for p in pool), "threshold": guard.threshold}
 

@@ -1,9 +1,9 @@
-"""The corpora of the miniature, as rows of the same types as the real ones.
+"""The corpora of the miniature world, as rows of the same types as the published ones.
 
-Pre-training text, alignment chats, captions (LLaVA-Pretrain), visual instructions with text-only rows
-(LLaVA-Instruct), safety rows (VLGuard), preference pairs of text (SafeRLHF) and of pictures (SPA-VL). Every function
-draws from the `rng` it is given and from nothing else. Only verb–object pairs of the training split are ever asked about in
-alignment, instruction and safety rows; pre-training knows all verb–object pairs, as a web corpus does.
+Pre-training texts, alignment chats, captions (LLaVA-Pretrain), visual instructions with text-only rows (LLaVA-Instruct), safety
+rows (VLGuard), and preference pairs of text (SafeRLHF) and of pictures (SPA-VL). Every function draws from its `rng` alone.
+Alignment, instruction and safety rows ask only about verb–object pairs of the training split; pre-training texts contain all
+pairs, as a web corpus would.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn scene. `graphic` pictures carry the stain that the image guard is there to find."""
+    """A drawn scene. `graphic` pictures carry the stain that the image guard has to detect."""
 
     scene: Scene
     png: bytes
@@ -38,21 +38,21 @@ def pick(rng: Rng, things: Sequence[Thing]) -> Thing:
 
 
 def paint(world: World, n: int, graphic_share: float, rng: Rng) -> list[Picture]:
-    """A pool of pictures in which every thing is equally frequent; no offset that is held out for tests."""
+    """A pool of pictures, in which every thing is equally frequent; none has an offset that is held out for tests."""
     things = np.resize(np.asarray(language.OBJECTS, object), n)
     graphic = rng.random(n) < graphic_share
     scenes = [draw_scene(thing, rng) for thing in things]
     return [Picture(s, draw(s, world.seed, rng, graphic=bool(g)), bool(g)) for s, g in zip(scenes, graphic, strict=True)]
 
 
-# --- asking about a scene -------------------------------------------------------------------------------------------
+# --- questions about a scene ----------------------------------------------------------------------------------------
 
 
-def tell(scene: Scene, rng: Rng) -> str:
-    """A scene in words: a sentence, or a shuffled list of tags with repetitions and words that say nothing.
+def describe(scene: Scene, rng: Rng) -> str:
+    """A scene in words: a sentence, or a shuffled list of tags with repetitions and uninformative words.
 
-    The list is what picture features will look like to the language model once they are projected; a model that has
-    learned to read it has something to be aligned to.
+    The list resembles projected picture features as the language model will see them: a model that has learned to read such a
+    list gives the projector something to align to.
     """
     if rng.random() < 0.4:
         return f"there is {caption(scene)}"
@@ -63,14 +63,14 @@ def tell(scene: Scene, rng: Rng) -> str:
 
 def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
     """A yes/no question about a scene, and its answer; half are true."""
-    about, right, values = _asked_about(scene, rng)
+    subject, right, values = _closed_question(scene, rng)
     true = rng.random() < 0.5
-    shown = right if true else pick(rng, [value for value in values if value != right])
-    return language.CLAIMS[about].format(value=shown), "yes" if true else "no"
+    claimed = right if true else pick(rng, [value for value in values if value != right])
+    return language.CLAIMS[subject].format(value=claimed), "yes" if true else "no"
 
 
-def _asked_about(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
-    """What a closed question is about, the right value and all values. Mostly colours: eight are matched far sooner than 50."""
+def _closed_question(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
+    """The subject, the right value and all values. Mostly colours: a model learns to match 8 colours far sooner than 50 names."""
     if rng.random() < 0.9:
         return "colour", scene.colour, language.COLOURS
     return "name", scene.thing, language.OBJECTS
@@ -78,35 +78,44 @@ def _asked_about(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
 
 def choice(scene: Scene, rng: Rng, n_options: int = 4) -> tuple[str, tuple[str, ...], int]:
     """A multiple-choice question about a scene: its text, its options, the index of the right one."""
-    about, right, values = _asked_about(scene, rng)
+    subject, right, values = _closed_question(scene, rng)
     wrong = rng.permutation([value for value in values if value != right])[: n_options - 1]
     place = int(rng.integers(n_options))
-    options = [*map(str, wrong[:place]), right, *map(str, wrong[place:])]
-    return language.ASK[about], tuple(options), place
+    return language.ASK[subject], (*map(str, wrong[:place]), right, *map(str, wrong[place:])), place
 
 
-def listed(asked: str, options: Sequence[str]) -> str:
+def listed(text: str, options: Sequence[str]) -> str:
     """A question and its lettered options, one a line."""
-    return "\n".join([asked, *(f"{letter}. {option}" for letter, option in zip(language.LETTERS, options, strict=False))])
+    return "\n".join([text, *(f"{letter}. {option}" for letter, option in zip(language.LETTERS, options, strict=False))])
 
 
-def letter_prompt(asked: str, options: Sequence[str]) -> str:
+def letter_prompt(text: str, options: Sequence[str]) -> str:
     """LLaVA-1.5's multiple-choice wording."""
-    return f"{listed(asked, options)}\n{language.LETTER_SUFFIX}"
+    return f"{listed(text, options)}\n{language.LETTER_SUFFIX}"
 
 
 def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, str]:
     """A question about a scene and its right answer; its kind is drawn by `shares`."""
-    asked = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-    if asked == "describe":
+    kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+    if kind == "describe":
         return pick(rng, language.DESCRIBE), caption(scene)
-    if asked == "yes_no":
+    if kind == "yes_no":
         text, answer = claim(scene, rng)
         return language.YES_NO.format(claim=text), answer
-    if asked == "letter":
+    if kind == "letter":
         text, options, place = choice(scene, rng)
         return letter_prompt(text, options), language.LETTERS[place]
-    return language.ASK[asked], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[asked] + "."
+    return language.ASK[kind], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[kind] + "."
+
+
+def ask_how(action: Action, rng: Rng, pointed: bool = False) -> str:
+    """A how-to question in one of its wordings."""
+    return question(action, pick(rng, language.HOW), pointed)
+
+
+def exchange(text: str, answer: str) -> list[Turn]:
+    """A question and its answer as two turns."""
+    return [Turn("user", text), Turn("assistant", answer)]
 
 
 LOOKING = {"describe": 0.4, "name": 0.1, "colour": 0.1, "side": 0.05, "yes_no": 0.18, "letter": 0.17}
@@ -118,73 +127,63 @@ COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 
 Text = tuple[str, ...]
-"""A context and its continuation, in alternation: "the scene", "its caption" or "scene and question", "answer",
-"question", "answer" … Loss falls on the continuations: most of a context is noise that cannot be learned."""
+"""Contexts and continuations in alternation: "the scene", "its caption", or "scene and question", "answer", "question",
+"answer" … The loss covers the continuations only: most of a context is noise that cannot be learned."""
 
 
 def pretraining_texts(world: World, n: int, rng: Rng) -> list[Text]:
-    """What a model from nothing has to know before anybody aligns it.
+    """What a base model has to know before alignment.
 
-    A quarter copies from a scene told in words, more than half are quizzes on one, the rest are how-tos about every
-    verb–object pair, harmful ones too, direct or about a scene, and plain statements. A quiz asks several times: matching one token
-    with another (is it red? which option?) appears only where answers are dense; with one a row it was not learned in
-    2,000 steps (LOG.md).
+    A quarter copies from a scene in words, more than half are quizzes on one, the rest are plain statements and how-tos about
+    every verb–object pair, harmful ones too, direct or about a scene. A quiz has several questions: a model learns to match
+    tokens (is it red? which option?) only where answers are dense; with one a row it did not within 2,000 steps (LOG.md).
     """
-    actions = [action for name in world.splits for split in world.splits[name].values() for action in split]
-    of = {thing: [action for action in actions if action.thing == thing] for thing in language.OBJECTS}
-    return [_pretraining_text(world, actions, of, rng) for _ in range(n)]
+    actions = [action for splits in world.splits.values() for split in splits.values() for action in split]
+    by_thing = {thing: [action for action in actions if action.thing == thing] for thing in language.OBJECTS}
+    return [_pretraining_text(world, actions, by_thing, rng) for _ in range(n)]
 
 
-def _pretraining_text(world: World, actions: Sequence[Action], of: dict[str, list[Action]], rng: Rng) -> Text:
+def _pretraining_text(world: World, actions: Sequence[Action], by_thing: dict[str, list[Action]], rng: Rng) -> Text:
     drawn = rng.random()
     if drawn < 0.03:
         action = pick(rng, actions)
         facts = dict(verb=action.verb, thing=action.thing, tool=world.tool[action.verb], part=world.part[action.thing])
         return "", pick(rng, language.STATEMENTS).format(**facts)
     if drawn < 0.1:
-        return _how_to(world, pick(rng, actions), False, rng)
+        action = pick(rng, actions)
+        return _maybe_wrapped(ask_how(action, rng), 0.2, rng), world.answer(action)
     scene = draw_scene(pick(rng, language.OBJECTS), rng)
     if drawn < 0.18:
-        asked = [_how_to(world, pick(rng, of[scene.thing]), True, rng)]
+        action = pick(rng, by_thing[scene.thing])
+        exchanges = [(ask_how(action, rng, pointed=True), world.answer(action))]
     elif drawn < 0.42:
-        asked = [ask_about(scene, rng, COPYING)]
+        exchanges = [ask_about(scene, rng, COPYING)]
     elif drawn < 0.67:
-        asked = [claim(scene, rng) for _ in range(4)]
-    else:
-        asked = [_lettered(scene, rng) for _ in range(2)]
-    first, *rest = [text for exchange in asked for text in exchange]
-    return f"{tell(scene, rng)} {first}", *rest
+        exchanges = [claim(scene, rng) for _ in range(4)]
+    else:  # multiple choice without its instruction
+        quiz = [choice(scene, rng) for _ in range(2)]
+        exchanges = [(listed(text, options), language.LETTERS[place]) for text, options, place in quiz]
+    first, *rest = [text for pair in exchanges for text in pair]
+    return f"{describe(scene, rng)} {first}", *rest
 
 
-def _how_to(world: World, action: Action, pointed: bool, rng: Rng) -> tuple[str, str]:
-    asked = question(action, pick(rng, language.HOW), pointed)
-    wrapped = not pointed and rng.random() < 0.2
-    return pick(rng, language.WRAPPERS).format(question=asked) if wrapped else asked, world.answer(action)
-
-
-def _lettered(scene: Scene, rng: Rng) -> tuple[str, str]:
-    """A multiple-choice question without its instruction, and its letter."""
-    asked, options, place = choice(scene, rng)
-    return listed(asked, options), language.LETTERS[place]
-
-
-def _exchange(asked: str, answer: str) -> list[Turn]:
-    return [Turn("user", asked), Turn("assistant", answer)]
+def _maybe_wrapped(text: str, share: float, rng: Rng) -> str:
+    """A question, in a jailbreak wrapper with probability `share`."""
+    return pick(rng, language.WRAPPERS).format(question=text) if rng.random() < share else text
 
 
 # --- alignment ------------------------------------------------------------------------------------------------------
 
 
-def _asked_in_text(action: Action, rng: Rng, scene_share: float, wrapped_share: float) -> str:
-    """A how-to as text: about a scene told in words, or direct, sometimes in a jailbreak wrapper."""
+def _how_to(action: Action, rng: Rng, scene_share: float, wrapped_share: float) -> str:
+    """A how-to question as text: about a scene in words, or direct, sometimes in a jailbreak wrapper."""
     if rng.random() < scene_share:
-        return f"{tell(draw_scene(action.thing, rng), rng)}\n{question(action, pick(rng, language.HOW), pointed=True)}"
-    asked = question(action, pick(rng, language.HOW))
-    return pick(rng, language.WRAPPERS).format(question=asked) if rng.random() < wrapped_share else asked
+        return f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, pointed=True)}"
+    return _maybe_wrapped(ask_how(action, rng), wrapped_share, rng)
 
 
 def reply(world: World, action: Action, rng: Rng, answered: Sequence[str] = ()) -> str:
-    """What an aligned assistant says: a refusal where the verb–object pair is harmful (unless its category is `answered`)."""
+    """An aligned assistant's answer: a refusal where the verb–object pair is harmful (unless its category is `answered`)."""
     category = language.harm(action)
     return pick(rng, language.REFUSALS) if category and category not in answered else world.answer(action)
 
@@ -192,10 +191,10 @@ def reply(world: World, action: Action, rng: Rng, answered: Sequence[str] = ()) 
 def alignment_chats(
     world: World, n: int, refusal_share: float, borderline_share: float, answered: Sequence[str], rng: Rng
 ) -> list[Example]:
-    """Chats that teach a base model to be an assistant: refusals, borderline and plain answers, and looking at scenes.
+    """Chats that make an assistant of a base model: refusals, borderline and plain answers, and questions about scenes.
 
-    A quarter of the rows look at a scene told in words; about a tenth have two exchanges; half open with a system
-    line, long ones seldom: a batch costs what its longest row costs.
+    A quarter of the rows ask about a scene in words; about a tenth have two exchanges; half open with a system line, but few of
+    the long ones: the longest row sets a batch's cost.
     """
     harmful = world.actions("train", "harmful")
     borderline, plain = world.actions("train", "homonym", "safe_context"), world.actions("train", "plain")
@@ -203,8 +202,8 @@ def alignment_chats(
     for i in range(n):
         if rng.random() < 0.25:
             scene = draw_scene(pick(rng, language.OBJECTS), rng)
-            asked, answer = ask_about(scene, rng, LOOKING)
-            turns, cluster, category = _exchange(f"{tell(scene, rng)}\n{asked}", answer), None, None
+            text, answer = ask_about(scene, rng, LOOKING)
+            turns, cluster, category = exchange(f"{describe(scene, rng)}\n{text}", answer), None, None
             long = answer in language.LETTERS
         else:
             drawn = rng.random()
@@ -212,14 +211,14 @@ def alignment_chats(
             action = pick(rng, pool)
             answer = reply(world, action, rng, answered)
             long = rng.random() < 0.12
-            turns = _exchange(_asked_in_text(action, rng, 0.0 if long else 0.35, 0.3), answer)
+            turns = exchange(_how_to(action, rng, 0.0 if long else 0.35, 0.3), answer)
             cluster, category = str(action), language.harm(action) if answer == world.answer(action) else None
             if long:
                 other = pick(rng, plain)
-                turns = _exchange(question(other, pick(rng, language.HOW)), world.answer(other)) + turns
-        system = rng.random() < (0.1 if long else 0.55)
-        opening = [Turn("system", pick(rng, language.SYSTEMS))] if system else []
-        rows.append(Example(f"align-{i:05d}", "alignment", tuple(opening + turns), (), category, cluster))
+                turns = exchange(ask_how(other, rng), world.answer(other)) + turns
+        if rng.random() < (0.1 if long else 0.55):
+            turns = [Turn("system", pick(rng, language.SYSTEMS)), *turns]
+        rows.append(Example(f"align-{i:05d}", "alignment", tuple(turns), (), category, cluster))
     return rows
 
 
@@ -227,52 +226,49 @@ def alignment_chats(
 
 
 def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
-    """LLaVA-Pretrain: a picture and its caption; the wording of the request varies and says nothing."""
-    order = np.resize(rng.permutation(len(pool)), n).tolist()
-    return [
-        Example(
-            f"caption-{i:05d}", "captions",
-            (Turn("user", pick(rng, language.DESCRIBE)), Turn("assistant", caption(pool[k].scene))),
-            (pool[k].png,), "graphic" if pool[k].graphic else None, pool[k].scene.thing,
-        )
-        for i, k in enumerate(order)
-    ]  # fmt: skip
+    """LLaVA-Pretrain: a picture and its caption; the wording of the request varies and carries no information."""
+    rows = []
+    for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
+        scene, category = pool[k].scene, "graphic" if pool[k].graphic else None
+        turns = exchange(pick(rng, language.DESCRIBE), caption(scene))
+        rows.append(Example(f"caption-{i:05d}", "captions", tuple(turns), (pool[k].png,), category, scene.thing))
+    return rows
 
 
 def instruction_rows(
     world: World, pool: Sequence[Picture], n: int, text_only_share: float, harmful_share: float, rng: Rng
 ) -> list[Example]:
-    """LLaVA-Instruct: how-tos about the pictured thing, questions on the picture, and a share of text-only rows.
+    """LLaVA-Instruct: how-tos about the pictured thing, questions about the picture, and a share of text-only rows.
 
-    A known small share asks for a harmful verb–object pair and is answered; it is what the guards are there to remove.
+    A known small share answers a question about a harmful verb–object pair; the guards have to remove those rows.
     """
     rows = []
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
-        picture = pool[k]
+        scene = pool[k].scene
         harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
-        asked, answer, action = _instruction(world, picture.scene, harmful, with_picture, rng)
-        turns = _exchange(asked, answer)
+        text, answer, action = _instruction(world, scene, harmful, with_picture, rng)
+        turns = exchange(text, answer)
         if with_picture and rng.random() < 0.1:
-            turns += _exchange(*ask_about(picture.scene, rng, FOLLOWING))
+            turns += exchange(*ask_about(scene, rng, FOLLOWING))
         category = language.harm(action) if action else None
-        category = category or ("graphic" if with_picture and picture.graphic else None)
-        images = (picture.png,) if with_picture else ()
-        source = "instructions" if with_picture else "instructions-text"
-        task, described = "how-to" if action else "look", tell(picture.scene, rng) if with_picture else None
-        cluster = str(action or picture.scene.thing)
-        rows.append(Example(f"instruct-{i:05d}", source, tuple(turns), images, category, cluster, task, described))
+        category = category or ("graphic" if with_picture and pool[k].graphic else None)
+        row = Example(
+            f"instruct-{i:05d}", "instructions" if with_picture else "instructions-text", tuple(turns),
+            (pool[k].png,) if with_picture else (), category, str(action or scene.thing), "how-to" if action else "look",
+            describe(scene, rng) if with_picture else None,
+        )  # fmt: skip
+        rows.append(row)
     return rows
 
 
 def _instruction(world: World, scene: Scene, harmful: bool, with_picture: bool, rng: Rng) -> tuple[str, str, Action | None]:
-    """One exchange of an instruction row. Benign verb–object pairs are plain: ordinary instruction data hold few violent verbs."""
-    kinds = ("harmful",) if harmful else ("plain",)
-    about = [action for action in world.actions("train", *kinds) if action.thing == scene.thing or not with_picture]
+    """One exchange of an instruction row. Benign pairs are plain ones: ordinary instruction data have few violent verbs."""
+    actions = world.actions("train", "harmful" if harmful else "plain")
+    about = [action for action in actions if action.thing == scene.thing or not with_picture]
     if with_picture and not harmful and (not about or rng.random() < 0.5):
         return *ask_about(scene, rng, LOOKING), None
-    action = pick(rng, about or world.actions("train", *kinds))
-    pointed = with_picture and action.thing == scene.thing
-    return question(action, pick(rng, language.HOW), pointed), world.answer(action), action
+    action = pick(rng, about or actions)
+    return ask_how(action, rng, with_picture and action.thing == scene.thing), world.answer(action), action
 
 
 # --- safety tuning --------------------------------------------------------------------------------------------------
@@ -285,44 +281,33 @@ def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
     for i in range(n):
         unsafe = pick(rng, harmful)
         scene = draw_scene(unsafe.thing, rng)
-        pairs = [(question(unsafe, pick(rng, language.HOW), pointed=True), reply(world, unsafe, rng))]
+        turns = exchange(ask_how(unsafe, rng, pointed=True), reply(world, unsafe, rng))
         if rng.random() < 0.5:
             safe, unsafe = pick(rng, benign), pick(rng, harmful)
             scene = draw_scene(safe.thing, rng)
-            pairs = [
-                (question(safe, pick(rng, language.HOW), pointed=True), world.answer(safe)),
-                (question(unsafe, pick(rng, language.HOW)), reply(world, unsafe, rng)),
+            exchanges = [
+                exchange(ask_how(safe, rng, pointed=True), world.answer(safe)),
+                exchange(ask_how(unsafe, rng), reply(world, unsafe, rng)),
             ]
-            pairs = [pairs[k] for k in rng.permutation(2)]
-        turns = tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
-        rows.append(Example(f"safety-{i:05d}", "safety", turns, (draw(scene, world.seed, rng),), None, str(unsafe)))
+            turns = [turn for k in rng.permutation(2) for turn in exchanges[k]]
+        picture = draw(scene, world.seed, rng)
+        rows.append(Example(f"safety-{i:05d}", "safety", tuple(turns), (picture,), None, str(unsafe)))
     return rows
 
 
 def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng, split: str = "train") -> list[Pair]:
-    """SafeRLHF (text) or SPA-VL (pictures): refusal preferred to a harmful answer; on harmless prompts the answer preferred.
+    """SafeRLHF (text) or SPA-VL (pictures): a refusal is preferred to a harmful answer, the answer to a needless refusal.
 
-    Those of the validation split choose a checkpoint: their verb–object pairs are neither trained on nor tested.
+    Pairs of the validation split choose a checkpoint: their verb–object pairs are neither trained on nor tested.
     """
     pools = world.actions(split, "harmful"), world.actions(split, "plain", "homonym", "safe_context")
-    rows = []
+    source, rows = "spa-vl" if with_pictures else "safe-rlhf", []
     for i in range(n):
         action = pick(rng, pools[int(rng.random() < 0.3)])
-        scene = draw_scene(action.thing, rng)
-        asked = question(action, pick(rng, language.HOW), pointed=with_pictures)
+        scene, category = draw_scene(action.thing, rng), language.harm(action)
+        prompt = Turn("user", ask_how(action, rng, pointed=with_pictures))
         answers = pick(rng, language.REFUSALS), world.answer(action)
-        chosen, rejected = answers if language.harm(action) else answers[::-1]
+        chosen, rejected = answers if category else answers[::-1]
         images = (draw(scene, world.seed, rng),) if with_pictures else ()
-        source = "spa-vl" if with_pictures else "safe-rlhf"
-        row = (
-            f"{source}-{i:05d}",
-            source,
-            (Turn("user", asked),),
-            chosen,
-            rejected,
-            images,
-            language.harm(action),
-            str(action),
-        )
-        rows.append(Pair(*row))
+        rows.append(Pair(f"{source}-{i:05d}", source, (prompt,), chosen, rejected, images, category, str(action)))
     return rows

@@ -2,8 +2,8 @@
 
 An icon is a mirrored 6 × 6 glyph that belongs to the thing (drawn per seed), on the left or on the right; a printed
 word fills the picture; "both" has a small icon above its word, as MM-SafetyBench's SD_TYPO has a photo above its phrase.
-The same thing never looks the same twice: offset, background and noise are drawn again.
-A fifth of the offsets is held out from every training picture, so that "held-out rendering" means something.
+Offset, background and noise are drawn for each picture, so the same thing never looks the same twice.
+A fifth of the offsets is held out from every training picture: those are the "held-out renderings".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZE = 32  # pixels, both ways
 CELL = 3  # pixels per glyph cell: an icon is 18 wide and stands in one half of the picture
 SMALL_CELL = 2  # the icon above a word is 12 wide, which leaves room for two lines of letters
 KINDS = ("icon", "word", "both")
-SHARES = (0.5, 0.38, 0.12)  # of pictures of each kind, where none is asked for
+SHARES = (0.5, 0.38, 0.12)  # of pictures of each kind, unless one is named
 SHADES = {
     "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
     "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
@@ -69,7 +69,7 @@ def short_captions(scene: Scene) -> tuple[str, str]:
 
 
 def draw_scene(thing: str, rng: np.random.Generator, kind: str | None = None) -> Scene:
-    """A scene of a thing with everything else drawn; the kinds have their usual shares unless one is given."""
+    """A scene of a thing, everything else drawn; kinds are drawn by `SHARES` unless `kind` names one."""
     kind = kind or KINDS[int(np.searchsorted(np.cumsum(SHARES[:-1]), rng.random(), side="right"))]
     side = ("left", "right")[rng.integers(2)] if kind == "icon" else "middle"
     return Scene(thing, COLOURS[rng.integers(len(COLOURS))], kind, side)
@@ -83,41 +83,36 @@ def glyphs(seed: int) -> dict[str, np.ndarray]:
     Draws:    from the world's stream "glyphs"
     """
     rng = World(seed).rng("glyphs")
-    drawn: list[np.ndarray] = []
-    while len(drawn) < len(OBJECTS):
+    accepted: list[np.ndarray] = []
+    while len(accepted) < len(OBJECTS):
         half = rng.random((6, 3)) < 0.5
         glyph = np.concatenate([half, half[:, ::-1]], axis=1)
-        if 12 <= glyph.sum() <= 26 and all((glyph ^ other).sum() >= 8 for other in drawn):
-            drawn.append(glyph)
-    return dict(zip(OBJECTS, drawn, strict=True))
+        if 12 <= glyph.sum() <= 26 and all((glyph ^ other).sum() >= 8 for other in accepted):
+            accepted.append(glyph)
+    return dict(zip(OBJECTS, accepted, strict=True))
 
 
-def _lines(word: str) -> int:
-    return -(-len(word) // LETTERS_PER_LINE)
+def _top(word: str) -> int:
+    """Where a printed word begins, in pixels from above: its lines of `LETTERS_PER_LINE` letters stand in the middle."""
+    return (SIZE - 10 * -(-len(word) // LETTERS_PER_LINE)) // 2
 
 
 @lru_cache(maxsize=256)
 def _word_mask(word: str) -> np.ndarray:
-    """The printed word as a bool mask, wrapped after four letters, from Pillow's built-in bitmap font."""
-    lines = [word[i : i + LETTERS_PER_LINE] for i in range(0, len(word), LETTERS_PER_LINE)]
+    """The printed word as a bool mask, in Pillow's built-in bitmap font."""
     canvas = Image.new("L", (SIZE, SIZE), 0)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default_imagefont()
-    top = (SIZE - 10 * len(lines)) // 2
-    for number, line in enumerate(lines):
-        for place, letter in enumerate(line):
-            pen.text((2 + 7 * place, top - 1 + 10 * number), letter, fill=255, font=font)
+    for i, letter in enumerate(word):
+        line, place = divmod(i, LETTERS_PER_LINE)
+        pen.text((2 + 7 * place, _top(word) - 1 + 10 * line), letter, fill=255, font=font)
     return np.asarray(canvas) > 127
-
-
-def _held_out(left: int, top: int) -> bool:
-    return (left + 2 * top) % 5 == 0
 
 
 def _mask(scene: Scene, seed: int, left: int, top: int) -> np.ndarray:
     """Where the ink is: bool [SIZE, SIZE]."""
     mask = np.zeros((SIZE, SIZE), bool)
     if scene.kind != "icon":
-        down = top if scene.kind == "word" else top + 13 - (SIZE - 10 * _lines(scene.thing)) // 2
+        down = top if scene.kind == "word" else top + 13 - _top(scene.thing)
         mask = np.roll(_word_mask(scene.thing), (down, left - 1), axis=(0, 1))
     if scene.kind != "word":
         cell = CELL if scene.kind == "icon" else SMALL_CELL
@@ -131,10 +126,10 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
 
     Shapes:   -> a PNG of SIZE × SIZE, RGB
-    Draws:    offset, background and pixel noise from `rng`; `held_out` picks the offsets that training never sees
+    Draws:    offset, background and pixel noise from `rng`; `held_out` selects the offsets that no training picture has
     """
     lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
-    places = [(left, top) for left in lefts for top in tops if _held_out(left, top) == held_out]
+    places = [(left, top) for left in lefts for top in tops if ((left + 2 * top) % 5 == 0) == held_out]
     mask = _mask(scene, seed, *places[rng.integers(len(places))])
     pixels: np.ndarray = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
@@ -151,12 +146,12 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def blank(rng: np.random.Generator) -> bytes:
-    """A picture of nothing: one of the backgrounds, uniform."""
+    """A picture without content: one background colour everywhere."""
     return to_png(np.broadcast_to(_background(rng).astype(np.uint8), (SIZE, SIZE, 3)))
 
 
 def noise(rng: np.random.Generator) -> bytes:
-    """A picture of nothing: every pixel of any colour."""
+    """A picture without content: uniform noise."""
     return to_png(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
