@@ -84,7 +84,7 @@ def test_a_bootstrap_redraws_items_once_for_all_points():
     found = at_level(study(filtered_full=same, twin=same))
     assert found.loc["twin", ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
     assert (found["low"] < found["value"]).all() and (found["value"] <= found["high"]).all()
-    drawn = adaptation.redrawn(adaptation.panel(study(filtered_full=same)), "text_asr", np.random.default_rng(0), 4000)
+    drawn = measures.bootstrap(adaptation.panel(study(filtered_full=same)), "text_asr", np.random.default_rng(0), 4000)
     low, high = np.quantile(drawn["filtered-full", 2][1:], [0.025, 0.975])
     wanted = stats.paired_difference([0] * 10, [1] * 3 + [0] * 7, range(10), np.random.default_rng(1), draws=4000)
     assert (drawn["filtered-full", 2][0], low, high) == pytest.approx(wanted, abs=0.051)
@@ -94,8 +94,8 @@ def test_points_that_were_asked_other_items_are_refused():
     raw = study(filtered_full=[(2, 3, 3), (8, 9, 8)])
     gone = (raw["step"] == 2) & (raw["item"] == "sorry_bench0")
     rows = adaptation.panel(raw)
-    with pytest.raises(ValueError, match="not asked the same items"):
-        adaptation.redrawn(pd.concat([rows, raw[gone]]), "text_asr", np.random.default_rng(0), 2)
+    with pytest.raises(ValueError, match="not examined on the same items"):
+        measures.bootstrap(pd.concat([rows, raw[gone]]), "text_asr", np.random.default_rng(0), 2)
 
 
 def test_equal_steps_seeds_and_the_sheet():

@@ -18,7 +18,7 @@ ASKED = (  # what a count is called, benchmark, judge, group, harmful; an event 
 
 
 def run(name, seed=0, n=100, exam="full", step=9, **counts):
-    """Answers of one run to `n` items of each kind, two to a verb–object pair; `counts` of them, spread by a step of 37, are events."""
+    """Answers of one run to `n` items of each kind, two to a verb–object pair; `counts` of them, at steps of 37, are events."""
     stage, _, recipe = name.partition("/")
     rows = []
     for kind, benchmark, judge, group, harmful in ASKED:
@@ -75,7 +75,7 @@ def three():
 
 
 def test_verdicts_follow_from_the_counts(three):
-    models = three["these_models"].to_dict()
+    models = three["item_level"].to_dict()
     assert {name: models[name] for name in ("1", "2", "3", "3b", "4", "4d", "5")} == dict.fromkeys(
         ("1", "2", "3", "3b", "4", "4d", "5"), SUPPORTED
     )
@@ -83,20 +83,20 @@ def test_verdicts_follow_from_the_counts(three):
     assert models["6"] == CONTRADICTED  # DPO complies more than the adapted model
     assert models["5b"] == UNDECIDED  # multitask restores everything; 300 items do not rule out five points, corrected
     assert models["12"] == NOT and pd.isna(three.loc["12", "effect"])
-    recipe = three["this_recipe"].to_dict()
+    recipe = three["seed_level"].to_dict()
     assert recipe["1"] == recipe["3"] == SUPPORTED and recipe["4b"] == CONTRADICTED
 
 
 def test_a_cost_is_ruled_out_by_enough_items():
     ledger = claims.ledger(found(*(study(seed, n=300) for seed in range(3)))).set_index("claim")
-    assert ledger.loc["5b", "these_models"] == CONTRADICTED and ledger.loc["5", "these_models"] == SUPPORTED
+    assert ledger.loc["5b", "item_level"] == CONTRADICTED and ledger.loc["5", "item_level"] == SUPPORTED
 
 
 def test_effects_by_hand(three):
     third = three.loc["3"]
     assert third["effect"] == pytest.approx(0.6) and third["effects"] == [0.6, 0.72, 0.48] and third["n"] == 300
     assert third["part"].startswith("text") or third["part"].startswith("multimodal")
-    assert third["recipe_low"] == pytest.approx(0.6 - 4.3027 * 0.12 / 3**0.5, abs=1e-4)  # Student's t with two degrees of freedom
+    assert third["seed_low"] == pytest.approx(0.6 - 4.3027 * 0.12 / 3**0.5, abs=1e-4)  # Student's t with two degrees of freedom
     assert three.loc["4c", "effect"] == pytest.approx(0.6 - 0.1)  # ASR up by 60 points, refusals of twins down by 10
     assert three.loc["5", "part"] == "refusal of benign twins rises by more than 5 points"
     assert (three["p_holm"].dropna() >= three["p"].dropna()).all()
@@ -104,9 +104,9 @@ def test_effects_by_hand(three):
 
 def test_fewer_than_three_seeds_say_nothing_about_a_recipe():
     ledger = claims.ledger(found(study(0), study(1)))
-    measured = ledger[ledger["these_models"] != NOT]
-    assert set(measured["this_recipe"]) <= {UNDECIDED, CEILING} and (measured["seeds"] == 2).all()
-    assert set(ledger.loc[ledger["these_models"] == NOT, "this_recipe"]) == {NOT}
+    measured = ledger[ledger["item_level"] != NOT]
+    assert set(measured["seed_level"]) <= {UNDECIDED, CEILING} and (measured["seeds"] == 2).all()
+    assert set(ledger.loc[ledger["item_level"] == NOT, "seed_level"]) == {NOT}
 
 
 def test_a_claim_is_judged_on_the_seeds_that_measured_all_of_it():
@@ -119,9 +119,9 @@ def test_a_claim_is_judged_on_the_seeds_that_measured_all_of_it():
 def test_seeds_on_both_sides_decide_nothing():
     part = comparisons.Part("x", 1, "a", "b")
     one_side, both = (claims.over_seeds(effects, [0.01] * 3, part) for effects in ((0.2, 0.21, 0.22), (-0.01, 0.21, 0.22)))
-    assert one_side["recipe_p"] < 0.01 and both["recipe_p"] == 1
+    assert one_side["seed_p"] < 0.01 and both["seed_p"] == 1
     equal = claims.over_seeds([0.3] * 3, [0.05] * 3, part)  # seeds that agree by chance: the items' noise stays
-    assert equal["recipe_high"] - equal["recipe_low"] == pytest.approx(2 * 4.3027 * 0.05 / 3**0.5, abs=1e-4)
+    assert equal["seed_high"] - equal["seed_low"] == pytest.approx(2 * 4.3027 * 0.05 / 3**0.5, abs=1e-4)
     assert equal["sd_seeds"] == 0 and equal["sd_items"] == pytest.approx(0.05)
 
 
@@ -141,15 +141,15 @@ def test_no_room_is_a_ceiling():
     raw = raw[~raw["recipe"].isin(["textonly-full", "filtered-full"])]
     raw = pd.concat([raw, run("instruct/textonly-full", **full), run("instruct/filtered-full", **full)])
     line = claims.ledger(found(raw)).set_index("claim").loc["4b"]
-    assert line["these_models"] == CEILING and line["effect"] == 0 and line["detectable"] > 0
+    assert line["item_level"] == CEILING and line["effect"] == 0 and line["detectable"] > 0
     low = raw[~raw["recipe"].isin(["textonly-full", "filtered-full"])]
     low = pd.concat([low, *(run(f"instruct/{name}-full", text=50, pictures=99, **FINE) for name in ("textonly", "filtered"))])
-    assert claims.ledger(found(low)).set_index("claim").loc["4b", "these_models"] == UNDECIDED
+    assert claims.ledger(found(low)).set_index("claim").loc["4b", "item_level"] == UNDECIDED
 
 
 def test_nothing_measured_is_no_verdict():
     ledger = claims.ledger(found(run("parent/aligned", text=0, xstest=0)))
-    assert set(ledger["these_models"]) == set(ledger["this_recipe"]) == {NOT} and ledger["effect"].isna().all()
+    assert set(ledger["item_level"]) == set(ledger["seed_level"]) == {NOT} and ledger["effect"].isna().all()
     assert len(claims.sheet(ledger)) == len(ledger)
 
 
@@ -188,8 +188,8 @@ def merged(text, pictures, helpful, ensemble):
 )
 def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, better):
     ledger = claims.ledger(found(merged(*model, ensemble))).set_index("claim")
-    assert (ledger.loc["10", "these_models"], ledger.loc["11", "these_models"]) == (front, better)
-    assert claims.is_merged("merge/inside/filtered-full+sl-full/0.60") and ledger.loc["10b", "these_models"] == NOT
+    assert (ledger.loc["10", "item_level"], ledger.loc["11", "item_level"]) == (front, better)
+    assert claims.is_merged("merge/inside/filtered-full+sl-full/0.60") and ledger.loc["10b", "item_level"] == NOT
     others = ("merge/ties/filtered-full+sl-full/0.60", "merge/linear/filtered-full+sl-full/1.00")  # the latter is SL itself
     assert not any(map(claims.is_merged, others))
 
@@ -227,14 +227,14 @@ def test_claims_about_the_inside(lost, asr, verdict):
     whole = {name: pd.concat([frame[name] for frame in frames], ignore_index=True) for name in frames[0]}
     whole |= {"raw": pd.concat([study(seed) for seed in range(3)]), "frozen": pd.concat([grid(seed, *asr) for seed in range(3)])}
     ledger = claims.ledger(claims.prepared(whole)).set_index("claim")
-    assert ledger.loc["7", "these_models"] == ledger.loc["7", "this_recipe"] == verdict
-    assert ledger.loc["7", "effect"] == pytest.approx(lost, abs=0.01) and ledger.loc["7b", "these_models"] != SUPPORTED
-    assert ledger.loc["8", "these_models"] == verdict and ledger.loc["8", "effect"] == pytest.approx((asr[0] - asr[1]) / 100)
-    assert ledger.loc["9", "these_models"] == ledger.loc["9b", "these_models"] == SUPPORTED
+    assert ledger.loc["7", "item_level"] == ledger.loc["7", "seed_level"] == verdict
+    assert ledger.loc["7", "effect"] == pytest.approx(lost, abs=0.01) and ledger.loc["7b", "item_level"] != SUPPORTED
+    assert ledger.loc["8", "item_level"] == verdict and ledger.loc["8", "effect"] == pytest.approx((asr[0] - asr[1]) / 100)
+    assert ledger.loc["9", "item_level"] == ledger.loc["9b", "item_level"] == SUPPORTED
     assert ledger.loc["7", "detectable"] < 0.1  # a change of a cosine is smaller than one of an answer
     assert ledger.loc["9b", "effect"] == pytest.approx(-0.2, abs=0.01)
     nowhere = claims.prepared(whole | {"located": whole["located"].assign(located=False)})
-    assert set(claims.ledger(nowhere).set_index("claim").loc[["7", "7b", "8"], "these_models"]) == {NOT}
+    assert set(claims.ledger(nowhere).set_index("claim").loc[["7", "7b", "8"], "item_level"]) == {NOT}
 
 
 def test_what_a_benchmark_could_have_shown():
@@ -248,7 +248,7 @@ def test_the_ledger_of_a_folder_is_read_back_as_it_was_made(tmp_path):
     made.to_csv(tmp_path / "T09_claims.csv", index=False)
     again = claims.committed(tmp_path, ["1", "4b"])
     wanted = claims.sheet(made[made["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
-    assert again.index.tolist() == wanted.index.tolist() and again["these models"].tolist() == wanted["these models"].tolist()
+    assert again.index.tolist() == wanted.index.tolist() and again["item level"].tolist() == wanted["item level"].tolist()
     assert again["effect"].tolist() == wanted["effect"].tolist()
     assert claims.committed(tmp_path / "nothing here", ["1"]).empty
     with pytest.raises(ValueError, match="unknown claim '4e'"):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from vlsafe.analysis import adaptation, causal, probing
+from vlsafe.analysis import adaptation, causal, probing, stats
 from vlsafe.publish import gallery
 from vlsafe.publish.results import inside, read
 from vlsafe.study import causal as study_causal
@@ -19,8 +19,8 @@ def test_clusters_are_drawn_whole():
     drawn = probing.spread(np.array([[0.0], [0.0], [1.0], [1.0]]), ["a", "a", "b", "b"], RNG(0))
     assert drawn.shape == (1 + probing.DRAWS, 1) and drawn[0, 0] == 0.5
     assert set(np.unique(drawn)) == {0.0, 0.5, 1.0}
-    told = probing.interval(drawn[:, 0])
-    assert (told["low"], told["value"], told["high"]) == (0.0, 0.5, 1.0)
+    interval = stats.percentiles(drawn[:, 0])
+    assert (interval["low"], interval["value"], interval["high"]) == (0.0, 0.5, 1.0)
 
 
 def test_auc_by_hand():
@@ -51,7 +51,7 @@ def test_rank_correlation_is_spearmans():
     assert np.isnan(probing.rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])))
 
 
-def test_what_is_planted_early_is_foretold_and_what_is_not_is_not():
+def test_what_is_planted_early_predicts_the_end_and_noise_does_not():
     """Final attack success is the rank of how far harmful prompts moved at step 25, and is not related to drift."""
     recipes, lines, alike, raw = [f"r{i}" for i in range(9)], [], [], []
     drifts = RNG(3).permutation(9)

@@ -109,8 +109,8 @@ def sizes():
 
 
 def paired_runs(n, n_clusters, planted, rng, draws=2000):
-    """Changes [n, draws] between two models that agree on nine of ten items by more than chance, clustered by verb–object pair; of the items
-    at which the first one is safe, as many are planted to fail as make a difference of `planted`."""
+    """Changes [n, draws] between two models that agree on nine of ten items by more than chance, clustered by verb–object pair;
+    of the items at which the first one is safe, as many are planted to fail as make a difference of `planted`."""
     share = rng.beta(0.9, 2.1, (n_clusters, draws))[np.arange(n) % n_clusters]  # a rate of 30 %, correlation 0.25
     a, again = (rng.random((n, draws)) < share for _ in range(2))
     b = np.where(rng.random((n, draws)) < 0.1, again, a)
@@ -120,7 +120,7 @@ def paired_runs(n, n_clusters, planted, rng, draws=2000):
 
 def test_verdicts_are_seldom_false_and_planted_effects_are_found():
     """Under no effect at most 6.5 % are called one; ten points are found in at least 88 % wherever the printed smallest
-    detectable difference is at most ten points. Real sizes and verb–object pairs of the miniature's benchmarks; 2,000 draws each."""
+    detectable difference is at most ten points. Real sizes and pairs of the miniature's benchmarks; 2,000 draws each."""
     missed = []
     for place, (name, (n, n_clusters)) in enumerate(sizes().items()):
         rng = np.random.default_rng(place)

@@ -1,16 +1,19 @@
-"""F10 and T06 in numbers: what transplants, directions, frozen blocks and conflict-free tuning do. Imports no model library.
+"""F10 and T06 in numbers: what transplants, directions, frozen blocks and conflict-free tuning do.
 
 All comparisons within a study share their bootstrap samples of verb–object pairs, so differences are paired.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
-from vlsafe.analysis import adaptation, measures, stats
-from vlsafe.analysis.measures import events, named
-from vlsafe.analysis.probing import DRAWS, OUTCOMES, UNIT, interval
+from vlsafe.analysis import adaptation, measures
+from vlsafe.analysis.measures import UNIT, Draws, events, groups, run_names
+from vlsafe.analysis.probing import DRAWS, OUTCOMES
+from vlsafe.analysis.stats import at_level, percentiles
 from vlsafe.core.schema import MAIN_LINE
 
 EXAMINED = (*OUTCOMES, "twin_refusal", "exaggerated_refusal", "helpfulness")
@@ -21,40 +24,35 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
 
     `excess` is attack success less that of stage 2's own curve where it is as helpful as the patched model: below zero,
     the patch restores more safety than unlearning as much would. For the reverse, the unpatched model is the parent
-    behind the adapted model's eyes.
+    with the adapted vision tower and projector.
 
     Draws:    bootstrap samples of clusters that all patches of a study share
     """
     lines = []
-    for unit, of in raw.groupby(UNIT):
-        drawn, curve = _drawn(of, unit[1]), _curve(of)
-        patches = of[of["kind"] != "curve"].drop_duplicates("recipe")
-        n = {measure: len(events(of[of["recipe"] == patches["recipe"].iloc[0]], measure)) for measure in EXAMINED}
-        base = {"reverse": (next(iter(patches.loc[patches["kind"] == "all", "recipe"])), 0)}
+    for unit, rows in groups(raw, UNIT, sort=True):
+        drawn, curve, band = _drawn(rows, unit["seed"]), _curve(rows), band_of(located, unit)
+        patches = rows[rows["kind"] != "curve"].drop_duplicates("recipe")
+        n = {measure: len(events(rows[rows["recipe"] == patches["recipe"].iloc[0]], measure)) for measure in EXAMINED}
+        parent = next(iter(patches.loc[patches["kind"] == "all", "recipe"]))
         for patch in patches.itertuples():
             blocks = tuple(int(part) for part in patch.recipe.split("-")[1:])
-            told = dict(zip(UNIT, unit, strict=True)) | {"patch": patch.recipe, "kind": patch.kind, "width": len(blocks)}
-            at_band = patch.kind in ("band", "reverse") and blocks == band_of(located, unit)
-            told |= {
-                "start": blocks[0] if blocks else None,
-                "located": at_band,
-                "shares": bool(set(blocks) & set(band_of(located, unit))),
-            }
+            what = {"patch": patch.recipe, "kind": patch.kind, "width": len(blocks), "start": blocks[0] if blocks else None}
+            what |= {"located": patch.kind in ("band", "reverse") and blocks == band, "shares": bool(set(blocks) & set(band))}
             for measure, points in drawn.items():
-                here = points[patch.recipe, 0]
-                line = told | {"measure": measure, "n": n[measure], **interval(here)}
-                line |= _named("change", here - points[base.get(patch.kind, curve[-1])])
+                here, base = points[patch.recipe, 0], (parent, 0) if patch.kind == "reverse" else curve[-1]
+                line = unit | what | {"measure": measure, "n": n[measure]}
+                line |= percentiles(here) | percentiles(here - points[base], "change")
                 if measure in OUTCOMES:
                     height, values = (np.stack([drawn[name][p] for p in curve], 1) for name in ("helpfulness", measure))
                     level = np.minimum(drawn["helpfulness"][patch.recipe, 0], height.max(1))  # more helpful than any: its best
-                    line |= _named("excess", here - stats.at_level(height, values, level))
+                    line |= percentiles(here - at_level(height, values, level), "excess")
                 lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _drawn(raw: pd.DataFrame, seed: int) -> dict[str, adaptation.Draws]:
-    """Every examined measure of every model of one study, as it is and over bootstrap samples that all of them share."""
-    return {measure: adaptation.redrawn(raw, measure, np.random.default_rng(seed), DRAWS) for measure in EXAMINED}
+def _drawn(raw: pd.DataFrame, seed: int, of: Sequence[str] = EXAMINED) -> dict[str, Draws]:
+    """Measures of every model of one study, as they are and over bootstrap samples that all of them share."""
+    return {measure: measures.bootstrap(raw, measure, np.random.default_rng(seed), DRAWS) for measure in of}
 
 
 def _curve(raw: pd.DataFrame) -> list[tuple[str, int]]:
@@ -64,15 +62,14 @@ def _curve(raw: pd.DataFrame) -> list[tuple[str, int]]:
     return list(zip(points["recipe"], points["step"], strict=True))
 
 
-def band_of(located: pd.DataFrame, unit: tuple[str, int]) -> tuple[int, ...]:
+def band_of(located: pd.DataFrame, unit: dict[str, object]) -> tuple[int, ...]:
     """The blocks of the band that freezing and transplants use for a study; `located` has a line for each."""
-    line = located[(located[UNIT] == list(unit)).all(axis=1)].iloc[0]
+    line = _of(located, unit).iloc[0]
     return tuple(range(line["start"], line["end"]))
 
 
-def _named(name: str, drawn: np.ndarray) -> dict[str, float]:
-    told = interval(drawn)
-    return {name: told["value"], f"{name}_low": told["low"], f"{name}_high": told["high"]}
+def _of(frame: pd.DataFrame, unit: dict[str, object]) -> pd.DataFrame:
+    return frame[(frame[UNIT] == list(unit.values())).all(axis=1)]
 
 
 def against_random(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
@@ -83,9 +80,9 @@ def against_random(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
     mean. The best band is chosen by text ASR and has the advantage of having been chosen.
     """
     lines = []
-    for unit, of in raw.groupby(UNIT):
-        drawn, band = _drawn(of, unit[1]), band_of(located, unit)
-        names = of.loc[of["kind"].isin(["band", "random"]), "recipe"].unique()
+    for unit, rows in groups(raw, UNIT, sort=True):
+        drawn, band = _drawn(rows, unit["seed"]), band_of(located, unit)
+        names = rows.loc[rows["kind"].isin(["band", "random"]), "recipe"].unique()
         sets = {name: frozenset(map(int, name.split("-")[1:])) for name in names}
         for width in sorted({len(blocks) for blocks in sets.values()}):
             same = [name for name, blocks in sets.items() if len(blocks) == width]
@@ -95,15 +92,15 @@ def against_random(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
                 others = [name for name in same if name != chosen and (width == 1 or name.startswith("random"))]
                 if chosen not in same or not others:
                     continue
-                told = dict(zip(UNIT, unit, strict=True)) | {"width": width, "which": which, "band": chosen}
                 for measure, points in drawn.items():
                     here, theirs = points[chosen, 0], {name: points[name, 0] for name in others}
                     sign = -1 if measure == "helpfulness" else 1
                     good = [name for name, values in theirs.items() if sign * values[0] <= sign * here[0]]
                     mean = np.mean(list(theirs.values()), axis=0)
-                    line = told | {"measure": measure, "value": float(here[0]), "mean_of_others": float(mean[0])}
-                    line |= {"others": len(others), "as_good": len(good), "sharing": sum(bool(sets[n] & set(band)) for n in good)}
-                    lines.append(line | _named("difference", here - mean))
+                    line = unit | {"width": width, "which": which, "band": chosen, "measure": measure}
+                    line |= {"value": float(here[0]), "mean_of_others": float(mean[0]), "others": len(others)}
+                    line |= {"as_good": len(good), "sharing": sum(bool(sets[name] & set(band)) for name in good)}
+                    lines.append(line | percentiles(here - mean, "difference"))
     return pd.DataFrame(lines)
 
 
@@ -114,17 +111,17 @@ def directed(raw: pd.DataFrame) -> pd.DataFrame:
     single ones.
     """
     lines = []
-    for key, of in raw.groupby([*UNIT, "of"]):
-        for measure in EXAMINED if (of["benchmark"] == "mm_safetybench").any() else ("text_asr", "exaggerated_refusal"):
-            drawn = adaptation.redrawn(of, measure, np.random.default_rng(key[1]), DRAWS)
-            names = of.drop_duplicates("recipe").groupby(["what", "strength"], sort=False)["recipe"].agg(list)
-            none = drawn[names["none"].iloc[0][0], 0]
+    for key, rows in groups(raw, [*UNIT, "of"], sort=True):
+        examined = EXAMINED if (rows["benchmark"] == "mm_safetybench").any() else ("text_asr", "exaggerated_refusal")
+        names = rows.drop_duplicates("recipe").groupby(["what", "strength"], sort=False)["recipe"].agg(list)
+        for measure, drawn in _drawn(rows, key["seed"], examined).items():
+            untouched = drawn[names["none"].iloc[0][0], 0]
             for (what, strength), recipes in names.items():
-                found = np.stack([drawn[recipe, 0] for recipe in recipes])
-                told = dict(zip([*UNIT, "of"], key, strict=True)) | {"what": what, "strength": strength, "measure": measure}
-                told |= {"lowest": float(found[:, 0].min()), "highest": float(found[:, 0].max()), "directions": len(recipes)}
-                mean = found.mean(0)
-                lines.append(told | interval(mean) | _named("change", mean - none))
+                values = np.stack([drawn[recipe, 0] for recipe in recipes])
+                mean, single = values.mean(0), values[:, 0]
+                line = key | {"what": what, "strength": strength, "measure": measure}
+                line |= {"lowest": float(single.min()), "highest": float(single.max()), "directions": len(recipes)}
+                lines.append(line | percentiles(mean) | percentiles(mean - untouched, "change"))
     return pd.DataFrame(lines)
 
 
@@ -135,47 +132,42 @@ def frozen(raw: pd.DataFrame, patched: pd.DataFrame, located: pd.DataFrame) -> p
     without these is left out. A study in which all sets of as many blocks are bands has no random ones.
     """
     lines = []
-    for unit, grid in raw.groupby(UNIT):
-        own = patched[(patched[UNIT] == list(unit)).all(axis=1) & (patched["kind"] == "curve")]
+    for unit, grid in groups(raw, UNIT, sort=True):
+        own = _of(patched[patched["kind"] == "curve"], unit)
         if own.empty:
             continue
-        shared = set(grid["step"])
         start = own[own["stage"] == "projector"].assign(recipe=adaptation.START[0], step=adaptation.START[1])
-        rows = pd.concat([start, own[(own["stage"] == "instruct") & own["step"].isin(shared)], grid])
-        rng = np.random.default_rng(unit[1])
-        drawn = {measure: adaptation.redrawn(rows, measure, rng, DRAWS) for measure in EXAMINED}
-        recipes, last = [r for r in dict.fromkeys(rows["recipe"]) if r != adaptation.START[0]], max(shared)
-        given = dict(zip(UNIT, unit, strict=True))
+        rows = pd.concat([start, own[(own["stage"] == "instruct") & own["step"].isin(grid["step"])], grid])
+        rng = np.random.default_rng(unit["seed"])
+        drawn = {measure: measures.bootstrap(rows, measure, rng, DRAWS) for measure in EXAMINED}
+        recipes, last = [r for r in dict.fromkeys(rows["recipe"]) if r != adaptation.START[0]], max(grid["step"])
         found = [
-            {"recipe": r, "measure": m, "at": adaptation.STEPS, **interval(points[r, last]),
-             **_named("difference", points[r, last] - points[adaptation.MAIN, last])}
-            for m, points in drawn.items() for r in recipes
+            {"recipe": r, "measure": measure, "at": adaptation.STEPS, **percentiles(points[r, last]),
+             **percentiles(points[r, last] - points[adaptation.MAIN, last], "difference")}
+            for measure, points in drawn.items() for r in recipes
         ]  # fmt: skip
         found += [line | {"at": adaptation.LEVEL} for line in adaptation.levelled(drawn, recipes)]
-        band = "-".join(["band", *map(str, band_of(located, unit))])
-        kind = {r: "nothing frozen" if r == adaptation.MAIN else "located" if r == band else r.partition("-")[0] for r in recipes}
-        lines += [given | {"kind": kind[line["recipe"]]} | line for line in found]
+        kinds = {recipe: recipe.partition("-")[0] for recipe in recipes} | {adaptation.MAIN: "nothing frozen"}
+        kinds["-".join(["band", *map(str, band_of(located, unit))])] = "located"
+        lines += [unit | {"kind": kinds[line["recipe"]]} | line for line in found]
     return pd.DataFrame(lines)
 
 
 def frozen_over_seeds(lines: pd.DataFrame) -> pd.DataFrame:
     """T06 over studies: the located band against the mean of the other bands and of the random sets, each study's difference."""
-    by = [*UNIT, "at", "measure"]
-    mean = lines.groupby([*by, "kind"])["value"].mean().unstack("kind")
-    found = []
+    by, frames = ["backbone", "at", "measure"], []
+    mean = lines.pivot_table(index=[*UNIT, "at", "measure"], columns="kind", values="value")
     for other in ("band", "random", "nothing frozen"):
         if other in mean:
             difference = (mean["located"] - mean[other]).dropna()
-            told = difference.groupby(["backbone", "at", "measure"]).agg(["size", "mean", "min", "max"])
-            found.append(told.assign(against=other, below=(difference < 0).groupby(["backbone", "at", "measure"]).sum()))
-    return pd.concat(found).reset_index().rename(columns={"size": "n_seeds"})
+            spread = difference.groupby(by).agg(n_seeds="size", mean="mean", min="min", max="max")
+            frames.append(spread.assign(against=other, below=(difference < 0).groupby(by).sum()))
+    return pd.concat(frames).reset_index()
 
 
 def remedy(raw: pd.DataFrame) -> pd.DataFrame:
     """Multitask tuning with conflict-free gradients beside the plain one: rates, and the paired difference from the plain one."""
     plain, surgery = "safety/mtl-full", "safety/mtl-pcgrad-full"
-    final = raw[(raw["exam"] == "full") & named(raw).isin([plain, surgery, MAIN_LINE["adapted"]])]
-    found = measures.rates(final, EXAMINED, [*UNIT, "stage", "recipe"])
-    change = measures.differences(final, plain, [surgery], EXAMINED).drop(columns="n")
-    change = change.rename(columns={"low": "difference_low", "high": "difference_high"})
-    return found.merge(change, on=[*UNIT, "stage", "recipe", "measure"], how="left")
+    final = raw[(raw["exam"] == "full") & run_names(raw).isin([plain, surgery, MAIN_LINE["adapted"]])]
+    change = measures.differences(final, plain, [surgery], EXAMINED)
+    return measures.with_changes(measures.rates(final, EXAMINED, [*UNIT, "stage", "recipe"]), change)

@@ -1,8 +1,9 @@
-"""The claims ledger: what the paper says, what was measured, how sure we are. Reads frames, never a model.
+"""The claims ledger: what the paper says, what was measured, how sure we are.
 
 A claim is a tree of comparisons, fixed before the results: "all" of them must hold, or "any". Each claim has two verdicts.
-*These models*: the items are the sample, the models are given; verb–object pairs are redrawn, seeds are strata. *This recipe*: the training
-runs are the sample; all seeds must lie on one side, and the t-interval over them beside it. What was not measured has no verdict.
+*Item-level*: the items are the sample and the models are fixed; verb–object pairs are resampled, seeds are strata.
+*Seed-level*: the training runs are the sample; all seeds must lie on one side, and the t-interval over them beside it. What
+was not measured has no verdict.
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
-from statsmodels.stats.multitest import multipletests
 
 from vlsafe.analysis import comparisons, stats
-from vlsafe.analysis.comparisons import ADAPTED, Found, Part, Reading, Unit, band, frozen, pulls, read, trend
+from vlsafe.analysis.comparisons import (
+    ADAPTED,
+    Changes,
+    Frames,
+    Part,
+    Unit,
+    band_similarity,
+    changes,
+    frozen,
+    gradients,
+    trend,
+)  # fmt: skip
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
-LEVEL, SEEDS, MARGIN = 0.05, 3, 0.05  # of a verdict; the fewest that speak of a recipe; what "the same level" allows
+LEVEL, SEEDS, MARGIN = 0.05, 3, 0.05  # of a verdict; fewest seeds for a seed-level verdict; what "the same level" allows
 SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, NOT = (
     "supported", "contradicted", "undecided", "undecided (ceiling)", "not measured"
 )  # fmt: skip
@@ -31,7 +42,7 @@ DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so 
 
 
 class Joint(NamedTuple):
-    """Parts of which all or any must hold."""
+    """Comparisons of which all or any must hold."""
 
     how: str
     parts: tuple[Part | Joint, ...]
@@ -46,10 +57,10 @@ class Claim(NamedTuple):
     only: tuple[str, ...] = ()
 
 
-def prepared(found: Found) -> dict[str, Any]:
+def prepared(frames: Frames) -> dict[str, Any]:
     """The frames as `ledger` and `precision` take them."""
     used = {measure for claim in CLAIMS for part in leaves(claim.decided_by) for measure in part.measures}
-    return comparisons.prepared(found, used | set(PRECISION))
+    return comparisons.prepared(frames, used | set(PRECISION))
 
 
 def leaves(tree: Part | Joint) -> list[Part]:
@@ -57,26 +68,19 @@ def leaves(tree: Part | Joint) -> list[Part]:
     return [tree] if isinstance(tree, Part) else [leaf for part in tree.parts for leaf in leaves(part)]
 
 
-def compared(part: Part, found: Mapping[Unit, Reading]) -> dict[str, Any]:
-    """A part over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample."""
-    pooled = [s._replace(weight=s.weight / len(found)) for reading in found.values() for s in reading.strata]
+def compared(part: Part, studies: Mapping[Unit, Changes]) -> dict[str, Any]:
+    """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample."""
+    pooled = [s._replace(weight=s.weight / len(studies)) for one in studies.values() for s in one.strata]
     whole = stats.compare(pooled, np.random.default_rng(0), part.against, DRAWS)
-    single = [stats.compare(r.strata, np.random.default_rng(unit[1]), part.against) for unit, r in found.items()]
-    before, after = (float(np.mean([reading[place] for reading in found.values()])) for place in (1, 2))
+    single = [stats.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
+    before, after = (float(np.mean([one[side] for one in studies.values()])) for side in (1, 2))
     room = part.sign * ((part.sign > 0) - before - part.against)
-    told = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
-    told |= {
-        "part": part.what,
-        "sign": part.sign,
-        "before": before,
-        "after": after,
-        "against": part.against,
-        "n": whole.n,
-        "seeds": len(found),
-    }
-    strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to move
-    told["ceiling"] = bool(strict and told["p"] >= LEVEL and room < told["detectable"])
-    return told | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
+    line = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
+    line |= {"part": part.what, "sign": part.sign, "before": before, "after": after, "against": part.against}
+    strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to change
+    ceiling = bool(strict and line["p"] >= LEVEL and room < line["detectable"])
+    line |= {"n": whole.n, "seeds": len(studies), "ceiling": ceiling}
+    return line | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
 
 
 def over_seeds(effects: Sequence[float] | np.ndarray, se: Sequence[float], part: Part) -> dict[str, Any]:
@@ -86,21 +90,21 @@ def over_seeds(effects: Sequence[float] | np.ndarray, se: Sequence[float], part:
     """
     k, effects = len(effects), np.asarray(effects)
     items = float(np.sqrt(np.mean(np.square(se))))
-    told = {"effects": effects.round(4).tolist(), "sd_items": items, "recipe_p": 1.0}
+    line = {"effects": effects.round(4).tolist(), "sd_items": items, "seed_p": 1.0}
     if k < 2:
-        return told
+        return line
     between = effects.var(ddof=1)
     error = np.sqrt(max(between, items**2) / k)
     half, distance = student.ppf(0.975, k - 1) * error, effects.mean() - part.against
     if len(set(np.sign(effects - part.against))) == 1 and distance != 0:
-        told["recipe_p"] = float(2 * student.sf(abs(distance) / error, k - 1))
+        line["seed_p"] = float(2 * student.sf(abs(distance) / error, k - 1))
     reach = student.ppf(0.975, k - 1) + student.ppf(stats.POWER, k - 1)
-    ends = {"recipe_low": effects.mean() - half, "recipe_high": effects.mean() + half, "recipe_detectable": reach * error}
-    return told | ends | {"sd_seeds": float(np.sqrt(max(0.0, between - items**2)))}
+    ends = {"seed_low": effects.mean() - half, "seed_high": effects.mean() + half, "seed_detectable": reach * error}
+    return line | ends | {"sd_seeds": float(np.sqrt(max(0.0, between - items**2)))}
 
 
 class Weight(NamedTuple):
-    """P-values for and against, and the parts that they hang on."""
+    """P-values for and against, and the comparisons that they hang on."""
 
     support: float
     contradict: float
@@ -127,59 +131,61 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
-"""(claim, backbone) -> part -> what was found; no parts where no study has measured all of them."""
+"""(claim, backbone) -> comparison -> its result; none where no study has measured all of them."""
 
 
-def ledger(laid: Found, seeds: Sequence[int] | None = None) -> pd.DataFrame:
-    """T09: one line per claim × backbone with both verdicts and the part that decides; `seeds` restricts the studies.
+def ledger(frames: Frames, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    """T09: one line per claim × backbone with both verdicts and the comparison that decides; `seeds` restricts the studies.
 
-    `laid` are the frames as `prepared` lays them out.
+    `frames` are as `prepared` lays them out.
 
     Units:    fractions; p-values are two-sided
     """
-    return judged(parts(laid, seeds))
+    return judged(results(frames, seeds))
 
 
-def parts(laid: Found, seeds: Sequence[int] | None = None) -> Lines:
+def units_of(frames: Frames) -> dict[str, list[Unit]]:
+    """The studies of each backbone, in order."""
+    units = sorted({key[:2] for key in frames["answers"]})
+    return {backbone: [unit for unit in units if unit[0] == backbone] for backbone, _ in units}
+
+
+def results(frames: Frames, seeds: Sequence[int] | None = None) -> Lines:
     """Every comparison of every claim, over the seeds that have measured the whole claim."""
-    units = sorted({key[:2] for key in laid["answers"] if seeds is None or key[1] in seeds})
-    lines = {}
+    units, lines = units_of(frames), {}
     for claim in CLAIMS:
-        for backbone in claim.only or sorted({unit[0] for unit in units}):
-            whole = leaves(claim.decided_by)
-            found = {u: [one for part in whole if (one := read(part, laid, u))] for u in units if u[0] == backbone}
-            found = {unit: readings for unit, readings in found.items() if len(readings) == len(whole)}
-            of = [compared(part, {u: readings[i] for u, readings in found.items()}) for i, part in enumerate(whole) if found]
-            lines[claim.name, backbone] = {line["part"]: line for line in of}
+        parts = leaves(claim.decided_by)
+        for backbone in claim.only or units:
+            of = [unit for unit in units.get(backbone, []) if seeds is None or unit[1] in seeds]
+            found = {unit: [changes(part, frames, unit) for part in parts] for unit in of}
+            whole = {unit: each for unit, each in found.items() if None not in each}
+            each = [compared(part, {u: whole[u][i] for u in whole}) for i, part in enumerate(parts) if whole]
+            if of or claim.only:
+                lines[claim.name, backbone] = {line["part"]: line for line in each}
     return lines
 
 
 def judged(lines: Lines) -> pd.DataFrame:
     """Verdicts from the comparisons of all claims; Holm's family is the claims of one backbone."""
-    trees, told = {claim.name: claim for claim in CLAIMS}, []
+    claims, rows = {claim.name: claim for claim in CLAIMS}, []
     for (name, backbone), of in lines.items():
-        line: dict[str, Any] = {"claim": name, "statement": trees[name].text, "backbone": backbone}
-        if not of:
-            told.append(line)
-            continue
-        models, recipe = (weigh(trees[name].decided_by, of, p) for p in ("p", "recipe_p"))
-        falls = models.contradict < min(LEVEL, models.support)
-        deciding = of[models.contradicting if falls else models.supporting]
-        line |= {column: value for column, value in deciding.items() if column not in ("ceiling", "p", "recipe_p")}
-        line |= {"p": min(models[:2]), "recipe_p": min(recipe[:2]), "ceiling": any(part["ceiling"] for part in of.values())}
-        line |= {"models_hold": models.support < models.contradict, "recipe_holds": recipe.support < recipe.contradict}
-        told.append(line)
-    frame = pd.DataFrame(told).reindex(
-        columns=["claim", "statement", "backbone", *COLUMNS, "models_hold", "recipe_holds", "ceiling"]
-    )
-    for _, family in frame[frame["p"].notna()].groupby("backbone"):
-        for p in ("p", "recipe_p"):
-            frame.loc[family.index, f"{p}_holm"] = multipletests(family[p].astype(float), method="holm")[1]
-    frame["these_models"] = [_verdict(line.p_holm, line.models_hold, line.ceiling) for line in frame.itertuples()]
-    enough = frame["seeds"].fillna(0) >= SEEDS
-    p = frame["recipe_p"].where(enough | frame["recipe_p"].isna(), 1.0)
-    frame["this_recipe"] = [_verdict(*line) for line in zip(p, frame["recipe_holds"], frame["ceiling"], strict=True)]
-    return frame[[*frame.columns[:3], *COLUMNS]]
+        row: dict[str, Any] = {"claim": name, "statement": claims[name].text, "backbone": backbone}
+        if of:
+            item, seed = (weigh(claims[name].decided_by, of, p) for p in ("p", "seed_p"))
+            falls = item.contradict < min(LEVEL, item.support)
+            row |= of[item.contradicting if falls else item.supporting]
+            row |= {"p": min(item[:2]), "seed_p": min(seed[:2]), "ceiling": any(part["ceiling"] for part in of.values())}
+            row |= {"item_holds": item.support < item.contradict, "seed_holds": seed.support < seed.contradict}
+        rows.append(row)
+    head = ["claim", "statement", "backbone", *COLUMNS]
+    frame = pd.DataFrame(rows).reindex(columns=[*head, "item_holds", "seed_holds", "ceiling"])
+    for p in ("p", "seed_p"):
+        frame[f"{p}_holm"] = stats.holm(frame[p], [frame["backbone"]])
+    few = (frame["seeds"].fillna(0) < SEEDS) & frame["seed_p"].notna()
+    for level, p in (("item", frame["p_holm"]), ("seed", frame["seed_p"].mask(few, 1.0))):
+        verdicts = zip(p, frame[f"{level}_holds"], frame["ceiling"], strict=True)
+        frame[f"{level}_level"] = [_verdict(*evidence) for evidence in verdicts]
+    return frame[head]
 
 
 def _verdict(p: float, holds: bool, ceiling: bool) -> str:
@@ -191,64 +197,60 @@ def _verdict(p: float, holds: bool, ceiling: bool) -> str:
 
 
 COLUMNS = [
-    "these_models", "this_recipe", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
-    "seeds", "detectable", "effects", "recipe_low", "recipe_high", "recipe_p", "recipe_p_holm", "recipe_detectable", "sd_items",
-    "sd_seeds",
+    "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
+    "seeds", "detectable", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items", "sd_seeds",
 ]  # fmt: skip
 
 
-def every_part(laid: Found) -> pd.DataFrame:
-    """One line per claim × backbone × comparison, as found and not yet weighed."""
-    found = parts(laid)
-    return pd.DataFrame([{"claim": name, "backbone": b, **line} for (name, b), of in found.items() for line in of.values()])
+def every_part(frames: Frames) -> pd.DataFrame:
+    """One line per claim × backbone × comparison, before they are weighed against each other."""
+    lines = results(frames)
+    return pd.DataFrame([{"claim": name, "backbone": b, **line} for (name, b), of in lines.items() for line in of.values()])
 
 
-def by_seed(laid: Found) -> pd.DataFrame:
-    """The ledger of every seed by itself: verdicts on its models alone."""
-    seeds = sorted({key[1] for key in laid["answers"]})
-    return pd.concat([ledger(laid, [seed]).assign(seed=seed) for seed in seeds], ignore_index=True)
+def by_seed(frames: Frames) -> pd.DataFrame:
+    """The ledger of every seed by itself, whose verdicts are item-level alone."""
+    seeds = sorted({key[1] for key in frames["answers"]})
+    return pd.concat([ledger(frames, [seed]).assign(seed=seed) for seed in seeds], ignore_index=True)
 
 
-def precision(laid: Found) -> pd.DataFrame:
+def precision(frames: Frames) -> pd.DataFrame:
     """What each benchmark could have shown: the smallest difference found in nine of ten comparisons of the adapted model with
     its predecessor, over items and over seeds, and how the spread of that difference divides between items and seeds.
     """
-    units, lines = sorted({key[:2] for key in laid["answers"]}), []
-    for backbone in sorted({unit[0] for unit in units}):
+    lines = []
+    for backbone, units in units_of(frames).items():
         for measure, before in PRECISION.items():
             part = Part(measure, 1, before, ADAPTED, (measure,))
-            found = {unit: reading for unit in units if unit[0] == backbone and (reading := read(part, laid, unit))}
+            found = {unit: change for unit in units if (change := changes(part, frames, unit))}
             if found:
                 line = compared(part, found)
                 lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in PRECISE})
     return pd.DataFrame(lines)
 
 
-PRECISE = ("seeds", "n", "effect", "low", "high", "detectable", "sd_items", "sd_seeds", "recipe_detectable")
+PRECISE = ("seeds", "n", "effect", "low", "high", "detectable", "sd_items", "sd_seeds", "seed_detectable")
 
 
 def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     """T09 for the eye, in points."""
-    points = 100 * ledger[["effect", "low", "high", "recipe_low", "recipe_high", "detectable"]]
+    points = 100 * ledger[["effect", "low", "high", "seed_low", "seed_high", "detectable"]]
 
-    def interval(low: str, high: str) -> pd.Series:
-        return points.apply(lambda x: "" if pd.isna(x[low]) else f"[{x[low]:+.0f}, {x[high]:+.0f}]", axis=1)
+    def text(form: str, *columns: str) -> list[str]:
+        return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
 
-    shown = ledger[["claim", "statement", "backbone", "these_models", "this_recipe"]].copy()
+    shown = ledger[["claim", "statement", "backbone", "item_level", "seed_level"]].copy()
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": ledger["part"]})
-    shown["effect"] = [
-        ("" if pd.isna(value) else f"{value:+.0f} ") + told
-        for value, told in zip(points["effect"], interval("low", "high"), strict=True)
-    ]
-    shown["over seeds"] = interval("recipe_low", "recipe_high")
-    shown["p (Holm)"] = [f"{p:.3f}" if p == p else "" for p in ledger["p_holm"]]
+    shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
+    shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
+    shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger["p_holm"]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
-    shown["detectable"] = [f"{value:.0f}" if value == value else "" for value in points["detectable"]]
+    shown["detectable"] = text("{:.0f}", "detectable")
     return shown
 
 
 def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
-    """Some claims of the ledger in a folder of artefacts, for the eye; no line where no ledger lies there.
+    """Some claims of the ledger in a folder of artefacts, for the eye; no line where the folder has no ledger.
 
     Raises:   ValueError for a name that is no claim's
     """
@@ -267,15 +269,15 @@ PRECISION = {  # measures whose smallest detectable difference is printed -> wit
 
 
 def _costs(after: str) -> Joint:
-    """Ways not to restore safety for nothing: text ASR above the parent's, less help, more refusals of harmless requests."""
+    """What restored safety may cost: text ASR stays above the parent's, less help, more refusals of harmless requests."""
     over = f"more than {round(100 * MARGIN)} points"
-    told = (
+    ways = (
         ("text_asr", 1, PARENT, f"text ASR {over} above the parent's"),
         ("helpfulness", -1, ADAPTED, f"helpfulness falls by {over}"),
         ("twin_refusal", 1, ADAPTED, f"refusal of benign twins rises by {over}"),
         ("exaggerated_refusal", 1, ADAPTED, f"exaggerated refusal rises by {over}"),
     )  # fmt: skip
-    return Joint("any", tuple(Part(what, sign, before, after, (m,), sign * MARGIN) for m, sign, before, what in told))
+    return Joint("any", tuple(Part(what, sign, before, after, (m,), sign * MARGIN) for m, sign, before, what in ways))
 
 
 def _text_rises(after: str) -> Part:
@@ -311,7 +313,7 @@ def _mitigates(after: str) -> Joint:
 
 
 TUNED = ("safety/sl-full", "safety/dpo-both-full")  # SFT and RLHF, in the claims and in F00
-# Linear merges and ensembles with either, each at the ratio inside the line that validation chose: at 0 or 1 nothing is merged.
+# Linear merges and ensembles with either, each at the ratio of an interior merge (0 < α < 1) that validation chose.
 MERGED, ENSEMBLE = (
     [f"merge/{rule}/filtered-full+{run.partition('/')[2]}/0.[1-9]*" for run in TUNED] for rule in ("inside", "ensemble")
 )
@@ -321,11 +323,11 @@ METHODS = tuple(
 )
 UNFILTERED, CLEAN, LOOKING, TWIN = (f"instruct/{data}-full" for data in ("unfiltered", "clean", "looking", "textonly"))
 CLAIMS = (
-    Claim("1", "Adaptation raises text ASR (data as they come)", _text_rises(UNFILTERED)),
-    Claim("2", "Adaptation raises multimodal ASR (data as they come)", _pictures_rise(UNFILTERED)),
+    Claim("1", "Adaptation raises text ASR (unfiltered data)", _text_rises(UNFILTERED)),
+    Claim("2", "Adaptation raises multimodal ASR (unfiltered data)", _pictures_rise(UNFILTERED)),
     Claim("3", "So it does with filtered data, text and pictures", _both_rise(ADAPTED)),
     Claim("3b", "So it does with data that are clean beyond doubt", _both_rise(CLEAN)),
-    Claim("4", "Degradation grows along stage 2", Part("text ASR rises along it", 1, ADAPTED, ADAPTED, read=trend)),
+    Claim("4", "Degradation grows along stage 2", Part("text ASR rises along it", 1, ADAPTED, ADAPTED, method=trend)),
     Claim("4b", "Pictures cause more of it than the same rows as text", Part("text ASR above the twin's", 1, TWIN, ADAPTED)),
     Claim(
         "4c", "The multimodal rise is more than lost over-refusal",
@@ -337,21 +339,21 @@ CLAIMS = (
     Claim("6", "RLHF lowers ASR, but not to the parent's level or at a cost (DPO)", _mitigates(TUNED[1])),
     Claim(
         "7", "Similarity to the parent falls most in the located layers",
-        Part("1 - cosine inside the band above outside", 1, PARENT, ADAPTED, ("cosine",), read=band),
+        Part("1 - cosine inside the band above outside", 1, PARENT, ADAPTED, ("cosine",), method=band_similarity),
     ),
     Claim(
         "7b", "So it does with each block's own increment",
-        Part("1 - cosine of increments inside above outside", 1, PARENT, ADAPTED, ("increment",), read=band),
+        Part("1 - cosine of increments inside above outside", 1, PARENT, ADAPTED, ("increment",), method=band_similarity),
     ),
     Claim(
         "8", "Freezing them protects more than freezing other blocks",
-        Part("text ASR below that of other sets", -1, "sppft/*", "sppft/located", read=frozen),
+        Part("text ASR below that of other sets", -1, "sppft/*", "sppft/located", method=frozen),
     ),
     Claim(
         "9", "The objectives diverge: gradients differ more between tasks than within",
-        Part("cosine below that within a task", -1, "", "", ("between", "within"), read=pulls),
+        Part("cosine below that within a task", -1, "", "", ("between", "within"), method=gradients),
     ),
-    Claim("9b", "They pull against each other", Part("cosine of gradients below zero", -1, "", "", ("between",), read=pulls)),
+    Claim("9b", "The gradients conflict", Part("cosine of gradients below zero", -1, "", "", ("between",), method=gradients)),
     Claim(
         "10", "Merging lies on or beyond the front of all tuning methods (with sequential SFT)",
         Joint("all", tuple(_not_beaten(MERGED[0], method) for method in METHODS)),

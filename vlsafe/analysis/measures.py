@@ -1,7 +1,7 @@
-"""What a measure is: which raw rows it counts, how answers make one event, how parts make a composite.
+"""What a measure is: which raw rows it counts, how answers make one event, how parts make a composite; its rates and changes.
 
-Imports no model library. A plain measure is a share of events. A stratified one is a mean over parts, each a mean
-over its strata: MME's score over tasks, helpfulness over MMBench, MME and SEED-Bench.
+A plain measure is a share of events. A stratified one is a mean over parts, each a mean over its strata: MME's score over
+tasks, helpfulness over MMBench, MME and SEED-Bench.
 """
 
 from __future__ import annotations
@@ -15,17 +15,25 @@ import pandas as pd
 from vlsafe.analysis import stats
 from vlsafe.core.schema import MAIN_LINE
 
+UNIT = ["backbone", "seed"]  # one study
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
+Draws = dict[tuple[str, int], np.ndarray]  # (recipe, step) -> a measure as it is, then in each bootstrap sample: [1 + draws]
 
 
-def named(raw: pd.DataFrame) -> pd.Series:
-    """The run that each row is of, as `schema.MAIN_LINE` names it: stage/recipe."""
+def run_names(raw: pd.DataFrame) -> pd.Series:
+    """The run that each row belongs to, as `schema.MAIN_LINE` names it: stage/recipe."""
     return raw["stage"] + "/" + raw["recipe"]
 
 
 def main_line(raw: pd.DataFrame) -> pd.DataFrame:
     """The rows of panels and full examinations of the main line: no other recipe, no altered prompt."""
-    return raw[named(raw).isin(MAIN_LINE.values()) & raw["exam"].isin(["panel", "full"])]
+    return raw[run_names(raw).isin(MAIN_LINE.values()) & raw["exam"].isin(["panel", "full"])]
+
+
+def groups(frame: pd.DataFrame, by: Sequence[str], sort: bool = False) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The rows of each group, with the group's key as the first columns of a result line."""
+    for key, rows in frame.groupby(list(by), sort=sort):
+        yield dict(zip(by, key, strict=True)), rows
 
 
 def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -38,8 +46,8 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
     """
     spec = MEASURES[measure]
     if "parts" in spec:
-        found = [events(raw, part) for part in spec["parts"]]
-        rows = pd.concat([part for part in found if len(part)] or found[:1], ignore_index=True)
+        parts = [events(raw, part) for part in spec["parts"]]
+        rows = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return rows.assign(floor=rows["part"].map(CHANCE)) if spec.get("rescaled") else rows
     rows = raw[(raw["benchmark"] == spec["benchmark"]) & (raw["judge"] == spec["judge"])]
     if "harmful" in spec:
@@ -58,9 +66,7 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
 def all_right(values: pd.Series) -> bool | None:
     """A whole question is wrong once one answer is wrong, and open while the only doubts are unjudged ones."""
     known = [value for value in values if not pd.isna(value)]
-    if not all(known):
-        return False
-    return True if len(known) == len(values) else None
+    return False if not all(known) else True if len(known) == len(values) else None
 
 
 def mme_score(values: pd.Series) -> float | None:
@@ -77,15 +83,15 @@ def mme_score(values: pd.Series) -> float | None:
 def estimate(rows: pd.DataFrame, measure: str) -> stats.Rate | None:
     """The value of a measure with its interval, over `events` of one model; None where a part of it was not examined."""
     if not stratified(measure):
-        told = [None if pd.isna(event) else bool(event) for event in rows["event"]]
-        return stats.rate(told, rows["cluster"].tolist())
+        judged = [None if pd.isna(event) else bool(event) for event in rows["event"]]
+        return stats.rate(judged, rows["cluster"].tolist())
     least, most = (rows["event"].map(lambda event, u=u: u if pd.isna(event) else float(event)) for u in (0.0, 1.0))
-    found = strata(rows.assign(least=least.astype(float), most=most.astype(float)), measure)
-    if not found:
+    weighted = strata(rows.assign(least=least.astype(float), most=most.astype(float)), measure)
+    if not weighted:
         return None
-    chance = sum(stratum.weight for stratum in found) - 1  # what weights that stretch to the best score add for guessing
-    value, value_high, low, high = (end - chance for end in stats.stratified(found))
-    n_clusters = sum(len(set(stratum.clusters)) for stratum in found)
+    chance = sum(stratum.weight for stratum in weighted) - 1  # what weights that stretch to the best score add for guessing
+    value, value_high, low, high = (end - chance for end in stats.stratified(weighted))
+    n_clusters = sum(len(set(stratum.clusters)) for stratum in weighted)
     return stats.Rate(value, low, high, len(rows), n_clusters, int(rows["event"].isna().sum()), value_high)
 
 
@@ -99,15 +105,19 @@ def strata(rows: pd.DataFrame, measure: str) -> list[stats.Stratum]:
 
     Weights of a measure that is rescaled from chance are larger by 1 / (1 - chance), so that changes need no rescaling.
     """
-    parts: Sequence[str] = MEASURES[measure].get("parts", (measure,))
-    if set(rows["part"]) != set(parts):
+    if set(rows["part"]) != set(MEASURES[measure].get("parts", (measure,))):
         return []
-    found = []
+    return [
+        stats.Stratum(weight / (1 - of["floor"].iloc[0]), of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
+        for weight, of in weighted_groups(rows)
+    ]
+
+
+def weighted_groups(rows: pd.DataFrame) -> Iterator[tuple[float, pd.DataFrame]]:
+    """The rows of each stratum of each part, with the stratum's weight: parts count alike, and in each its strata."""
     for _, part in rows.groupby("part", sort=False):
-        for _, of in part.groupby("stratum", sort=False):
-            weight = 1 / len(parts) / part["stratum"].nunique() / (1 - of["floor"].iloc[0])
-            found.append(stats.Stratum(weight, of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist()))
-    return found
+        for _, stratum in part.groupby("stratum", sort=False):
+            yield 1 / rows["part"].nunique() / part["stratum"].nunique(), stratum
 
 
 COMPLIED_RIGHT, COMPLIED = ("complied_right",), ("complied_right", "complied_wrong")
@@ -191,17 +201,15 @@ CHANCE["helpfulness_rescaled"] = 0.0
 def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL) -> pd.DataFrame:
     """One line per model (or other grouping) × measure: value, interval, n, clusters, unjudged.
 
-    A model that was not asked all parts of a composite has no line for it.
+    A model that was not examined on all parts of a composite has no line for it.
 
     Units:    fractions in [0, 1]; above chance, helpfulness can be negative
     """
     lines = []
     for measure in measures:
-        rows = events(raw, measure)
-        for key, part in rows.groupby(list(by), sort=False):
-            found = estimate(part, measure)
-            if found:
-                lines.append({**dict(zip(by, key, strict=True)), "measure": measure, **vars(found)})
+        for key, rows in groups(events(raw, measure), by):
+            if rate := estimate(rows, measure):
+                lines.append(key | {"measure": measure} | vars(rate))
     return pd.DataFrame(lines)
 
 
@@ -212,23 +220,22 @@ def differences(
 
     `before` and each of `after` are stage/recipe; the last checkpoint of each (exam "full") is compared, and the columns `stage`
     and `recipe` say of which change a line is. Unjudged items are left out of the difference and counted; a composite is compared
-    where both models were asked all its parts. Where they are `tested`, every line has a two-sided p-value by flipping the signs
-    of clusters.
+    where both models were examined on all its parts. Where they are `tested`, every line has a two-sided p-value by flipping the
+    signs of clusters.
     """
+    columns = [*UNIT, "stage", "recipe", "measure", "difference", "low", "high", "n", "n_left_out"]
     lines = []
     for measure in measures:
         for (backbone, seed, run), judged, left_out in paired(raw, before, after, measure):
             strata = changes(judged, measure) if len(judged) else []
             if not strata:
                 continue
-            found = stats.compare(strata, np.random.default_rng(seed))
-            line = {"difference": float(found.effect[0]), "low": float(found.low[0]), "high": float(found.high[0])}
-            line |= {"n": len(judged), "n_left_out": left_out}
-            if tested:
-                line["p"] = stats.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed))
+            result = stats.compare(strata, np.random.default_rng(seed))
+            ends = (float(end[0]) for end in (result.effect, result.low, result.high))
             stage, _, recipe = run.partition("/")
-            lines.append({"backbone": backbone, "seed": seed, "stage": stage, "recipe": recipe, "measure": measure, **line})
-    columns = ["backbone", "seed", "stage", "recipe", "measure", "difference", "low", "high", "n", "n_left_out"]
+            lines.append([backbone, seed, stage, recipe, measure, *ends, len(judged), left_out])
+            if tested:
+                lines[-1].append(stats.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed)))
     return pd.DataFrame(lines, columns=[*columns, *(["p"] if tested else [])])
 
 
@@ -236,11 +243,11 @@ def paired(
     raw: pd.DataFrame, before: str, after: Sequence[str], measure: str
 ) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
     """Per backbone, seed and run of `after`: the judged events that it shares with `before`, and how many are left out."""
-    rows = events(raw[(raw["exam"] == "full") & named(raw).isin([before, *after])], measure)
-    rows = rows.assign(run=named(rows))[["backbone", "seed", "run", "event", *SAME]]
+    rows = events(raw[(raw["exam"] == "full") & run_names(raw).isin([before, *after])], measure)
+    rows = rows.assign(run=run_names(rows))[[*UNIT, "run", "event", *SAME]]
     first, second = rows[rows["run"] == before], rows[rows["run"] != before]
-    both = first.merge(second, on=["backbone", "seed", *SAME], suffixes=("_a", "_b"))
-    for unit, part in both.groupby(["backbone", "seed", "run_b"], sort=False):
+    both = first.merge(second, on=[*UNIT, *SAME], suffixes=("_a", "_b"))
+    for unit, part in both.groupby([*UNIT, "run_b"], sort=False):
         judged = part.dropna(subset=["event_a", "event_b"])
         yield unit, judged, len(part) - len(judged)
 
@@ -256,8 +263,52 @@ def changes(judged: pd.DataFrame, measure: str) -> list[stats.Stratum]:
 
 def contributions(strata: Sequence[stats.Stratum]) -> np.ndarray:
     """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
-    found = []
+    terms = []
     for stratum in strata:
         by_cluster = pd.Series(stratum.least).groupby([str(c) for c in stratum.clusters]).sum()
-        found.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
-    return np.concatenate(found) if found else np.array([])
+        terms.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
+    return np.concatenate(terms) if terms else np.array([])
+
+
+def with_changes(lines: pd.DataFrame, change: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+    """Lines of `rates` beside the paired changes of the same models as difference, difference_low and difference_high."""
+    change = change.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
+    keys = [name for name in (*UNIT, "stage", "recipe", "measure") if name in lines]
+    others = {name: f"{prefix}{name}" for name in change.columns if name not in (*UNIT, "stage", "recipe", "measure")}
+    return lines.merge(change[[*keys, *others]].rename(columns=others), on=keys, how="left")
+
+
+def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: int) -> Draws:
+    """A measure at every point (recipe, step), as it is and over bootstrap samples of clusters that all points share.
+
+    Unjudged answers count as no event.
+
+    Raises:   ValueError where the points were not examined on the same items
+    """
+    rows = events(rows, measure)
+    rows = rows.assign(event=[0.0 if pd.isna(event) else float(event) for event in rows["event"]])
+    values = np.zeros((1, 1))
+    for weight, stratum in weighted_groups(rows):
+        by = stratum.groupby(["cluster", "recipe", "step"])["event"]
+        sums, sizes = by.sum().unstack(["recipe", "step"]).sort_index(axis=1), by.size().unstack(["recipe", "step"])
+        if not sizes.eq(sizes.iloc[:, 0], axis=0).all(axis=None):
+            raise ValueError(f"the checkpoints to be compared were not examined on the same items ({measure})")
+        counts = stats.resamples(len(sizes), draws, rng)
+        values = values + weight * (counts @ sums.to_numpy()) / (counts @ sizes.iloc[:, 0].to_numpy())[:, None]
+    return {point: values[:, place] for place, point in enumerate(sums.columns)}
+
+
+def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) -> pd.DataFrame:
+    """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye."""
+    lines = lines if at is None else lines[lines["at"] == at]
+    index, cells = list(index), {}
+    for measure in dict.fromkeys(lines["measure"]):
+        of, label = lines[lines["measure"] == measure].set_index(index), MEASURES[measure]["label"]
+        cells[label] = of.apply(_cell, axis=1, names=("value", "low", "high"))
+        cells[f"Δ {label}"] = of.apply(_cell, axis=1, names=("difference", "difference_low", "difference_high"), sign="+")
+    return lines[index].drop_duplicates().join(pd.DataFrame(cells), on=index).reset_index(drop=True)
+
+
+def _cell(line: pd.Series, names: Sequence[str], sign: str = "") -> str:
+    value, low, high = (100 * line[name] for name in names)
+    return "" if pd.isna(value) else f"{round(value):{sign}} [{round(low):{sign}}, {round(high):{sign}}]"

@@ -1,7 +1,7 @@
-"""F07, F08 and F11 in numbers: which layers moved, which way, and whether that foretells anything. Imports no model library.
+"""F07, F08 and F11 in numbers: which layers changed, which way, and whether an early checkpoint predicts the end.
 
-Prompts about one verb–object pair are alike, so every interval over prompts draws whole verb–object pairs. Weights are not a sample: their numbers
-have no interval within a seed, only a range over seeds, or what chance alone would give.
+Prompts about one verb–object pair are alike, so every interval over prompts resamples whole pairs. Weights are not a sample:
+their numbers have no interval within a seed, only a range over seeds, or what chance alone would give.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from vlsafe.analysis import measures
+from vlsafe.analysis import measures, stats
+from vlsafe.analysis.measures import UNIT, groups
+from vlsafe.analysis.stats import percentiles
 
-UNIT = ["backbone", "seed"]
 MODEL = [*UNIT, "stage", "recipe", "step"]
 COLUMNS = ("cosine", "cosine_centred", "increment", "increment_centred", "projection", "projection_reference")
 PROBES = ("probe_own", "probe_reference", "probe_transferred")
@@ -28,42 +29,29 @@ def spread(values: np.ndarray, clusters: Sequence[Any], rng: np.random.Generator
 
     Shapes:   values [N, K], clusters [N]  ->  [1 + draws, K]
     """
-    _, index = np.unique([str(cluster) for cluster in clusters], return_inverse=True)
-    n = int(index.max()) + 1
-    sums, sizes = np.zeros((n, values.shape[1])), np.bincount(index)
-    np.add.at(sums, index, values)
-    counts = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])
-    return counts @ sums / (counts @ sizes)[:, None]
-
-
-def interval(drawn: np.ndarray) -> dict[str, Any]:
-    """The value itself, which comes first, and the 95 % percentile interval of the draws behind it.
-
-    Shapes:   [1 + draws]  ->  value, low, high
-    """
-    low, high = np.nanquantile(drawn[1:], [0.025, 0.975]) if np.isfinite(drawn[1:]).any() else (np.nan, np.nan)
-    return {"value": float(drawn[0]), "low": float(low), "high": float(high)}
+    index, sizes = stats.clusters_of(clusters)
+    counts = stats.resamples(len(sizes), draws, rng)
+    return counts @ stats.totals(values, index, len(sizes)) / (counts @ sizes)[:, None]
 
 
 def similarity(prompts: pd.DataFrame) -> pd.DataFrame:
     """F07 and F08: one line per model × modality × layer × measure × kind of prompt (harmful, benign, and their difference).
 
-    `prompts` holds a line per prompt × layer. The difference is harmful less benign: where it is negative, harmful prompts moved
-    more. Projections are in units of the parent's own gap on text: 0 its harmless mean, 1 its harmful mean.
+    `prompts` holds a line per prompt × layer. The difference is harmful less benign: where it is negative, harmful prompts
+    changed more. Projections are in units of the parent's own gap on text: 0 its harmless mean, 1 its harmful mean.
     """
     lines = []
-    for key, part in prompts.groupby([*MODEL, "group"], sort=False):
-        told, drawn = dict(zip([*MODEL, "group"], key, strict=True)), {}
-        rng = np.random.default_rng(told["seed"])
-        for harmful, of in part.groupby("harmful"):
-            wide = of.pivot(index=["item", "cluster"], columns="layer", values=list(COLUMNS))
-            found = spread(wide.to_numpy(float), wide.index.get_level_values("cluster"), rng)
-            drawn["harmful" if harmful else "benign"] = found, wide.columns, len(wide)
-        drawn["difference"] = drawn["harmful"][0] - drawn["benign"][0], drawn["harmful"][1], len(part["item"].unique())
-        for kind, (found, columns, n) in drawn.items():
-            for place, (measure, layer) in enumerate(columns):
+    for model, part in groups(prompts, [*MODEL, "group"]):
+        rng, drawn = np.random.default_rng(model["seed"]), {}
+        for harmful, rows in part.groupby("harmful"):
+            wide = rows.pivot(index=["item", "cluster"], columns="layer", values=list(COLUMNS))
+            means = spread(wide.to_numpy(float), wide.index.get_level_values("cluster"), rng)
+            drawn["harmful" if harmful else "benign"] = means, len(wide)
+        drawn["difference"] = drawn["harmful"][0] - drawn["benign"][0], part["item"].nunique()
+        for kind, (means, n) in drawn.items():
+            for place, (measure, layer) in enumerate(wide.columns):
                 line = {"layer": layer, "measure": measure, "kind": kind, "n": n}
-                lines.append(told | line | interval(found[:, place]))
+                lines.append(model | line | percentiles(means[:, place]))
     return pd.DataFrame(lines)
 
 
@@ -74,13 +62,12 @@ def last(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def probes(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Held-out AUC of the linear probes for harm: the model's own, the reference's, and the reference's read on the model."""
-    lines, scored = [], prompts.dropna(subset=["probe_own"])
-    for key, part in scored.groupby([*MODEL, "group", "layer"], sort=False):
-        told = dict(zip([*MODEL, "group", "layer"], key, strict=True))
+    """Held-out AUC of the linear probes for harm: the model's own, the reference's, and the reference's applied to the model."""
+    lines = []
+    for key, rows in groups(prompts.dropna(subset=["probe_own"]), [*MODEL, "group", "layer"]):
         for name in PROBES:
-            drawn = auc(part[name], part["harmful"], part["cluster"], np.random.default_rng(told["seed"]))
-            lines.append(told | {"measure": name, "n": len(part)} | interval(drawn))
+            drawn = auc(rows[name], rows["harmful"], rows["cluster"], np.random.default_rng(key["seed"]))
+            lines.append(key | {"measure": name, "n": len(rows)} | percentiles(drawn))
     return pd.DataFrame(lines)
 
 
@@ -92,9 +79,8 @@ def auc(
     Shapes:   [N]  ->  [1 + draws]
     """
     values, truth = np.asarray(scores, float), np.asarray(harmful, bool)
-    _, index = np.unique([str(cluster) for cluster in clusters], return_inverse=True)
-    n = int(index.max()) + 1
-    weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])[:, index]
+    index, sizes = stats.clusters_of(clusters)
+    weights = stats.resamples(len(sizes), draws, rng)[:, index]
     above = values[truth][:, None] - values[~truth][None]
     won = (above > 0) + 0.5 * (above == 0)
     pairs = weights[:, truth].sum(1) * weights[:, ~truth].sum(1)
@@ -109,22 +95,17 @@ def alignments(sets: pd.DataFrame) -> pd.DataFrame:
 def drift(weights: pd.DataFrame) -> pd.DataFrame:
     """Per model × layer × module: length of the change against that of the weights, and effective rank as a share of the full.
 
-    Module "all" is the whole block, told at every step; single modules only at a model's last. What is in no block stands at
-    layer -1.
+    Module "all" is the whole block, at every step; single modules only at a model's last. What is in no block stands at layer -1.
     """
     weights = weights.assign(layer=weights["layer"].fillna(-1).astype(int))
     final = weights[weights["step"] == weights.groupby(MODEL[:-1])["step"].transform("max")]
-    frames = []
-    for by, module in (([*MODEL, "layer", "module"], None), ([*MODEL, "layer"], "all")):
-        of = weights if module else final
-        found = of.groupby(by, sort=False).agg(
-            norm=("norm", "sum"), change=("change", "sum"), rank=("rank", "sum"), n=("n", "sum")
-        )
-        ranked = of.dropna(subset=["rank"]).groupby(by, sort=False)["full_rank"].sum()
-        found["drift"], found["rank_share"] = np.sqrt(found["change"] / found["norm"]), found["rank"] / ranked
-        frames.append(found.reset_index().assign(**({"module": module} if module else {})))
-    columns = [*MODEL, "layer", "module", "drift", "rank_share", "n"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    by = [*MODEL, "layer", "module"]
+    rows = pd.concat([final, weights.assign(module="all")], ignore_index=True)
+    rows["ranked"] = rows["full_rank"].where(rows["rank"].notna())
+    sums = rows.groupby(by, sort=False)[["norm", "change", "rank", "n"]].sum()
+    ranked = rows.groupby(by, sort=False)["ranked"].sum(min_count=1)
+    sums = sums.assign(drift=np.sqrt(sums["change"] / sums["norm"]), rank_share=sums["rank"] / ranked)
+    return sums.reset_index()[[*by, "drift", "rank_share", "n"]]
 
 
 def drift_sheet(lines: pd.DataFrame) -> pd.DataFrame:
@@ -135,10 +116,10 @@ def drift_sheet(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFrame:
-    """Whether what is seen early in stage 2 predicts the attack success at its end, over recipes and seeds.
+    """Whether an early checkpoint of stage 2 predicts the attack success at its end, over recipes and seeds.
 
     Rank correlations at every step that all recipes share, over all points, and as the mean over studies of the
-    correlation within one ("within"), which no difference between seeds can make. The interval redraws studies where
+    correlation within one ("within"), which no difference between seeds can make. The interval resamples studies where
     there are at least three, recipes otherwise.
 
     Predictors: `drift`, relative change of all blocks' weights; `harmful` and `benign`, one less the centred cosine to
@@ -146,15 +127,14 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
     """
     final = measures.rates(raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")], OUTCOMES, [*UNIT, "recipe"])
     outcomes = final.pivot(index=[*UNIT, "recipe"], columns="measure", values="value")
-    seen = early(weights, alike)
     lines = []
-    for step, points in seen.groupby("step"):
+    for step, points in early(weights, alike).groupby("step"):
         joined = points.drop(columns="step").join(outcomes, on=[*UNIT, "recipe"], how="inner")
         for predictor in ("drift", "harmful", "benign", "selective"):
             for outcome in OUTCOMES:
-                told = {"step": step, "predictor": predictor, "outcome": outcome, "n": len(joined)}
-                told |= {"studies": joined.groupby(UNIT).ngroups}
-                lines += [told | {"over": over} | interval(found) for over, found in _correlated(joined, predictor, outcome)]
+                line = {"step": step, "predictor": predictor, "outcome": outcome, "n": len(joined)}
+                line |= {"studies": joined.groupby(UNIT).ngroups}
+                lines += [line | {"over": over} | percentiles(drawn) for over, drawn in _correlated(joined, predictor, outcome)]
     return pd.DataFrame(lines)
 
 
@@ -164,10 +144,10 @@ def early(weights: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
     weights, alike = (frame[frame["stage"] == "instruct"] for frame in (weights, alike))
     blocks = weights.dropna(subset=["layer"]).groupby(by)[["change", "norm"]].sum()
     moved = 1 - alike.groupby([*by, "harmful"])["cosine_centred"].mean().unstack("harmful")
-    found = pd.DataFrame({"drift": np.sqrt(blocks["change"] / blocks["norm"]), "harmful": moved[True], "benign": moved[False]})
-    found = found.assign(selective=found["harmful"] - found["benign"]).reset_index()
-    shared = set.intersection(*(set(steps) for _, steps in found.groupby([*UNIT, "recipe"])["step"]))
-    return found[found["step"].isin(shared - {found["step"].max()})]
+    points = pd.DataFrame({"drift": np.sqrt(blocks["change"] / blocks["norm"]), "harmful": moved[True], "benign": moved[False]})
+    points = points.assign(selective=points["harmful"] - points["benign"]).reset_index()
+    shared = set.intersection(*(set(steps) for _, steps in points.groupby([*UNIT, "recipe"])["step"]))
+    return points[points["step"].isin(shared - {points["step"].max()})]
 
 
 def _correlated(points: pd.DataFrame, x: str, y: str, draws: int = 1000) -> Iterator[tuple[str, np.ndarray]]:
@@ -175,17 +155,13 @@ def _correlated(points: pd.DataFrame, x: str, y: str, draws: int = 1000) -> Iter
     rng, studies = np.random.default_rng(0), [part[[x, y]].to_numpy(float) for _, part in points.groupby(UNIT)]
     if len(studies) >= 3:
         drawn = [rng.integers(len(studies), size=len(studies)) for _ in range(draws)]
-        rho = np.array([rank_correlation(part) for part in studies])
-        yield (
-            "all",
-            np.array([rank_correlation(np.concatenate([studies[i] for i in of])) for of in (range(len(studies)), *drawn)]),
-        )
-        yield "within", np.array([_mean(rho), *(_mean(rho[of]) for of in drawn)])
-        return
-    redrawn = [[part[rng.integers(len(part), size=len(part))] for part in studies] for _ in range(draws)]
-    yield "all", np.array([rank_correlation(np.concatenate(parts)) for parts in (studies, *redrawn)])
+        samples = [[studies[i] for i in sample] for sample in (range(len(studies)), *drawn)]
+    else:
+        samples = [studies, *([part[rng.integers(len(part), size=len(part))] for part in studies] for _ in range(draws))]
+    yield "all", np.array([rank_correlation(np.concatenate(parts)) for parts in samples])
     if len(studies) > 1:
-        yield "within", np.array([_mean(np.array([rank_correlation(of) for of in parts])) for parts in (studies, *redrawn)])
+        within = {id(part): rank_correlation(part) for parts in samples for part in parts}
+        yield "within", np.array([_mean(np.array([within[id(part)] for part in parts])) for parts in samples])
 
 
 def _mean(values: np.ndarray) -> float:
@@ -224,12 +200,11 @@ def gradients(pairs: pd.DataFrame) -> pd.DataFrame:
     """
     kind = pairs["task_a"].where(pairs["task_a"] == pairs["task_b"], "both")
     lines = []
-    for key, part in pairs.assign(kind=kind).groupby([*UNIT, "step", "layer", "kind"], sort=False):
-        batches = np.unique(part[["a", "b"]])
-        kept = [part.loc[(part[["a", "b"]] != batch).all(axis=1), "cosine"] for batch in batches]
+    for key, rows in groups(pairs.assign(kind=kind), [*UNIT, "step", "layer", "kind"]):
+        batches = np.unique(rows[["a", "b"]])
+        kept = [rows.loc[(rows[["a", "b"]] != batch).all(axis=1), "cosine"] for batch in batches]
         without = np.array([cosines.mean() for cosines in kept if len(cosines)])
         error = np.sqrt((len(without) - 1) * without.var()) if len(without) > 1 else np.nan
-        value = part["cosine"].mean()
-        told = dict(zip([*UNIT, "step", "layer", "kind"], key, strict=True))
-        lines.append(told | {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "batches": len(batches)})
+        value = rows["cosine"].mean()
+        lines.append(key | {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "batches": len(batches)})
     return pd.DataFrame(lines)

@@ -1,4 +1,4 @@
-"""Rates, intervals, paired differences, tests. NumPy and SciPy only: the claims must be checkable without a model library.
+"""Rates, intervals, paired differences and tests, without a model library: the claims must be checkable without one.
 
 Answers to prompts about one verb–object pair are correlated, so every interval is computed over clusters, not over items.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 RARE = 10  # with fewer items that changed at all, a bootstrap knows too little of their spread
@@ -72,17 +73,16 @@ def effective_size(values: np.ndarray, clusters: Sequence[Hashable]) -> float:
     Source:   Kish 1965; sandwich variance of a mean over clusters, with the small-sample factor C / (C - 1)
     Departs:  the shrinkage, without which rare events in large clusters are covered in 83 % instead of 95 % (LOG.md)
     """
-    index, sizes = _clusters(clusters)
-    return float(_effective(np.asarray(values, float)[:, None], index, sizes)[0])
+    return float(_effective(np.asarray(values, float)[:, None], *clusters_of(clusters))[0])
 
 
-def _clusters(clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def clusters_of(clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Which cluster each item is in, as numbers, and how many items each cluster has."""
     _, index, sizes = np.unique([str(c) for c in clusters], return_inverse=True, return_counts=True)
     return index, sizes
 
 
-def _totals(values: np.ndarray, index: np.ndarray, n_clusters: int) -> np.ndarray:
+def totals(values: np.ndarray, index: np.ndarray, n_clusters: int) -> np.ndarray:
     """Sums over the items of each cluster: [N, K] -> [C, K]."""
     order = np.argsort(index, kind="stable")
     return np.add.reduceat(values[order], np.searchsorted(index[order], np.arange(n_clusters)), axis=0)
@@ -93,17 +93,17 @@ def _effective(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> np.n
     n, n_clusters = len(values), len(sizes)
     if n == n_clusters:
         return np.full(values.shape[1], float(n))
-    total, mean, spread = _totals(values, index, n_clusters), values.mean(0), values.var(0)
+    total, mean, spread = totals(values, index, n_clusters), values.mean(0), values.var(0)
     clustered = ((total - mean * sizes[:, None]) ** 2).sum(0) / n**2 * n_clusters / max(1, n_clusters - 1)
     least, largest = (total > 0).sum(0), n / n_clusters
-    told = np.minimum(least, (total < sizes[:, None]).sum(0))
+    informative = np.minimum(least, (total < sizes[:, None]).sum(0))
     effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 0)
-    return n / np.maximum(1.0, (told * effect + largest) / (told + 1))
+    return n / np.maximum(1.0, (informative * effect + largest) / (informative + 1))
 
 
 def intervals(values: np.ndarray, clusters: Sequence[Hashable], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Clustered Wilson intervals of the mean of every column of values in [0, 1]: [N, K] -> low, high [K]."""
-    index, sizes = _clusters(clusters)
+    index, sizes = clusters_of(clusters)
     return _wilson(values.mean(0), _effective(values, index, sizes), level)
 
 
@@ -172,7 +172,7 @@ def compare(
     """Test whether a weighted sum of mean paired changes differs from `against`.
 
     A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE items
-    that changed, whole clusters are drawn again, and the percentiles are moved out as far as a t-interval's bounds
+    that changed, whole clusters are resampled, and the percentiles are moved out as far as a t-interval's bounds
     lie from a normal one's. With fewer, the interval adds up Wilson's for rises and for falls, and the p-value is the
     sign test's over clusters: McNemar's exact test where every cluster is one item.
 
@@ -181,13 +181,13 @@ def compare(
     Source:   Field and Welsh 2007 (clusters); Hesterberg 2015 (expanded percentiles); McNemar 1947; Zou and Donner 2008
     """
     _refuse_uneven(strata)
-    parts = [(s.weight, np.asarray(s.least, float).reshape(len(s.least), -1), *_clusters(s.clusters)) for s in strata]
+    parts = [(s.weight, np.asarray(s.least, float).reshape(len(s.least), -1), *clusters_of(s.clusters)) for s in strata]
     n_clusters, width = sum(len(sizes) for *_, sizes in parts), parts[0][1].shape[1]
     effect, drawn, changed = np.zeros(width), np.zeros((draws, width)), np.zeros(width, int)
     for weight, values, index, sizes in parts:
         counts = _redrawn(len(sizes), draws, rng)
         effect += weight * values.mean(0)
-        drawn += weight * (counts @ _totals(values, index, len(sizes))) / (counts @ sizes.astype(float))[:, None]
+        drawn += weight * (counts @ totals(values, index, len(sizes))) / (counts @ sizes.astype(float))[:, None]
         changed += (values != 0).sum(0)
     free = max(1, n_clusters - len(parts))
     stretch = np.sqrt((free + 1) / free)
@@ -208,7 +208,7 @@ def compare(
 
 
 def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of n clusters is in each bootstrap sample, [draws, n]; twenty times as fast as asking for multinomials."""
+    """How often each of n clusters is in each bootstrap sample, [draws, n]; twenty times as fast as drawing multinomials."""
     chosen = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(chosen.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
 
@@ -233,8 +233,8 @@ def _square_and_add(column: _Column, level: float) -> tuple[float, float]:
 
 def _sign_test(column: _Column) -> float:
     """Exact two-sided p-value: do more clusters rise than fall?"""
-    totals = [weight * _totals(values[:, None], index, len(sizes)) for weight, values, index, sizes in column]
-    rises, falls = (sum(int((sign * total > 0).sum()) for total in totals) for sign in (1, -1))
+    changes = np.concatenate([w * totals(values[:, None], index, len(sizes)) for w, values, index, sizes in column])
+    rises, falls = int((changes > 0).sum()), int((changes < 0).sum())
     return float(stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
 
 
@@ -264,8 +264,8 @@ def paired_difference(
     if not len(a) or not len(a) == len(b) == len(clusters):
         raise ValueError(f"paired values must be as many as clusters: {len(a)}, {len(b)}, {len(clusters)}")
     change = np.asarray(b, float) - np.asarray(a, float)
-    found = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws, level=level)
-    return float(found.effect[0]), float(found.low[0]), float(found.high[0])
+    result = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws, level=level)
+    return float(result.effect[0]), float(result.low[0]), float(result.high[0])
 
 
 def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: int = 9999) -> float:
@@ -299,5 +299,33 @@ def at_level(heights: np.ndarray, values: np.ndarray, level: np.ndarray) -> np.n
     before = np.maximum(after - 1, 0)
     rise = heights[curve, after] - heights[curve, before]
     share = np.divide(level - heights[curve, before], rise, out=np.ones(len(level)), where=rise > 0)
-    found = values[curve, before] + share * (values[curve, after] - values[curve, before])
-    return np.where(reached.any(1), found, np.nan)
+    crossing = values[curve, before] + share * (values[curve, after] - values[curve, before])
+    return np.where(reached.any(1), crossing, np.nan)
+
+
+def resamples(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of n clusters counts, [1 + draws, n]: once in the data themselves, then in each bootstrap sample."""
+    return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])
+
+
+def percentiles(drawn: np.ndarray, name: str = "") -> dict[str, float]:
+    """The value itself, which comes first, and the 95 % percentile interval of the bootstrap draws behind it.
+
+    Shapes:   [1 + draws]  ->  value, low, high; with a name: name, name_low, name_high
+    """
+    known = np.isfinite(drawn[1:]).any()
+    low, high = np.nanquantile(drawn[1:], [0.025, 0.975]) if known else (np.nan, np.nan)
+    prefix = f"{name}_" if name else ""
+    return {name or "value": float(drawn[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+
+def holm(p: pd.Series, families: list[pd.Series]) -> pd.Series:
+    """P-values corrected within each family, whose keys are given as columns; unknown p-values stay unknown and do not count.
+
+    Source:   Holm 1979, by statsmodels
+    """
+    from statsmodels.stats.multitest import multipletests  # slow to import, and a server's client needs only rates
+
+    known = p.dropna().astype(float)
+    corrected = known.groupby(families).transform(lambda family: multipletests(family, method="holm")[1])
+    return corrected.reindex(p.index)

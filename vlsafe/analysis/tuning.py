@@ -1,4 +1,4 @@
-"""T05, F05 and F06: what safety tuning buys and what it costs, beside the adapted model and the parent. Imports no model library.
+"""T05, F05 and F06: what safety tuning buys and what it costs, beside the adapted model and the parent.
 
 Every difference is paired over the same items. The p-values of the headline measures are corrected after Holm within
 one family: all methods of one backbone and seed against one reference.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-from statsmodels.stats.multitest import multipletests
 
-from vlsafe.analysis import adaptation
 from vlsafe.analysis import measures as analysis_measures
-from vlsafe.analysis.measures import MEASURES, named
+from vlsafe.analysis import stats
+from vlsafe.analysis.measures import MEASURES, UNIT, differences, run_names
 from vlsafe.core.schema import MAIN_LINE
 
-UNIT = ["backbone", "seed"]
-JOINED = ("stage", "recipe", "measure")
 REFERENCES = ("adapted", "parent")
 HEADLINE = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
 SHOWN = (
@@ -47,7 +43,7 @@ TAUGHT_ON = {  # by what a recipe's name begins with: its objective, and whether
 
 
 def kind(stage: str, recipe: str) -> str:
-    """What a model is, as `figures.KINDS` calls it: parent, adapted, or its tuning's objective.
+    """What a model is, as `style.KINDS` calls it: parent, adapted, or its tuning's objective.
 
     Raises:   KeyError for a recipe that TAUGHT_ON does not know
     """
@@ -57,15 +53,15 @@ def kind(stage: str, recipe: str) -> str:
 
 def final(raw: pd.DataFrame) -> pd.DataFrame:
     """Full examinations of the parent, the adapted model and the tuned ones."""
-    compared = (raw["stage"] == "safety") | named(raw).isin([MAIN_LINE[name] for name in REFERENCES])
+    compared = (raw["stage"] == "safety") | run_names(raw).isin([MAIN_LINE[name] for name in REFERENCES])
     return raw[(raw["exam"] == "full") & compared]
 
 
-def methods(raw: pd.DataFrame, tried: pd.DataFrame) -> pd.DataFrame:
+def methods(raw: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     """T05: one line per backbone × seed × model × measure, with its paired changes from the adapted model and from the parent.
 
-    `tried` are the checkpoints' validation lines; steps and tokens are those of the chosen checkpoint's safety tuning
-    alone. A parent has no pictures to be asked about, so such changes are empty.
+    `validation` holds the checkpoints' validation lines; steps and tokens are those of the chosen checkpoint's safety tuning
+    alone. A parent has no multimodal measures, so such changes are empty.
 
     Units:    fractions; p-values are two-sided, by flipping the signs of clusters
     Raises:   ValueError where there is no tuned model
@@ -76,28 +72,16 @@ def methods(raw: pd.DataFrame, tried: pd.DataFrame) -> pd.DataFrame:
     lines = analysis_measures.rates(rows, SHOWN, [*UNIT, "stage", "recipe"])
     tuned = [f"safety/{recipe}" for recipe in rows.loc[rows["stage"] == "safety", "recipe"].unique()]
     for reference in REFERENCES:
-        found = holm(compared(rows, MAIN_LINE[reference], tuned, SHOWN))
-        names = {name: f"{reference}_{name}" for name in found.columns if name not in (*UNIT, *JOINED)}
-        lines = lines.merge(found.rename(columns=names), on=[*UNIT, *JOINED], how="left")
-    costs = tried.loc[tried["chosen"], [*UNIT, "stage", "recipe", "step", "tokens"]]
+        change = holm(differences(rows, MAIN_LINE[reference], tuned, SHOWN, tested=True))
+        lines = analysis_measures.with_changes(lines, change, f"{reference}_")
+    costs = validation.loc[validation["chosen"], [*UNIT, "stage", "recipe", "step", "tokens"]]
     return lines.merge(costs, on=[*UNIT, "stage", "recipe"], how="left").astype({"step": "Int64", "tokens": "Int64"})
 
 
-def compared(rows: pd.DataFrame, before: str, after: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Paired changes from one run (stage/recipe) to others: difference, interval, p-value of each measure."""
-    found = analysis_measures.differences(rows, before, after, measures, tested=True)
-    return found.drop(columns="n").rename(columns={"low": "difference_low", "high": "difference_high"})
-
-
-def holm(changes: pd.DataFrame) -> pd.DataFrame:
-    """Add `p_holm`: corrected over all methods and headline measures of one backbone and seed; empty for other measures.
-
-    Source:   Holm 1979, by statsmodels
-    """
-    changes = changes.assign(p_holm=np.nan)
-    for _, family in changes[changes["measure"].isin(HEADLINE)].groupby(UNIT):
-        changes.loc[family.index, "p_holm"] = multipletests(family["p"].astype(float), method="holm")[1]
-    return changes
+def holm(changes: pd.DataFrame, by: Sequence[str] = UNIT) -> pd.DataFrame:
+    """Add `p_holm`: corrected over all methods and headline measures of one backbone and seed; empty for other measures."""
+    headline = changes["p"].where(changes["measure"].isin(HEADLINE))
+    return changes.assign(p_holm=stats.holm(headline, [changes[name] for name in by]))
 
 
 def sheet(lines: pd.DataFrame, reference: str = "adapted", measures: Sequence[str] = HEADLINE) -> pd.DataFrame:
@@ -106,12 +90,12 @@ def sheet(lines: pd.DataFrame, reference: str = "adapted", measures: Sequence[st
     index = [*UNIT, "stage", "recipe"]
     costs = of[[*index, "step", "tokens"]].drop_duplicates(index)
     clear = of[of["p_holm"] < 0.05].groupby(index)["measure"].agg(lambda names: ", ".join(MEASURES[n]["label"] for n in names))
-    whole = costs.merge(adaptation.compact(of, index), on=index, how="left")
+    whole = costs.merge(analysis_measures.compact(of, index), on=index, how="left")
     return whole.merge(clear.rename("Holm p < 0.05").reset_index(), on=index, how="left")
 
 
 def transfer(lines: pd.DataFrame) -> pd.DataFrame:
-    """What a tuning changes on the modality that it was taught on and on the other one, in fractions.
+    """What a tuning changes on the modality of its safety data and on the other one, in fractions.
 
     One line per backbone × seed × recipe × modality that was tested, with the ASR's change from the adapted model.
     """
@@ -128,8 +112,8 @@ def refusals(raw: pd.DataFrame) -> pd.DataFrame:
     rows, frames = final(raw), []
     for measure, group, what, modality in REFUSALS:
         of = rows[rows["group"] == group] if group else rows
-        found = analysis_measures.rates(of, [measure], [*UNIT, "stage", "recipe"])
-        frames.append(found.assign(what=what, modality=modality))
+        rates = analysis_measures.rates(of, [measure], [*UNIT, "stage", "recipe"])
+        frames.append(rates.assign(what=what, modality=modality))
     return pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
 
 
@@ -144,23 +128,28 @@ def front(points: pd.DataFrame) -> pd.Series:
     return pd.Series(~(no_worse & better).any(axis=1), index=points.index)
 
 
+def asr_beside_helpfulness(rates: pd.DataFrame) -> pd.DataFrame:
+    """One line per model × modality: ASR, n and helpfulness with their intervals; `rates` are lines of `measures.rates`."""
+    rates, ends, frames = rates.set_index([*UNIT, "stage", "recipe"]), ["value", "low", "high"], []
+    helpful = rates.loc[rates["measure"] == "helpfulness", ends].add_prefix("helpfulness_")
+    for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
+        asr = rates.loc[rates["measure"] == measure, [*ends, "n"]].add_prefix("asr_")
+        frames.append(asr.join(helpful).reset_index().assign(modality=modality))
+    names = {"asr_value": "asr", "asr_n": "n", "helpfulness_value": "helpfulness"}
+    return pd.concat(frames, ignore_index=True).rename(columns=names)
+
+
+def fronts(points: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    """Which points lie on the front of their group; those without helpfulness lie on none."""
+    parts = [front(part) for _, part in points.dropna(subset=["helpfulness"]).groupby(list(by))]
+    return pd.concat(parts).reindex(points.index, fill_value=False) if parts else pd.Series(False, index=points.index)
+
+
 def plane(lines: pd.DataFrame) -> pd.DataFrame:
     """F05: one line per model × modality: ASR and helpfulness with their intervals, and whether it lies on the front.
 
     The parent has no helpfulness on pictures and no multimodal ASR; its text ASR is a line across the plane.
     """
-    lines = lines[lines["backbone"].isin(lines.loc[lines["stage"] == "safety", "backbone"])]  # others have nothing to trade
-    index, frames = [*UNIT, "stage", "recipe"], []
-    kept = ["value", "low", "high"]
-    helpful = lines[lines["measure"] == "helpfulness"].set_index(index)[kept]
-    helpful.columns = ["helpfulness", "helpfulness_low", "helpfulness_high"]
-    for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
-        of = lines[lines["measure"] == measure].set_index(index)[[*kept, "n"]]
-        of.columns = ["asr", "asr_low", "asr_high", "n"]
-        points = of.join(helpful, how="left").reset_index().assign(modality=modality)
-        placed = points.dropna(subset=["helpfulness"])
-        on_front = [front(part) for _, part in placed.groupby(UNIT)]
-        points["front"] = pd.concat(on_front).reindex(points.index, fill_value=False) if on_front else False
-        frames.append(points)
-    found = pd.concat(frames, ignore_index=True)
-    return found.assign(kind=[kind(*pair) for pair in zip(found["stage"], found["recipe"], strict=True)])
+    points = asr_beside_helpfulness(lines[lines["backbone"].isin(lines.loc[lines["stage"] == "safety", "backbone"])])
+    points["front"] = fronts(points, [*UNIT, "modality"])
+    return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
