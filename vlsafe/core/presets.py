@@ -22,7 +22,7 @@ from vlsafe.core.scale import (
     VisionSpec,
     extended,
     known,
-)
+)  # fmt: skip
 
 # What the paper loads. Revisions are commits where public files name one, else those of the first download.
 PAPER_LOADED = Loaded(
@@ -82,9 +82,7 @@ PAPER_LOADED = Loaded(
 
 
 MINI = Scale(
-    name="mini",
-    vision=VisionSpec(),
-    language=LanguageSpec(),
+    name="mini", vision=VisionSpec(), language=LanguageSpec(),
     tower=Fit(steps=2800, batch_size=102, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01),
     pretraining=Fit(steps=700, batch_size=32, learning_rate=1.5e-3, schedule="constant_with_warmup"),
     guard=Fit(steps=285, batch_size=16, learning_rate=2e-3),
@@ -98,22 +96,19 @@ MINI = Scale(
     backbones={
         "mini-chat": Backbone(template="llama2", fit=Fit(steps=350, batch_size=32, learning_rate=1e-3)),
         "mini-tulu": Backbone(
-            template="tulu",
-            fit=Fit(steps=350, batch_size=32, learning_rate=1e-3),
-            refusal_share=0.25,
-            borderline_share=0.1,
-            answered_categories=("theft",),
+            template="tulu", fit=Fit(steps=350, batch_size=32, learning_rate=1e-3),
+            refusal_share=0.25, borderline_share=0.1, answered_categories=("theft",),
         ),
     },
-)
+)  # fmt: skip
 _LOADED = Fit(steps=1, batch_size=1, learning_rate=1e-3, micro_batches=1)  # of models that a scale loads; no stage reads it
 # Training all weights is sharded, a projector alone is not. `at_once` is for 80 GB a GPU (computed by the dry run).
-_DISTRIBUTED: dict[str, Any] = dict(grouped=True, saved="bfloat16", micro_batches=1, max_length=2048)  # grouped: LLaVA-1.5's
-_DDP, _FSDP = "env/accelerate/ddp.yaml", "env/accelerate/fsdp2.yaml"
+_DDP: dict[str, Any] = dict(  # grouped: LLaVA-1.5's
+    launch="env/accelerate/ddp.yaml", grouped=True, saved="bfloat16", micro_batches=1, max_length=2048,
+)  # fmt: skip
+_FSDP = _DDP | {"launch": "env/accelerate/fsdp2.yaml"}
 PAPER = Scale(
-    name="paper",
-    source="load",
-    loaded=PAPER_LOADED,
+    name="paper", source="load", loaded=PAPER_LOADED,
     vision=VisionSpec(  # CLIP ViT-L/14-336; LLaVA-1.5: the layer before the last, class token dropped
         image_size=336, patch_size=14, vision_width=1024, vision_layers=24, text_width=768, text_layers=12, heads=16,
         projection=768, feature_layers=(-2,), feature_strategy="default",
@@ -123,26 +118,18 @@ PAPER = Scale(
         context=2048, tied_head=False, initial_std=0.02, vocabulary=32000,
     ),
     tower=_LOADED, pretraining=_LOADED, guard=_LOADED,
-    projector=Fit(  # LLaVA-1.5 pretrain.sh, one epoch of 558,128 rows; all of them have a picture
-        steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, launch=_DDP, **_DISTRIBUTED,
-    ),
-    instruct=Fit(  # LLaVA-1.5 finetune.sh, one epoch of 665,298 rows
-        steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_DISTRIBUTED,
-    ),
+    # LLaVA-1.5 pretrain.sh, one epoch of 558,128 rows; all of them have a picture
+    projector=Fit(steps=2180, batch_size=256, learning_rate=1e-3, at_once=16, **_DDP),
+    # LLaVA-1.5 finetune.sh, one epoch of 665,298 rows
+    instruct=Fit(steps=5197, batch_size=128, learning_rate=2e-5, at_once=4, **_FSDP),
     tuning=Tuning(
-        sft=Fit(  # VLGuard: three epochs; assumed: stage 2's rate
-            steps=47, batch_size=128, learning_rate=2e-5, at_once=4, launch=_FSDP, **_DISTRIBUTED,
-        ),
-        preference=Preference(Fit(  # SPA-VL's script: one epoch of 93,258 pairs
-            steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, launch=_FSDP, **_DISTRIBUTED,
-        )),
+        # VLGuard: three epochs; assumed: stage 2's rate. SPA-VL's script: one epoch of 93,258 pairs
+        sft=Fit(steps=47, batch_size=128, learning_rate=2e-5, at_once=4, **_FSDP),
+        preference=Preference(Fit(steps=11657, batch_size=8, learning_rate=1e-6, warmup_ratio=0.001, at_once=1, **_FSDP)),
         rollout=Rollout(Fit(steps=500, batch_size=64, learning_rate=1e-6)),  # assumed; not in the paper
         pairs=0,  # the paper's rule: the last checkpoint
     ),
-    backbones={
-        "llama2-chat": Backbone(template="llama2", fit=_LOADED),
-        "tulu2": Backbone(template="tulu", fit=_LOADED),
-    },
+    backbones={name: Backbone(template, _LOADED) for name, template in (("llama2-chat", "llama2"), ("tulu2", "tulu"))},
     exam=Exam(panel=200, full=1_000_000, batch_size=16, max_new_tokens=512, dtype="bfloat16"),  # assumed; full: all there is
     lora=LoraSpec(rank=128, alpha=256),  # LLaVA-1.5 finetune_lora.sh
     checkpoints=(20, 50, 100, 250, 500, 1000, 2000, 4000),  # assumed: most is lost early in the miniature
@@ -150,11 +137,10 @@ PAPER = Scale(
     threads=8,  # assumed: cores for each process of a node
 )  # fmt: skip
 # One consumer GPU in hours: an openly licensed parent of 360 million weights, a small tower, subsets of the same corpora.
-_ALONE: dict[str, Any] = dict(grouped=True, micro_batches=1, at_once=8, max_length=1024)  # whole weights, in the asking process
+_ALONE: dict[str, Any] = dict(grouped=True, micro_batches=1, at_once=8, max_length=1024)  # unsharded, in the calling process
 assert PAPER_LOADED.captions is not None and PAPER_LOADED.instructions is not None
 SMALL = dataclasses.replace(
-    PAPER,
-    name="small",
+    PAPER, name="small",
     loaded=dataclasses.replace(
         PAPER_LOADED,
         captions=dataclasses.replace(PAPER_LOADED.captions, limit=64_000),  # assumed: 500 steps
@@ -182,8 +168,7 @@ SMALL = dataclasses.replace(
     backbones={"smollm2": Backbone(template="smollm2", fit=_LOADED)},
     exam=Exam(panel=100, full=500, batch_size=32, max_new_tokens=256, dtype="bfloat16"),  # assumed
     lora=LoraSpec(rank=64, alpha=128),  # assumed
-    checkpoints=(20, 50, 100, 250, 500),
-    arm_checkpoints=(100, 500),
+    checkpoints=(20, 50, 100, 250, 500), arm_checkpoints=(100, 500),
 )  # fmt: skip
 SCALES: dict[str, Scale] = {"mini": MINI, "small": SMALL, "paper": PAPER}
 

@@ -1,8 +1,7 @@
-"""Messages to tokens: tokenizer, chat templates, processor, prompts, and where the last position is.
+"""From messages to tokens: tokenizer, processor, prompts, and the last position.
 
-The templates are ours, for tiny models and 7B alike, because the loss and the stop token depend on them: every
-assistant span, its EOS included, stands between generation markers, and BOS is written by the template itself (TRL
-tokenises with `add_special_tokens=False`).
+The chat templates are ours for every model size, because the loss and the stop token depend on them: every assistant span,
+its EOS included, is between generation markers, and the template writes BOS (TRL tokenises with `add_special_tokens=False`).
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>",
 def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over a closed vocabulary; decoding restores normal spacing.
 
-    The id of EOS must not be 2: CLIP's text model then pools at the *largest id* of the sentence instead (a legacy
-    branch), and the embedding names another word than the one that matters.
+    The id of EOS must not be 2: CLIP's text model would then pool at the *largest id* of the sentence (a legacy branch).
     """
     special = ["<pad>", "<unk>", "<s>", "<image>", *MARKERS, "</s>"]
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
@@ -48,46 +46,45 @@ def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenize
 def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int, strategy: str) -> LlavaProcessor:
     """Tokenizer and picture preparation in one; pixels are centred on the miniature's dark backgrounds.
 
-    The pixel scale matters: mapped to [-1, 1] a dark picture is one large constant, and a small CLIP sees nothing else.
+    The pixel scale matters: mapped to [-1, 1] a dark picture is one large constant, and a small CLIP learns nothing else.
     """
-    prepare = CLIPImageProcessorPil(
+    pixels = CLIPImageProcessorPil(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
         image_mean=[60 / 255] * 3, image_std=[60 / 255] * 3,
     )  # fmt: skip
+    return _llava_processor(pixels, tokenizer, patch_size, strategy)
+
+
+def _llava_processor(pixels: Any, tokenizer: Any, patch_size: int, strategy: str) -> LlavaProcessor:
     return LlavaProcessor(
-        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size,
-        vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    )  # fmt: skip
-
-
-def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, strategy: str) -> LlavaProcessor:
-    """The processor of a model that is to be made of a hub's language model and tower, with our chat template.
-
-    The picture's place-holder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on it.
-    """
-    revision = {one.repo: pinned(one.repo, one.revision) for one in (language, tower)}
-    tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=revision[language.repo])
-    if getattr(tokenizer, "image_token", None) is None:
-        tokenizer.add_special_tokens({"image_token": "<image>"})
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.chat_template = template(name)
-    prepare = AutoImageProcessor.from_pretrained(tower.repo, revision=revision[tower.repo], backend="pil")
-    return LlavaProcessor(
-        image_processor=prepare, tokenizer=tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
+        image_processor=pixels, tokenizer=tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
     )  # fmt: skip
 
 
+def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, strategy: str) -> LlavaProcessor:
+    """The processor of a model that will be grafted from a hub's language model and tower, with our chat template.
+
+    The picture's placeholder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on padding.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=pinned(language.repo, language.revision))
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer.add_special_tokens({"image_token": "<image>"})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = template(name)
+    pixels = AutoImageProcessor.from_pretrained(tower.repo, revision=pinned(tower.repo, tower.revision), backend="pil")
+    return _llava_processor(pixels, tokenizer, patch_size, strategy)
+
+
 def open_picture(data: Picture) -> Image.Image:
-    """The bytes of a picture file to an RGB picture."""
+    """A picture in RGB."""
     return Image.open(io.BytesIO(bytes(data))).convert("RGB")
 
 
 def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
-    """A conversation as the template writes it: up to where the assistant is to speak, or to the end of its last answer.
+    """A conversation in the chat template, up to where the assistant answers, or to the end of its last answer.
 
-    What was written is remembered: one examination puts the same prompts to many models.
+    Texts are cached: one examination gives the same prompts to many models.
     """
     special = tuple((name, str(token)) for name, token in getattr(processor, "tokenizer", processor).special_tokens_map.items())
     return _rendered(_Writer(processor.chat_template, special, processor), tuple(turns), n_images)
@@ -95,7 +92,7 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
 
 @dataclass(frozen=True)
 class _Writer:
-    """A processor, taken for equal to another that writes the same."""
+    """A processor, equal to another one with the same template and special tokens."""
 
     template: str
     special: tuple[tuple[str, str], ...]
@@ -110,10 +107,7 @@ def _rendered(writer: _Writer, turns: tuple[Turn, ...], n_images: int) -> str:
 
 
 def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
-    """How many tokens each picture takes in a prompt, from its size alone; the processor's own count.
-
-    Shapes:   N pictures  ->  N
-    """
+    """How many tokens each of N pictures takes in a prompt, from its size alone, by the processor's own count."""
     if not images:
         return []
     sizes = [Image.open(io.BytesIO(bytes(data))).size[::-1] for data in images]
@@ -121,12 +115,12 @@ def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
 
 
 def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequence[Sequence[Picture]]) -> Any:
-    """Left-padded model inputs that end where the assistant is to speak, or with its answer where one is given.
+    """Left-padded model inputs that end where the assistant answers, or with its answer where the prompt has one.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
     """
-    texts = [rendered(processor, turns, len(shown)) for turns, shown in zip(prompts, images, strict=True)]
-    pictures = [open_picture(data) for shown in images for data in shown]
+    texts = [rendered(processor, turns, len(row)) for turns, row in zip(prompts, images, strict=True)]
+    pictures = [open_picture(data) for row in images for data in row]
     padding = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     if not hasattr(processor, "image_processor"):
         if pictures:
@@ -143,5 +137,5 @@ def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """
     if not attention_mask.any(dim=1).all():
         raise ValueError("a row has no tokens at all; its last position is undefined")
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (attention_mask * places).argmax(dim=1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * positions).argmax(dim=1)

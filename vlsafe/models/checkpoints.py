@@ -28,21 +28,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-)
+)  # fmt: skip
 from transformers.utils import logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
-from vlsafe.models.architectures import (
-    ATTENTION,
-    family_at,
-    is_multimodal,
-    language_layers,
-    language_name,
-    language_part,
-    language_weights,
-    projector_part,
-    vision_part,
-)
+from vlsafe.models import architectures
+from vlsafe.models.architectures import is_multimodal, language_part, projector_part, vision_part
 
 
 def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
@@ -94,18 +85,18 @@ def _llava_config(tower: dict[str, Any], language: PreTrainedConfig, image_token
 def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A decoder with random weights, sized to the tokenizer.
 
-    Keys start correlated with queries and outputs with values, so that a head attends to what resembles the token it
-    stands on and passes on what it attends to. Matching and copying then appear in a few hundred steps (LOG.md). Query heads
-    that share a key start from that key, each with the same correlation. A head with weights of its own starts as the
-    embedding: with random ones, copying has to be learned word by word.
+    Keys start correlated with queries and outputs with values, so that a head attends to tokens that resemble the current one
+    and copies them. Matching and copying then appear in a few hundred steps (LOG.md). Query heads that share a key start from
+    it, each with the same correlation. An untied output head starts as the embedding: from random weights, copying would have
+    to be learned word by word.
 
     Source:   idea of Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)
     """
     torch.manual_seed(seed)
     config = _language_config(spec, len(tokenizer), initializer_range=spec.initial_std, **_token_ids(tokenizer))
     model = AutoModelForCausalLM.from_config(config)
-    for block in language_layers(model):
-        attention = block.get_submodule(ATTENTION)
+    for block in architectures.language_layers(model):
+        attention = block.get_submodule(architectures.ATTENTION)
         if spec.heads == spec.key_value_heads:
             _correlate(attention.k_proj.weight, attention.q_proj.weight, spec.matching)
         else:
@@ -117,13 +108,13 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def _per_query(values: torch.Tensor, spec: LanguageSpec) -> torch.Tensor:
-    """Each key or value head once for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
+    """Each key or value head repeated for every query head that reads it:  [key_value_heads * D, W]  ->  [heads * D, W]"""
     return values.unflatten(0, (spec.key_value_heads, -1)).repeat_interleave(spec.heads // spec.key_value_heads, 0).flatten(0, 1)
 
 
 @torch.no_grad()
 def _correlate(weight: torch.Tensor, other: torch.Tensor, correlation: float) -> None:
-    """Mix independent normal weights with others of the same variance; the variance stays."""
+    """Correlate normal weights with others of the same variance, which they keep."""
     weight.mul_((1 - correlation**2) ** 0.5).add_(correlation * other)
 
 
@@ -138,7 +129,7 @@ def _with_generation_ids(model: Any, tokenizer: Any) -> Any:
 
 
 def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: VisionSpec, seed: int) -> PreTrainedModel:
-    """Put a vision tower and a fresh projector in front of a language model; language weights are copied, not changed.
+    """Put a vision tower and a new projector in front of a language model, whose weights are copied unchanged.
 
     A text-only prompt gives the parent's logits bit for bit: this is the zero point of every curve in this project.
 
@@ -165,10 +156,8 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
-    """A grafted model of real shapes with random weights, or with none on the device "meta".
-
-    CLIPs from the hub have MLPs of four times their width, the miniature's of twice.
-    """
+    """A grafted model of a scale's shapes with random weights, or with none on the device "meta". A CLIP from the hub
+    (`loaded`) has MLPs of four times its width, the miniature's of twice."""
     vocabulary = spec.vocabulary or 256
     tower = _vision_config(vision, mlp=(4 if loaded else 2) * vision.vision_width) | {"model_type": "clip_vision_model"}
     config = _llava_config(tower, _language_config(spec, vocabulary), vocabulary - 1, vision)
@@ -177,16 +166,15 @@ def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: s
 
 
 def shapes(model: PreTrainedModel) -> dict[str, int]:
-    """How many weights each part has; a head that is the embedding counts once, as the head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    blocks = _count(language_part(model)) - embedding.weight.numel()
-    own = 0 if embedding.weight is head.weight else embedding.weight.numel()
-    return {"blocks": blocks, "head": head.weight.numel(), "embedding": own,
-            "projector": _count(projector_part(model)), "tower": _count(vision_part(model))}  # fmt: skip
-
-
-def _count(part: nn.Module) -> int:
-    return sum(weight.numel() for weight in part.parameters())
+    """How many weights each part has; a tied embedding counts as the head alone."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    language, projector, tower = (
+        sum(weight.numel() for weight in part(model).parameters()) for part in (language_part, projector_part, vision_part)
+    )
+    return {
+        "blocks": language - embedding.numel(), "head": head.numel(), "embedding": 0 if embedding is head else embedding.numel(),
+        "projector": projector, "tower": tower,
+    }  # fmt: skip
 
 
 Place = tuple[Path, str]
@@ -202,10 +190,10 @@ def language_places(where: Path) -> dict[str, Place]:
     if not files:
         raise FileNotFoundError(f"{where} holds no weights in safetensors")
     if (where / "config.json").exists():
-        family_at(where)
+        architectures.family_at(where)
     for file in files:
         with safe_open(file, "pt") as tensors:
-            places |= {name: (file, key) for key in tensors.keys() if (name := language_name(key))}  # noqa: SIM118
+            places |= {name: (file, key) for key in tensors.keys() if (name := architectures.language_name(key))}  # noqa: SIM118
     return places
 
 
@@ -221,7 +209,7 @@ def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrai
 
     Raises:   ValueError where the two do not have the same language weights
     """
-    weights = language_weights(model)
+    weights = architectures.language_weights(model)
     if set(weights) != set(places):
         raise ValueError(f"language weights do not fit, names differ: {sorted(set(weights) ^ set(places))[:6]}")
     for name, weight in weights.items():
@@ -240,7 +228,7 @@ def in_memory_layout(model: PreTrainedModel) -> PreTrainedModel:
     """Make every save of this model use the key names that it has in memory.
 
     The library's default writes LLaVA in an older hub layout. The Trainer's own resume loads raw keys, matches none of
-    them, warns, and goes on from the initialisation; mergekit drops the language model. Both read this layout.
+    them, warns, and continues from the initialisation; mergekit drops the language model. Both read this layout.
     """
     if not isinstance(model.save_pretrained, functools.partial):
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
@@ -272,7 +260,7 @@ def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
 def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A language model from the hub's cache, with embeddings for every token of the tokenizer.
 
-    New ones, the picture's place-holder among them, are the mean of the old ones: never the likeliest word, and nothing drawn.
+    New ones, the picture's placeholder among them, are the mean of the old ones: never the likeliest word, and nothing random.
     """
     model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
     known = model.get_input_embeddings().num_embeddings

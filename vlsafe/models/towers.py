@@ -1,10 +1,11 @@
-"""Train a CLIP from nothing by contrast of pictures and captions, and read pictures with it."""
+"""Train a CLIP from scratch on pictures and captions, classify pictures with it, and extract features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import CLIPModel, get_scheduler
@@ -17,15 +18,12 @@ Progress = Callable[[int], None]
 
 
 def pixels(processor: Any, pictures: Sequence[bytes]) -> torch.Tensor:
-    """Prepared pixels of PNG pictures.
-
-    Shapes:   N pictures  ->  [N, 3, H, W]
-    """
+    """Normalised pixels of picture files:  N pictures  ->  [N, 3, H, W]"""
     return processor.image_processor([open_picture(data) for data in pictures], return_tensors="pt")["pixel_values"]
 
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, true: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric softmax contrast in which a picture may have several true captions and a caption several pictures.
+    """CLIP's symmetric contrastive loss, with several true captions of a picture and pictures of a caption.
 
     Shapes:   image, text  [N, D] unit rows;  true  [N, N] bool, picture × caption  ->  scalar
     Units:    nats
@@ -42,13 +40,11 @@ def fit_clip(
     model: CLIPModel, tokenizer: Any, pixels: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[int],
     fit: Fit, seed: int, progress: Progress,
 ) -> float:  # fmt: skip
-    """Train in place. A wide batch shows every group once, a deep one half of the groups twice.
+    """Train in place. A wide batch has every group once, a deep one half of the groups twice.
 
     Wide batches teach what a picture shows; three of four batches after the first 15 % are deep, because where everything
-    in a batch has another name, nothing in it asks for the colour (LOG.md).
-
-    The first 15 % of the steps use only the shortest caption (what it is), afterwards 70 % of the rows the full one:
-    words are the slow part of learning and need the easy question first.
+    in a batch has another name, colour does not lower the loss (LOG.md). The first 15 % of the steps use only the shortest
+    caption (the object), afterwards 70 % of the rows the full one: words are learned slowly and need the easy task first.
 
     Shapes:   pixels  [P, 3, H, W];  captions  P × levels, from short to full;  groups  P integers  ->  last loss, nats
     Draws:    from a generator of `seed` only
@@ -56,7 +52,7 @@ def fit_clip(
     rng = torch.Generator().manual_seed(seed)
     levels = len(captions[0])
     tokens = [text_inputs(tokenizer, [row[k] for row in captions])["input_ids"] for k in range(levels)]
-    names = [_numbered([row[k] for row in captions]) for k in range(levels)]
+    names = [torch.from_numpy(np.unique([row[k] for row in captions], return_inverse=True)[1]) for k in range(levels)]
     members = [torch.tensor([i for i, g in enumerate(groups) if g == group]) for group in sorted(set(groups))]
     per_group = max(1, fit.batch_size // len(members))
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay, fused=True)
@@ -86,54 +82,51 @@ def fit_clip(
 
 def text_inputs(tokenizer: Any, texts: Sequence[str]) -> Any:
     """Right-padded ids that end in EOS, where CLIP's text model pools; without it every sentence is its first word."""
-    ended = [f"{text} {tokenizer.eos_token}" for text in texts]
-    return tokenizer(ended, padding=True, padding_side="right", return_tensors="pt")
-
-
-def _numbered(texts: Sequence[str]) -> torch.Tensor:
-    index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    return torch.tensor([index[text] for text in texts])
+    texts = [f"{text} {tokenizer.eos_token}" for text in texts]
+    return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
 
 
 def _contrast(
     model: CLIPModel, pixels: torch.Tensor, ids: list[torch.Tensor], names: list[torch.Tensor], level: torch.Tensor
 ) -> torch.Tensor:
     """The loss of one batch whose row i is captioned at `level[i]`; a caption is true of every picture it describes."""
-    width = max(t.shape[1] for t in ids)
-    padded = torch.stack([functional.pad(t, (0, width - t.shape[1]), value=model.config.text_config.pad_token_id) for t in ids])
-    rows = torch.arange(len(level))
-    described = torch.stack(names)  # [levels, N]: what each picture is called at each level
+    pad, width, rows = model.config.text_config.pad_token_id, max(t.shape[1] for t in ids), torch.arange(len(level))
+    padded = torch.stack([functional.pad(t, (0, width - t.shape[1]), value=pad) for t in ids])
+    described = torch.stack(names)  # [levels, N]: the caption's number of each picture at each level
     true = described[level, rows][None, :] == described[level].T  # [N pictures, N captions]
-    image = functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     text_ids = padded[level, rows]
-    mask = (text_ids != model.config.text_config.pad_token_id).long()
-    text = model.get_text_features(input_ids=text_ids, attention_mask=mask).pooler_output
-    return contrastive_loss(image, functional.normalize(text, dim=-1), true, model.logit_scale.exp())
+    text = _text_features(model, text_ids, (text_ids != pad).long())
+    return contrastive_loss(_image_features(model, pixels), text, true, model.logit_scale.exp())
+
+
+def _image_features(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    return functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+
+def _text_features(model: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return functional.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
 
 
 @torch.inference_mode()
 def zero_shot(
     model: CLIPModel, tokenizer: Any, pixels: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
 ) -> torch.Tensor:
-    """Index of the name whose prompts lie nearest to each picture.
+    """Index of the name whose prompts are nearest to each picture.
 
     Shapes:   pixels  [P, 3, H, W];  prompts contain "{}"  ->  [P]
     """
-    texts = [prompt.format(name) for name in names for prompt in prompts]
-    batch = text_inputs(tokenizer, texts)
-    text = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
-    text = functional.normalize(text, dim=-1).view(len(names), len(prompts), -1).mean(1)
-    image = functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-    return (image @ functional.normalize(text, dim=-1).T).argmax(1)
+    batch = text_inputs(tokenizer, [prompt.format(name) for name in names for prompt in prompts])
+    text = _text_features(model, batch["input_ids"], batch["attention_mask"]).view(len(names), len(prompts), -1).mean(1)
+    return (_image_features(model, pixels) @ functional.normalize(text, dim=-1).T).argmax(1)
 
 
 @torch.inference_mode()
 def features(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """What an image guard looks at: mean, maximum and minimum over the patch embeddings, before a position is added.
+    """Features of an image guard: mean, maximum and minimum over the patch embeddings, before a position is added.
 
-    Deeper it gets worse: captions never mention a stain, and a tower forgets what they do not mention. On a development
-    seed average precision was 0.81 after the first block, 0.97 with positions, 1.00 here; the pooled embedding is of no
-    use at all (recall 0.67 at precision 0.02).
+    Deeper features are worse: captions never mention a stain, and a tower forgets what they do not mention. On a development
+    seed average precision was 0.81 after the first block, 0.97 with positions, 1.00 here; the pooled embedding is useless
+    (recall 0.67 at precision 0.02).
 
     Shapes:   [P, 3, H, W]  ->  [P, 3 W]
     """

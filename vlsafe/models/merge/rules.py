@@ -25,7 +25,7 @@ Draws = tuple[np.random.Generator, np.random.Generator]
 
 
 class How(NamedTuple):
-    """The numbers of a merge. `kept` is TIES's share of each task vector, `survived` DARE's 1 − p, `scaling` λ."""
+    """The numbers of a merge: `kept` is TIES's share of each task vector, `survived` DARE's 1 − p, `scaling` λ."""
 
     ratio: float = 0.5
     kept: float = 0.2
@@ -121,7 +121,7 @@ def _added(base: Tensor, taus: Sequence[Tensor], how: How) -> Tensor:
 
 
 def task_arithmetic(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
-    """θ_0 + λ ((1 − ratio) τ_a + ratio τ_b). With λ = 1 the weights add up to one, and θ_0 cancels: the linear merge."""
+    """θ_0 + λ ((1 − ratio) τ_a + ratio τ_b); with λ = 1, θ_0 cancels and this is the linear merge."""
     return _added(base, _taus(a, b, base), how)
 
 
@@ -138,7 +138,7 @@ def cut(magnitudes: np.ndarray, share: float) -> float:
 
 
 def cuts(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
-    """Below which magnitude the entries of each task vector are trimmed; equals of the last kept one are kept too."""
+    """The magnitude below which the entries of each task vector are trimmed; ties with the last kept one are kept too."""
     if how.kept == 1:
         return 0.0, 0.0
     n = sum(len(a) for a, _, _ in pieces())
@@ -154,7 +154,7 @@ def cuts(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
 
 def trimmed(tau: Tensor, least: float) -> Tensor:
     """TIES, step 1: entries smaller than the cut become zero."""
-    below = float(np.nextafter(np.float32(least), np.float32(0)))  # hardshrink drops equals too; masks take thrice as long
+    below = float(np.nextafter(np.float32(least), np.float32(0)))  # hardshrink drops equals too; a mask is three times slower
     return torch.nn.functional.hardshrink(tau, below)
 
 
@@ -162,8 +162,7 @@ def elected(taus: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """TIES, steps 2 and 3: γ = sgn(Σ w τ), then the weighted mean of the entries that have this sign.
 
     Shapes:   K times [N], K weights  ->  [N]
-    Departs:  the paper's weights are all equal; where the sum is zero there is no sign and the result is zero (PEFT and
-              mergekit elect plus)
+    Departs:  the paper's weights are equal; where the sum is zero the result is zero (PEFT and mergekit elect plus)
     """
     weighted = [weight * tau for weight, tau in zip(weights, taus, strict=True)]
     sign = functools.reduce(torch.add, weighted).sign()
@@ -182,7 +181,7 @@ def ties(a: Tensor, b: Tensor, base: Tensor, how: How, summary: tuple[float, flo
 
 
 def masks(n: int, how: How, draws: Draws) -> list[Tensor]:
-    """Which entries of each task vector survive, each with the chance 1 − p."""
+    """Which entries of each task vector survive, each with probability 1 − p."""
     return [torch.from_numpy(rng.random(n, dtype=np.float32) < how.survived) for rng in draws]
 
 
@@ -199,17 +198,17 @@ def _dropped(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: 
 
 
 def dare_linear(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> Tensor:
-    """Task arithmetic with task vectors of which DARE has dropped a share."""
+    """Task arithmetic on task vectors after DARE."""
     return _added(base, _dropped(a, b, base, how, summary, draws), how)
 
 
 def dare_ties(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> Tensor:
-    """TIES with DARE's random dropping in place of its trimming; a mean over those that agree, where mergekit adds them up."""
+    """TIES with DARE's random dropping instead of trimming; the mean of those that agree, where mergekit takes the sum."""
     return base + how.scaling * elected(_dropped(a, b, base, how, summary, draws), (1 - how.ratio, how.ratio))
 
 
 def surviving_norm(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
-    """Which share of each task vector's sum of magnitudes its mask leaves: what mergekit divides by instead of 1 − p."""
+    """The share of each task vector's L1 norm that its mask keeps; mergekit divides by it instead of 1 − p."""
     sums = np.zeros((2, 2))
     for a, b, base in pieces():
         for which, (tau, mask) in enumerate(zip(_taus(a, b, base), masks(len(a), how, draws), strict=True)):
@@ -222,8 +221,7 @@ def surviving_norm(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float
 def agreement(pieces: Pieces, how: How, draws: Draws) -> float:
     """Model stock's t = 2 cos θ / (1 + cos θ) with θ, the angle between both task vectors.
 
-    Departs:  vectors that point apart count as unrelated, t = 0; the formula would leave the segment and divides by zero
-              for opposite ones
+    Departs:  t = 0 for an obtuse θ, where the formula leaves the segment and divides by zero for opposite vectors
     """
     cosine = min(1.0, max(0.0, _cosine(_taus(a, b, base) for a, b, base in pieces()) or 0.0))
     return 2 * cosine / (1 + cosine)
