@@ -11,7 +11,6 @@ Departs:  the original prints the whole instruction; a picture of 32 pixels hold
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,7 @@ def names(item: Item) -> tuple[str, ...]:
     return item.id, whole, f"{whole}.png", f"ForbidQI_{item.id}"
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """ASR over responses, and over queries where any of several tries succeeded; per topic."""
     for judge, rows in marks.items():
         complied = official.means(judge, "complied", NAME)

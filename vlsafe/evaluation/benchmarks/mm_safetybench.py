@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +129,7 @@ def names(item: Item) -> tuple[str, ...]:
     return item.id, f"{scenario[3:]}/{kind}/{number}", number
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Attack rate per picture kind: in each scenario, their mean (the headline), the mean of the eight harmful ones."""
     for judge, rows in marks.items():
         for kind, unsafe in official.grouped(official.judged(judge, "complied", rows), official.GROUP).items():

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
 
 FOLDER = "MMBench"
 OFFICIAL = {"all": ("mmbench-letters",)}
+part = attrgetter("benchmark")  # all questions belong together
 COPY = 1_000_000
 DIVERGENCES = (
     "where the exact rules read no letter the response is unjudged; the original asks ChatGPT (mmbench-extractor here, in our "
@@ -50,11 +52,6 @@ DIVERGENCES = (
 )
 
 
-def part(item: Item) -> str:
-    """All questions belong together."""
-    return NAME
-
-
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """The one .tsv file of the folder, or `folder` itself if it is one; which file it is, is said in the notes.
 
@@ -62,7 +59,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
     Raises:   ValueError where a question lacks a rotation or its answer is none of its options
     """
-    tables = [folder] if folder.is_file() else sorted(official.home(folder, FOLDER, "*.tsv").glob("*.tsv"))
+    tables = [folder] if folder.is_file() else sorted(official.located(folder, FOLDER, "*.tsv").parent.glob("*.tsv"))
     if len(tables) > 1:
         raise ValueError(f"{len(tables)} tables in one folder; name the one you mean: {', '.join(map(str, tables))}")
     path = tables[0]
@@ -81,7 +78,13 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             ability = row.get("l2-category") or row.get("L2-category") or ""
             known = dict(category=row.get("category"), cluster=cluster, group=ability, question=text)
             items.append(Item(name, NAME, turns, images, answer or None, options=options, **known))
-    return items, [*_rotations(items, path, len(rows)), *official.lost_pictures(lost)]
+    copies = Counter(item.cluster for item in items)
+    notes = [f"file {path.name}, {len(rows):,} rows, {len(copies):,} questions"]
+    if max(copies.values(), default=1) == 1:
+        notes.append("the file has no rotated copies: accuracy is not circular")
+    elif short := dict.fromkeys(item.cluster for item in items if copies[item.cluster] != len(item.options)):
+        raise ValueError(f"{path} has not all rotations of {len(short)} questions, first {next(iter(short))}")
+    return items, notes + official.lost_pictures(lost)
 
 
 def _picture(row: Mapping[str, str], encoded: Mapping[str, str], lost: list[str]) -> tuple[bytes, ...]:
@@ -93,19 +96,7 @@ def _picture(row: Mapping[str, str], encoded: Mapping[str, str], lost: list[str]
         return ()
 
 
-def _rotations(items: Sequence[Item], path: Path, n: int) -> list[str]:
-    """What is to be said about a file's size and rotations."""
-    copies = Counter(item.cluster for item in items)
-    notes = [f"file {path.name}, {n:,} rows, {len(copies):,} questions"]
-    if all(count == 1 for count in copies.values()):
-        return [*notes, "the file has no rotated copies: accuracy is not circular"]
-    needed = {item.cluster: len(item.options) for item in items}
-    if short := [name for name, count in copies.items() if count != needed[name]]:
-        raise ValueError(f"{path} has not all rotations of {len(short)} questions, first {short[0]}")
-    return notes
-
-
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Circular accuracy (all rotations right) and accuracy of single rows; per L2 and L3 ability."""
     cuts = {"l2": lambda item: item.group or None, "l3": lambda item: item.category or None}
     for judge, rows in marks.items():

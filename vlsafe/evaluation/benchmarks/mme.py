@@ -70,7 +70,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
     Raises:   ValueError where a picture does not have exactly one question to be answered yes and one no
     """
-    where = official.home(folder, FOLDER, *(f"{task}.txt" for task in TASKS))
+    where = official.located(folder, FOLDER, *(f"{task}.txt" for task in TASKS)).parent
     items, notes, lost = list[Item](), list[str](), list[str]()
     for task, size in TASKS.items():
         if not (where / f"{task}.txt").exists():
@@ -128,7 +128,7 @@ def plain(value: str) -> str:
     return value.strip()
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Per task accuracy, accuracy+ and their sum in points (at most 200); perception, cognition and all in points."""
     for judge, rows in marks.items():
         tasks = official.grouped(official.right(rows), lambda item: str(item.group))
@@ -150,6 +150,6 @@ def _points(picture: str, events: Sequence[official.Event]) -> tuple[str, float,
     """Least and most points of a picture: 50 for each right answer, 100 more for both."""
     if len(events) != 2:
         raise ValueError(f"{picture} has {len(events)} questions; MME asks two of each picture")
-    (least_a, most_a), (least_b, most_b) = (official.bounds(event) for _, event in events)
-    least, most = (50 * (a + b) + 100 * a * b for a, b in ((least_a, least_b), (most_a, most_b)))
+    bounds = zip(*(official.bounds(event) for _, event in events), strict=True)
+    least, most = (50 * sum(both) + 100 * min(both) for both in bounds)
     return picture, least, most

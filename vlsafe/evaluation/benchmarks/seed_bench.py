@@ -9,9 +9,7 @@ Source:   Li et al. 2023; Liu et al. 2023 (LLaVA-1.5's prompt and its convert_se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -71,7 +69,8 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
             raise ValueError(f"question {name} of {path} is a {kind} of type {number} with answer {row['answer']!r}")
         images: tuple[bytes, ...] = ()
         if pictures:
-            frame = _frame(path.parent, row)
+            place = f"video-image/{name}" if kind == "video" else f"image/{row['data_id']}"
+            frame = official.first(path.parent, *(f"SEED-Bench-{place}{suffix}" for suffix in ("", ".jpg", ".png")))
             frameless += kind == "video" and frame is None
             images = official.picture(frame, name, lost) if kind == "image" or frame else ()
         if images or not pictures:
@@ -86,12 +85,7 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
     return items, notes + official.lost_pictures(lost)
 
 
-def _frame(folder: Path, row: Mapping[str, Any]) -> Path | None:
-    name = f"video-image/{row['question_id']}" if row["data_type"] == "video" else f"image/{row['data_id']}"
-    return official.first(folder, *(f"SEED-Bench-{name}{suffix}" for suffix in ("", ".jpg", ".png")))
-
-
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Accuracy per kind and per dimension, named after how the answers came about."""
     for judge, rows in marks.items():
         way = "first_character" if judge == "first-character" else "letter"

@@ -15,7 +15,7 @@ Departs:  one greedy answer, where the original takes the majority of three samp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,8 @@ DIVERGENCES = (
 
 def load(folder: Path, subset: str = "generation", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`siuo_gen.json` or `siuo_mcqa.json`; pictures lie in `images/` or `data/images/`."""
-    paths = (FILES[subset], f"data/{FILES[subset]}")
-    where, path = official.home(folder, FOLDER, *paths), official.located(folder, FOLDER, *paths)
+    path = official.located(folder, FOLDER, FILES[subset], f"data/{FILES[subset]}")
+    where = path.parent if path.parent in official.places(folder, FOLDER) else path.parents[1]
     album = official.first(where, "data/images", "images", "SIUO-images") or where
     items, lost = [], list[str]()
     rows = official.read_json(path)
@@ -91,7 +91,7 @@ def load(folder: Path, subset: str = "generation", pictures: bool = True) -> tup
     return items, notes + official.lost_pictures(lost)
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Safe, Effective and both at once, by the majority of an item's responses; ASR is 1 - Safe; accuracy of choices."""
     for judge, rows in marks.items():
         if rows[0].item.group == "mcqa":

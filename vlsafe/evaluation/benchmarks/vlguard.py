@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,16 @@ DIVERGENCES = (
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`test.json` in three groups; pictures lie in `test/`, beside it, or still in `test.zip`."""
-    where = official.home(folder, FOLDER, "test.json")
+    path = official.located(folder, FOLDER, "test.json")
     items, lost, sizes = list[Item](), list[str](), Counter[str]()
-    packed = zipfile.ZipFile(where / "test.zip") if pictures and (where / "test.zip").exists() else None
-    for row in official.read_json(where / "test.json"):
+    packed = zipfile.ZipFile(path.with_suffix(".zip")) if pictures and path.with_suffix(".zip").exists() else None
+    for row in official.read_json(path):
         official.needs(row, ("id", "image", "safe", "instr-resp"), "a row of test.json")
         exchanges = row["instr-resp"]
         keys = ["safe_instruction", "unsafe_instruction"] if row["safe"] else ["instruction"]
         if [key for exchange in exchanges for key in exchange if key != "response"] != keys:
             raise ValueError(f"row {row['id']} of test.json has other instructions than {', '.join(keys)}, in this order")
-        images = _picture(where, packed, row, lost) if pictures else ()
+        images = _picture(path.parent, packed, row, lost) if pictures else ()
         groups = ("safe_safes", "safe_unsafes") if row["safe"] else ("unsafes",)
         sizes[groups[0]] += 1
         for group, key, exchange in zip(groups, keys, exchanges, strict=True):
@@ -64,12 +64,7 @@ def _picture(where: Path, packed: zipfile.ZipFile | None, row: Mapping[str, Any]
     return official.picture(path, row["id"], lost, data)
 
 
-def names(item: Item) -> tuple[str, ...]:
-    """The row's id (with `subset`, since a harmless picture has two requests), or subset/id."""
-    return item.id, item.id.split("/", 1)[1]
-
-
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """ASR on `unsafes` (also per harm) and `safe_unsafes`, refusal rate on `safe_safes`."""
     for judge, rows in marks.items():
         for group in SIZES:

@@ -9,7 +9,6 @@ Departs:  the original's judge is WildGuard, ours the world's truth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     return items, notes + official.counted("rows of the evaluation set", len(rows), 2210)
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """ASR on harmful rows, RTA (refusal to answer) on benign ones, each by the judges that say who complied or refused."""
     for judge, rows in marks.items():
         meanings = official.MEANINGS.get(judge, {}).values()

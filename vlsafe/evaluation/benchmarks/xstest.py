@@ -11,7 +11,6 @@ Departs:  a fifth group asks homonyms about a picture; the original has no pictu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +88,7 @@ def names(item: Item) -> tuple[str, ...]:
     return item.id, f"v2-{item.id}"
 
 
-def scores(marks: official.Marks) -> Iterator[official.Score]:
+def scores(marks: official.Marks) -> official.Scores:
     """Refusal rate on safe prompts, compliance on unsafe ones; per type."""
     for judge, rows in marks.items():
         refused, complied = (official.judged(judge, event, rows) for event in ("refused", "complied"))
