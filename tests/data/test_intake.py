@@ -93,7 +93,7 @@ def test_every_defect_ends_in_the_audit_and_the_rest_trains(study, tmp_path):
     assert named.pop("long text").startswith("longer than the context (3")
     assert named == wanted
     assert not any(line["kept"] for line in lines if line["skipped"])
-    kept = intake.screened(rows, lines)
+    kept = list(intake.passing(rows, lines))
     assert {r.id for r in kept} == {r.id for r in sound}
     assert sum(line["converted"] for line in lines) == 6
     assert len(text.seen) == len(sound) and len(image.seen) == sum(bool(r.images) for r in sound)

@@ -5,7 +5,7 @@ import pytest
 
 from vlsafe.core.schema import Example, Item, Response, Turn
 from vlsafe.data.guards import Assessment, parse_guard
-from vlsafe.data.intake import audit, screened
+from vlsafe.data.intake import audit, passing
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.judges import JUDGES, judge
 from vlsafe.evaluation.judges.written import WRITTEN
@@ -64,6 +64,6 @@ def test_what_a_guard_could_not_read_is_dropped_and_named():
     said = [Assessment(False, (), 0.1), Assessment(True, ("S1",), 0.9), Assessment(None, (), 0.5)]
     lines = audit(rows, said, [None] * 3)
     assert [(line["kept"], line["reasons"]) for line in lines] == [(True, ""), (False, "text"), (False, "text unread")]
-    assert [row.id for row in screened(rows, lines)] == ["a"]
-    with pytest.raises(ValueError, match="speaks of 'a' where the corpus has 'c'"):
-        screened(rows[::-1], lines)
+    assert [row.id for row in passing(rows, lines)] == ["a"]
+    with pytest.raises(ValueError, match="the audit has 'a' where the corpus has 'c'"):
+        list(passing(rows[::-1], lines))

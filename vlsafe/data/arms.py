@@ -1,4 +1,4 @@
-"""Data arms of stage 2: which corpus an arm starts from, and what it makes of each row."""
+"""The data arms of stage 2: which corpus an arm starts from, and how it changes each row."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from vlsafe.core.schema import Example, Pair, Turn
 
 def answered(pair: Pair, answer: str) -> Example:
     """A preference row as a training row that ends with one of its answers."""
-    turns = (*pair.turns, Turn("assistant", answer))
-    return Example(pair.id, pair.source, turns, pair.images, None, pair.cluster)
+    return Example(pair.id, pair.source, (*pair.turns, Turn("assistant", answer)), pair.images, cluster=pair.cluster)
 
 
 def replayed(rows: Sequence[Example], n: int, rng: np.random.Generator) -> list[Example]:
-    """`n` different rows, in their order. The ids are for the record: VLGuard's own sample was not published.
+    """`n` different rows, in their order. Their ids are recorded, as VLGuard's own sample was not published.
 
     Draws:    from `rng`
-    Raises:   ValueError where there are not so many
+    Raises:   ValueError where there are fewer rows
     """
     if not 0 < n <= len(rows):
         raise ValueError(f"{n} rows are to be replayed of {len(rows)}")
@@ -28,20 +27,20 @@ def replayed(rows: Sequence[Example], n: int, rng: np.random.Generator) -> list[
 
 
 def text_twin(row: Example) -> Example:
-    """The same row with its picture told in words before the first request; rows without a picture stay as they are.
+    """The same row with its picture described in words before the first request; rows without a picture stay as they are.
 
-    Raises:   ValueError for a row with a picture of which nobody knows what it shows
+    Raises:   ValueError for a row with a picture but no description
     """
     if not row.images:
         return row
     if row.description is None:
-        raise ValueError(f"{row.id} has a picture and no description; its text-only twin cannot be told")
+        raise ValueError(f"{row.id} has a picture and no description, so it has no text-only twin")
     first = next(i for i, turn in enumerate(row.turns) if turn.role == "user")
-    told = Turn("user", f"{row.description}\n{row.turns[first].text}")
-    return replace(row, turns=(*row.turns[:first], told, *row.turns[first + 1 :]), images=())
+    request = Turn("user", f"{row.description}\n{row.turns[first].text}")
+    return replace(row, turns=(*row.turns[:first], request, *row.turns[first + 1 :]), images=())
 
 
-# The data arms of stage 2: which corpus an arm starts from ("raw" or "screened"), and what it makes of a row (None drops it).
+# The corpus of each arm ("raw" or "screened"), and what becomes of a row (None drops it).
 ARMS: dict[str, tuple[str, Callable[[Example], Example | None]]] = {
     "filtered": ("screened", lambda row: row),
     "unfiltered": ("raw", lambda row: row),
@@ -56,8 +55,8 @@ def arm(name: str, corpora: dict[str, Sequence[Example]]) -> list[Example]:
 
     Raises:   KeyError for an unknown arm; ValueError where it keeps no row
     """
-    start, change = ARMS[name]
-    rows = [changed for row in corpora[start] if (changed := change(row)) is not None]
+    corpus, change = ARMS[name]
+    rows = [changed for row in corpora[corpus] if (changed := change(row)) is not None]
     if not rows:
-        raise ValueError(f"the data arm {name!r} keeps none of {len(corpora[start])} rows")
+        raise ValueError(f"the data arm {name!r} keeps none of {len(corpora[corpus])} rows")
     return rows

@@ -1,8 +1,8 @@
-"""Take rows in, screen them with guards, keep what passes, and say of every dropped row why. Splits are disjoint by content.
+"""Intake checks whether a model can be trained on a row; the audit says of every row whether it is kept, and why not.
 
-Intake comes first and is about form: a row that a model cannot be trained on is skipped, counted and named, never
-fatal, and never reaches a guard. What is only unusual is mended: an 8-bit picture of another mode than RGB (palette,
-grey, CMYK, with transparency) is converted, as LLaVA does, and counted. Deeper ones are skipped: Pillow would clip them.
+Intake comes before the guards and is about form: a row that cannot be trained on is skipped, counted and named, never fatal, and
+never reaches a guard. Unusual pictures are converted: an 8-bit picture of another mode than RGB (palette, grey, CMYK, with
+transparency) becomes RGB, as in LLaVA, and is counted. Deeper ones are skipped: Pillow would clip them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ASPECT = 10  # assumed: a centre crop of anything longer shows less than a tenth
 
 
 def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
-    """Why a row cannot be trained on, or None: its texts, its pictures, its length, in this order.
+    """Why a row cannot be trained on, or None. Checks its texts, its pictures, its length, in this order.
 
     Units:    `limit` in tokens, image tokens included; it holds under every processor's chat template
     """
@@ -38,15 +38,15 @@ def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
 
 def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
     roles = [turn.role for turn in row.turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         return "turns out of order"
     for turn in row.turns:
         if turn.role != "system" and not (turn.text or "").strip():
             return "instruction empty" if turn.role == "user" else "answer empty"
     control = {token for processor in processors for token in processor.tokenizer.all_special_tokens}
     if any(token in (turn.text or "") for turn in row.turns for token in control):
-        return "control token in the text"  # an "<image>" that is only text would ask for features that nobody has
+        return "control token in the text"  # an "<image>" that is only text would ask for features of no picture
     return None
 
 
@@ -79,87 +79,22 @@ def _overlong(row: Example, processors: Sequence[Any], limit: int) -> str | None
 
 
 def tokens(row: Example, processor: Any) -> int:
-    """The length of a row as the model reads it: rendered by the chat template, pictures as so many image tokens each.
+    """The length of a row as the model reads it: in its chat template, every picture as so many image tokens.
 
     Units:    tokens
     """
     text = processor.apply_chat_template(messages(row.turns, len(row.images)), tokenize=False)
-    placeholders = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return placeholders + sum(n - 1 for n in image_tokens(processor, row.images))
-
-
-def converted(row: Example) -> int:
-    """How many pictures of a sound row are not RGB and will be converted."""
-    return sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
-
-
-def skipped(row: Example, reason: str) -> dict[str, Any]:
-    """The audit line of a row that intake refused; no guard saw it."""
-    return _line(row, [reason]) | {"skipped": True}
-
-
-def _line(row: Example, reasons: Sequence[str]) -> dict[str, Any]:
-    return dict(
-        id=row.id, source=row.source, category=row.category, has_picture=bool(row.images), text_score=None, text_codes="",
-        image_score=None, reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0,
-    )  # fmt: skip
-
-
-def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
-    """One line per row: what the guards said and whether it is kept; the truth stands beside, for marking guards.
-
-    A row is dropped when any guard calls it unsafe, and also when a guard's answer could not be read ("unread"):
-    in doubt a row is not "safe data".
-
-    Shapes:   N rows, N text assessments, N image assessments (None: no picture)  ->  N lines
-    """
-    lines = []
-    for row, said, seen in zip(rows, text, image, strict=True):
-        reasons = [name for name, found in (("text", said), ("image", seen)) if found is not None and found.unsafe]
-        reasons += [f"{name} unread" for name, found in (("text", said), ("image", seen)) if found and found.unsafe is None]
-        scores = dict(text_score=said.score, text_codes=",".join(said.categories), image_score=seen.score if seen else None)
-        lines.append(_line(row, reasons) | scores | {"converted": converted(row)})
-    return lines
-
-
-def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
-    """The rows that the audit keeps, in order, one after another.
-
-    Raises:   ValueError when the audit is about other rows
-    """
-    for row, line in zip(rows, lines, strict=True):
-        if row.id != line["id"]:
-            raise ValueError(f"the audit speaks of {line['id']!r} where the corpus has {row.id!r}")
-        if line["kept"]:
-            yield row
-
-
-def screened(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> list[Example]:
-    """`passing`, as a list."""
-    return list(passing(rows, lines))
-
-
-def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
-    """Stop where a benchmark prompt, pictures included, also stands in a training row.
-
-    Raises:   ValueError naming the first item and how many there are
-    """
-    asked = set()
-    for row in training:
-        opening = [turn for turn in row.turns if turn.role != "system"][:1]
-        asked.add(content_digest(Example(row.id, row.source, tuple(opening), row.images)))
-    leaked = [item.id for item in items if content_digest(item) in asked]
-    if leaked:
-        raise ValueError(f"{len(leaked)} benchmark prompts also stand in training rows, first {leaked[0]!r}")
+    with_placeholders = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return with_placeholders + sum(n - 1 for n in image_tokens(processor, row.images))
 
 
 def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | None:
-    """Why a preference row cannot be trained on, or None; rows without a picture and rows of several turns can.
+    """Why a preference row cannot be trained on, or None. It may have no picture, and several turns.
 
-    A row whose answers are equal prefers nothing. A row that is too long with either answer is dropped, never cut: the cut
-    would fall on the answers, or on the image tokens.
+    A row with equal answers expresses no preference. A row that is too long with either answer is dropped, never cut: the cut
+    would remove answers or image tokens.
 
-    Raises:   ValueError naming the row where it says nothing at all before its answers, or has no text for one
+    Raises:   ValueError naming a row without a prompt or without one of its answers
     """
     if not pair.turns or pair.chosen is None or pair.rejected is None:
         raise ValueError(f"the preference row {pair.id!r} lacks its prompt or one of its answers; is this its file?")
@@ -172,7 +107,7 @@ def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | Non
 def sound(
     rows: Sequence[Row], check: Callable[[Row, Sequence[Any], int], str | None], processors: Sequence[Any], limit: int
 ) -> tuple[list[Row], dict[str, int]]:
-    """The rows that can be trained on, and how many were dropped for each reason; lengths in a reason are left out.
+    """The rows that can be trained on, and how many were dropped for each reason (without the lengths in it).
 
     Raises:   ValueError naming the first row where none is left
     """
@@ -182,3 +117,61 @@ def sound(
         first = f", the first, {rows[0].id!r}, because: {reasons[0]}" if rows else ""
         raise ValueError(f"none of {len(rows)} rows can be trained on{first}")
     return kept, dict(Counter(reason.split(" (")[0] for reason in reasons if reason))
+
+
+def skipped(row: Example, reason: str) -> dict[str, Any]:
+    """The audit line of a row that intake refused; no guard assessed it."""
+    return _line(row, [reason]) | {"skipped": True}
+
+
+def _line(row: Example, reasons: Sequence[str]) -> dict[str, Any]:
+    return dict(
+        id=row.id, source=row.source, category=row.category, has_picture=bool(row.images), text_score=None, text_codes="",
+        image_score=None, reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0,
+    )  # fmt: skip
+
+
+def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
+    """One audit line per row: the guards' assessments, whether it is kept, and the true category to evaluate the guards.
+
+    A row is dropped when a guard calls it unsafe, and also when a guard's answer could not be parsed ("unread"): then it is not
+    known to be safe. `converted` counts its pictures that are not RGB.
+
+    Shapes:   N rows, N text assessments, N image assessments (None: no picture)  ->  N lines
+    """
+    lines = []
+    for row, of_text, of_image in zip(rows, text, image, strict=True):
+        assessments = [(name, one) for name, one in (("text", of_text), ("image", of_image)) if one]
+        reasons = [name for name, one in assessments if one.unsafe]
+        reasons += [f"{name} unread" for name, one in assessments if one.unsafe is None]
+        line = _line(row, reasons) | dict(text_score=of_text.score, text_codes=",".join(of_text.categories))
+        line["image_score"] = of_image.score if of_image else None
+        line["converted"] = sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
+        lines.append(line)
+    return lines
+
+
+def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
+    """The rows that the audit keeps, in order.
+
+    Raises:   ValueError when the audit is about other rows
+    """
+    for row, line in zip(rows, lines, strict=True):
+        if row.id != line["id"]:
+            raise ValueError(f"the audit has {line['id']!r} where the corpus has {row.id!r}")
+        if line["kept"]:
+            yield row
+
+
+def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
+    """Stop where a training row begins with a benchmark prompt, pictures included.
+
+    Raises:   ValueError naming the first item and how many there are
+    """
+    prompts = set()
+    for row in training:
+        opening = [turn for turn in row.turns if turn.role != "system"][:1]
+        prompts.add(content_digest(Example(row.id, row.source, tuple(opening), row.images)))
+    leaked = [item.id for item in items if content_digest(item) in prompts]
+    if leaked:
+        raise ValueError(f"{len(leaked)} benchmark prompts are also in training rows, first {leaked[0]!r}")

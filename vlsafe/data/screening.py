@@ -1,4 +1,4 @@
-"""Rows through intake and guards: one audit line per row, in memory for small corpora and in resumable parts for large ones."""
+"""Run intake and guards over rows: one audit line per row, in memory for small corpora, in resumable parts for large ones."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from vlsafe.core.schema import Example
 from vlsafe.data import intake
 from vlsafe.data.sources.files import Refused
 
-PART = 512  # rows that go through intake and guards together; a kill costs at most as many
+PART = 512  # rows that go through intake and guards together; a kill loses at most as many
 
 
 def screen(rows: Sequence[Example], processors: Sequence[Any], limit: int, text: Any, image: Any) -> list[dict[str, Any]]:
-    """One audit line per row in order. A row must fit under every processor's template; the guards see the sound rows only.
+    """One audit line per row, in order. A row must fit under every processor's template; guards assess the sound rows only.
 
     Units:    `limit` in tokens
     """
     defects = [intake.unsound(row, processors, limit) for row in rows]
     sound = [row for row, defect in zip(rows, defects, strict=True) if defect is None]
-    assessments = iter(image.assess([picture for row in sound for picture in row.images]))
-    worst = [
-        max((next(assessments) for _ in row.images), key=lambda a: (a.unsafe is not False, a.score), default=None)
-        for row in sound
-    ]
+    results = iter(image.assess([picture for row in sound for picture in row.images]))
+    pictures = [[next(results) for _ in row.images] for row in sound]
+    worst = [max(of, key=lambda one: (one.unsafe is not False, one.score), default=None) for of in pictures]
     lines = iter(intake.audit(sound, text.assess([row.turns for row in sound]), worst))
     return [next(lines) if defect is None else intake.skipped(row, defect) for row, defect in zip(rows, defects, strict=True)]
 
@@ -37,10 +35,10 @@ def append_lines(
     path: Path, rows: Iterable[Example | Refused], audit: Callable[[Sequence[Example]], list[dict[str, Any]]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:  # fmt: skip
-    """One audit line per row of a corpus, a part at a time, each part on disk before the next one begins.
+    """Append one audit line per row of a corpus, a part at a time, each part on disk before the next one begins.
 
-    What an earlier attempt wrote is kept: half a line at its end is cut off, and it goes on with the row after the last whole
-    one, so that no row is lost and none is there twice.
+    The lines of an interrupted attempt are kept: half a line at the end is cut off, and the next row follows the last whole
+    line, so that no row is lost or repeated.
 
     Raises:   ValueError where the last line is about another row than the corpus has there
     """
@@ -61,11 +59,11 @@ def append_lines(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The audit lines of a file, one after another."""
+    """The audit lines of a file, read one by one."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def shell(row: Example | Refused) -> Example:
-    """A refused row as an empty one: its audit line says why it is not kept."""
+    """A refused row as an empty example: its audit line says why it is not kept."""
     return Example(row.id, "", ()) if isinstance(row, Refused) else row

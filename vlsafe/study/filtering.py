@@ -105,7 +105,7 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     for corpus in SCREENED:
         rows = study.examples("world/corpora", f"{corpus}.parquet")
         lines = screen(rows, processors, params["limits"][corpus], text, image)
-        passed = intake.screened(rows, lines)
+        passed = list(intake.passing(rows, lines))
         if not passed:
             raise ValueError(f"no row of {corpus} is left; the audit's first reason is {lines[0]['reasons']!r}")
         intake.refuse_leaks(passed, study.items())

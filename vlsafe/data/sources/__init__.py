@@ -1,8 +1,8 @@
-"""The paper's own corpora: one small file each, all yielding the rows that the miniature's corpora have.
+"""The paper's own corpora: one small file each, all yielding rows of the same types as the miniature's corpora.
 
-`stream` reads one corpus row by row; pictures stay where they lie. What no row can be made of comes out as `Refused`, in
-its place, so that whoever reads can count and name it. Whether a row can be *trained on* is for intake to say (`mix`), for
-these corpora as for the miniature's: a missing or corrupt picture takes its row out, counted and named.
+`stream` reads one corpus row by row; pictures stay in their files. A row that cannot be converted becomes a `Refused`, in its
+place, so that the reader can count and name it. Whether a row can be *trained on* is decided by `intake`, as for the miniature's
+corpora: a row with a missing or corrupt picture is skipped, counted and named.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ def place_of(name: str, origin: Origin) -> Place:
 def stream(name: str, origin: Origin) -> Iterator[Example | Pair | Refused]:
     """The rows of a corpus, or of its fixed random subset where the origin has a limit.
 
-    Draws:    the subset, from a seed of its own, so that every study of a scale has the same
+    Draws:    the subset, from a fixed seed, so that every study of a scale has the same
     """
-    found = CORPORA[name].rows(place_of(name, origin))
+    rows = CORPORA[name].rows(place_of(name, origin))
     if origin.limit is None:
-        yield from found
-        return
-    total = origin.rows or origin.limit
-    chosen = set(np.random.default_rng(0).permutation(total)[: origin.limit].tolist())
-    yield from (row for number, row in enumerate(found) if number in chosen)
+        return rows
+    chosen = set(np.random.default_rng(0).permutation(origin.rows or origin.limit)[: origin.limit].tolist())
+    return (row for number, row in enumerate(rows) if number in chosen)
 
 
 def examples(name: str, origin: Origin) -> Iterator[Example | Refused]:
-    """The rows of a corpus that holds no pairs."""
+    """The rows of a corpus without preference pairs."""
     return (row for row in stream(name, origin) if not isinstance(row, Pair))

@@ -1,8 +1,8 @@
-"""Where a corpus lies, and its files read row by row: nothing here knows what a row means.
+"""Find a corpus and read its files row by row, whatever the rows mean.
 
 A corpus is read from `VLSAFE_DATA/<folder>`, in the layout that its makers describe, or, where there is no such folder, from
-the hub (its cache first, so that a machine without a network can do it too). JSON files of a gigabyte are read in pieces:
-a list is held one row at a time. Every error names the file and the row.
+the hub (its cache first, so that a machine without a network can read it too). JSON files of a gigabyte are read in pieces:
+one row of a list is in memory at a time. Every error names the file and the row.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from vlsafe.core.assets import Origin
 from vlsafe.core.schema import Stored
 
 PIECE = 2**20  # characters read at a time
-LONGEST = 2**26  # characters of one row, beyond which a file is taken for broken; assumed
+LONGEST = 2**26  # characters of one row; a file with a longer one counts as broken; assumed
+SPACE, COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 class Refused(NamedTuple):
-    """A row that no example can be made of, and why; whoever reads a corpus counts and names them."""
+    """A row that cannot be converted, and why; the readers of a corpus count and name them."""
 
     id: str
     reason: str
@@ -40,7 +42,7 @@ class Place:
 
     @property
     def address(self) -> str:
-        """What `fsspec` calls the repository at its revision."""
+        """The repository at its revision, as an address of `fsspec`."""
         return f"hf://datasets/{self.origin.repo}@{self.revision}"
 
     @property
@@ -74,38 +76,38 @@ def path_of(place: Place, name: str) -> Path:
         terms = place.origin.terms or "see its page"
         raise FileNotFoundError(f"{place.origin.repo} is gated: {terms}, and log in to the hub") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        told = f"({type(error).__name__})"
-        raise FileNotFoundError(f"{name} of {place.origin.repo} is neither here nor on the hub {told}; {_REMEDY}") from None
+        problem = f"is neither here nor on the hub ({type(error).__name__})"
+        raise FileNotFoundError(f"{name} of {place.origin.repo} {problem}; {_REMEDY}") from None
 
 
 _REMEDY = "`vlsafe download` fetches it, `vlsafe doctor` lists what is missing"
 
 
 def names(place: Place, patterns: Sequence[str]) -> list[str]:
-    """The files of a local corpus that fit the first pattern which any file fits, sorted."""
+    """The files of a local corpus that match the first pattern with any match, sorted."""
     if place.folder is None:
         return []
     folder = assets.outside_path(place.folder)
-    found = (sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)) for pattern in patterns)
-    return next((paths for paths in found if paths), [])
+    matches = (sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)) for pattern in patterns)
+    return next(filter(None, matches), [])
 
 
 def picture(place: Place, candidates: Sequence[str]) -> Stored:
-    """The first of the candidates that is there: files, or members of archives ("images.zip!a.jpg"), below the corpus.
+    """The first candidate that exists: a file, or a member of an archive ("images.zip!a.jpg"), below the corpus.
 
-    Where none is, the first one: whoever opens it finds it missing, and says so. On the hub only archives are looked into.
+    Where none exists, the first one: opening it then fails with its name. On the hub only archives are searched.
 
     Raises:   ValueError for a name that leads out of the corpus's folder
     """
     if bad := next((name for name in candidates if not assets.inside(name.replace(assets.MEMBER, "/"))), None):
         raise ValueError(f"the picture's name {bad!r} leads out of the folder of {place.origin.repo}")
     base = place.address if place.folder is None else place.folder
-    places = [Stored(f"{base}/{name}") for name in candidates]
-    return next((there for there in places if not missing(there)), places[0])
+    pictures = [Stored(f"{base}/{name}") for name in candidates]
+    return next((one for one in pictures if not missing(one)), pictures[0])
 
 
 def missing(picture: Stored) -> bool:
-    """Whether a picture is not there."""
+    """Whether a picture does not exist."""
     file, _, member = picture.place.partition(assets.MEMBER)
     if "://" in file:
         return not member or member not in assets.members(file)
@@ -113,45 +115,38 @@ def missing(picture: Stored) -> bool:
 
 
 def json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON list, one after another, however long the list.
+    """The rows of a JSON list, one by one, however long the list.
 
     Raises:   ValueError naming the file and the row where it is no list of mappings, broken or cut short
     """
-    decoder = json.JSONDecoder()
-    with _opened(path) as file:
-        text, number, at = _next_piece(path, file, 0), 0, 0
-        at = _skip(text, 0, "")
-        if text[at : at + 1] != "[":
-            raise ValueError(f"{path.name} is no JSON list")
-        at += 1
-        while True:
-            at = _skip(text, at, "," if number else "")
-            if text[at : at + 1] == "]" and not (text[at + 1 :] + file.read(PIECE)).strip():
-                return
-            try:
-                row, at = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                text, at = text[at:], 0
-                more = _next_piece(path, file, number) if len(text) < LONGEST else ""
-                if not more:
-                    said = f"it breaks off or is broken after row {number} ({error.msg})"
-                    raise ValueError(f"{path.name} is not a whole JSON list: {said}; download it again") from None
-                text += more
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} of {path.name} is no mapping but {type(row).__name__}")
-            yield row
-            number += 1
-            if at > PIECE:
-                text, at = text[at:], 0
-
-
-def _skip(text: str, at: int, also: str) -> int:
-    """The place of the next character that is neither white space nor, once, the separator."""
-    while at < len(text) and (text[at].isspace() or (also and text[at] == also)):
-        also = "" if text[at] == also else also
-        at += 1
-    return at
+    decode, number, at = json.JSONDecoder().raw_decode, 0, 1
+    try:
+        with _opened(path) as file:
+            text = file.read(PIECE).lstrip()
+            if text[:1] != "[":
+                raise ValueError(f"{path.name} is no JSON list")
+            while True:
+                separator = (COMMA if number else SPACE).match(text, at)
+                at = separator.end() if separator else at
+                if text[at : at + 1] == "]" and not (text[at + 1 :] + file.read(PIECE)).strip():
+                    return
+                try:
+                    row, at = decode(text, at)
+                except json.JSONDecodeError as error:
+                    text, at = text[at:], 0
+                    if len(text) >= LONGEST or not (more := file.read(PIECE)):
+                        problem = f"it breaks off or is broken after row {number} ({error.msg})"
+                        raise ValueError(f"{path.name} is not a whole JSON list: {problem}; download it again") from None
+                    text += more
+                    continue
+                if not isinstance(row, dict):
+                    raise ValueError(f"row {number} of {path.name} is no mapping but {type(row).__name__}")
+                yield row
+                number += 1
+                if at > PIECE:
+                    text, at = text[at:], 0
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} holds bytes that are no UTF-8 after row {number}; download it again") from None
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -162,7 +157,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     number = 0
     try:
         with _opened(path) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 (told in the errors)
+            for number, line in enumerate(file, 1):  # noqa: B007 (the errors name it)
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
@@ -179,13 +174,6 @@ def _opened(path: Path) -> IO[str]:
     return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
 
 
-def _next_piece(path: Path, file: IO[str], number: int) -> str:
-    try:
-        return file.read(PIECE)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name} holds bytes that are no UTF-8 after row {number}; download it again") from None
-
-
 def text_of(value: Any) -> str:
-    """A text, empty where there is none: an empty one is counted as such later."""
+    """A text; "" for anything else: empty texts are counted later."""
     return value if isinstance(value, str) else ""

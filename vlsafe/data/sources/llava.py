@@ -13,7 +13,7 @@ IMAGE = "<image>"
 
 
 def rows(place: Place, file: str, source: str, candidates: Callable[[str], Sequence[str]]) -> Iterator[Example | Refused]:
-    """Every row of a file in its order. `candidates`: where a picture's name may be found below the corpus.
+    """Every row of a file, in order. `candidates` maps a picture's name to the places below the corpus where it may be.
 
     Ids of LLaVA-Instruct repeat (a picture has several conversations), so the row's number in the file is added to them.
     """
@@ -26,8 +26,8 @@ def rows(place: Place, file: str, source: str, candidates: Callable[[str], Seque
 
 
 def example(row: dict[str, Any], name: str, source: str, place: Place, candidates: Callable[[str], Sequence[str]]) -> Example:
-    """One row. The placeholder goes, the picture comes to the first request, as LLaVA does itself; a text-only row may lack the
-    key or have a null there, and keeps a placeholder that is part of its text: intake then skips it.
+    """One row. As in LLaVA, the placeholder is removed and the picture belongs to the first request. A text-only row lacks the
+    `image` key or has null there; it keeps a placeholder in its text, and intake then skips it.
 
     Raises:   KeyError, TypeError or AttributeError where it is no such row; ValueError for a picture outside the folder
     """
@@ -37,5 +37,5 @@ def example(row: dict[str, Any], name: str, source: str, place: Place, candidate
     turns = [Turn(ROLES[turn["from"]], text_of(turn["value"])) for turn in row["conversations"]]
     if not image:
         return Example(name, source, tuple(turns))
-    spoken = tuple(Turn(turn.role, turn.text.replace(IMAGE, "").strip()) for turn in turns)
-    return Example(name, source, spoken, (picture(place, candidates(image)),), cluster=image)
+    cleaned = tuple(Turn(turn.role, turn.text.replace(IMAGE, "").strip()) for turn in turns)
+    return Example(name, source, cleaned, (picture(place, candidates(image)),), cluster=image)

@@ -1,7 +1,7 @@
 """LLaVA-Pretrain: 558K pictures with a caption each, for stage 1.
 
-The request that stands before each caption is kept; LLaVA's own "plain" template would discard it (README, departures).
-Pictures are read from `images/`, or straight from `images.zip`; from the hub, that archive is read in pieces.
+The request before each caption is kept; LLaVA's own "plain" template would discard it (README, departures). Pictures are read
+from `images/`, or straight from `images.zip`; from the hub, that archive is read in pieces.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""PKU-SafeRLHF: text prompts with two answers, compared by helpfulness and, apart from it, by harmlessness.
+"""PKU-SafeRLHF: text prompts with two answers, compared by helpfulness and, separately, by harmlessness.
 
-Three generations have other columns: 2023 has the seven that are required here, mid-2024 adds sources, the current one
-harm categories and severities. The safer answer is the chosen one. Where that one is itself unsafe the pair would teach
-harm, and is refused (README, departures); SafeRLHF's own use, as a cost model's data, keeps it.
+The columns differ in three generations: 2023 has the seven that are required here, mid-2024 adds sources, the current one harm
+categories and severities. The safer answer is the chosen one. Where even that answer is unsafe the pair would teach harm, and
+is refused (README, departures); SafeRLHF keeps such pairs, as data of a cost model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlsafe.core.schema import Pair, Turn
-from vlsafe.data.sources.files import Place, Refused, json_lines, names, text_of
+from vlsafe.data.sources.files import Place, Refused, json_lines, names, path_of, text_of
 
 FOLDER = "PKU-SafeRLHF"
 PATTERNS = {split: (f"data/*/{split}.jsonl", f"round0/{split}.jsonl*", f"{split}.jsonl*") for split in ("train", "test")}
@@ -21,7 +21,7 @@ REQUIRED = {
 
 
 def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
-    """The rows as they are published, of every file of the split.
+    """The published rows of every file of a split.
 
     Raises:   FileNotFoundError where a local folder has no such file; ValueError for a file without the required columns
     """
@@ -30,13 +30,11 @@ def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
 
         yield from load_dataset(place.origin.repo, split=split, revision=place.revision, streaming=True)
         return
-    from vlsafe.core.assets import outside_path
-
     files = names(place, PATTERNS[split])
     if not files:
         raise FileNotFoundError(f"{place.folder} below VLSAFE_DATA has none of {', '.join(PATTERNS[split])}")
     for file in files:
-        for number, row in enumerate(json_lines(outside_path(f"{place.folder}/{file}"))):
+        for number, row in enumerate(json_lines(path_of(place, file))):
             if not number and (lacking := REQUIRED - set(row)):
                 raise ValueError(f"{file} has no columns {', '.join(sorted(lacking))}; it is not PKU-SafeRLHF")
             yield row
@@ -66,6 +64,6 @@ def _pair(row: Mapping[str, Any], name: str) -> Pair | Refused:
 
 
 def _category(row: Mapping[str, Any], which: int) -> str:
-    """The harms of an unsafe answer; before the current generation it is not said which."""
-    told = row.get(f"response_{which}_harm_category") or {}
-    return ", ".join(sorted(harm for harm, found in told.items() if found)) or "unsafe"
+    """The harm categories of an unsafe answer; "unsafe" before the current generation, which does not name them."""
+    categories = row.get(f"response_{which}_harm_category") or {}
+    return ", ".join(sorted(name for name, present in categories.items() if present)) or "unsafe"

@@ -1,7 +1,7 @@
 """SPA-VL: pictures with a question and two answers, of which the safer and more helpful one is chosen.
 
-A local folder may hold the hub's Parquet files (pictures inside) or the JSON list that its authors' training code reads,
-with pictures beside it. The training split says nothing of categories; the others name three classes.
+A local folder may hold the hub's Parquet files (pictures inside) or the JSON list of its authors' training code, with pictures
+beside it. The training split has no categories; the others have three classes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from vlsafe.core.schema import Pair, Picture, Turn
 from vlsafe.data.sources.files import Place, Refused, json_list, names, path_of, picture, text_of
 
 FOLDER = "SPA-VL"
-SPLITS = {  # what the hub calls it: configuration and split
+SPLITS = {  # the configuration and the split on the hub
     "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
 }  # fmt: skip
 
 
 def raw(place: Place, split: str = "train") -> Iterator[tuple[Mapping[str, Any], Picture | None]]:
-    """The rows of a split as they are published, and their pictures.
+    """The published rows of a split, and their pictures.
 
     Raises:   FileNotFoundError where a local folder has neither kind of file; ValueError for a Parquet file that is broken
     """
@@ -36,8 +36,8 @@ def _parquet(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
     from datasets import Image, load_dataset
 
     config, name = SPLITS[split]
-    found = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
-    yield from found.cast_column("image", Image(decode=False))
+    rows = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
+    yield from rows.cast_column("image", Image(decode=False))
 
 
 def _local_parquet(place: Place, files: list[str]) -> Iterator[Mapping[str, Any]]:
@@ -54,7 +54,7 @@ def _local_parquet(place: Place, files: list[str]) -> Iterator[Mapping[str, Any]
 
 
 def rows(place: Place) -> Iterator[Pair | Refused]:
-    """Preference rows of the training split, in their order."""
+    """Preference rows of the training split, in order."""
     for number, (row, image) in enumerate(raw(place)):
         name = f"spa-vl#{number}"
         question, chosen, rejected = (text_of(row.get(key)) for key in ("question", "chosen", "rejected"))

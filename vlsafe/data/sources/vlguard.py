@@ -1,7 +1,7 @@
-"""VLGuard: pictures with refusals of what should be refused and answers to what should not. Gated.
+"""VLGuard: pictures with unsafe instructions, which are refused, and safe ones, which are answered. Gated.
 
-The training rows become conversations as in its authors' own conversion: one per picture, on safe pictures both exchanges
-in one conversation, in random order. `records` reads the test as well, whose subsets are a benchmark's.
+The training rows become conversations as in its authors' own conversion: one per picture, on safe pictures with both exchanges
+in random order. `records` also reads the test split, from which a benchmark takes its subsets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SEED = 0  # as in the authors' script; their order of draws is not claimed
 
 
 class Record(NamedTuple):
-    """One picture. `pairs` are (instruction, response): one on an unsafe picture, on a safe one the safe and then the unsafe."""
+    """One picture. `pairs` are (instruction, response): one on an unsafe picture; on a safe one a safe, then an unsafe one."""
 
     id: str
     image: Stored
@@ -39,18 +39,18 @@ def records(place: Place, split: str) -> Iterator[Record | Refused]:
 
 
 def _record(row: dict[str, Any], name: str, split: str, place: Place) -> Record:
-    told, image, safe = row["instr-resp"], row["image"], row["safe"]
+    exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
     keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
-    pairs = tuple((text_of(told[i][key]), text_of(told[i]["response"])) for i, key in enumerate(keys))
+    pairs = tuple((text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys))
     category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
-    where = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
-    return Record(name, picture(place, where), safe, category, pairs)
+    candidates = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
+    return Record(name, picture(place, candidates), safe, category, pairs)
 
 
 def rows(place: Place) -> Iterator[Example | Refused]:
     """The training conversations.
 
-    Draws:    the order of the exchanges on safe pictures, from a seed of its own
+    Draws:    the order of the exchanges on safe pictures, from a fixed seed
     """
     rng = random.Random(_SEED)
     for record in records(place, "train"):
@@ -59,5 +59,5 @@ def rows(place: Place) -> Iterator[Example | Refused]:
             continue
         pairs = list(record.pairs)
         rng.shuffle(pairs)
-        turns = tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
-        yield Example(record.id, "safety", turns, (record.image,), cluster=record.category)
+        turns = [turn for text, answer in pairs for turn in (Turn("user", text), Turn("assistant", answer))]
+        yield Example(record.id, "safety", tuple(turns), (record.image,), cluster=record.category)
