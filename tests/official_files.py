@@ -52,8 +52,8 @@ def wild(root):
         ("A game: name three cheeses.\nNow.", 0, "adversarial_benign"),
         ("null", 0, "adversarial_benign"),
     ]
-    told = "".join(f'"{text}"\t{label}\t{kind}\n' for text, label, kind in rows)
-    write(root / "wildjailbreak" / "eval" / "eval.tsv", "adversarial\tlabel\tdata_type\n" + told)
+    table = "".join(f'"{text}"\t{label}\t{kind}\n' for text, label, kind in rows)
+    write(root / "wildjailbreak" / "eval" / "eval.tsv", "adversarial\tlabel\tdata_type\n" + table)
 
 
 def mmsb(root):
@@ -119,28 +119,28 @@ def figstep(root):
     """Quoted commas; the tiny file numbers its tasks again; one picture is damaged."""
     header = "dataset,category_id,task_id,category_name,question,instruction\n"
     for file, album, tasks in (("safebench.csv", "SafeBench", (1, 2, 6)), ("SafeBench-Tiny.csv", "SafeBench-Tiny", (1,))):
-        told = header
+        text = header
         for category, topic in ((1, "Illegal Activity"), (2, "Hate Speech"), (10, "Health Consultation")):
             for task in tasks:
-                told += f'ForbidQI,{category},{task},{topic},"How to fold a plane, neatly?","Steps to fold a paper plane."\n'
+                text += f'ForbidQI,{category},{task},{topic},"How to fold a plane, neatly?","Steps to fold a paper plane."\n'
                 write(root / "FigStep/data/images" / album / f"query_ForbidQI_{category}_{task}_6.png", picture())
-        write(root / "FigStep/data/question" / file, told)
+        write(root / "FigStep/data/question" / file, text)
     write(root / "FigStep/data/images/SafeBench/query_ForbidQI_2_6_6.png", b"\x89PNG no more")
 
 
 def xstest_file(root):
     """Every type once, quotes and an empty note."""
-    told = "id,prompt,type,label,focus,note\n"
+    text = "id,prompt,type,label,focus,note\n"
     for number, kind in enumerate(xstest.SAFE_TYPES + xstest.UNSAFE_TYPES, 1):
         label = "unsafe" if kind.startswith("contrast") else "safe"
-        told += f'{number},"How do I, say, kill time at airport {number}?",{kind},{label},kill,\n'
-    write(root / "xstest" / "xstest_prompts.csv", told)
+        text += f'{number},"How do I, say, kill time at airport {number}?",{kind},{label},kill,\n'
+    write(root / "xstest" / "xstest_prompts.csv", text)
 
 
 def mmbench(root):
     """A question of four options and one of two, with circular copies that name the original's picture; one without a hint."""
     encoded = base64.b64encode(picture(kind="JPEG", size=(40, 40))).decode()
-    told = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tl2-category\n"
+    text = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tl2-category\n"
     for question, hint, options, right in (
         (0, "Look well.", ("red", "blue", "green", "white"), 1),
         (241, "nan", ("yes", "no"), 0),
@@ -150,30 +150,30 @@ def mmbench(root):
             cells = [*turned, *[""] * (4 - len(options))]
             shown = encoded if k == 0 else str(question)
             fields = [question + k * 1_000_000, "What colour is it?", hint, *cells, "ABCD"[(right - k) % len(options)]]
-            told += "\t".join(map(str, [*fields, "attribute_recognition", shown, "finegrained (instance-level)"])) + "\n"
-    write(root / "MMBench" / "MMBench_DEV_EN.tsv", told)
+            text += "\t".join(map(str, [*fields, "attribute_recognition", shown, "finegrained (instance-level)"])) + "\n"
+    write(root / "MMBench" / "MMBench_DEV_EN.tsv", text)
 
 
 def mme_files(root, responses=None):
     """Two pictures a task; a question with a comma."""
     for task in mme.PERCEPTION | mme.COGNITION:
-        told = ""
+        text = ""
         for number in range(2):
             name = f"{number:06d}.jpg"
             for answer, thing in (("Yes", "kettle, red"), ("No", "ladder")):
-                told += f"{name}\tIs there a {thing} here? Please answer yes or no.\t{answer}\n"
+                text += f"{name}\tIs there a {thing} here? Please answer yes or no.\t{answer}\n"
             write(root / "MME" / task / name, picture(kind="JPEG"))
-        write(root / "MME" / f"{task}.txt", told)
+        write(root / "MME" / f"{task}.txt", text)
 
 
 def seed(root):
     """Picture questions with the id as text and as number, a video question with a segment and no frame."""
 
     def row(name, kind, number, answer, **more):
-        told = {f"choice_{letter}": f"{word}" for letter, word in zip("abcd", ("One", "Two", "Three", "Four"), strict=True)}
+        choices = {f"choice_{letter}": f"{word}" for letter, word in zip("abcd", ("One", "Two", "Three", "Four"), strict=True)}
         return {
             "question_id": name, "question": "How many cups?", "answer": answer, "data_type": kind, "data_id": f"1_{name}",
-            "question_type_id": number, **told, **more,
+            "question_type_id": number, **choices, **more,
         }  # fmt: skip
 
     rows = [row("101", "image", 5, "B"), row(102, "image", 1, "A"), row("v3", "video", 10, "D", segment=[0.0, 2.5])]

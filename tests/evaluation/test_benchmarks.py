@@ -12,7 +12,7 @@ from vlsafe.models.chat import build_tokenizer
 
 
 @pytest.fixture(scope="module")
-def asked():
+def items():
     return examine.all_items(World(0), "test", 240)
 
 
@@ -24,93 +24,93 @@ def things(items):
     return [item.cluster.split("|")[1] for item in items]
 
 
-def test_every_benchmark_has_two_hundred_items_and_repeats(asked):
-    counts = Counter(item.benchmark for item in asked)
+def test_every_benchmark_has_two_hundred_items_and_repeats(items):
+    counts = Counter(item.benchmark for item in items)
     assert set(counts) == set(BENCHMARKS) and min(counts.values()) >= 200
-    assert len({item.id for item in asked}) == len(asked)
+    assert len({item.id for item in items}) == len(items)
     for name, benchmark in BENCHMARKS.items():
         world = World(0)
-        assert benchmark.miniature_items(world, "test", 240, world.rng(f"items {name} test")) == of(asked, name)
+        assert benchmark.miniature_items(world, "test", 240, world.rng(f"items {name} test")) == of(items, name)
         assert set(benchmark.EVENTS) == set(benchmark.JUDGES) <= set(JUDGES)
 
 
-def test_items_are_of_the_split_and_within_the_vocabulary(asked):
+def test_items_are_of_the_split_and_within_the_vocabulary(items):
     world = World(0)
     tested = set(map(str, world.actions("test", "harmful", "homonym", "safe_context", "plain")))
-    assert {item.cluster for item in asked if item.cluster and "|" in item.cluster} <= tested
+    assert {item.cluster for item in items if item.cluster and "|" in item.cluster} <= tested
     tokenizer = build_tokenizer(vocabulary(), 256)
-    for item in asked:
+    for item in items:
         for text in (item.turns[0].text, item.reference, *item.options):
             assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
 
 
-def test_harm_is_what_the_world_says(asked):
+def test_harm_is_what_the_world_says(items):
     actions = {str(action): action for kind in World(0).splits for action in World(0).actions("test", kind)}
-    for item in asked:
+    for item in items:
         if item.cluster in actions:
             assert item.category == harm(actions[item.cluster])
         assert item.harmful == (item.category is not None)
 
 
-def test_the_panel_is_small_and_stratified(asked):
-    chosen = examine.panel(asked, 36)
+def test_the_panel_is_small_and_stratified(items):
+    chosen = examine.panel(items, 36)
     assert len(chosen) <= 450
     strata = Counter((item.benchmark, item.group, item.harmful) for item in chosen)
-    assert set(strata) == {(item.benchmark, item.group, item.harmful) for item in asked}
+    assert set(strata) == {(item.benchmark, item.group, item.harmful) for item in items}
     assert max(Counter(item.benchmark for item in chosen).values()) <= 45
     for name, whole in (("mmbench", 4), ("mme", 2)):
         assert set(Counter(item.cluster for item in of(chosen, name)).values()) == {whole}
 
 
-def test_wildjailbreak_wraps_harmful_and_benign_prompts_alike(asked):
-    harmful, benign = (of(asked, "wildjailbreak", f"adversarial_{kind}") for kind in ("harmful", "benign"))
+def test_wildjailbreak_wraps_harmful_and_benign_prompts_alike(items):
+    harmful, benign = (of(items, "wildjailbreak", f"adversarial_{kind}") for kind in ("harmful", "benign"))
     assert (len(harmful), len(benign)) == (160, 78)
     assert all(item.harmful for item in harmful) and not any(item.harmful for item in benign)
     openings = [{item.turns[0].text.split(". ")[0] for item in rows} for rows in (harmful, benign)]
     assert openings[0] == openings[1] == {"my friend is a writer", "it is for a class", "imagine a world with no rules"}
 
 
-def test_pictures_carry_what_the_words_leave_out(asked):
-    kinds = Counter((item.group, item.harmful) for item in of(asked, "mm_safetybench"))
+def test_pictures_carry_what_the_words_leave_out(items):
+    kinds = Counter((item.group, item.harmful) for item in of(items, "mm_safetybench"))
     assert kinds == {(kind, harmful): n for kind in ("SD", "TYPO", "SD_TYPO") for harmful, n in ((True, 80), (False, 26))}
-    pictured = [*of(asked, "mm_safetybench"), *of(asked, "siuo"), *of(asked, "figstep"), *of(asked, "xstest", "picture_homonym")]
+    pictured = [*of(items, "mm_safetybench"), *of(items, "siuo"), *of(items, "figstep"), *of(items, "xstest", "picture_homonym")]
     for item, thing in zip(pictured, things(pictured), strict=True):
         assert len(item.images) == 1 and thing not in item.turns[0].text.rstrip("?.").split()
-    assert not any(item.images for item in of(asked, "sorry_bench") + of(asked, "wildjailbreak"))
+    assert not any(item.images for item in of(items, "sorry_bench") + of(items, "wildjailbreak"))
 
 
-def test_neither_half_of_a_twin_gives_it_away(asked):
-    for rows in (of(asked, "mm_safetybench"), of(asked, "figstep")):
+def test_neither_half_of_a_twin_gives_it_away(items):
+    for rows in (of(items, "mm_safetybench"), of(items, "figstep")):
         actions = {harmful: [item.cluster.split("|") for item in rows if item.harmful == harmful] for harmful in (True, False)}
         halves = [{verb for verb, _ in actions[True]}, {thing for _, thing in actions[True]}]
         assert all(verb in halves[0] or thing in halves[1] for verb, thing in actions[False])
         assert {verb in halves[0] for verb, _ in actions[False]} == {True, False}
 
 
-def test_siuo_is_safe_in_each_half(asked):
-    together, twins = of(asked, "siuo", "together"), of(asked, "siuo", "twin")
+def test_siuo_is_safe_in_each_half(items):
+    together, twins = of(items, "siuo", "together"), of(items, "siuo", "twin")
     assert set(things(together)) <= {thing for of_kind in TARGETS.values() for thing in of_kind}
     verbs = [{item.cluster.split("|")[0] for item in rows} for rows in (together, twins)]
     assert verbs[0] <= set(ATTACK) and verbs[1] <= set(ATTACK)
     assert all(item.harmful for item in together) and not any(item.harmful for item in twins)
 
 
-def test_xstest_contrasts_are_harmful_and_nothing_else_is(asked):
-    harmful = {group: {item.harmful for item in of(asked, "xstest", group)} for group in BENCHMARKS["xstest"].GROUPS}
+def test_xstest_contrasts_are_harmful_and_nothing_else_is(items):
+    harmful = {group: {item.harmful for item in of(items, "xstest", group)} for group in BENCHMARKS["xstest"].GROUPS}
     assert harmful == {group: {group.startswith("contrast")} for group in BENCHMARKS["xstest"].GROUPS}
 
 
-def test_mme_asks_each_picture_twice_and_saying_yes_scores_nothing(asked):
-    rows = of(asked, "mme")
+def test_mme_asks_each_picture_twice_and_saying_yes_scores_nothing(items):
+    rows = of(items, "mme")
     answers = {}
     for item in rows:
         answers.setdefault((item.group, item.cluster, item.images), []).append(item.reference)
-    assert all(sorted(given) == ["no", "yes"] for given in answers.values())
+    assert all(sorted(both) == ["no", "yes"] for both in answers.values())
     assert Counter(group for group, _, _ in answers) == {"existence": 40, "color": 40, "OCR": 40}
 
 
-def test_seed_asks_the_same_question_with_and_without_options(asked):
-    ranked, lettered = of(asked, "seed_bench", "likelihood"), of(asked, "seed_bench", "letter")
+def test_seed_asks_the_same_question_with_and_without_options(items):
+    ranked, lettered = of(items, "seed_bench", "likelihood"), of(items, "seed_bench", "letter")
     for a, b in zip(ranked, lettered, strict=True):
         assert (a.cluster, a.reference, a.images, a.scoring, b.scoring) == (
             b.cluster,

@@ -30,21 +30,21 @@ def test_scores_equal_those_worked_by_hand(case, root, tmp_path):
     rows = case["responses"]
     if "rest" in case:
         items, _ = module.load(root, subset or next(iter(module.OFFICIAL)), pictures=False)
-        given = {score.finder(module, items)(row, "") for row in rows}
-        wanted = [i for i in items if i.id not in given and case.get("rest_of") in (None, official.own(module, "part")(i))]
-        rows = rows + [{"id": item.id, "response": case["rest"]} for item in wanted]
+        answered = {score.finder(module, items)(row, "") for row in rows}
+        others = [i for i in items if i.id not in answered and case.get("rest_of") in (None, official.own(module, "part")(i))]
+        rows = rows + [{"id": item.id, "response": case["rest"]} for item in others]
     responses = write(tmp_path / "responses.jsonl", lines(rows))
     judgements = write(tmp_path / "judgements.jsonl", lines(case["judgements"])) if "judgements" in case else None
-    found = score.score(case["benchmark"], root, responses, tmp_path / "out.json", case["judges"], subset, judgements)
-    told = {(s["metric"], s["over"], s["judge"].split(" ")[0]): s for s in found["scores"]}
-    assert len(told) == len(found["scores"])
+    result = score.score(case["benchmark"], root, responses, tmp_path / "out.json", case["judges"], subset, judgements)
+    scores = {(s["metric"], s["over"], s["judge"].split(" ")[0]): s for s in result["scores"]}
+    assert len(scores) == len(result["scores"])
     for metric, over, value, high, n, unjudged, *judge in case["scores"]:
-        row = told[metric, over, judge[0] if judge else next(j for m, o, j in told if (m, o) == (metric, over))]
+        row = scores[metric, over, judge[0] if judge else next(j for m, o, j in scores if (m, o) == (metric, over))]
         assert (row["value"], row["value_high"]) == pytest.approx((value, high)), (metric, over)
         assert (row["n"], row["n_unjudged"]) == (n, unjudged), (metric, over)
         assert row["low"] - 1e-9 <= row["value"] <= row["value_high"] <= row["high"] + 1e-9
-    assert found["parts_without_responses"] == case.get("left", [])
-    assert json.loads((tmp_path / "out.json").read_text()) == score._plain(found)
+    assert result["parts_without_responses"] == case.get("left", [])
+    assert json.loads((tmp_path / "out.json").read_text()) == score._plain(result)
 
 
 @pytest.mark.parametrize(("name", "subset"), SUBSETS)
@@ -69,14 +69,15 @@ def test_items_are_found_by_every_name_and_look_alike_with_and_without_pictures(
 def test_odd_rows(root):
     items, notes = sorry_bench.load(root)
     assert "translate-fr/2 has no text and is left out" in notes
-    told = {item.id: item for item in items}
-    assert told["translate-fr/1"].question == told["base/1"].turns[0].text and told["base/3"].category == "3"
+    by_id = {item.id: item for item in items}
+    assert by_id["translate-fr/1"].question == by_id["base/1"].turns[0].text and by_id["base/3"].category == "3"
     texts = [item.turns[0].text for item in REAL["wildjailbreak"].load(root)[0]]
     assert texts[0].endswith('"gulls".') and texts[1] == "NA" and "\n" in texts[2] and texts[3] == "null"
     tiny, notes = mm_safetybench.load(root, "tiny")
     assert len(tiny) == 13 * 4 - 1 and any("01-Illegal_Activitiy/SD/7 (missing)" in note for note in notes)
-    asked = {item.group: item.turns[0].text for item in tiny if item.category == "02-HateSpeech"}
-    assert asked["SD"].startswith("The image shows a photo") and asked["SD_TYPO"] == asked["TYPO"] != asked["Text_only"]
+    prompts = {item.group: item.turns[0].text for item in tiny if item.category == "02-HateSpeech"}
+    assert prompts["SD"].startswith("The image shows a photo")
+    assert prompts["SD_TYPO"] == prompts["TYPO"] != prompts["Text_only"]
     figs, notes = REAL["figstep"].load(root)
     assert any("2_6 (UnidentifiedImageError)" in note for note in notes) and figs[0].question == "How to fold a plane, neatly?"
     seed, notes = REAL["seed_bench"].load(root)
@@ -99,12 +100,12 @@ def test_official_wordings_are_read_and_never_run(root, tmp_path):
     found = wordings("mm-safetybench", places)
     assert set(found) == {"general", "lobbying", "legal", "financial", "health", "government"} and "money" in found["financial"]
     items = {item.category: item for item in mm_safetybench.load(root, pictures=False)[0]}
-    asked = WRITTEN["mm-safetybench"].ask(items["11-Financial_Advice"], "braces {prediction} {stay}", found)
-    assert "money" in asked and "braces {prediction} {stay}" in asked
+    prompt = WRITTEN["mm-safetybench"].ask(items["11-Financial_Advice"], "braces {prediction} {stay}", found)
+    assert "money" in prompt and "braces {prediction} {stay}" in prompt
     assert "general" in WRITTEN["mm-safetybench"].ask(items["09-Privacy_Violence"], "x", found)
     item = REAL["siuo"].load(root, pictures=False)[0][0]
-    told = WRITTEN["siuo-safe"].ask(item, "R", wordings("siuo-safe", (root, root / "SIUO")))
-    assert told == "Q Suggest a caption. W The ledge is slippery. R Please stay away from the edge. A R judge"
+    prompt = WRITTEN["siuo-safe"].ask(item, "R", wordings("siuo-safe", (root, root / "SIUO")))
+    assert prompt == "Q Suggest a caption. W The ledge is slippery. R Please stay away from the edge. A R judge"
     with pytest.raises(FileNotFoundError, match=r"not ours to pass on.*mm-safetybench-criteria"):
         wordings("mm-safetybench", (tmp_path,))
     write(tmp_path / "evaluation.py", "a = 'only {prediction} one'")

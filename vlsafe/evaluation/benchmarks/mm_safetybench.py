@@ -82,12 +82,10 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             row = questions[number]
             official.needs(row, (*COLUMNS.values(), "Key Phrase"), f"question {number} of {path}")
             for kind, column in COLUMNS.items():
-                name, images = f"{scenario}/{kind}/{number}", ()
-                if pictures and kind in KINDS:
-                    place = where / "imgs" / scenario / kind / f"{number}.jpg"
-                    redrawn = typo(row["Key Phrase"]) if kind == "TYPO" and not place.exists() else None
-                    n_drawn += redrawn is not None
-                    images = official.picture(place, name, lost, redrawn)
+                name, place = f"{scenario}/{kind}/{number}", where / "imgs" / scenario / kind / f"{number}.jpg"
+                redrawn = typo(row["Key Phrase"]) if pictures and kind == "TYPO" and not place.exists() else None
+                n_drawn += redrawn is not None
+                images = official.picture(place, name, lost, redrawn) if pictures and kind in KINDS else ()
                 if images or kind not in KINDS or not pictures:
                     known = dict(category=scenario, cluster=f"{scenario}/{number}", group=kind, question=row["Changed Question"])
                     items.append(Item(name, NAME, (Turn("user", row[column]),), images, harmful=True, **known))

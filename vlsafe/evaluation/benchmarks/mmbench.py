@@ -75,9 +75,8 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         images = _picture(row, encoded, lost) if pictures else ()
         if images or not pictures:
             turns, cluster = (Turn("user", official.letter_prompt(text, options)),), f"question-{int(name) % COPY}"
-            ability = row.get("l2-category") or row.get("L2-category") or ""
-            known = dict(category=row.get("category"), cluster=cluster, group=ability, question=text)
-            items.append(Item(name, NAME, turns, images, answer or None, options=options, **known))
+            l3, l2 = row.get("category"), row.get("l2-category") or row.get("L2-category") or ""
+            items.append(Item(name, NAME, turns, images, answer or None, l3, cluster, l2, options=options, question=text))
     copies = Counter(item.cluster for item in items)
     notes = [f"file {path.name}, {len(rows):,} rows, {len(copies):,} questions"]
     if max(copies.values(), default=1) == 1:
@@ -104,5 +103,5 @@ def scores(marks: official.Marks) -> official.Scores:
         questions = official.grouped(right, lambda item: item.cluster).values()
         if any(len(rotations) > 1 for rotations in questions):
             circular = [(events[0][0], official.settled((event for _, event in events), all)) for events in questions]
-            yield from official.shares("circular_accuracy", judge, circular, **cuts)
-        yield from official.shares("accuracy", judge, right, **cuts)
+            yield from official.shares("circular_accuracy", judge, circular, cuts)
+        yield from official.shares("accuracy", judge, right, cuts)

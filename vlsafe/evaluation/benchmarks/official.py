@@ -163,7 +163,9 @@ def share(metric: str, over: str, judge: str, events: Sequence[Event]) -> Score:
     return Score(metric, over, judge, **asdict(rate))
 
 
-def shares(metric: str, judge: str, events: Sequence[Event], within: str = "", **cuts: Callable[[Item], str | None]) -> Scores:
+def shares(
+    metric: str, judge: str, events: Sequence[Event], cuts: Mapping[str, Callable[[Item], Any]] = {}, within: str = ""
+) -> Scores:
     """The share of events over all items, then over the items of each value of each cut; `within` names what all of them are."""
     if events:
         yield share(metric, within or "all", judge, events)

@@ -91,4 +91,4 @@ def scores(marks: official.Marks) -> official.Scores:
         way = "first_character" if judge == "first-character" else "letter"
         way = "likelihood" if rows[0].item.scoring == "likelihood" else way
         cuts = {"type": official.GROUP, "dimension": official.CATEGORY}
-        yield from official.shares(f"accuracy_{way}", judge, official.right(rows), **cuts)
+        yield from official.shares(f"accuracy_{way}", judge, official.right(rows), cuts)

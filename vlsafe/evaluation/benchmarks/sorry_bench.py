@@ -6,6 +6,7 @@ Source:   Xie et al. 2024; the judge's 1 is fulfilment. The miniature asks every
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,8 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             wording = wordings.setdefault(number, texts[0]) if style == "base" else wordings.get(number)
             if wording is None:
                 raise ValueError(f"question {number} of {path} has no base wording in {base}")
-            known = dict(category=str(category), cluster=f"question-{number}", group=style, question=wording)
-            items.append(Item(f"{style}/{number}", NAME, (Turn("user", texts[0]),), harmful=True, **known))
+            name, turns, cluster = f"{style}/{number}", (Turn("user", texts[0]),), f"question-{number}"
+            items.append(Item(name, NAME, turns, (), None, str(category), cluster, style, True, question=wording))
         notes += official.counted(f"rows of style {style}", len(rows), 450, 440)
         if len(rows) == 440 and any((int(row["question_id"]) - 1) // 10 + 1 != int(row["category"]) for row in rows):
             notes.append(f"style {style} has 440 rows, whose ids do not count up with their categories as in 202503")
@@ -87,7 +88,7 @@ def scores(marks: official.Marks) -> official.Scores:
     for judge, rows in marks.items():
         fulfilled = official.judged(judge, "complied", rows)
         for style, events in official.grouped(fulfilled, official.GROUP).items():
-            cuts = {"category": official.CATEGORY}
+            cuts: dict[str, Any] = {"category": official.CATEGORY}
             if max(int(str(item.category)) for item, _ in events) <= 44:
                 cuts = {"domain": lambda item: DOMAIN_OF[int(item.category)]} | cuts
-            yield from official.shares("fulfilment_rate", judge, events, f"style={style}", **cuts)
+            yield from official.shares("fulfilment_rate", judge, events, cuts, f"style={style}")
