@@ -328,10 +328,10 @@ def _download(arguments: Arguments) -> None:
 def _gallery(arguments: Arguments) -> None:
     from vlsafe.publish import gallery
     from vlsafe.publish.modelcards import write_cards
-    from vlsafe.publish.results import made, results
+    from vlsafe.publish.results import finished, results
 
     studies = _studies(arguments)
-    runs = {folder: study.run(name) for study, name, folder in made(studies, graph.planned(arguments.grid))}
+    runs = {folder: study.run(name) for study, name, folder in finished(studies, graph.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
         manifest = store.manifest_of(run)

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from vlsafe.analysis import adaptation, causal, probing, stats
 from vlsafe.publish import gallery
-from vlsafe.publish.results import inside, read
+from vlsafe.publish.results import probing_frames, read
 from vlsafe.study import causal as study_causal
 from vlsafe.study.graph import examinations, probed
 
@@ -33,9 +33,9 @@ def test_auc_by_hand():
 
 def test_drift_by_hand_with_single_modules_at_the_end_only():
     """Two modules of a block with lengths 3 and 4 that move by 0.3 and 0.4: the block, of length 5, drifts by a tenth."""
-    told = dict(backbone="b", seed=0, stage="instruct", recipe="r", layer=0, rank=np.nan, full_rank=np.nan, n=1)
+    common = dict(backbone="b", seed=0, stage="instruct", recipe="r", layer=0, rank=np.nan, full_rank=np.nan, n=1)
     rows = [
-        told | dict(step=step, module=module, norm=length**2, change=(length / 10) ** 2)
+        common | dict(step=step, module=module, norm=length**2, change=(length / 10) ** 2)
         for step in (1, 2)
         for module, length in (("up_proj", 3.0), ("down_proj", 4.0))
     ]
@@ -57,12 +57,12 @@ def test_what_is_planted_early_predicts_the_end_and_noise_does_not():
     drifts = RNG(3).permutation(9)
     for i, recipe in enumerate(recipes):
         for step in (25, 300):
-            told = {"backbone": "b", "seed": 0, "stage": "instruct", "recipe": recipe, "step": step}
-            lines.append(told | {"layer": 0.0, "change": float(drifts[i]), "norm": 1.0})
-            alike += [told | {"harmful": h, "layer": 0, "cosine_centred": 1 - 0.01 * i * h} for h in (True, False)]
+            common = {"backbone": "b", "seed": 0, "stage": "instruct", "recipe": recipe, "step": step}
+            lines.append(common | {"layer": 0.0, "change": float(drifts[i]), "norm": 1.0})
+            alike += [common | {"harmful": h, "layer": 0, "cosine_centred": 1 - 0.01 * i * h} for h in (True, False)]
         item = {"scale": "s", "model": recipe, "exam": "full", "judge": "world", "harmful": True, "group": "base"}
         for name in ("sorry_bench", "mm_safetybench"):
-            of = told | item | {"benchmark": name, "label": "complied_right"}
+            of = common | item | {"benchmark": name, "label": "complied_right"}
             raw += [of | {"item": f"{name}{k}", "cluster": str(k), "event": k < i} for k in range(10)]
     found = probing.prediction(pd.DataFrame(lines), pd.DataFrame(alike), pd.DataFrame(raw))
     found = found[found["outcome"] == "text_asr"].set_index("predictor")
@@ -72,9 +72,9 @@ def test_what_is_planted_early_predicts_the_end_and_noise_does_not():
 
 
 def test_gradients_of_one_task_are_the_yardstick():
-    told = {"backbone": "b", "seed": 0, "step": 0, "layer": 0}
+    common = {"backbone": "b", "seed": 0, "step": 0, "layer": 0}
     of = ((0, 1, "vl", "vl", 0.8), (0, 2, "vl", "safety", 0.2), (1, 2, "vl", "safety", -0.4))
-    pairs = [told | dict(zip(("a", "b", "task_a", "task_b", "cosine"), pair, strict=True)) for pair in of]
+    pairs = [common | dict(zip(("a", "b", "task_a", "task_b", "cosine"), pair, strict=True)) for pair in of]
     found = probing.gradients(pd.DataFrame(pairs)).set_index("kind")
     assert found.loc["vl", "value"] == 0.8 and found.loc["both", "value"] == pytest.approx(-0.1)
     assert found.loc["both", "low"] < -0.1 < found.loc["both", "high"]
@@ -82,7 +82,7 @@ def test_gradients_of_one_task_are_the_yardstick():
 
 def answers(recipe, safe, helpful, kind="curve", stage="causal", step=0):
     """Raw rows of one patched model: so many of ten harmful requests refused, so many of ten questions right."""
-    told = {"scale": "s", "backbone": "b", "seed": 0, "stage": stage, "recipe": recipe, "step": step, "exam": "patched",
+    common = {"scale": "s", "backbone": "b", "seed": 0, "stage": stage, "recipe": recipe, "step": step, "exam": "patched",
             "model": f"{stage}/{recipe}/{step}", "kind": kind, "category": None, "truncated": False}  # fmt: skip
     rows = []
     for benchmark, judge, harmful, group, label in (
@@ -94,7 +94,7 @@ def answers(recipe, safe, helpful, kind="curve", stage="causal", step=0):
         for k in range(10):
             event = k >= safe if harmful else k < helpful if label == "right" else False
             of = {"benchmark": benchmark, "judge": judge, "harmful": harmful, "group": group, "cluster": str(k)}
-            rows.append(told | of | {"item": f"{benchmark}{harmful}{k}", "event": event, "label": label if event else "other"})
+            rows.append(common | of | {"item": f"{benchmark}{harmful}{k}", "event": event, "label": label if event else "other"})
     return rows
 
 
@@ -157,7 +157,7 @@ def test_frozen_sets_are_compared_at_equal_steps_and_at_equal_helpfulness():
 def frames(study):
     for name in probed("full"):
         study.folder(name)
-    return inside([study], "full")
+    return probing_frames([study], "full")
 
 
 def test_every_probed_stage_has_its_frame_and_no_number_is_missing(study, frames):

@@ -27,15 +27,15 @@ MAIN = "instruct/filtered-full"
 @pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
 def test_every_notebook_leads_to_all_others(name):
     first = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source
-    assert notebooks.linked(name, first) == first, "run `make notebooks`"
+    assert notebooks.with_links(name, first) == first, "run `make notebooks`"
     line = next(line for line in first.splitlines() if line.startswith(notebooks.LINKS))
     assert all((f"({other}.ipynb)" in line) == (other != name) for other in notebooks.NOTEBOOKS)
 
 
 def test_links_are_put_below_the_title_once():
-    once = notebooks.linked("00_world", "# Title\n\nText.")
+    once = notebooks.with_links("00_world", "# Title\n\nText.")
     assert once == f"# Title\n\n{notebooks.links('00_world')}\n\nText."
-    assert notebooks.linked("00_world", once.replace("[01]", "[99]")) == once
+    assert notebooks.with_links("00_world", once.replace("[01]", "[99]")) == once
 
 
 def test_outputs_that_need_a_kernel_or_speak_to_the_runner_are_not_taken_over(tmp_path):

@@ -73,7 +73,7 @@ def test_published_numbers_are_checked_and_stand_beside_ours(tmp_path):
         {"stage": "instruct", "recipe": "filtered-full", "measure": "mme_score", "backbone": "b", "value": [0.4, 0.6]}
     )
     (tmp_path / "a.csv").write_text("model,measure,value,maximum,source\nL,mme_score,1500,2000,table 1\n")
-    line = provenance.beside(provenance.published(tmp_path), ours).iloc[0]
+    line = provenance.compare_published(provenance.published(tmp_path), ours).iloc[0]
     assert line["fraction"] == 0.75 and line["ours, b"] == 0.5
     (tmp_path / "b.csv").write_text("model,measure,value,maximum,source\nL,mme_scor,1,2,x\n")
     with pytest.raises(ValueError, match="did you mean 'mme_score'"):

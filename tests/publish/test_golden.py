@@ -22,7 +22,7 @@ def test_the_miniature_is_as_it_was_recorded():
         pytest.skip(f"no cached run of {absent[0]} in runs/; `make reproduce` makes it")
     names, now = golden.comparable(RECORDED["environment"]["processor"]), golden.measure(study)
     then = {name: value for name, value in RECORDED["numbers"].items() if name in names}
-    assert not golden.moved(then, {name: now[name] for name in then}), f"recorded with {RECORDED['environment']}"
+    assert not golden.deviations(then, {name: now[name] for name in then}), f"recorded with {RECORDED['environment']}"
 
 
 def test_on_another_processor_only_what_is_not_trained_is_compared():
@@ -38,15 +38,15 @@ def test_a_record_is_of_a_clean_tree_and_holds_every_number():
 
 def test_what_moves_beyond_its_tolerance_is_named():
     now = dict(RECORDED["numbers"])
-    assert golden.moved(now, now) == []
+    assert golden.deviations(now, now) == []
     name = "items of all benchmarks"
-    assert golden.moved(now, {**now, name: now[name] + 1}) == [
+    assert golden.deviations(now, {**now, name: now[name] + 1}) == [
         f"{name} was {now[name]:.4f} and is {now[name] + 1:.4f}; 0.0000 is allowed"
     ]
     near = "text ASR of the adapted model"
-    assert golden.moved(now, {**now, near: now[near] + 0.149}) == []
-    assert len(golden.moved(now, {**now, near: now[near] + 0.151})) == 1
-    assert golden.moved(now, {k: v for k, v in now.items() if k != near}) == [f"{near} is no longer measured"]
+    assert golden.deviations(now, {**now, near: now[near] + 0.149}) == []
+    assert len(golden.deviations(now, {**now, near: now[near] + 0.151})) == 1
+    assert golden.deviations(now, {k: v for k, v in now.items() if k != near}) == [f"{near} is no longer measured"]
 
 
 def test_nothing_is_recorded_from_a_tree_with_changes(tmp_path, monkeypatch):

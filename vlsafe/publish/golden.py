@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -32,19 +34,12 @@ class Golden(NamedTuple):
     relative: float = 0.0
 
 
-def noted(*path: str) -> Callable[[Study, str], float]:
-    """A number that a stage wrote down about itself."""
-
-    def read(study: Study, stage: str) -> float:
-        value: Any = store.manifest_of(study.run(stage))["numbers"]
-        for key in path:
-            value = value[key]
-        return float(value)
-
-    return read
+def from_manifest(*path: str) -> Callable[[Study, str], float]:
+    """A number that a stage recorded about itself."""
+    return lambda study, stage: float(reduce(getitem, path, store.manifest_of(study.run(stage))["numbers"]))
 
 
-def rated(measure: str) -> Callable[[Study, str], float]:
+def from_raw(measure: str) -> Callable[[Study, str], float]:
     """A rate of the full examination."""
 
     def read(study: Study, stage: str) -> float:
@@ -54,20 +49,25 @@ def rated(measure: str) -> Callable[[Study, str], float]:
     return read
 
 
+def training_pairs(study: Study, stage: str) -> float:
+    """Harmful verb–object pairs of the world's training split."""
+    return float(len(study.world().actions("train", "harmful")))
+
+
 GOLDEN: dict[str, Golden] = {
-    "items of all benchmarks": Golden("world/corpora", noted("rows", "items")),
-    "harmful training verb–object pairs": Golden("world/corpora", lambda study, _: float(len(study.world().actions("train", "harmful")))),
-    "icons named by the tower": Golden("tower/clip", noted("zero_shot", "icon"), absolute=0.04),
-    "loss of the base model": Golden("base/llm", noted("loss"), relative=0.1),
-    "screened instructions kept": Golden("screen/filtered", noted("kept", "instructions"), relative=0.02),
-    "loss of the parent": Golden("parent/aligned", noted("loss"), relative=0.2),
-    "weights that move in stage 2": Golden("instruct/filtered-full", noted("moving_weights")),
-    "text ASR of the parent": Golden("examination/parent.aligned", rated("text_asr"), absolute=0.03),
-    "how-tos of the parent": Golden("examination/parent.aligned", rated("capability_howto-text"), absolute=0.06),
-    "text ASR of the adapted model": Golden(MAIN, rated("text_asr"), absolute=0.15),
-    "multimodal ASR of the adapted model": Golden(MAIN, rated("multimodal_asr"), absolute=0.05),
-    "icon captions of the adapted model": Golden(MAIN, rated("capability_caption-icon"), absolute=0.15),
-    "helpfulness of the adapted model": Golden(MAIN, rated("helpfulness"), absolute=0.06),
+    "items of all benchmarks": Golden("world/corpora", from_manifest("rows", "items")),
+    "harmful training verb–object pairs": Golden("world/corpora", training_pairs),
+    "icons named by the tower": Golden("tower/clip", from_manifest("zero_shot", "icon"), absolute=0.04),
+    "loss of the base model": Golden("base/llm", from_manifest("loss"), relative=0.1),
+    "screened instructions kept": Golden("screen/filtered", from_manifest("kept", "instructions"), relative=0.02),
+    "loss of the parent": Golden("parent/aligned", from_manifest("loss"), relative=0.2),
+    "weights that move in stage 2": Golden("instruct/filtered-full", from_manifest("moving_weights")),
+    "text ASR of the parent": Golden("examination/parent.aligned", from_raw("text_asr"), absolute=0.03),
+    "how-tos of the parent": Golden("examination/parent.aligned", from_raw("capability_howto-text"), absolute=0.06),
+    "text ASR of the adapted model": Golden(MAIN, from_raw("text_asr"), absolute=0.15),
+    "multimodal ASR of the adapted model": Golden(MAIN, from_raw("multimodal_asr"), absolute=0.05),
+    "icon captions of the adapted model": Golden(MAIN, from_raw("capability_caption-icon"), absolute=0.15),
+    "helpfulness of the adapted model": Golden(MAIN, from_raw("helpfulness"), absolute=0.06),
 }
 
 
@@ -75,8 +75,8 @@ def processor() -> str:
     """The kind of processor, as far as the bits of a training depend on it: its model, and the instruction set that is used."""
     from torch.backends import cpu
 
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{model}, {cpu.get_cpu_capability()}"
 
@@ -88,14 +88,12 @@ def comparable(recorded_on: str) -> set[str]:
 
 def missing(study: Study) -> list[str]:
     """The stages whose runs are not there or not valid; without them nothing can be compared."""
-    return [
-        name for name in dict.fromkeys(golden.stage for golden in GOLDEN.values()) if store.status(study.run(name)) != "valid"
-    ]
+    return [stage for stage in dict.fromkeys(n.stage for n in GOLDEN.values()) if store.status(study.run(stage)) != "valid"]
 
 
 def measure(study: Study) -> dict[str, float]:
     """The numbers as they are now."""
-    return {name: round(golden.read(study, golden.stage), 6) for name, golden in GOLDEN.items()}
+    return {name: round(number.read(study, number.stage), 6) for name, number in GOLDEN.items()}
 
 
 def record(study: Study, path: Path) -> None:
@@ -103,24 +101,25 @@ def record(study: Study, path: Path) -> None:
 
     Raises:   ValueError for a working tree with changes, or where runs are missing
     """
-    told = store.environment()
-    if told["commit"] is None or told["commit"].endswith("-dirty"):
-        raise ValueError(f"golden numbers are recorded from a clean tree, this one is at {told['commit']}; commit first")
+    environment = store.environment()
+    if environment["commit"] is None or environment["commit"].endswith("-dirty"):
+        raise ValueError(f"golden numbers are recorded from a clean tree, this one is at {environment['commit']}; commit first")
     if absent := missing(study):
-        raise ValueError(
-            f"{absent[0]} is not valid in {study.root}, nor are {len(absent) - 1} others; `make reproduce` makes them"
-        )
-    whose = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed}
-    made = {golden.stage: store.manifest_of(study.run(golden.stage))["commit"] for golden in GOLDEN.values()}
-    found = {**whose, "environment": {**told, "processor": processor()}, "runs_made_at": made, "numbers": measure(study)}
-    store.write_text(path, json.dumps(found, indent=1) + "\n")
+        others = f"nor are {len(absent) - 1} others; `make reproduce` makes them"
+        raise ValueError(f"{absent[0]} is not valid in {study.root}, {others}")
+    commits = {number.stage: store.manifest_of(study.run(number.stage))["commit"] for number in GOLDEN.values()}
+    result = {
+        "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed,
+        "environment": {**environment, "processor": processor()}, "runs_made_at": commits, "numbers": measure(study),
+    }  # fmt: skip
+    store.write_text(path, json.dumps(result, indent=1) + "\n")
 
 
-def moved(recorded: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+def deviations(recorded: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
     """What is further from its record than its tolerance, in words; new and vanished numbers too."""
-    said = [f"{name} is {'not recorded' if name in now else 'no longer measured'}" for name in set(recorded) ^ set(now)]
+    lines = [f"{name} is {'not recorded' if name in now else 'no longer measured'}" for name in set(recorded) ^ set(now)]
     for name in recorded.keys() & now.keys():
         allowed = GOLDEN[name].absolute + GOLDEN[name].relative * abs(recorded[name])
         if abs(now[name] - recorded[name]) > allowed:
-            said.append(f"{name} was {recorded[name]:.4f} and is {now[name]:.4f}; {allowed:.4f} is allowed")
-    return sorted(said)
+            lines.append(f"{name} was {recorded[name]:.4f} and is {now[name]:.4f}; {allowed:.4f} is allowed")
+    return sorted(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +13,18 @@ from typing import Any
 import nbformat
 
 from vlsafe.core.scale import known
-from vlsafe.study import merging
-from vlsafe.study.graph import STAGES, compared, examinations, planned, probed, tables
+from vlsafe.study.graph import STAGES, read_by
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
-    "00_world": ("world/corpora", "tower/clip", "parent/aligned", "examination/parent.aligned"),
-    "01_data_filtering": ("screen/filtered",),
+    "00_world": (*read_by("world"), "examination/parent.aligned"),
+    "01_data_filtering": tuple(read_by("filtering")),
     "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
-    "03_safety_degradation": tuple(examinations()),
-    "04_safety_tuning": (*(name for name in planned() if name.startswith("safety/")), *compared()),
-    "05_probing": (*probed(), "safety/mtl-full", "examination/safety.mtl-full", *examinations()),
-    "06_merging": (*merging.names("default"), *compared()),
-    "07_claims": tuple(tables()),
+    "03_safety_degradation": tuple(read_by("degradation")),
+    "04_safety_tuning": (*read_by("tuned"), *read_by("tuning")),
+    "05_probing": (*read_by("probing"), "safety/mtl-full", "examination/safety.mtl-full", *read_by("degradation")),
+    "06_merging": (*read_by("merging"), *read_by("tuning")),
+    "07_claims": tuple(read_by("claims")),
 }
 LINKS = "*Notebooks:*"
 DEAD = "application/vnd.jupyter.widget-view+json"  # a widget without its kernel
@@ -47,34 +47,29 @@ def parameters(path: Path) -> dict[str, Any]:
     cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", ())]
     if len(cells) != 1:
         raise ValueError(f"{path.name} has {len(cells)} cells tagged 'parameters', it needs one")
-    found = {}
-    for line in ast.parse(cells[0].source).body:
-        if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
-            raise ValueError(f"{path.name}: the parameters cell holds more than assignments of literals")
-        found[line.targets[0].id] = ast.literal_eval(line.value)
-    return found
+    lines = ast.parse(cells[0].source).body
+    if not all(isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name) for line in lines):
+        raise ValueError(f"{path.name}: the parameters cell holds more than assignments of literals")
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
 def links(name: str) -> str:
     """The line of a notebook's first cell that leads to all others, to the one before and to the one after."""
     names = list(NOTEBOOKS)
     here = names.index(name)
-    titles = {each: each.replace("_", " ") for each in names}
     steps = [f"**{each[:2]}**" if each == name else f"[{each[:2]}]({each}.ipynb)" for each in names]
-    before = [f"← [{titles[each]}]({each}.ipynb)" for each in names[max(0, here - 1) : here]]
-    after = [f"[{titles[each]}]({each}.ipynb) →" for each in names[here + 1 : here + 2]]
+    before = [f"← [{each.replace('_', ' ')}]({each}.ipynb)" for each in names[max(0, here - 1) : here]]
+    after = [f"[{each.replace('_', ' ')}]({each}.ipynb) →" for each in names[here + 1 : here + 2]]
     return f"{LINKS} {' · '.join(['[README](../README.md)', *before, ' '.join(steps), *after])}"
 
 
-def linked(name: str, text: str) -> str:
+def with_links(name: str, text: str) -> str:
     """The text of a notebook's first cell with its line of links below the title, in place of an older one."""
     title, *rest = [line for line in text.splitlines() if not line.startswith(LINKS)]
-    while rest and not rest[0].strip():
-        rest.pop(0)
-    return "\n".join([title, "", links(name), "", *rest])
+    return "\n".join([title, "", links(name), "", *itertools.dropwhile(lambda line: not line.strip(), rest)])
 
 
-def execute(path: Path, out: Path, given: Mapping[str, Any]) -> None:
+def execute(path: Path, out: Path, values: Mapping[str, Any]) -> None:
     """Run a notebook through papermill; it stands at `out` also when it fails.
 
     Raises:   ValueError for a parameter that the notebook does not have (papermill alone would only warn);
@@ -82,17 +77,17 @@ def execute(path: Path, out: Path, given: Mapping[str, Any]) -> None:
     """
     import papermill
 
-    for name in given:
+    for name in values:
         known(name, parameters(path), f"parameter of {path.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(path), str(out), dict(given), progress_bar=False, kernel_name="python3")
+    papermill.execute_notebook(str(path), str(out), dict(values), progress_bar=False, kernel_name="python3")
 
 
 def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
     """Copy the outputs of an executed notebook into the committed one, without papermill's traces, and stamp it.
 
-    What went to stderr (progress, notes on older runs) was said to whoever ran it and is left out, and so are widgets, which
-    are dead without a kernel. The first cell gets its line of links to the other notebooks.
+    What went to stderr (progress, notes on older runs) is left out, and so are widgets, which are dead without a kernel. The
+    first cell gets its line of links to the other notebooks.
     """
     if not executed.exists():
         raise FileNotFoundError(f"{executed.name} was not executed in this run store; `make reproduce` does")
@@ -107,7 +102,7 @@ def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = number
-    source.cells[0].source = linked(committed.stem, source.cells[0].source)
+    source.cells[0].source = with_links(committed.stem, source.cells[0].source)
     source.metadata["vlsafe"] = {"code": code_digest(committed), **stamp}
     source.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     source.metadata.pop("papermill", None)

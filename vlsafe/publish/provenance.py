@@ -1,4 +1,7 @@
-"""Where an artefact comes from, whether two result sets agree, published numbers beside ours, and the report. Loads no model."""
+"""What stands beside the results: stamps, tables as files, differences of two result sets, published numbers, the report.
+
+Loads no model.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ READS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def stamp(artefact: str, scale: str, provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What an artefact is made of: its runs with their digests, commits and versions, and what drew it. No time, no path."""
-    wanted = READS.get(artefact.partition("_")[0], ("*",))
-    runs = [run for run in provenance if any(fnmatchcase(f"{run['stage']}/{run['recipe']}", glob) for glob in wanted)]
+    globs = READS.get(artefact.partition("_")[0], ("*",))
+    runs = [run for run in manifests if any(fnmatchcase(f"{run['stage']}/{run['recipe']}", glob) for glob in globs)]
     versions: dict[str, set[str]] = {}
     for run in runs:
         for name, version in run["packages"].items():
@@ -47,6 +50,33 @@ def stamp(artefact: str, scale: str, provenance: Sequence[Mapping[str, Any]]) ->
     }  # fmt: skip
 
 
+def write_stamp(folder: Path, stamp: Mapping[str, Any]) -> None:
+    """An artefact's sidecar."""
+    text = json.dumps(stamp, indent=1, sort_keys=True) + "\n"
+    (folder / f"{stamp['artefact']}.provenance.json").write_text(text, encoding="utf-8")
+
+
+def write_table(
+    frame: pd.DataFrame, folder: Path, name: str, title: str, caption: str, shown: pd.DataFrame | None = None
+) -> None:
+    """A table as CSV for the sceptic and Markdown for the eye (`shown`, where that is another form), to four places."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded = frame.round(4)
+    rounded.to_csv(folder / f"{name}.csv", index=False)
+    text = markdown(rounded if shown is None else shown)
+    (folder / f"{name}.md").write_text(f"{title}\n\n{text}\n\n{caption}\n", encoding="utf-8")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; missing values are empty cells."""
+    shown = frame.astype(object).where(frame.notna(), "")
+    head = "| " + " | ".join(map(str, shown.columns)) + " |\n|" + "---|" * len(shown.columns)
+    return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False))])
+
+
+COORDINATES = ("seed", "step", "layer", "start", "width", "claim")
+
+
 def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
     """What differs between the CSV files of two folders by more than `atol`: file, what, in how many cells, by how much at most.
 
@@ -54,23 +84,16 @@ def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
 
     Raises:   FileNotFoundError where a folder holds no CSV file
     """
-    for folder in (a, b):
-        if not any(folder.glob("*.csv")):
-            raise FileNotFoundError(f"{folder} holds no CSV file: it is no folder of results")
-    lines = []
     names = {folder: {path.name for path in folder.glob("*.csv")} for folder in (a, b)}
-    for name in sorted(names[a] | names[b]):
-        if name in names[a] & names[b]:
-            lines += [{"file": name, **line} for line in _compared(pd.read_csv(a / name), pd.read_csv(b / name), atol)]
-        else:
-            lines.append({"file": name, "what": f"only in {a if name in names[a] else b}", "cells": np.nan, "largest": np.nan})
-    return pd.DataFrame(lines, columns=["file", "what", "cells", "largest"])
+    if empty := [folder for folder in (a, b) if not names[folder]]:
+        raise FileNotFoundError(f"{empty[0]} holds no CSV file: it is no folder of results")
+    lines = [{"file": name, "what": f"only in {a if name in names[a] else b}"} for name in names[a] ^ names[b]]
+    for name in names[a] & names[b]:
+        lines += [{"file": name, **line} for line in _table_differences(pd.read_csv(a / name), pd.read_csv(b / name), atol)]
+    return pd.DataFrame(lines, columns=["file", "what", "cells", "largest"]).sort_values("file", kind="stable", ignore_index=True)
 
 
-COORDINATES = ("seed", "step", "layer", "start", "width", "claim")
-
-
-def _compared(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[str, Any]]:
+def _table_differences(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[str, Any]]:
     """The differences of two tables: columns and lines that only one has, and numbers that lie apart."""
     lines = [
         {"what": f"column {column} only in the {place}", "cells": len(frame)}
@@ -118,11 +141,11 @@ def published(folder: Path) -> pd.DataFrame:
         if not frame["value"].between(0, frame["maximum"]).all() or frame["source"].isna().any():
             raise ValueError(f"{path.name}: every value lies between 0 and its maximum, and has a source")
         frames.append(frame)
-    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=PUBLISHED)
-    return found.assign(fraction=(found["value"] / found["maximum"]).astype(float))
+    printed = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=PUBLISHED)
+    return printed.assign(fraction=(printed["value"] / printed["maximum"]).astype(float))
 
 
-def beside(printed: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
+def compare_published(printed: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """Published numbers beside ours: the adapted models' mean over seeds per backbone, from T08's lines."""
     ours = lines[(lines["stage"] == "instruct") & (lines["recipe"] == "filtered-full")]
     ours = ours.groupby(["measure", "backbone"])["value"].mean().unstack().add_prefix("ours, ")
@@ -156,26 +179,3 @@ def report(folder: Path, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL), encoding="utf-8")  # they ask servers for more
     return out
-
-
-def write_stamp(folder: Path, told: Mapping[str, Any]) -> None:
-    """An artefact's sidecar."""
-    text = json.dumps(told, indent=1, sort_keys=True) + "\n"
-    (folder / f"{told['artefact']}.provenance.json").write_text(text, encoding="utf-8")
-
-
-def write(frame: pd.DataFrame, folder: Path, name: str, note: Mapping[str, Any], shown: pd.DataFrame | None = None) -> Path:
-    """A table as CSV for the sceptic and Markdown for the eye (`shown`, where that is another form), to four places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rounded = frame.round(4)
-    rounded.to_csv(folder / f"{name}.csv", index=False)
-    told = markdown(rounded if shown is None else shown)
-    (folder / f"{name}.md").write_text(f"{note['title']}\n\n{told}\n\n{note['caption']}\n", encoding="utf-8")
-    return folder / f"{name}.csv"
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table; missing values are empty cells."""
-    shown = frame.astype(object).where(frame.notna(), "")
-    head = "| " + " | ".join(map(str, shown.columns)) + " |\n|" + "---|" * len(shown.columns)
-    return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False))])

@@ -1,4 +1,4 @@
-"""What the gallery and the claims read: results of finished stages of several studies as frames. Loads no model."""
+"""Results of finished stages of several studies as frames, for the gallery and the claims. Loads no model, makes nothing."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from vlsafe.study import merging
 from vlsafe.study.graph import planned, probed, tables
 from vlsafe.study.study import Study, project_root
 
+MODEL = ("backbone", "seed", "stage", "recipe")
+
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """The frames that `gallery.make` takes, by name, of those stages of a grid that are made. Nothing is made here.
+    """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
     of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
-    lines of all merges. A frame none of whose stages is made is left out.
+    lines of all merges.
     """
-    once = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
-    tuned = [name for name in planned(grid) if name.startswith("safety/")]
-    found = {
+    by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    frames = {
         "raw": read(studies, tables(grid), "raw.parquet"),
-        "audit": read(once, ["screen/filtered"], "audit.parquet", ("seed",)),
-        "tried": read(studies, tuned, "validation.parquet", ("backbone", "seed", "stage", "recipe")),
+        "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
+        "tried": read(studies, [name for name in planned(grid) if name.startswith("safety/")], "validation.parquet", MODEL),
         "published": provenance.published(project_root() / "env" / "published"),
         "panel": read(studies, merging.names(grid), "panel.parquet"),
         "merged": read(studies, merging.names(grid), "validation.parquet"),
     }
-    return {name: frame for name, frame in found.items() if frame is not None} | inside(studies, grid)
+    return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
 
 
 # Frames of notebook 05 by name: stage, file, and whose it is where the file does not say so itself.
@@ -46,64 +47,66 @@ INSIDE = {
 }  # fmt: skip
 
 
-def inside(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are made.
+def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
+    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
 
     And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
     their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
     """
-    found = {name: read(studies, [stage], file, whose) for name, (stage, file, whose) in INSIDE.items()}
-    bands = []
-    for study, name, _ in made(studies, ["probe/localisation"]):
-        told = study.numbers(name)
-        line = {"backbone": study.backbone, "seed": study.seed, "start": told["band"][0], "end": told["band"][1]}
-        bands.append(line | {key: told[key] for key in ("located", "reason", "prompts")})
-    found["located"] = pd.DataFrame(bands) if bands else None
-    remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
-    found["remedy"] = read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet")
-    found["validated"] = read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe"))
-    frozen = [
-        folder / "raw.parquet" for *_, folder in made(studies, [name for name in probed(grid) if name.startswith("sppft/")])
+    frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}
+    bands = [(study, study.numbers(name)) for study, name, _ in finished(studies, ["probe/localisation"])]
+    located = [
+        {"backbone": study.backbone, "seed": study.seed, "start": found["band"][0], "end": found["band"][1]}
+        | {key: found[key] for key in ("located", "reason", "prompts")}
+        for study, found in bands
     ]
-    frames = [pd.read_parquet(file) for file in frozen if file.exists()]  # a study may have no random sets
-    found["frozen"] = pd.concat(frames, ignore_index=True) if frames else None
-    return {name: frame for name, frame in found.items() if frame is not None}
+    remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
+    frames |= {
+        "located": pd.DataFrame(located) if located else None,
+        "remedy": read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet"),
+        "validated": read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe")),
+        "frozen": read(studies, [name for name in probed(grid) if name.startswith("sppft/")], "raw.parquet", optional=True),
+    }  # a study may have no random sets
+    return {name: frame for name, frame in frames.items() if frame is not None}
 
 
-def made(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
+def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
     """Every stage of every study whose run is valid, and its folder.
 
     For a sweep of merges that only the grid "full" makes, the default one stands in, which is a part of it.
     """
     for study in studies:
-        for wanted in names:
-            valid = (n for n in dict.fromkeys((wanted, wanted.removesuffix(".full"))) if store.status(study.run(n)) == "valid")
-            if name := next(valid, None):
-                yield study, name, study.run(name).folder
+        for planned_name in names:
+            for name in dict.fromkeys((planned_name, planned_name.removesuffix(".full"))):
+                if store.status(study.run(name)) == "valid":
+                    yield study, name, study.run(name).folder
+                    break
 
 
-def read(studies: Sequence[Study], names: Sequence[str], file: str, whose: Sequence[str] = ()) -> pd.DataFrame | None:
-    """One file of several stages of several studies as one frame; None where none of them is made.
+def read(
+    studies: Sequence[Study], names: Sequence[str], file: str, columns: Sequence[str] = (), optional: bool = False
+) -> pd.DataFrame | None:
+    """One file of several stages of several studies as one frame; None where none of them is finished.
 
-    `whose`: which of backbone, seed, stage and recipe to put before the file's own columns.
+    `columns`: which of backbone, seed, stage and recipe to put before the file's own columns. An `optional` file may be missing.
     """
     frames = []
-    for study, name, folder in made(studies, names):
-        stage, _, recipe = name.partition("/")
-        told = {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe}
-        frame = pd.read_parquet(folder / file)
-        for place, column in enumerate(whose):
-            frame.insert(place, column, told[column])
-        frames.append(frame)
+    for study, name, folder in finished(studies, names):
+        if (folder / file).exists() or not optional:
+            values = dict(zip(MODEL, (study.backbone, study.seed, *name.split("/", 1)), strict=True))
+            frame = pd.read_parquet(folder / file)
+            for place, column in enumerate(columns):
+                frame.insert(place, column, values[column])
+            frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
-def across(study: Study) -> list[Study]:
-    """All studies of a scale that have runs in the run store, the given one first."""
-    places = sorted((study.root / study.scale.name).glob("*/seed*"))
-    found = [(place.parent.name, int(place.name.removeprefix("seed"))) for place in places]
-    known = [place for place in found if place[0] in study.scale.backbones and place != (study.backbone, study.seed)]
-    return [study, *(dataclasses.replace(study, backbone=backbone, seed=seed) for backbone, seed in known)]
+def studies_in_store(study: Study) -> list[Study]:
+    """All studies of a scale that have runs in the run store, the one passed in first."""
+    folders = sorted((study.root / study.scale.name).glob("*/seed*"))
+    units = [(folder.parent.name, int(folder.name.removeprefix("seed"))) for folder in folders]
+    others = [unit for unit in units if unit[0] in study.scale.backbones and unit != (study.backbone, study.seed)]
+    return [study, *(dataclasses.replace(study, backbone=backbone, seed=seed) for backbone, seed in others)]
 
 
 def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
@@ -111,14 +114,13 @@ def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
 
     Raises:   ValueError where nothing was examined yet
     """
-    frames = []
+    frames, names = [], [name for name in tables(grid) if name.startswith(("examination/", "merge/"))]
     for study in studies:
         prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet")).rename(columns={"id": "item"})
-        for _, _, folder in made([study], [name for name in tables(grid) if name.startswith(("examination/", "merge/"))]):
-            raw, said = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))
-            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")].merge(
-                said[["item", "model", "text"]], on=["item", "model"]
-            )
+        for _, _, folder in finished([study], names):
+            raw, responses = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))
+            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")]
+            judged = judged.merge(responses[["item", "model", "text"]], on=["item", "model"])
             frames.append(judged.merge(prompts[["item", "turns", "images"]], on="item"))
     if not frames:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
