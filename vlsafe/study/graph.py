@@ -149,6 +149,25 @@ def planned(grid: str = "default") -> list[str]:
     return [name for name in STAGES if name in chosen or not name.startswith(OPTIONAL)]
 
 
+def read_by(word: str, grid: str = "default") -> list[str]:
+    """The stages that a notebook reads, by its word; "tuned" are the trainings of notebook 04.
+
+    Raises:   ValueError for an unknown word or grid
+    """
+    words = {
+        "world": ["world/corpora", "tower/clip", "base/llm", "parent/aligned"],
+        "filtering": ["screen/filtered"],
+        "adaptation": [f"instruct/{name}" for name in adaptation.RECIPES],
+        "degradation": list(examinations()),
+        "tuning": compared(grid),
+        "tuned": [name for name in planned(grid) if name.startswith("safety/")],
+        "probing": probed(grid),
+        "merging": merging.names(grid),
+        "claims": tables(grid),
+    }
+    return words[known(word, words, "word of a notebook")]
+
+
 def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     """The stages of a grid in groups that one process makes in a row: a model with its examination, the examinations of a parent.
 

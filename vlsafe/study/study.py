@@ -109,10 +109,24 @@ class Study:
         stage, _, recipe = name.partition("/")
         return {"backbone": self.backbone, "seed": self.seed, "stage": stage, "recipe": recipe}
 
+    def stages(self, word: str, grid: str = "default") -> list[str]:
+        """The stages that a notebook reads, by its word (`graph.read_by`)."""
+        from vlsafe.study.graph import read_by
+
+        return read_by(word, grid)
+
+    def summary(self, *names: str) -> pd.DataFrame:
+        """What finished stages noted about themselves, one line each."""
+        return pd.DataFrame({name: self.numbers(name) for name in names}).T
+
     def losses(self, *names: str) -> pd.DataFrame:
         """Training losses of stages, a column each, by step. Units: nats per token."""
         read = {name: json.loads((self.folder(name) / "losses.json").read_text(encoding="utf-8")) for name in names}
         return pd.DataFrame({name: pd.Series(values) for name, values in read.items()})
+
+    def history(self, name: str) -> list[dict[str, float]]:
+        """What the trainer of a tuned model logged, one record per step."""
+        return json.loads((self.folder(name) / "history.json").read_text(encoding="utf-8"))
 
     def digests(self, *names: str) -> pd.Series:
         """The digest of each stage's run: what a notebook has read."""

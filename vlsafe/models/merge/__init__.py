@@ -1,1 +1,5 @@
-"""Two models into one: rules on tensors, models in memory, checkpoints on disk. It knows no benchmark and no study."""
+"""Merge rules on tensors, in memory and on disk."""
+
+from vlsafe.core.lazy import lazily
+
+__getattr__ = lazily(__name__)
