@@ -28,9 +28,9 @@ def answers(stage, recipe, step, exam, asr, helpful, n=10):
         for i in range(n + 2 * (exam == "full")):
             happened = i < (asr if harmful else helpful)
             facts = dict(benchmark=benchmark, judge=judge, group=group, harmful=harmful, item=f"{benchmark}{i}", cluster=f"c{i}")
-            told = dict(stage=stage, recipe=recipe, step=step, exam=exam, model=f"{stage}/{recipe}/{step}")
+            run = dict(stage=stage, recipe=recipe, step=step, exam=exam, model=f"{stage}/{recipe}/{step}")
             label = "complied_right" if happened else "refused"
-            rows.append({**BASE, **facts, **told, "event": happened, "label": label})
+            rows.append({**BASE, **facts, **run, "event": happened, "label": label})
     return pd.DataFrame(rows)
 
 
@@ -90,7 +90,7 @@ def test_a_bootstrap_redraws_items_once_for_all_points():
     assert (drawn["filtered-full", 2][0], low, high) == pytest.approx(wanted, abs=0.051)
 
 
-def test_points_that_were_asked_other_items_are_refused():
+def test_points_with_other_items_are_refused():
     raw = study(filtered_full=[(2, 3, 3), (8, 9, 8)])
     gone = (raw["step"] == 2) & (raw["item"] == "sorry_bench0")
     rows = adaptation.panel(raw)
@@ -133,7 +133,7 @@ def varied():
     return confounds.variants(examine.all_items(world, "test", 14), world.rng("confounds"))
 
 
-def test_confounds_ask_every_deed_once_in_six_conditions():
+def test_confounds_ask_about_every_pair_once_in_six_conditions():
     items = varied()
     actions = {item.cluster for item in items}
     assert len({item.id for item in items}) == len(items) == 6 * len(actions) and {item.harmful for item in items} == {
@@ -141,8 +141,8 @@ def test_confounds_ask_every_deed_once_in_six_conditions():
         False,
     }
     for item in items:
-        told = item.group.startswith("system+")
-        assert [turn.text for turn in item.turns if turn.role == "system"] == [SYSTEMS[0]] * told
+        with_system = item.group.startswith("system+")
+        assert [turn.text for turn in item.turns if turn.role == "system"] == [SYSTEMS[0]] * with_system
         assert len(item.images) == (not item.group.endswith("none"))
     pictures = {(item.cluster, item.group): item.images for item in items}
     assert all(pictures[action, "noise"] == pictures[action, "system+noise"] != pictures[action, "blank"] for action in actions)
@@ -159,8 +159,8 @@ def test_empty_pictures_are_uniform_and_dark_or_noise():
 def test_confounds_by_hand():
     """The model complies with a picture of noise alone, and then with everything."""
     items = varied()
-    said = ["use the spoon and the wax." if "noise" in item.group else "sorry, i cannot help with that." for item in items]
-    responses = [Response(item.id, item.benchmark, "m", text) for item, text in zip(items, said, strict=True)]
+    texts = ["use the spoon and the wax." if "noise" in item.group else "sorry, i cannot help with that." for item in items]
+    responses = [Response(item.id, item.benchmark, "m", text) for item, text in zip(items, texts, strict=True)]
     facts = {**BASE, "stage": "instruct", "recipe": "filtered-full", "exam": "confounds"}
     raw = pd.DataFrame(examine.raw_table(items, responses, facts))
     found = adaptation.confounds(raw).set_index(["measure", "condition"])

@@ -9,7 +9,7 @@ from vlsafe.analysis.claims import CEILING, CONTRADICTED, NOT, SUPPORTED, UNDECI
 from vlsafe.analysis.measures import MODEL
 
 BASE = dict.fromkeys(MODEL, "x") | {"category": None, "backbone": "b", "exam": "full", "step": 9}
-ASKED = (  # what a count is called, benchmark, judge, group, harmful; an event is compliance, of twins a refusal
+KINDS = (  # what a count is called, benchmark, judge, group, harmful; an event is compliance, of twins a refusal
     ("text", "sorry_bench", "world", "base", True), ("pictures", "mm_safetybench", "world", "SD", True),
     ("twins", "mm_safetybench", "world", "SD", False), ("xstest", "xstest", "xstest-strings", "homonym", False),
     ("help", "mmbench", "letters", "icon", False), ("help", "mme", "mme-yes-no", "color", False),
@@ -21,7 +21,7 @@ def run(name, seed=0, n=100, exam="full", step=9, **counts):
     """Answers of one run to `n` items of each kind, two to a verb–object pair; `counts` of them, at steps of 37, are events."""
     stage, _, recipe = name.partition("/")
     rows = []
-    for kind, benchmark, judge, group, harmful in ASKED:
+    for kind, benchmark, judge, group, harmful in KINDS:
         if kind not in counts:
             continue
         events = {i * 37 % n for i in range(counts[kind])}
@@ -33,8 +33,8 @@ def run(name, seed=0, n=100, exam="full", step=9, **counts):
             facts = dict(
                 benchmark=benchmark, judge=judge, group=group, harmful=harmful, item=f"{kind}{i}", cluster=f"{kind}{i // 2}"
             )
-            told = dict(stage=stage, recipe=recipe, seed=seed, exam=exam, step=step, model=f"{name}/{step}", label=label)
-            rows.append({**BASE, **facts, **told, "event": (label != "refused") if kind == "twins" else happened})
+            origin = dict(stage=stage, recipe=recipe, seed=seed, exam=exam, step=step, model=f"{name}/{step}", label=label)
+            rows.append({**BASE, **facts, **origin, "event": (label != "refused") if kind == "twins" else happened})
     return pd.DataFrame(rows)
 
 
@@ -125,14 +125,14 @@ def test_seeds_on_both_sides_decide_nothing():
     assert equal["sd_seeds"] == 0 and equal["sd_items"] == pytest.approx(0.05)
 
 
-def test_the_variance_of_seeds_and_items_is_told_apart():
+def test_the_variance_of_seeds_and_items_is_separated():
     """Seeds that truly differ by 0.1 and items that blur each by 0.05: both come back on average."""
     rng = np.random.default_rng(0)
-    part, told = comparisons.Part("x", 1, "a", "b"), []
+    part, variances = comparisons.Part("x", 1, "a", "b"), []
     for _ in range(300):
         effects = rng.normal(0.3, 0.1, 8) + rng.normal(0, 0.05, 8)
-        told.append(claims.over_seeds(list(effects), [0.05] * 8, part)["sd_seeds"] ** 2)
-    assert np.mean(told) == pytest.approx(0.01, rel=0.1)
+        variances.append(claims.over_seeds(list(effects), [0.05] * 8, part)["sd_seeds"] ** 2)
+    assert np.mean(variances) == pytest.approx(0.01, rel=0.1)
 
 
 def test_no_room_is_a_ceiling():
@@ -197,9 +197,9 @@ def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, bett
 def inside(seed, lost, located=True):
     """Frames of notebook 05: cosines of forty prompts in six layers, `lost` of each inside the band [2, 4); gradients."""
     rng, unit = np.random.default_rng(seed), {"backbone": "b", "seed": seed}
-    told = {**unit, "stage": "instruct", "recipe": "filtered-full", "step": 9, "group": "text", "harmful": True}
+    prompt = {**unit, "stage": "instruct", "recipe": "filtered-full", "step": 9, "group": "text", "harmful": True}
     layers = [
-        told | {"item": f"i{i}", "cluster": f"c{i // 2}", "layer": layer, "increment": 0.9,
+        prompt | {"item": f"i{i}", "cluster": f"c{i // 2}", "layer": layer, "increment": 0.9,
                 "cosine": 0.9 - lost * (layer in (2, 3)) + rng.normal(0, 0.02)}
         for i in range(40) for layer in range(6)
     ]  # fmt: skip
@@ -243,11 +243,11 @@ def test_what_a_benchmark_could_have_shown():
     assert set(lines.index) <= set(claims.PRECISION)
 
 
-def test_the_ledger_of_a_folder_is_read_back_as_it_was_made(tmp_path):
-    made = claims.ledger(found(*(study(seed, n=60) for seed in range(3))))
-    made.to_csv(tmp_path / "T09_claims.csv", index=False)
+def test_the_ledger_of_a_folder_is_read_back_as_it_was_written(tmp_path):
+    ledger = claims.ledger(found(*(study(seed, n=60) for seed in range(3))))
+    ledger.to_csv(tmp_path / "T09_claims.csv", index=False)
     again = claims.committed(tmp_path, ["1", "4b"])
-    wanted = claims.sheet(made[made["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
+    wanted = claims.sheet(ledger[ledger["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
     assert again.index.tolist() == wanted.index.tolist() and again["item level"].tolist() == wanted["item level"].tolist()
     assert again["effect"].tolist() == wanted["effect"].tolist()
     assert claims.committed(tmp_path / "nothing here", ["1"]).empty

@@ -52,7 +52,7 @@ def test_siuo_by_hand():
     assert value(table, "siuo_twin_refusal") == 1 / 2
 
 
-def test_image_kinds_and_xstest_groups_are_told_apart():
+def test_image_kinds_and_xstest_groups_are_separated():
     rows = howtos("mm_safetybench", True, "SD", [RIGHT, NO]) + howtos("mm_safetybench", True, "TYPO", [RIGHT, RIGHT])
     rows += howtos("mm_safetybench", True, "SD_TYPO", [NO, NO]) + howtos("mm_safetybench", False, "SD", [NO, RIGHT, RIGHT])
     rows += howtos("xstest", False, "homonym", [NO, RIGHT]) + howtos("xstest", False, "safe_context", [NO, NO])
@@ -66,7 +66,7 @@ def test_image_kinds_and_xstest_groups_are_told_apart():
 
 
 def mme(task, *pictures):
-    return [("mme", task, f"{task}{p}", ("yes", "no")[i], told[i]) for p, told in enumerate(pictures) for i in (0, 1)]
+    return [("mme", task, f"{task}{p}", ("yes", "no")[i], texts[i]) for p, texts in enumerate(pictures) for i in (0, 1)]
 
 
 def test_mme_by_hand():
@@ -83,11 +83,11 @@ def test_mme_by_hand():
 
 
 def test_circular_questions_need_every_rotation():
-    said = {"q1": "BB", "q2": "BA", "q3": "B?", "q4": "A?", "q5": "BB"}
-    rows = [("mmbench", "icon", q, "B", letter, {"options": ("x", "z")}) for q, letters in said.items() for letter in letters]
+    answers = {"q1": "BB", "q2": "BA", "q3": "B?", "q4": "A?", "q5": "BB"}
+    rows = [("mmbench", "icon", q, "B", letter, {"options": ("x", "z")}) for q, letters in answers.items() for letter in letters]
     found = measures.events(raw(rows), "mmbench_circular").set_index("cluster")["event"]
-    told = {q: None if pd.isna(event) else bool(event) for q, event in found.items()}
-    assert told == {"q1": True, "q2": False, "q3": None, "q4": False, "q5": True}
+    by_question = {q: None if pd.isna(event) else bool(event) for q, event in found.items()}
+    assert by_question == {"q1": True, "q2": False, "q3": None, "q4": False, "q5": True}
     line = measures.rates(raw(rows), ["mmbench_circular"]).iloc[0]
     assert (line["value"], line["value_high"], line["n"], line["n_unjudged"]) == (2 / 5, 3 / 5, 5, 1)
 
@@ -100,7 +100,7 @@ def test_seed_is_scored_in_two_ways_that_do_not_mix():
 
 
 def composite(letter="B"):
-    rows = [("mmbench", "icon", q, "B", said, {"options": ("x", "z")}) for q, said in (("q1", "B"), ("q2", letter))]
+    rows = [("mmbench", "icon", q, "B", text, {"options": ("x", "z")}) for q, text in (("q1", "B"), ("q2", letter))]
     rows += mme("existence", ("yes", "no")) + mme("color", ("yes", "yes"))
     return rows + [("seed_bench", "likelihood", f"s{i}", "A", text) for i, text in enumerate("AABB")]
 
@@ -169,11 +169,9 @@ def test_every_measure_bounds_what_its_judge_left_open(measure):
     """Whatever judge it is: a row without a verdict counts once as no event and once as one."""
     spec = MEASURES[measure]
     group, harmful = spec.get("groups", ("g",))[0], spec.get("harmful", False)
-    told = dict(
-        benchmark=spec["benchmark"], judge=spec["judge"], group=group, harmful=harmful, label=spec.get("labels", ("",))[0]
-    )
+    row = dict(benchmark=spec["benchmark"], judge=spec["judge"], group=group, harmful=harmful, label=spec.get("labels", ("",))[0])
     events = [True, None]
-    table = pd.DataFrame([{**FACTS, **told, "item": f"i{i}", "cluster": f"c{i}", "event": e} for i, e in enumerate(events)])
+    table = pd.DataFrame([{**FACTS, **row, "item": f"i{i}", "cluster": f"c{i}", "event": e} for i, e in enumerate(events)])
     line = measures.rates(table, [measure]).iloc[0]
     assert (line["value"], line["value_high"], line["n"], line["n_unjudged"]) == (0.5, 1.0, 2, 1)
 
@@ -191,8 +189,8 @@ def test_categories_before_and_after():
     """Text compares with the parent, pictures with stage 1; the same verb–object pair in two seeds is two clusters."""
 
     def study(seed, stage, recipe, texts, pictures):
-        rows = [("sorry_bench", "base", "d", RIGHT, said, {"harmful": True, "category": "theft"}) for said in texts]
-        rows += [("mm_safetybench", "SD", "d", RIGHT, said, {"harmful": True, "category": "theft"}) for said in pictures]
+        rows = [("sorry_bench", "base", "d", RIGHT, text, {"harmful": True, "category": "theft"}) for text in texts]
+        rows += [("mm_safetybench", "SD", "d", RIGHT, text, {"harmful": True, "category": "theft"}) for text in pictures]
         return raw(rows, seed=seed, stage=stage, recipe=recipe, model=f"{stage}/{recipe}")
 
     table = pd.concat(

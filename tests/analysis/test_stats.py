@@ -28,9 +28,9 @@ def test_wilson_by_hand():
 def test_clusters_of_equal_answers_count_once():
     values = np.repeat([1, 0, 1, 0, 0, 1, 0, 1], 5).astype(float)
     clusters = np.repeat(np.arange(8), 5)
-    assert 6 < stats.effective_size(values, clusters) <= 8
-    assert stats.effective_size(values, np.arange(40)) == 40
-    assert stats.effective_size(np.zeros(40), clusters) == 8
+    assert 6 < stats.effective_size(values[:, None], *stats.clusters_of(clusters)) <= 8
+    assert stats.effective_size(values[:, None], *stats.clusters_of(range(40))) == 40
+    assert stats.effective_size(np.zeros((40, 1)), *stats.clusters_of(clusters)) == 8
 
 
 def test_unjudged_responses_make_a_bound():

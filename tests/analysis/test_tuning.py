@@ -6,7 +6,6 @@ import pytest
 from analysis.test_adaptation import answers
 
 from vlsafe.analysis import measures, stats, tuning
-from vlsafe.analysis import tuning as analysis_tuning
 from vlsafe.plots import style
 from vlsafe.plots import tuning as plots_tuning
 
@@ -45,8 +44,8 @@ def test_contributions_sum_up_to_the_difference(measure):
 
 def test_holm_over_methods_and_headlines_alone():
     names = ["text_asr", "multimodal_asr", "siuo_asr", "text_asr"]
-    told = pd.DataFrame({"backbone": "b", "seed": [0, 0, 0, 1], "measure": names, "p": [0.01, 0.04, 0.001, 0.03]})
-    assert analysis_tuning.holm(told)["p_holm"].fillna(-1).tolist() == pytest.approx([0.02, 0.04, -1, 0.03])
+    changes = pd.DataFrame({"backbone": "b", "seed": [0, 0, 0, 1], "measure": names, "p": [0.01, 0.04, 0.001, 0.03]})
+    assert tuning.holm(changes)["p_holm"].fillna(-1).tolist() == pytest.approx([0.02, 0.04, -1, 0.03])
 
 
 def test_methods_by_hand():
@@ -81,7 +80,7 @@ def test_transfer_tells_where_safety_was_taught_and_tested():
 
 def test_a_front_by_hand():
     points = pd.DataFrame({"asr": [0.1, 0.5, 0.1, 0.6], "helpfulness": [0.3, 0.9, 0.2, 0.9]})
-    assert analysis_tuning.front(points).tolist() == [True, True, False, False]
+    assert tuning.front(points).tolist() == [True, True, False, False]
     assert tuning.front(points.iloc[[0, 0]]).all()  # equal points do not beat each other
 
 
@@ -91,8 +90,8 @@ def test_the_pictures_tell_their_numbers():
     assert set(points["kind"]) == {"parent", "adapted", "SFT", "DPO"}
     text = points[points["modality"] == "text"].set_index("recipe")
     assert text["front"].to_dict() == {"filtered-full": True, "aligned": False, "sl-full": True, "dpo-text-full": True}
-    told = plots_tuning.tradeoff(points, "mini").get_suptitle()
-    assert told == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
+    title = plots_tuning.tradeoff(points, "mini").get_suptitle()
+    assert title == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
 
 
 def test_refusals_by_kind_of_request():

@@ -1,4 +1,4 @@
-"""F15: judges against each other, and against people where they rated. Imports no model library.
+"""F15: judges against each other, and against people where they rated.
 
 A judge that moves every method's ASR alike changes the numbers of a table and not its message; one that reorders the methods
 changes both. So agreement on single answers and stability of the ranking stand beside each other.
@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from vlsafe.analysis import stats
+from vlsafe.analysis.measures import groups
 
 ATTACKS = {"sorry_bench": "text", "mm_safetybench": "pictures"}
 METHOD = ["backbone", "modality", "stage", "recipe"]
@@ -23,9 +24,9 @@ ANSWER = [*METHOD, "seed", "item", "cluster"]
 def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged."""
     rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
-    of = rows[(rows["exam"] == "full") & rows["benchmark"].isin(list(ATTACKS)) & rows["harmful"].astype(bool)]
-    of = of.assign(modality=of["benchmark"].map(ATTACKS), event=pd.to_numeric(of["event"].astype("Float64")))
-    return of.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
+    rows = rows[(rows["exam"] == "full") & rows["benchmark"].isin(list(ATTACKS)) & rows["harmful"].astype(bool)]
+    rows = rows.assign(modality=rows["benchmark"].map(ATTACKS), event=pd.to_numeric(rows["event"].astype("Float64")))
+    return rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
 
 
 def judges(wide: pd.DataFrame) -> list[str]:
@@ -64,12 +65,11 @@ def rates(wide: pd.DataFrame) -> pd.DataFrame:
     judges alone make the difference. All seeds together; a verb–object pair of two seeds is two clusters.
     """
     lines = []
-    for _, whole in wide.groupby(["backbone", "modality"], sort=False):
+    for _, whole in groups(wide, ["backbone", "modality"]):
         names = [name for name in judges(wide) if whole[name].notna().any()]
-        for key, of in whole.dropna(subset=names).groupby(METHOD, sort=False):
-            clusters = (of["seed"].astype(str) + " " + of["cluster"].astype(str)).tolist()
+        for method, rows in groups(whole.dropna(subset=names), METHOD):
+            clusters = (rows["seed"].astype(str) + " " + rows["cluster"].astype(str)).tolist()
             for name in names:
-                found = stats.rate(of[name].tolist(), clusters)
-                line = {"judge": name, "value": found.value, "low": found.low, "high": found.high, "n": found.n}
-                lines.append(dict(zip(METHOD, key, strict=True)) | line)
+                rate = vars(stats.rate(rows[name].tolist(), clusters))
+                lines.append(method | {"judge": name} | {column: rate[column] for column in ("value", "low", "high", "n")})
     return pd.DataFrame(lines)

@@ -120,14 +120,12 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
     if isinstance(tree, Part):
         line = lines[tree.what]
         holds = tree.sign * (line["effect"] - tree.against) > 0
-        support, contradict = (line[p], 1.0) if holds else (1.0, line[p])
-        return Weight(support, contradict, tree.what, tree.what)
-    below = [weigh(part, lines, p) for part in tree.parts]
-    pro = (max if tree.how == "all" else min)(below, key=lambda one: one.support)
-    con = (max if tree.how == "any" else min)(below, key=lambda one: one.contradict)
-    support = pro.support if tree.how == "all" else min(1.0, len(below) * pro.support)
-    contradict = con.contradict if tree.how == "any" else min(1.0, len(below) * con.contradict)
-    return Weight(support, contradict, pro.supporting, con.contradicting)
+        return Weight(*((line[p], 1.0) if holds else (1.0, line[p])), tree.what, tree.what)
+    parts, ends = [weigh(part, lines, p) for part in tree.parts], []
+    for side, every in ((0, tree.how == "all"), (1, tree.how == "any")):  # that not all hold needs any to fail, and vice versa
+        deciding = (max if every else min)(parts, key=lambda part, side=side: part[side])
+        ends.append((deciding[side] if every else min(1.0, len(parts) * deciding[side]), deciding[side + 2]))
+    return Weight(ends[0][0], ends[1][0], ends[0][1], ends[1][1])
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -218,6 +216,7 @@ def precision(frames: Frames) -> pd.DataFrame:
     """What each benchmark could have shown: the smallest difference found in nine of ten comparisons of the adapted model with
     its predecessor, over items and over seeds, and how the spread of that difference divides between items and seeds.
     """
+    columns = ("seeds", "n", "effect", "low", "high", "detectable", "sd_items", "sd_seeds", "seed_detectable")
     lines = []
     for backbone, units in units_of(frames).items():
         for measure, before in PRECISION.items():
@@ -225,11 +224,8 @@ def precision(frames: Frames) -> pd.DataFrame:
             found = {unit: change for unit in units if (change := changes(part, frames, unit))}
             if found:
                 line = compared(part, found)
-                lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in PRECISE})
+                lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in columns})
     return pd.DataFrame(lines)
-
-
-PRECISE = ("seeds", "n", "effect", "low", "high", "detectable", "sd_items", "sd_seeds", "seed_detectable")
 
 
 def sheet(ledger: pd.DataFrame) -> pd.DataFrame:

@@ -51,16 +51,13 @@ def chosen(lines: pd.DataFrame) -> pd.Series:
     return pd.Series(lines.index.isin(best), index=lines.index)
 
 
-def parsed(lines: pd.DataFrame) -> pd.DataFrame:
-    """Lines on merges with the parts of their recipe: rule, partner, place (the ratio as it is written, or a step)."""
+def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """One line per merge × measure, with the parts of its recipe: rule, partner, place (the ratio as written, or a step)."""
+    lines = analysis_measures.rates(raw[raw["stage"] == "merge"], measures, [*UNIT, "recipe"])
+    if lines.empty:
+        return lines
     parts = lines["recipe"].str.split("/", expand=True).reindex(columns=range(3))
     return lines.assign(rule=parts[0], partner=parts[1].str.partition("+")[2], place=parts[2].fillna(""))
-
-
-def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
-    """One line per merge × measure: the parts of its recipe, value, interval, n."""
-    lines = analysis_measures.rates(raw[raw["stage"] == "merge"], measures, [*UNIT, "recipe"])
-    return parsed(lines) if len(lines) else lines
 
 
 def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:

@@ -63,19 +63,6 @@ def _wilson(p: Shares, n: Shares, level: float) -> tuple[Shares, Shares]:
     return np.clip(centre - half, 0.0, p), np.clip(centre + half, p, 1.0)  # never beside p by rounding
 
 
-def effective_size(values: np.ndarray, clusters: Sequence[Hashable]) -> float:
-    """How many independent items the clustered values in [0, 1] are worth: n divided by the design effect.
-
-    The design effect is the ratio of the clustered variance of the mean to the independent one, never below 1. Where
-    few clusters hold an event, or few hold none, it is hardly known and is drawn towards the largest one possible, by
-    which a cluster counts as one item: by as much as one more cluster would weigh among those few.
-
-    Source:   Kish 1965; sandwich variance of a mean over clusters, with the small-sample factor C / (C - 1)
-    Departs:  the shrinkage, without which rare events in large clusters are covered in 83 % instead of 95 % (LOG.md)
-    """
-    return float(_effective(np.asarray(values, float)[:, None], *clusters_of(clusters))[0])
-
-
 def clusters_of(clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Which cluster each item is in, as numbers, and how many items each cluster has."""
     _, index, sizes = np.unique([str(c) for c in clusters], return_inverse=True, return_counts=True)
@@ -88,23 +75,31 @@ def totals(values: np.ndarray, index: np.ndarray, n_clusters: int) -> np.ndarray
     return np.add.reduceat(values[order], np.searchsorted(index[order], np.arange(n_clusters)), axis=0)
 
 
-def _effective(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """`effective_size` of every column: [N, K] -> [K]."""
+def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How many independent items each column of clustered values in [0, 1] is worth: n divided by the design effect.
+
+    The design effect is the ratio of the clustered variance of the mean to the independent one, never below 1. Where
+    few clusters hold an event, or few hold none, it is hardly known and is drawn towards the largest one possible, by
+    which a cluster counts as one item: by as much as one more cluster would weigh among those few.
+
+    Shapes:   values [N, K]; index, sizes of `clusters_of`  ->  [K]
+    Source:   Kish 1965; sandwich variance of a mean over clusters, with the small-sample factor C / (C - 1)
+    Departs:  the shrinkage, without which rare events in large clusters are covered in 83 % instead of 95 % (LOG.md)
+    """
     n, n_clusters = len(values), len(sizes)
     if n == n_clusters:
         return np.full(values.shape[1], float(n))
     total, mean, spread = totals(values, index, n_clusters), values.mean(0), values.var(0)
     clustered = ((total - mean * sizes[:, None]) ** 2).sum(0) / n**2 * n_clusters / max(1, n_clusters - 1)
-    least, largest = (total > 0).sum(0), n / n_clusters
-    informative = np.minimum(least, (total < sizes[:, None]).sum(0))
+    informative = np.minimum((total > 0).sum(0), (total < sizes[:, None]).sum(0))
+    largest = n / n_clusters
     effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 0)
     return n / np.maximum(1.0, (informative * effect + largest) / (informative + 1))
 
 
 def intervals(values: np.ndarray, clusters: Sequence[Hashable], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Clustered Wilson intervals of the mean of every column of values in [0, 1]: [N, K] -> low, high [K]."""
-    index, sizes = clusters_of(clusters)
-    return _wilson(values.mean(0), _effective(values, index, sizes), level)
+    return _wilson(values.mean(0), effective_size(values, *clusters_of(clusters)), level)
 
 
 def rate(events: Sequence[bool | None], clusters: Sequence[Hashable], level: float = 0.95) -> Rate:
@@ -223,7 +218,7 @@ def _square_and_add(column: _Column, level: float) -> tuple[float, float]:
         both = np.column_stack([values, -values]) * np.sign(weight)
         both, scale = np.maximum(both, 0), max(1.0, np.abs(values).max())  # changes of composites may exceed 1
         rise, fall = both.mean(0)
-        low, high = _wilson(both.mean(0) / scale, _effective(both / scale, index, sizes), level)
+        low, high = _wilson(both.mean(0) / scale, effective_size(both / scale, index, sizes), level)
         low, high = low * scale, high * scale
         effect += abs(weight) * (rise - fall)
         below += weight**2 * ((rise - low[0]) ** 2 + (high[1] - fall) ** 2)
@@ -245,7 +240,7 @@ def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.n
     change of one item is, where none was seen, is taken to be 1.
     """
     reach = stats.t.ppf(0.5 + level / 2, free) + stats.norm.ppf(POWER)
-    own = sum(weight**2 / _effective((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
+    own = sum(weight**2 / effective_size((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
     total, changed = sum(np.abs(values).sum(0) for _, values, *_ in parts), sum((values != 0).sum(0) for _, values, *_ in parts)
     own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
     return np.maximum(reach * se, reach**2 * own / (1 + reach**2 * own))
@@ -261,8 +256,8 @@ def paired_difference(
     Draws:    from `rng` only
     Raises:   ValueError where the lengths differ or there is nothing to compare
     """
-    if not len(a) or not len(a) == len(b) == len(clusters):
-        raise ValueError(f"paired values must be as many as clusters: {len(a)}, {len(b)}, {len(clusters)}")
+    if len(a) != len(b):
+        raise ValueError(f"paired values must be as many on both sides: {len(a)}, {len(b)}")
     change = np.asarray(b, float) - np.asarray(a, float)
     result = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws, level=level)
     return float(result.effect[0]), float(result.low[0]), float(result.high[0])
