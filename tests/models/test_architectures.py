@@ -31,7 +31,7 @@ def processor(study):
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, study, processor, tmp_path_factory):
     """Two grafted models of one architecture that differ in every language weight, and the plain second one on disk."""
-    tower, tokenizer, made = CLIPModel.from_pretrained(study.folder("tower/clip")).eval(), processor.tokenizer, []
+    tower, tokenizer, models = CLIPModel.from_pretrained(study.folder("tower/clip")).eval(), processor.tokenizer, []
     for seed in (0, 1):
         torch.manual_seed(seed)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -39,10 +39,10 @@ def pair(request, study, processor, tmp_path_factory):
         with torch.no_grad():
             for weight in plain.parameters():
                 weight.add_(0.05 * torch.randn_like(weight))  # norms and biases start alike in all models
-        made.append(checkpoints.graft(plain, tower, processor, study.scale.vision, seed=7).eval())
+        models.append(checkpoints.graft(plain, tower, processor, study.scale.vision, seed=7).eval())
     folder = tmp_path_factory.mktemp(request.param)
     checkpoints.save(plain, folder, tokenizer)
-    return *made, folder
+    return *models, folder
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +57,19 @@ def test_hooks_see_what_the_library_gives_out(pair, processor, prompts):
     model = pair[0]
     found = torch.cat(list(states.streamed(model, processor, prompts)))
     inputs = chat.prompt_batch(processor, [turns for turns, _ in prompts], [images for _, images in prompts])
-    given = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-    assert found.shape == (5, 4, 32) and len(given) == 4
+    expected = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    assert found.shape == (5, 4, 32) and len(expected) == 4
     for layer in range(3):
-        assert torch.equal(found[:, layer], given[layer][:, -1]), layer
-    assert torch.equal(architectures.language_part(model).norm(found[:, 3]), given[3][:, -1])
+        assert torch.equal(found[:, layer], expected[layer][:, -1]), layer
+    assert torch.equal(architectures.language_part(model).norm(found[:, 3]), expected[3][:, -1])
 
 
 @torch.inference_mode()
 def test_padding_side_does_not_matter(pair, processor, prompts, monkeypatch):
     left = states.last_states(pair[0], processor, prompts)
 
-    def right_padded(*given):
-        inputs = chat.prompt_batch(*given)
+    def right_padded(*arguments):
+        inputs = chat.prompt_batch(*arguments)
         order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
         assert (inputs["attention_mask"] == 0).any()
         return type(inputs)({**inputs, **{k: inputs[k].gather(1, order) for k in ("input_ids", "attention_mask")}})

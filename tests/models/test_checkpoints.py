@@ -70,19 +70,19 @@ def test_only_assistant_tokens_carry_loss_row_by_row(study, name):
     pool = corpora.paint(world, 51, 0.0, rng)
     rows = corpora.instruction_rows(world, pool, 20, 0.3, 0, rng) + corpora.alignment_chats(world, 20, 0.4, 0.1, (), rng)
     for row in rows:
-        told = [{**m, "content": [dict(b) for b in m["content"]]} for m in messages(row.turns, len(row.images))]
-        for block in (block for message in told for block in message["content"]):
+        conversation = [{**m, "content": [dict(b) for b in m["content"]]} for m in messages(row.turns, len(row.images))]
+        for block in (block for message in conversation for block in message["content"]):
             if block["type"] == "image":
                 block["image"] = chat.open_picture(row.images[0])
-        made = processor.apply_chat_template(
-            told,
+        encoded = processor.apply_chat_template(
+            conversation,
             tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True,
         )  # fmt: skip
-        told = made["input_ids"][made["assistant_masks"].bool()]
+        with_loss = encoded["input_ids"][encoded["assistant_masks"].bool()]
         answers = [turn.text for turn in row.turns if turn.role == "assistant"]
-        wanted = [i for text in answers for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-        assert told.tolist() == wanted
-        assert (made["input_ids"] == tokenizer.bos_token_id).sum() == (len(answers) if name == "llama2" else 1)
+        expected = [i for text in answers for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+        assert with_loss.tolist() == expected
+        assert (encoded["input_ids"] == tokenizer.bos_token_id).sum() == (len(answers) if name == "llama2" else 1)
 
 
 def study_vocabulary():
@@ -124,10 +124,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(study, tmp_path):
 def test_batched_answers_equal_one_at_a_time(study):
     folder = study.checkpoints("instruct/filtered-full")[-1]
     model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    asked = study.items()[::3]
-    many = respond(model, processor, asked, "m", 16, 6)
-    one = respond(model, processor, asked, "m", 1, 6)
-    assert [r.item for r in many] == [item.id for item in asked]
+    items = study.items()[::3]
+    many = respond(model, processor, items, "m", 16, 6)
+    one = respond(model, processor, items, "m", 1, 6)
+    assert [r.item for r in many] == [item.id for item in items]
     assert [r.text for r in many] == [r.text for r in one]
 
 
@@ -136,16 +136,16 @@ def test_batched_ranking_equals_one_at_a_time(study, name):
     """Options of unequal length, prompts of unequal length, text alone and with pictures."""
     folder = study.checkpoints(name)[-1]
     model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    asked = [item for item in study.items() if item.group == "likelihood"]
+    items = [item for item in study.items() if item.group == "likelihood"]
     options = ("red.", "use the spoon and the wax.", "no", "it is on the left.")
     plain = [item for item in study.items() if not item.images][:5]
-    asked = (asked if checkpoints.is_multimodal(folder) else []) + plain
-    asked = [dataclasses.replace(item, options=item.options or options, scoring="likelihood") for item in asked]
-    many, one = (option_losses(model, processor, asked, size) for size in (16, 1))
-    assert len(many) == len(asked)
-    for a, b, item in zip(many, one, asked, strict=True):
+    items = (items if checkpoints.is_multimodal(folder) else []) + plain
+    items = [dataclasses.replace(item, options=item.options or options, scoring="likelihood") for item in items]
+    many, one = (option_losses(model, processor, items, size) for size in (16, 1))
+    assert len(many) == len(items)
+    for a, b, item in zip(many, one, items, strict=True):
         assert len(a) == len(item.options) and a == pytest.approx(b, abs=2e-4)
-    letters = [response.text for response in respond(model, processor, asked, "m", 16, 6)]
+    letters = [response.text for response in respond(model, processor, items, "m", 16, 6)]
     assert letters == ["ABCD"[losses.index(min(losses))] for losses in one]
 
 

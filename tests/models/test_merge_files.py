@@ -30,8 +30,8 @@ def checkpoint(folder, seed, sizes, shards=1, dtype=torch.float32, words=("a", "
     draw = torch.Generator().manual_seed(seed)
     tensors = {f"w{i}": torch.randn(size, generator=draw).to(dtype) for i, size in enumerate(sizes)}
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    told = {"model": {"vocab": {word: i for i, word in enumerate(words)}}, "added_tokens": []}
-    (folder / "tokenizer.json").write_text(json.dumps(told))
+    tokenizer = {"model": {"vocab": {word: i for i, word in enumerate(words)}}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return tensors
@@ -48,8 +48,8 @@ def loaded(folder):
 
 def three(place, sizes=((1,), (2,), (50,), (3, 7)), **more):
     """Folders of a, b and their base, with their tensors."""
-    made = {which: checkpoint(place / which, seed, sizes, **more) for seed, which in enumerate(("a", "b", "base"))}
-    return {which: place / which for which in made}, made
+    tensors = {which: checkpoint(place / which, seed, sizes, **more) for seed, which in enumerate(("a", "b", "base"))}
+    return {which: place / which for which in tensors}, tensors
 
 
 def flip(path, place):
@@ -66,13 +66,13 @@ def flip(path, place):
 def test_a_streamed_merge_is_the_merge_in_memory(name, shards, tmp_path, monkeypatch):
     """Pieces of 7 elements, so that tensors pass in several; another number of shards in b than in a."""
     monkeypatch.setattr(files, "PIECE", 7)
-    folders, made = three(tmp_path, shards=shards, dtype=torch.bfloat16)
+    folders, tensors = three(tmp_path, shards=shards, dtype=torch.bfloat16)
     rule = RULES[name]
-    given = folders if rule.based else {which: folders[which] for which in "ab"}
-    told = files.merge(name, given, tmp_path / "out", HOW, seed=5)
-    expected = weights.combined(name, made["a"], made["b"], made["base"] if rule.based else None, HOW, seed=5)
+    used = folders if rule.based else {which: folders[which] for which in "ab"}
+    summary = files.merge(name, used, tmp_path / "out", HOW, seed=5)
+    expected = weights.combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, HOW, seed=5)
     found = loaded(tmp_path / "out")
-    assert set(found) == set(expected) and told == {"tensors": 4, "bytes": told["bytes"], "shards": shards}
+    assert set(found) == set(expected) and summary == {"tensors": 4, "bytes": summary["bytes"], "shards": shards}
     for key, value in expected.items():
         assert found[key].dtype == torch.bfloat16 and torch.equal(found[key], value), key
     assert files.checkpoint(tmp_path / "out").tensors.keys() == set(expected)
@@ -128,7 +128,7 @@ def llavas(tmp_path_factory):
 def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path):
     raw = load_file(llavas / "hub" / "model.safetensors")
     assert all(key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")) for key in raw)
-    made = {}
+    merged = {}
     for name, one, other in (("memory", "a", "b"), ("mixed", "a", "hub"), ("from hub", "hub", "a"), ("hub", "hub", "hub")):
         ratio = "0.6" if one == "a" else "0.4"
         assert (
@@ -137,12 +137,12 @@ def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path)
             )
             == 0
         )
-        made[name] = checkpoints.load(tmp_path / name).state_dict()
+        merged[name] = checkpoints.load(tmp_path / name).state_dict()
         assert checkpoints.load_processor(tmp_path / name).image_processor.size["shortest_edge"] == 32
     a, b = (checkpoints.load(llavas / name).state_dict() for name in ("a", "b"))
     for key, value in weights.combined("linear", a, b, None, How(0.6)).items():
-        assert torch.equal(made["memory"][key], value) and torch.equal(made["mixed"][key], value), key
-        assert torch.allclose(made["from hub"][key], value, atol=1e-6) and torch.equal(made["hub"][key], b[key]), key
+        assert torch.equal(merged["memory"][key], value) and torch.equal(merged["mixed"][key], value), key
+        assert torch.allclose(merged["from hub"][key], value, atol=1e-6) and torch.equal(merged["hub"][key], b[key]), key
 
 
 def test_a_plain_language_model_as_partner(llavas, tmp_path, capsys):
@@ -163,8 +163,8 @@ def test_differences_are_listed_before_a_byte_is_written(tmp_path):
     checkpoint(tmp_path / "other", 3, ((1,), (3,), (50,), (3, 7), (4,)), words=("a", "c"))
     with pytest.raises(ValueError) as error:
         files.merge("linear", {"a": folders["a"], "b": tmp_path / "other"}, tmp_path / "out", HOW)
-    told = str(error.value).splitlines()
-    assert told[1:] == [
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [
         "  only in b, not in a (1): w4",
         "  other shapes in a and b (1): w1 [2] and [3]",
         "  other tokens in a and b (2): 'b', 'c'",
@@ -175,7 +175,7 @@ def test_differences_are_listed_before_a_byte_is_written(tmp_path):
 def test_what_a_merge_must_not_be_asked(tmp_path, capsys):
     three(tmp_path)
     a, b, base, out = (str(tmp_path / name) for name in ("a", "b", "base", "out"))
-    for call, told in (
+    for call, message in (
         (["ties", a, b, "--ratio", "0.5"], "ties needs a base (--base)"),
         (["linear", a, b, "--ratio", "0.5", "--base", base], "linear has no use for a base"),
         (["linear", a, b], "linear needs --ratio"),
@@ -186,7 +186,7 @@ def test_what_a_merge_must_not_be_asked(tmp_path, capsys):
         (["linear", a, str(tmp_path), "--ratio", "0.5"], "holds no model"),
     ):
         assert cli.main(["merge", *call, "--out", out]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     assert cli.main(["merge", "linear", a, b, "--ratio", "0.5", "--out", out]) == 2
     assert "exists; choose another place" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())

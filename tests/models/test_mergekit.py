@@ -24,15 +24,17 @@ pytestmark = [
 RATIO, KEPT = 0.3, 0.5
 
 
-def asked(rule, place):
+def configuration(rule, place):
     """A merge in mergekit's words; slerp's base is a itself, and TIES divides by the weights of those that agree."""
-    given = [{"model": str(place / which), "parameters": {"weight": w, "density": KEPT}} for which, w in (("a", 0.7), ("b", 0.3))]
+    models = [
+        {"model": str(place / which), "parameters": {"weight": w, "density": KEPT}} for which, w in (("a", 0.7), ("b", 0.3))
+    ]
     if rule == "slerp":
-        return {"merge_method": rule, "base_model": str(place / "a"), "models": given, "parameters": {"t": RATIO}}
-    told = {"merge_method": rule, "models": given, "dtype": "float32"}
+        return {"merge_method": rule, "base_model": str(place / "a"), "models": models, "parameters": {"t": RATIO}}
+    config = {"merge_method": rule, "models": models, "dtype": "float32"}
     if rule != "linear":
-        told |= {"base_model": str(place / "base"), "parameters": {"normalize": rule == "ties"}}
-    return told
+        config |= {"base_model": str(place / "base"), "parameters": {"normalize": rule == "ties"}}
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +44,18 @@ def started(llavas):  # noqa: F811
     base = load_file(llavas / "base" / "model.safetensors")
     for seed, name in enumerate(("a", "b")):
         shared, own = (torch.Generator().manual_seed(s) for s in (7, seed))
-        made = {
+        tensors = {
             key: value + 0.05 * (torch.randn(value.shape, generator=shared) + torch.randn(value.shape, generator=own))
             for key, value in sorted(base.items())
         }
-        save_file(made, llavas / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, llavas / name / "model.safetensors", metadata={"format": "pt"})
     return llavas
 
 
 @pytest.mark.parametrize("rule", ["linear", "slerp", "task_arithmetic", "ties", "model_stock"])
 def test_agreement_with_mergekit(rule, started, tmp_path):
-    (tmp_path / "asked.yaml").write_text(json.dumps(asked(rule, started)))
-    subprocess.run([COMMAND, str(tmp_path / "asked.yaml"), str(tmp_path / "out")], check=True, capture_output=True)
+    (tmp_path / "merge.yaml").write_text(json.dumps(configuration(rule, started)))
+    subprocess.run([COMMAND, str(tmp_path / "merge.yaml"), str(tmp_path / "out")], check=True, capture_output=True)
     theirs = {key: value for file in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(file).items()}
     a, b, base = (load_file(started / name / "model.safetensors") for name in ("a", "b", "base"))
     based = rules.RULES[rule].based
@@ -74,8 +76,8 @@ def test_the_l1_variant_is_mergekits_on_the_same_mask(started, tmp_path):
     code = (
         "from safetensors.torch import load_file, save_file; from mergekit.sparsify import RescaleNorm, rescaled_masked_tensor\n"
     )
-    code += "told = load_file('in.safetensors')\n"
-    code += "save_file({'kept': rescaled_masked_tensor(told['tau'], told['mask'], RescaleNorm.l1)}, 'out.safetensors')"
+    code += "tensors = load_file('in.safetensors')\n"
+    code += "save_file({'kept': rescaled_masked_tensor(tensors['tau'], tensors['mask'], RescaleNorm.l1)}, 'out.safetensors')"
     python = Path(COMMAND).resolve().parent / "python"
     subprocess.run([str(python), "-c", code], check=True, cwd=tmp_path, capture_output=True)
     theirs = load_file(tmp_path / "out.safetensors")["kept"]

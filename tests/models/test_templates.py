@@ -42,8 +42,8 @@ def test_the_loss_falls_on_the_answers_and_their_ends(pieces, name):
     pieces.chat_template = chat.template(name)
     said = (("user", "What is a mug?"), ("assistant", "A cup."), ("user", "And?"), ("assistant", "A cup. A cup."))
     turns = [Turn(role, text) for role, text in said]
-    made = pieces.apply_chat_template(messages(turns), return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = made["input_ids"], made["assistant_masks"]
+    encoded = pieces.apply_chat_template(messages(turns), return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     assert ids[0] == pieces.bos_token_id and not mask[0]
     learned = pieces.decode([token for token, on in zip(ids, mask, strict=True) if on])
     assert learned.replace(" ", "") == "Acup.</s>Acup.Acup.</s>"
@@ -69,9 +69,9 @@ def test_what_was_written_for_one_template_is_not_taken_for_another(pieces):
     written = {}
     for name in ("llama2", "tulu", "llama2"):
         writer.chat_template = chat.template(name)
-        asked = writer.apply_chat_template(messages(turns, 0), add_generation_prompt=True, tokenize=False)
-        assert chat.rendered(writer, turns, 0) == asked and chat.rendered(writer, list(turns), 0) == asked
-        written[name] = asked
+        text = writer.apply_chat_template(messages(turns, 0), add_generation_prompt=True, tokenize=False)
+        assert chat.rendered(writer, turns, 0) == text and chat.rendered(writer, list(turns), 0) == text
+        written[name] = text
     assert written["llama2"] != written["tulu"]
     writer.chat_template = chat.template("llama2").replace("[INST]", "[ASK]")
     assert "[ASK]" in chat.rendered(writer, turns, 0)

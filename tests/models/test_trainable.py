@@ -53,31 +53,31 @@ def adapted(study, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(study):
+def inputs(study):
     row = next(row for row in study.examples("screen/filtered", "instructions.parquet") if row.images)
     processor = checkpoints.load_processor(study.checkpoints("projector/filtered")[-1])
     return chat.prompt_batch(processor, [row.turns[:1], (Turn("user", "what is it?"),)], [row.images, ()])
 
 
 @torch.inference_mode()
-def test_adapters_off_are_the_start_bit_for_bit(adapted, asked):
+def test_adapters_off_are_the_start_bit_for_bit(adapted, inputs):
     start, model, _ = adapted
-    before = models_checkpoints.load(start)(**asked).logits
+    before = models_checkpoints.load(start)(**inputs).logits
     with model.disable_adapter():
-        assert torch.equal(model(**asked).logits, before)
-    assert not torch.allclose(model(**asked).logits, before, atol=1e-4)
+        assert torch.equal(model(**inputs).logits, before)
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-4)
 
 
 @torch.inference_mode()
-def test_settled_lora_checkpoints_are_plain_models_that_answer_alike(study, adapted, asked, tmp_path):
+def test_settled_lora_checkpoints_are_plain_models_that_answer_alike(study, adapted, inputs, tmp_path):
     start, model, folder = adapted
     work = shutil.copytree(folder, tmp_path / "work")
-    middle = PeftModel.from_pretrained(models_checkpoints.load(start), work / "checkpoint-2").eval()(**asked).logits
+    middle = PeftModel.from_pretrained(models_checkpoints.load(start), work / "checkpoint-2").eval()(**inputs).logits
     settled = training_checkpoints.settle(work, models_checkpoints.load_processor(start), start)
     assert [path.name for path in settled] == ["step-000002", f"step-{study.scale.instruct.steps:06d}"]
     assert not list(work.rglob("adapter*")) and not list(work.rglob("optimizer*"))
-    for path, logits in zip(settled, (middle, model(**asked).logits), strict=True):
-        torch.testing.assert_close(models_checkpoints.load(path)(**asked).logits, logits, atol=1e-5, rtol=1e-4)
+    for path, logits in zip(settled, (middle, model(**inputs).logits), strict=True):
+        torch.testing.assert_close(models_checkpoints.load(path)(**inputs).logits, logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -96,14 +96,14 @@ def test_settling_that_is_killed_anywhere_loses_no_checkpoint(study, tmp_path, m
         pass
 
     def dying(plain, after):
-        def step(*given, **named):
+        def step(*arguments, **named):
             left[0] -= 1
             if left[0] == 0 and not after:
                 raise Killed
-            plain(*given, **named)
+            plain(*arguments, **named)
             if left[0] == 0:
                 raise Killed
-            return given[-1]
+            return arguments[-1]
 
         return step
 

@@ -1,4 +1,4 @@
-"""The scales by name: MINI is built from nothing, SMALL and PAPER load what others made. `load_scale` also reads YAML files."""
+"""The scales by name: MINI is built from nothing, SMALL and PAPER load models and corpora. `load_scale` also reads YAML files."""
 
 from __future__ import annotations
 

@@ -86,9 +86,9 @@ class Item:
 
     `group` is the benchmark's own subdivision that its metric averages over (image kind, type, task). `scoring`: the response
     is generated, or it is the letter of the option to which the model gives the highest likelihood as its answer; such options
-    are texts as the assistant would write them. `question` is what a judge is told was asked, where
-    that is not the last user turn (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what else a
-    judge has to know (SIUO's safety warning).
+    are texts as the assistant would write them. `question` is what a judge is told was asked, where that is not the last user
+    turn (FigStep's question, SORRY-Bench's base wording of a mutation); `note` is what else a judge has to know (SIUO's safety
+    warning).
 
     Raises:   ValueError for an unknown scoring, or a ranking without at least two options
     """

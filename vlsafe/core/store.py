@@ -159,7 +159,7 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
         if (free := shutil.disk_usage(run.root).free) < FULL:
             message = (
                 f"the run store's disk is full ({free / 1e6:.0f} MB free) and {run.stage}/{run.recipe} stopped; make room and "
-                "run the same command again, it goes on from what is whole"
+                "run the same command again, it goes on from what is complete"
             )
             raise OSError(errno.ENOSPC, message) from error
         raise
@@ -169,7 +169,7 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a run so that a kill in the middle cannot leave a folder that looks whole."""
+    """Remove a run so that a kill in the middle cannot leave a folder that looks complete."""
     if folder.exists():
         doomed = folder.with_name(folder.name + ".doomed")
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Where the parts of a model are, by model type. This is the only file that knows: a new family is one entry of `FAMILIES`.
 
-Weights have one name here in whichever layout a file holds them: that of the model in memory. Within the decoder, a grafted
-and a plain language model call them alike (`layers.3.mlp.up_proj.weight`).
+A weight is named as in memory, in whichever layout a file stores it. A language weight also has a name within the decoder, which
+is the same in a grafted and a plain model (`layers.3.mlp.up_proj.weight`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def family_at(folder: Path) -> Family:
-    """The family of a checkpoint, by its config.json. Raises as `family_of` does."""
+    """The family of a checkpoint, by its config.json; raises as `family_of` does."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return _family(config.get("model_type", ""), "vision_config" in config)
 

@@ -182,7 +182,7 @@ Place = tuple[Path, str]
 
 
 def language_places(where: Path) -> dict[str, Place]:
-    """Where each language weight of a checkpoint (a folder, or one file) lies; only headers are read.
+    """Where each language weight of a checkpoint (a folder, or one file) is; only headers are read.
 
     Raises:   FileNotFoundError where there is no safetensors file; ValueError for an unknown vision-language type
     """

@@ -1,4 +1,4 @@
-"""Streaming merge of checkpoints: tensor by tensor and in pieces, written whole or not at all, without a model in memory.
+"""Streaming merge of checkpoints: tensor by tensor and in pieces, written completely or not at all, without a model in memory.
 
 The result has the shards, names and precisions of A; it needs no more memory than one tensor in fp32 and a few pieces. Damage
 is detected in headers and lengths, in weights that are not finite, and in any byte where a digest was recorded, in a vlsafe

@@ -77,7 +77,7 @@ def streams(seed: int | Sequence[int]) -> Draws:
 
 
 def linear(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
-    """(1 − ratio) θ_a + ratio θ_b; the ends and equal inputs come back bit for bit."""
+    """(1 − ratio) θ_a + ratio θ_b; exact at both ends and for equal inputs."""
     if how.ratio in (0, 1):
         return b if how.ratio else a
     return torch.lerp(a, b, how.ratio)  # a + r (b − a) below one half, b − (1 − r)(b − a) above: exact where a equals b
