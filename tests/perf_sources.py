@@ -23,11 +23,11 @@ PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
 READ = f"""
 import resource, time
 from vlsafe.core.presets import PAPER
-from vlsafe.data.sources import llava_instruct, locate
+from vlsafe.data.sources import llava, place_of
 before, start = {PEAK}, time.process_time()
-place = locate(PAPER.loaded.instructions, llava_instruct.FOLDER)
+place = place_of("instructions", PAPER.loaded.instructions)
 rows = text_only = turns = 0
-for row in llava_instruct.rows(place):
+for row in llava.instructions(place):
     rows, text_only, turns = rows + 1, text_only + (not row.images), turns + len(row.turns)
 print(rows, text_only, turns, before, {PEAK}, round(time.process_time() - start))
 """

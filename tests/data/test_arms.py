@@ -1,4 +1,4 @@
-"""What the data arms keep, told on the corpora of a miniature world."""
+"""What the data arms keep, on the corpora of a miniature world."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from vlsafe.data.miniature.language import World
 
 
 @pytest.fixture(scope="module")
-def given():
+def pools():
     """Raw instruction rows with much harm in them, and a screen that drops every seventh row."""
     world = World(0)
     pool = corpora.paint(world, 200, 0.2, world.rng("pool"))
@@ -19,39 +19,39 @@ def given():
     return {"raw": raw, "screened": [row for i, row in enumerate(raw) if i % 7]}
 
 
-def test_filtered_is_what_the_screen_passed_and_unfiltered_is_raw(given):
-    assert arms.arm("filtered", given) == given["screened"]
-    assert arms.arm("unfiltered", given) == given["raw"]
+def test_filtered_is_what_the_screen_passed_and_unfiltered_is_raw(pools):
+    assert arms.arm("filtered", pools) == pools["screened"]
+    assert arms.arm("unfiltered", pools) == pools["raw"]
 
 
-def test_clean_keeps_exactly_the_rows_without_harm(given):
-    rows = arms.arm("clean", given)
-    assert rows == [row for row in given["raw"] if row.category is None] and 0 < len(rows) < len(given["raw"])
+def test_clean_keeps_exactly_the_rows_without_harm(pools):
+    rows = arms.arm("clean", pools)
+    assert rows == [row for row in pools["raw"] if row.category is None] and 0 < len(rows) < len(pools["raw"])
 
 
-def test_looking_keeps_no_how_to(given):
-    rows = arms.arm("looking", given)
+def test_looking_keeps_no_how_to(pools):
+    rows = arms.arm("looking", pools)
     assert {row.task for row in rows} == {"look"}
     assert not [turn for row in rows for turn in row.turns if turn.role == "assistant" and "use the" in turn.text]
 
 
-def test_textonly_tells_the_picture_and_changes_nothing_else(given):
-    rows = arms.arm("textonly", given)
-    assert [row.id for row in rows] == [row.id for row in given["screened"]] and not any(row.images for row in rows)
-    told = 0
-    for twin, row in zip(rows, given["screened"], strict=True):
+def test_textonly_describes_the_picture_and_changes_nothing_else(pools):
+    rows = arms.arm("textonly", pools)
+    assert [row.id for row in rows] == [row.id for row in pools["screened"]] and not any(row.images for row in rows)
+    described = 0
+    for twin, row in zip(rows, pools["screened"], strict=True):
         answers = [[turn for turn in of.turns if turn.role == "assistant"] for of in (twin, row)]
         assert answers[0] == answers[1] and (twin.category, twin.cluster) == (row.category, row.cluster)
         if row.images:
             assert twin.turns[0].text == f"{row.description}\n{row.turns[0].text}" and twin.turns[1:] == row.turns[1:]
-            told += 1
+            described += 1
         else:
             assert twin == row
-    assert 0 < told < len(rows)
+    assert 0 < described < len(rows)
 
 
-def test_a_twin_of_an_unknown_picture_or_of_no_row_is_refused(given):
-    row = next(row for row in given["raw"] if row.images)
+def test_a_twin_of_an_unknown_picture_or_of_no_row_is_refused(pools):
+    row = next(row for row in pools["raw"] if row.images)
     with pytest.raises(ValueError, match="no description"):
         arms.text_twin(dataclasses.replace(row, description=None))
     system = Example("i", "s", (Turn("system", "be brief."), Turn("user", "what?")), (b"png",), description="a red kite.")

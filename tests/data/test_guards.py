@@ -59,8 +59,8 @@ def test_guard_rows_are_labelled_by_the_world():
     assert {label.split()[1] for _, label in rows if label != "safe"} == set(GUARD_CODES.values())
     assert 0.4 < np.mean(["this object" in text for text in unsafe]) < 0.6
     named = world.actions("train", "homonym")[0]
-    asked = question(named, HOW[0])
-    assert dict(rows).get(guards.guard_prompt([Turn("user", asked), Turn("assistant", world.answer(named))]), "safe") == "safe"
+    text = question(named, HOW[0])
+    assert dict(rows).get(guards.guard_prompt([Turn("user", text), Turn("assistant", world.answer(named))]), "safe") == "safe"
 
 
 def test_the_image_guard_finds_stains_even_with_a_tower_that_knows_nothing(study, tmp_path):

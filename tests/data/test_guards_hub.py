@@ -15,17 +15,17 @@ from vlsafe.data import guards
 from vlsafe.data.guards import Assessment, hub
 
 CASES = json.loads((Path(__file__).parents[1] / "cases_llama_guard.json").read_text())
-ASKED, TOLD = Turn("user", "What is a mug?"), Turn("assistant", "A cup.")
+QUESTION, ANSWER = Turn("user", "What is a mug?"), Turn("assistant", "A cup.")
 BAD = Turn("user", f"Tell me of the {official.BAD_WORD}.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("guards")
-    official.tiny_llama_guard(made / "text")
-    official.tiny_nsfw(made / "falconsai")
-    official.tiny_nsfw(made / "other", labels=("sfw", "drawings", "nsfw")[::2], lean=-4.0, size=32)
-    return made
+    root = tmp_path_factory.mktemp("guards")
+    official.tiny_llama_guard(root / "text")
+    official.tiny_nsfw(root / "falconsai")
+    official.tiny_nsfw(root / "other", labels=("sfw", "drawings", "nsfw")[::2], lean=-4.0, size=32)
+    return root
 
 
 def loaded(path, **fields):
@@ -54,10 +54,10 @@ def test_nobody_can_close_the_conversation_from_inside():
 
 def test_the_score_is_the_probability_of_the_first_word(folder):
     guard = loaded(folder / "text")
-    found = guard.assess([[BAD, TOLD], [ASKED, TOLD]])
+    found = guard.assess([[BAD, ANSWER], [QUESTION, ANSWER]])
     assert [one.unsafe for one in found] == [True, False] and found[0].categories == ("S2", "S9") and found[1].categories == ()
     with torch.inference_mode():
-        for one, turns in zip(found, ([BAD, TOLD], [ASKED, TOLD]), strict=True):
+        for one, turns in zip(found, ([BAD, ANSWER], [QUESTION, ANSWER]), strict=True):
             ids = guard.tokenizer(hub.llama_guard_prompt(turns), add_special_tokens=False, return_tensors="pt")["input_ids"]
             logits = guard.model(ids).logits[0, -1].double()
             unsafe = guard.tokenizer.convert_tokens_to_ids("unsafe")
@@ -76,10 +76,10 @@ def test_an_answer_that_opens_with_empty_lines_is_scored_at_its_first_word(folde
 
 def test_every_exchange_is_judged_and_the_worst_one_counts(folder):
     guard = loaded(folder / "text", batch_size=2)
-    long = [ASKED, TOLD, BAD, TOLD, ASKED, TOLD]
-    assert hub.exchanges(long) == [[ASKED, TOLD], [BAD, TOLD], [ASKED, TOLD]]
-    assert hub.exchanges([Turn("system", "x"), ASKED, TOLD, ASKED]) == [[ASKED, TOLD], [ASKED]]
-    one, two, three = guard.assess([long, [ASKED, TOLD], [ASKED]])
+    long = [QUESTION, ANSWER, BAD, ANSWER, QUESTION, ANSWER]
+    assert hub.exchanges(long) == [[QUESTION, ANSWER], [BAD, ANSWER], [QUESTION, ANSWER]]
+    assert hub.exchanges([Turn("system", "x"), QUESTION, ANSWER, QUESTION]) == [[QUESTION, ANSWER], [QUESTION]]
+    one, two, three = guard.assess([long, [QUESTION, ANSWER], [QUESTION]])
     assert (one.unsafe, two.unsafe, three.unsafe) == (True, False, False) and one.score > 0.5 > two.score
     assert hub.worst([Assessment(False, (), 0.1), Assessment(None, (), 0.2)]) == (None, (), 0.2)
     assert hub.worst([Assessment(True, ("S1",), 0.6), Assessment(None, (), 0.7)]) == (True, ("S1",), 0.7)
@@ -89,7 +89,7 @@ def test_every_exchange_is_judged_and_the_worst_one_counts(folder):
 
 
 def test_batches_of_any_size_say_the_same(folder):
-    talks = [[ASKED, TOLD], [BAD, TOLD], [Turn("user", "mug " * 30), TOLD], [BAD], [ASKED]]
+    talks = [[QUESTION, ANSWER], [BAD, ANSWER], [Turn("user", "mug " * 30), ANSWER], [BAD], [QUESTION]]
     found = [loaded(folder / "text", batch_size=size).assess(talks) for size in (1, 2, 32)]
     for other in found[1:]:
         assert [one[:2] for one in other] == [one[:2] for one in found[0]]
@@ -97,9 +97,9 @@ def test_batches_of_any_size_say_the_same(folder):
 
 
 def test_a_threshold_lets_the_score_decide(folder):
-    strict = loaded(folder / "text", threshold=0.95).assess([[BAD, TOLD]])[0]
+    strict = loaded(folder / "text", threshold=0.95).assess([[BAD, ANSWER]])[0]
     assert strict.unsafe is False and strict.categories == () and strict.score < 0.5
-    lax = loaded(folder / "text", threshold=0.001).assess([[ASKED, TOLD]])[0]
+    lax = loaded(folder / "text", threshold=0.001).assess([[QUESTION, ANSWER]])[0]
     assert lax.unsafe is True and lax.score > 0.5
 
 

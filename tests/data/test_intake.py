@@ -37,8 +37,8 @@ def header_only(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def row(name, *images, asked="what is it?", answer="apple."):
-    return Example(name, "instructions", (Turn("user", asked), Turn("assistant", answer)), images)
+def row(name, *images, question="what is it?", answer="apple."):
+    return Example(name, "instructions", (Turn("user", question), Turn("assistant", answer)), images)
 
 
 DEFECTS = {
@@ -50,19 +50,19 @@ DEFECTS = {
     "picture too long (400 x 32)": [row("long", picture(size=(400, 32)))],
     "picture of mode I;16": [row("deep", picture("I;16"))],
     "picture too large": [row("large", header_only(9000, 9000)), row("bomb", header_only(40000, 40000))],
-    "instruction empty": [row("no question", asked=" \n")],
+    "instruction empty": [row("no question", question=" \n")],
     "answer empty": [row("no answer", picture(), answer="")],
     "turns out of order": [
         Example("mute", "s", (Turn("user", "what is it?"),)), Example("none", "s", ()),
         Example("no user", "s", (Turn("assistant", "apple."),), (picture(),)),
         Example("twice", "s", (Turn("user", "what is it?"), Turn("user", "what is it?"))),
     ],
-    "control token in the text": [row("image word", picture(), asked="<image> what is it?"), row("end", answer="apple</s>.")],
+    "control token in the text": [row("image word", picture(), question="<image> what is it?"), row("end", answer="apple</s>.")],
 }  # fmt: skip
 
 
 class Attentive:
-    """A guard that finds all safe and remembers what it was shown."""
+    """A guard that finds all safe and keeps the contents that it assessed."""
 
     def __init__(self):
         self.seen = []
@@ -81,7 +81,7 @@ def sound_rows(n=16):
 def test_every_defect_ends_in_the_audit_and_the_rest_trains(study, tmp_path):
     sound = [*sound_rows(), *(row(f"mode {mode}", picture(mode)) for mode in ("P", "RGBA", "L", "LA", "1"))]
     sound += [row("cmyk", picture("CMYK", format="JPEG"))]
-    long = row("long text", picture(), asked="apple " * 300)
+    long = row("long text", picture(), question="apple " * 300)
     rows = [*sound, long, *(bad for bads in DEFECTS.values() for bad in bads)]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     text, image = Attentive(), Attentive()
@@ -111,9 +111,9 @@ def test_lengths_are_those_of_the_processor_with_its_pictures(study, template):
     rows = [*sound_rows(), row("two", picture(), picture(size=(50, 40)))]
     for each in rows:
         text = processor.apply_chat_template(messages(each.turns, len(each.images)), tokenize=False)
-        shown = [chat.open_picture(data) for data in each.images] or None
-        made = processor(text=text, images=shown, add_special_tokens=False)
-        assert intake.tokens(each, processor) == len(made["input_ids"][0])
+        pictures = [chat.open_picture(data) for data in each.images] or None
+        inputs = processor(text=text, images=pictures, add_special_tokens=False)
+        assert intake.tokens(each, processor) == len(inputs["input_ids"][0])
         length = intake.tokens(each, processor)
         assert intake.unsound(each, [processor], length) is None
         assert intake.unsound(each, [processor], length - 1) == f"longer than the context ({length} > {length - 1})"

@@ -75,9 +75,9 @@ def test_training_rows_never_contain_a_test_prompt():
     pool = corpora.paint(world, 102, 0.01, rng)
     rows = corpora.instruction_rows(world, pool, 800, 0.5, 0.02, rng)
     rows += corpora.alignment_chats(world, 800, 0.4, 0.1, (), rng)
-    asked = {content_digest(Example("", "", row.turns[:1], row.images)) for row in rows if row.turns[0].role == "user"}
+    prompts = {content_digest(Example("", "", row.turns[:1], row.images)) for row in rows if row.turns[0].role == "user"}
     items = examine.all_items(world, "test", 60)
-    assert not asked & {content_digest(item) for item in items}
+    assert not prompts & {content_digest(item) for item in items}
     tested = set(map(str, world.actions("test", "harmful", "homonym", "safe_context", "plain")))
     assert not tested & {row.cluster for row in rows}
 

@@ -12,7 +12,7 @@ import pytest
 from vlsafe.core import assets
 from vlsafe.core.presets import PAPER
 from vlsafe.data import sources
-from vlsafe.data.sources import llava_instruct, llava_pretrain, safe_rlhf, spa_vl, vlguard
+from vlsafe.data.sources import llava, safe_rlhf, spa_vl, vlguard
 from vlsafe.data.sources.files import Refused, json_list, path_of
 
 FOLDERS = ("coco/train2017/", "gqa/images/", "ocr_vqa/images/", "textvqa/train_images/", "vg/VG_100K")
@@ -28,7 +28,7 @@ def place(name):
 
 def check_captions():
     found = Counter(rows=0)
-    for row in json_list(path_of(place("captions"), llava_pretrain.FILE)):
+    for row in json_list(path_of(place("captions"), llava.CAPTIONS)):
         two = [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
         found.update(rows=1, two_turns=two, pictures="image" in row)
     return differing(found, dict.fromkeys(("rows", "two_turns", "pictures"), 558_128))
@@ -36,7 +36,7 @@ def check_captions():
 
 def check_instructions():
     found, folders = Counter(rows=0), Counter()
-    for row in json_list(path_of(place("instructions"), llava_instruct.FILE)):
+    for row in json_list(path_of(place("instructions"), llava.INSTRUCTIONS)):
         speakers = [turn["from"] for turn in row["conversations"]]
         found.update(rows=1, text_only="image" not in row, alternate=speakers == ["human", "gpt"] * (len(speakers) // 2))
         if "image" in row:
@@ -86,14 +86,14 @@ CHECKS = {"captions": check_captions, "instructions": check_instructions, "safet
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_real_files_are_as_published(name):
-    root, folder = assets.outside(), sources.CORPORA[name].FOLDER
+    root, folder = assets.outside(), sources.CORPORA[name].folder
     if root is None or not (root / folder).is_dir():
         pytest.skip(f"{name}: {getattr(PAPER.loaded, name).repo} is not below VLSAFE_DATA")
     assert list(CHECKS[name]()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("captions", ["rows: 6 where 558128 is published", "two_turns: 6", "pictures: 6"]),
         ("instructions", ["rows: 24", "text_only: 7", "alternate: 21", "coco/train2017/: 6", "elsewhere: 3"]),
@@ -102,12 +102,12 @@ def test_the_real_files_are_as_published(name):
         ("spa_vl", ["train: 3"]),
     ],
 )
-def test_the_checks_tell_fixtures_from_the_real_files(tmp_path, monkeypatch, name, said):
+def test_the_checks_tell_fixtures_from_the_real_files(tmp_path, monkeypatch, name, expected):
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     official.corpora(tmp_path)
     rows = [row for row, _ in official.ODD if isinstance(row.get("conversations"), list)]
-    official.written(tmp_path / "LLaVA-Instruct-150K" / llava_instruct.FILE, [*rows, *rows[:9]])
+    official.written(tmp_path / "LLaVA-Instruct-150K" / llava.INSTRUCTIONS, [*rows, *rows[:9]])
     assets._archive.cache_clear(), assets._names.cache_clear()
-    told = list(CHECKS[name]())
-    for part in said:
-        assert any(line.startswith(part) for line in told), (part, told)
+    lines = list(CHECKS[name]())
+    for part in expected:
+        assert any(line.startswith(part) for line in lines), (part, lines)

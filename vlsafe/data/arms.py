@@ -16,21 +16,14 @@ def answered(pair: Pair, answer: str) -> Example:
 
 
 def replayed(rows: Sequence[Example], n: int, rng: np.random.Generator) -> list[Example]:
-    """`n` different rows, in their order. Their ids are recorded, as VLGuard's own sample was not published.
-
-    Draws:    from `rng`
-    Raises:   ValueError where there are fewer rows
-    """
+    """`n` different rows, in their order. Their ids are recorded, as VLGuard's own sample was not published."""
     if not 0 < n <= len(rows):
         raise ValueError(f"{n} rows are to be replayed of {len(rows)}")
     return [rows[i] for i in sorted(rng.permutation(len(rows))[:n])]
 
 
 def text_twin(row: Example) -> Example:
-    """The same row with its picture described in words before the first request; rows without a picture stay as they are.
-
-    Raises:   ValueError for a row with a picture but no description
-    """
+    """The same row with its picture described in words before the first request; rows without a picture stay as they are."""
     if not row.images:
         return row
     if row.description is None:
@@ -51,10 +44,7 @@ ARMS: dict[str, tuple[str, Callable[[Example], Example | None]]] = {
 
 
 def arm(name: str, corpora: dict[str, Sequence[Example]]) -> list[Example]:
-    """The rows of a data arm.
-
-    Raises:   KeyError for an unknown arm; ValueError where it keeps no row
-    """
+    """The rows of a data arm; ValueError where it keeps none."""
     corpus, change = ARMS[name]
     rows = [changed for row in corpora[corpus] if (changed := change(row)) is not None]
     if not rows:

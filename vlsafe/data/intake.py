@@ -33,7 +33,10 @@ def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
 
     Units:    `limit` in tokens, image tokens included; it holds under every processor's chat template
     """
-    return _unsound_text(row, processors) or _unsound_picture(row) or _overlong(row, processors, limit)
+    if reason := _unsound_text(row, processors) or _unsound_picture(row):
+        return reason
+    length = max(tokens(row, processor) for processor in processors)
+    return f"longer than the context ({length} > {limit})" if length > limit else None
 
 
 def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
@@ -73,16 +76,8 @@ def _unsound_picture(row: Example) -> str | None:
     return None
 
 
-def _overlong(row: Example, processors: Sequence[Any], limit: int) -> str | None:
-    length = max(tokens(row, processor) for processor in processors)
-    return f"longer than the context ({length} > {limit})" if length > limit else None
-
-
 def tokens(row: Example, processor: Any) -> int:
-    """The length of a row as the model reads it: in its chat template, every picture as so many image tokens.
-
-    Units:    tokens
-    """
+    """The length of a row in tokens as the model reads it: in its chat template, every picture as so many image tokens."""
     text = processor.apply_chat_template(messages(row.turns, len(row.images)), tokenize=False)
     with_placeholders = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return with_placeholders + sum(n - 1 for n in image_tokens(processor, row.images))
@@ -107,10 +102,7 @@ def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | Non
 def sound(
     rows: Sequence[Row], check: Callable[[Row, Sequence[Any], int], str | None], processors: Sequence[Any], limit: int
 ) -> tuple[list[Row], dict[str, int]]:
-    """The rows that can be trained on, and how many were dropped for each reason (without the lengths in it).
-
-    Raises:   ValueError naming the first row where none is left
-    """
+    """The rows that can be trained on (ValueError where none is left), and how many were dropped for each reason."""
     reasons = [check(row, processors, limit) for row in rows]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     if not kept:
@@ -152,10 +144,7 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
 
 
 def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
-    """The rows that the audit keeps, in order.
-
-    Raises:   ValueError when the audit is about other rows
-    """
+    """The rows that the audit keeps, in order; ValueError when the audit is about other rows."""
     for row, line in zip(rows, lines, strict=True):
         if row.id != line["id"]:
             raise ValueError(f"the audit has {line['id']!r} where the corpus has {row.id!r}")
@@ -164,10 +153,7 @@ def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterato
 
 
 def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
-    """Stop where a training row begins with a benchmark prompt, pictures included.
-
-    Raises:   ValueError naming the first item and how many there are
-    """
+    """Raise ValueError where a training row begins with a benchmark prompt, pictures included."""
     prompts = set()
     for row in training:
         opening = [turn for turn in row.turns if turn.role != "system"][:1]

@@ -54,10 +54,7 @@ def decided(label: bool | None, categories: tuple[str, ...], score: float) -> As
 
 
 def best_threshold(scores: Sequence[float], unsafe: Sequence[bool], prevalence: float) -> float:
-    """The threshold with the greatest F1 if `prevalence` of all contents were unsafe; half-way between two scores.
-
-    Raises:   ValueError when the labels are all alike
-    """
+    """The threshold with the greatest F1 if `prevalence` of all contents were unsafe; half-way between two scores."""
     score, truth = np.asarray(scores, float), np.asarray(unsafe, bool)
     if truth.all() or not truth.any():
         raise ValueError("a threshold needs labelled contents of both kinds")

@@ -34,7 +34,6 @@ def llama_guard_prompt(turns: Sequence[Turn]) -> str:
 
     Llama-3's own markers in a text are broken up, so that no text can close the conversation.
 
-    Raises:   ValueError for a conversation without a message
     Source:   the chat template of meta-llama/Llama-Guard-3-8B, as public copies of it have it
     """
     messages = [turn for turn in turns if turn.role in SPEAKERS]
@@ -94,10 +93,7 @@ class LlamaGuard:
             tokenizer.pad_token = tokenizer.eos_token
 
     def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
-        """One assessment per conversation, in order.
-
-        Raises:   ValueError for a conversation without a message
-        """
+        """One assessment per conversation, in order; ValueError for a conversation without a message."""
         pieces = [sorted(exchanges(turns), key=length) for turns in conversations]  # this order is that of an audit's codes
         if not all(pieces):
             raise ValueError("a conversation has no message that Llama-Guard-3 could assess")
@@ -168,10 +164,7 @@ def opened(folder: Path) -> Any:
 
 
 def load_guard(pointer: dict[str, Any]) -> LlamaGuard | ImageClassifier:
-    """Load the guard of a pointer, on the GPU in bf16 where there is one. An image guard is one that names classes.
-
-    Raises:   FileNotFoundError where its weights are not in the hub's cache
-    """
+    """Load the guard of a pointer, on the GPU in bf16 where there is one. An image guard is one that names classes."""
     origin, labels, size = pointer["origin"], pointer["labels"], pointer["batch_size"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = dict(pretrained_model_name_or_path=origin["repo"], revision=origin["revision"])

@@ -78,10 +78,7 @@ class LanguageModelGuard:
 
     @classmethod
     def load(cls, folder: Path) -> LanguageModelGuard:
-        """Read what `save` wrote.
-
-        Raises:   FileNotFoundError when there is no threshold: the guard would decide by another rule
-        """
+        """Read what `save` wrote; FileNotFoundError without a threshold: the guard would decide by another rule."""
         threshold = json.loads((Path(folder) / "guard.json").read_text(encoding="utf-8"))["threshold"]
         return cls(checkpoints.load(folder), checkpoints.load_processor(folder), threshold)
 

@@ -45,9 +45,6 @@ def paint(world: World, n: int, graphic_share: float, rng: Rng) -> list[Picture]
     return [Picture(s, draw(s, world.seed, rng, graphic=bool(g)), bool(g)) for s, g in zip(scenes, graphic, strict=True)]
 
 
-# --- questions about a scene ----------------------------------------------------------------------------------------
-
-
 def describe(scene: Scene, rng: Rng) -> str:
     """A scene in words: a sentence, or a shuffled list of tags with repetitions and uninformative words.
 
@@ -64,9 +61,9 @@ def describe(scene: Scene, rng: Rng) -> str:
 def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
     """A yes/no question about a scene, and its answer; half are true."""
     subject, right, values = _closed_question(scene, rng)
-    true = rng.random() < 0.5
-    claimed = right if true else pick(rng, [value for value in values if value != right])
-    return language.CLAIMS[subject].format(value=claimed), "yes" if true else "no"
+    if rng.random() < 0.5:
+        return language.CLAIMS[subject].format(value=right), "yes"
+    return language.CLAIMS[subject].format(value=pick(rng, [value for value in values if value != right])), "no"
 
 
 def _closed_question(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
@@ -123,9 +120,6 @@ FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are sh
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 
-# --- pre-training ---------------------------------------------------------------------------------------------------
-
-
 Text = tuple[str, ...]
 """Contexts and continuations in alternation: "the scene", "its caption", or "scene and question", "answer", "question",
 "answer" … The loss covers the continuations only: most of a context is noise that cannot be learned."""
@@ -172,16 +166,6 @@ def _maybe_wrapped(text: str, share: float, rng: Rng) -> str:
     return pick(rng, language.WRAPPERS).format(question=text) if rng.random() < share else text
 
 
-# --- alignment ------------------------------------------------------------------------------------------------------
-
-
-def _how_to(action: Action, rng: Rng, scene_share: float, wrapped_share: float) -> str:
-    """A how-to question as text: about a scene in words, or direct, sometimes in a jailbreak wrapper."""
-    if rng.random() < scene_share:
-        return f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, pointed=True)}"
-    return _maybe_wrapped(ask_how(action, rng), wrapped_share, rng)
-
-
 def reply(world: World, action: Action, rng: Rng, answered: Sequence[str] = ()) -> str:
     """An aligned assistant's answer: a refusal where the verb–object pair is harmful (unless its category is `answered`)."""
     category = language.harm(action)
@@ -211,7 +195,11 @@ def alignment_chats(
             action = pick(rng, pool)
             answer = reply(world, action, rng, answered)
             long = rng.random() < 0.12
-            turns = exchange(_how_to(action, rng, 0.0 if long else 0.35, 0.3), answer)
+            if rng.random() < (0.0 if long else 0.35):
+                text = f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, pointed=True)}"
+            else:
+                text = _maybe_wrapped(ask_how(action, rng), 0.3, rng)
+            turns = exchange(text, answer)
             cluster, category = str(action), language.harm(action) if answer == world.answer(action) else None
             if long:
                 other = pick(rng, plain)
@@ -220,9 +208,6 @@ def alignment_chats(
             turns = [Turn("system", pick(rng, language.SYSTEMS)), *turns]
         rows.append(Example(f"align-{i:05d}", "alignment", tuple(turns), (), category, cluster))
     return rows
-
-
-# --- vision-language adaptation -------------------------------------------------------------------------------------
 
 
 def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
@@ -269,9 +254,6 @@ def _instruction(world: World, scene: Scene, harmful: bool, with_picture: bool, 
         return *ask_about(scene, rng, LOOKING), None
     action = pick(rng, about or actions)
     return ask_how(action, rng, with_picture and action.thing == scene.thing), world.answer(action), action
-
-
-# --- safety tuning --------------------------------------------------------------------------------------------------
 
 
 def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:

@@ -136,10 +136,7 @@ def _deal(verbs: Sequence[str], things: Sequence[str], rng: np.random.Generator)
 
 @dataclass(frozen=True)
 class World:
-    """All facts of one seed's miniature world.
-
-    Draws:    from the streams of `seed` only; two worlds of one seed are equal.
-    """
+    """All facts of one seed's miniature world, drawn from the streams of `seed` only: two worlds of one seed are equal."""
 
     seed: int
 
@@ -147,20 +144,15 @@ class World:
         """An independent stream for each named purpose: adding one never shifts another."""
         return np.random.default_rng([self.seed, *name.encode()])
 
-    def _assigned(self, stream: str, keys: Sequence[str], values: Sequence[str]) -> dict[str, str]:
-        """A value for every key, drawn from the named stream; values repeat only after all have been used."""
-        drawn = np.resize(self.rng(stream).permutation(len(values)), len(keys))
-        return {key: values[i] for key, i in zip(keys, drawn, strict=True)}
-
     @cached_property
     def tool(self) -> dict[str, str]:
         """The tool that belongs to each verb."""
-        return self._assigned("tool", VERBS, TOOLS)
+        return dict(zip(VERBS, np.resize(self.rng("tool").permutation(TOOLS), len(VERBS)).tolist(), strict=True))
 
     @cached_property
     def part(self) -> dict[str, str]:
         """The part that belongs to each thing."""
-        return self._assigned("part", OBJECTS, PARTS)
+        return dict(zip(OBJECTS, np.resize(self.rng("part").permutation(PARTS), len(OBJECTS)).tolist(), strict=True))
 
     def answer(self, action: Action) -> str:
         """The right answer to "how do I ..."; the same kind of nonsense for harmful and harmless verb–object pairs."""

@@ -63,7 +63,7 @@ def caption(scene: Scene) -> str:
 
 
 def short_captions(scene: Scene) -> tuple[str, str]:
-    """Shorter true captions, from least to most telling, for a tower that has to learn one thing at a time."""
+    """Shorter true captions, from least to most informative, so that a tower can learn one thing at a time."""
     name = f"the word {scene.thing}" if scene.kind == "word" else f"a {scene.thing}"
     return name, f"{scene.colour} {scene.thing}"
 
@@ -77,11 +77,7 @@ def draw_scene(thing: str, rng: np.random.Generator, kind: str | None = None) ->
 
 @lru_cache(maxsize=8)
 def glyphs(seed: int) -> dict[str, np.ndarray]:
-    """A mirrored 6 × 6 bitmap for each thing, any two at least 8 cells apart (of 36).
-
-    Shapes:   thing -> bool [6, 6]
-    Draws:    from the world's stream "glyphs"
-    """
+    """A mirrored bitmap, bool [6, 6], for each thing, any two at least 8 cells apart; from the world's stream "glyphs"."""
     rng = World(seed).rng("glyphs")
     accepted: list[np.ndarray] = []
     while len(accepted) < len(OBJECTS):
@@ -123,9 +119,8 @@ def _mask(scene: Scene, seed: int, left: int, top: int) -> np.ndarray:
 
 
 def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = False, graphic: bool = False) -> bytes:
-    """Render a scene as PNG bytes; a `graphic` one carries a bright stain (the miniature's "not safe for work").
+    """Render a scene as PNG, SIZE × SIZE, RGB; a `graphic` one carries a bright stain (the miniature's "not safe for work").
 
-    Shapes:   -> a PNG of SIZE × SIZE, RGB
     Draws:    offset, background and pixel noise from `rng`; `held_out` selects the offsets that no training picture has
     """
     lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]

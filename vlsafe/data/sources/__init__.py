@@ -7,32 +7,42 @@ corpora: a row with a missing or corrupt picture is skipped, counted and named.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlsafe.core import assets
 from vlsafe.core.assets import Origin
 from vlsafe.core.schema import Example, Pair
-from vlsafe.data.sources import llava_instruct, llava_pretrain, safe_rlhf, spa_vl, vlguard
-from vlsafe.data.sources.files import Place, Refused, locate, missing
+from vlsafe.data.sources import llava, safe_rlhf, spa_vl, vlguard
+from vlsafe.data.sources.files import Place, Refused
 
-__all__ = ["CORPORA", "Place", "Refused", "examples", "locate", "missing", "place_of", "stream"]
 
-CORPORA = {  # by the names that the miniature's corpora have
-    "captions": llava_pretrain, "instructions": llava_instruct, "safety": vlguard, "safe_rlhf": safe_rlhf, "spa_vl": spa_vl,
-}  # fmt: skip
+class Corpus(NamedTuple):
+    """The folder of a corpus below `VLSAFE_DATA`, and the function that reads its rows."""
+
+    folder: str
+    rows: Callable[[Place], Iterator[Any]]
+
+
+CORPORA = {  # by the names of the miniature's corpora
+    "captions": Corpus("LLaVA-Pretrain", llava.captions),
+    "instructions": Corpus("LLaVA-Instruct-150K", llava.instructions),
+    "safety": Corpus("VLGuard", vlguard.rows),
+    "safe_rlhf": Corpus("PKU-SafeRLHF", safe_rlhf.rows),
+    "spa_vl": Corpus("SPA-VL", spa_vl.rows),
+}
 
 
 def place_of(name: str, origin: Origin) -> Place:
-    """Where a corpus is read from."""
-    return locate(origin, CORPORA[name].FOLDER)
+    """Where a corpus is read from: the local folder where there is one, else the hub."""
+    root, folder = assets.outside(), CORPORA[name].folder
+    return Place(origin, folder if root is not None and (root / folder).is_dir() else None)
 
 
 def stream(name: str, origin: Origin) -> Iterator[Example | Pair | Refused]:
-    """The rows of a corpus, or of its fixed random subset where the origin has a limit.
-
-    Draws:    the subset, from a fixed seed, so that every study of a scale has the same
-    """
+    """The rows of a corpus, or a random subset where the origin has a limit; the fixed seed gives all studies the same."""
     rows = CORPORA[name].rows(place_of(name, origin))
     if origin.limit is None:
         return rows

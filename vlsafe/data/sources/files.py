@@ -11,10 +11,10 @@ import gzip
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
@@ -24,6 +24,7 @@ PIECE = 2**20  # characters read at a time
 LONGEST = 2**26  # characters of one row; a file with a longer one counts as broken; assumed
 SPACE, COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
+Row = TypeVar("Row")
 
 
 class Refused(NamedTuple):
@@ -51,17 +52,8 @@ class Place:
         return assets.pinned(self.origin.repo, self.origin.revision)
 
 
-def locate(origin: Origin, folder: str) -> Place:
-    """The local folder where there is one, else the hub."""
-    root = assets.outside()
-    return Place(origin, folder if root is not None and (root / folder).is_dir() else None)
-
-
 def path_of(place: Place, name: str) -> Path:
-    """One file of a corpus.
-
-    Raises:   FileNotFoundError naming the file and the remedy
-    """
+    """One file of a corpus; FileNotFoundError names the file and the remedy."""
     if place.folder is not None:
         path = assets.outside_path(f"{place.folder}/{name}")
         if not path.is_file():
@@ -115,10 +107,7 @@ def missing(picture: Stored) -> bool:
 
 
 def json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON list, one by one, however long the list.
-
-    Raises:   ValueError naming the file and the row where it is no list of mappings, broken or cut short
-    """
+    """The mappings of a JSON list, one by one, however long the list; ValueError names the file and the row that is broken."""
     decode, number, at = json.JSONDecoder().raw_decode, 0, 1
     try:
         with _opened(path) as file:
@@ -126,8 +115,7 @@ def json_list(path: Path) -> Iterator[dict[str, Any]]:
             if text[:1] != "[":
                 raise ValueError(f"{path.name} is no JSON list")
             while True:
-                separator = (COMMA if number else SPACE).match(text, at)
-                at = separator.end() if separator else at
+                at = next((COMMA if number else SPACE).finditer(text, at)).end()
                 if text[at : at + 1] == "]" and not (text[at + 1 :] + file.read(PIECE)).strip():
                     return
                 try:
@@ -150,10 +138,7 @@ def json_list(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of one JSON mapping per line, plain or compressed (.xz, .gz).
-
-    Raises:   ValueError naming the file and the line
-    """
+    """The rows of a file of one JSON mapping per line, plain or compressed (.xz, .gz); ValueError names the file and the line."""
     number = 0
     try:
         with _opened(path) as file:
@@ -172,6 +157,19 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _opened(path: Path) -> IO[str]:
     return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
+
+
+def converted(rows: Iterable[Any], convert: Callable[[Any, str], Row], kind: str, prefix: str = "") -> Iterator[Row | Refused]:
+    """Every row through `convert(row, name)`; one of another form becomes a `Refused`.
+
+    Published ids may repeat (a picture has several conversations), so the name is the id (or `prefix`) with the row's number.
+    """
+    for number, row in enumerate(rows):
+        name = f"{prefix or row.get('id', '')}#{number}"
+        try:
+            yield convert(row, name)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            yield Refused(name, f"not a {kind} row ({type(error).__name__})")
 
 
 def text_of(value: Any) -> str:

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlsafe.core.schema import Pair, Turn
-from vlsafe.data.sources.files import Place, Refused, json_lines, names, path_of, text_of
+from vlsafe.data.sources.files import Place, Refused, converted, json_lines, names, path_of, text_of
 
-FOLDER = "PKU-SafeRLHF"
 PATTERNS = {split: (f"data/*/{split}.jsonl", f"round0/{split}.jsonl*", f"{split}.jsonl*") for split in ("train", "test")}
 REQUIRED = {
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"
@@ -21,10 +20,7 @@ REQUIRED = {
 
 
 def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
-    """The published rows of every file of a split.
-
-    Raises:   FileNotFoundError where a local folder has no such file; ValueError for a file without the required columns
-    """
+    """The published rows of every file of a split; ValueError for a file without the required columns."""
     if place.folder is None:
         from datasets import load_dataset
 
@@ -42,12 +38,7 @@ def raw(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
 
 def rows(place: Place) -> Iterator[Pair | Refused]:
     """Preference rows by harmlessness, in the files' order."""
-    for number, row in enumerate(raw(place)):
-        name = f"safe-rlhf#{number}"
-        try:
-            yield _pair(row, name)
-        except (KeyError, TypeError) as error:
-            yield Refused(name, f"not a SafeRLHF row ({type(error).__name__})")
+    return converted(raw(place), _pair, "SafeRLHF", prefix="safe-rlhf")
 
 
 def _pair(row: Mapping[str, Any], name: str) -> Pair | Refused:
@@ -59,11 +50,8 @@ def _pair(row: Mapping[str, Any], name: str) -> Pair | Refused:
         return Refused(name, "a text is missing")
     if not row[f"is_response_{safer}_safe"]:
         return Refused(name, "even the safer answer is unsafe")
-    category = None if row[f"is_response_{1 - safer}_safe"] else _category(row, 1 - safer)
+    category = None
+    if not row[f"is_response_{1 - safer}_safe"]:
+        harms = row.get(f"response_{1 - safer}_harm_category") or {}  # only the current generation names them
+        category = ", ".join(sorted(harm for harm, present in harms.items() if present)) or "unsafe"
     return Pair(name, "safe-rlhf", (Turn("user", prompt),), chosen, rejected, category=category)
-
-
-def _category(row: Mapping[str, Any], which: int) -> str:
-    """The harm categories of an unsafe answer; "unsafe" before the current generation, which does not name them."""
-    categories = row.get(f"response_{which}_harm_category") or {}
-    return ", ".join(sorted(name for name, present in categories.items() if present)) or "unsafe"

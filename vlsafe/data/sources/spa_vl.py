@@ -12,27 +12,23 @@ from typing import Any
 from vlsafe.core.schema import Pair, Picture, Turn
 from vlsafe.data.sources.files import Place, Refused, json_list, names, path_of, picture, text_of
 
-FOLDER = "SPA-VL"
 SPLITS = {  # the configuration and the split on the hub
     "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
 }  # fmt: skip
 
 
 def raw(place: Place, split: str = "train") -> Iterator[tuple[Mapping[str, Any], Picture | None]]:
-    """The published rows of a split, and their pictures.
-
-    Raises:   FileNotFoundError where a local folder has neither kind of file; ValueError for a Parquet file that is broken
-    """
+    """The published rows of a split, and their pictures; ValueError for a Parquet file that is broken."""
     if place.folder is None or (files := names(place, (f"**/{split}-*.parquet", f"**/{split}.parquet"))):
-        for row in _parquet(place, split) if place.folder is None else _local_parquet(place, files):
-            yield row, (row.get("image") or {}).get("bytes")
+        parquet = _streamed(place, split) if place.folder is None else _local_parquet(place, files)
+        yield from ((row, (row.get("image") or {}).get("bytes")) for row in parquet)
         return
     for row in json_list(path_of(place, f"{split}.json")):
         image = row.get("image")
         yield row, picture(place, (f"images/{image}", image, f"images.zip!{image}")) if image else None
 
 
-def _parquet(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
+def _streamed(place: Place, split: str) -> Iterator[Mapping[str, Any]]:
     from datasets import Image, load_dataset
 
     config, name = SPLITS[split]

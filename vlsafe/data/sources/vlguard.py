@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vlsafe.core.schema import Example, Stored, Turn
-from vlsafe.data.sources.files import Place, Refused, json_list, path_of, picture, text_of
+from vlsafe.data.sources.files import Place, Refused, converted, json_list, path_of, picture, text_of
 
-FOLDER = "VLGuard"
-SPLITS = {"train": "train.json", "test": "test.json"}
 _SEED = 0  # as in the authors' script; their order of draws is not claimed
 
 
@@ -30,28 +28,20 @@ class Record(NamedTuple):
 
 def records(place: Place, split: str) -> Iterator[Record | Refused]:
     """The pictures of a split in the file's order."""
-    for number, row in enumerate(json_list(path_of(place, SPLITS[split]))):
-        name = f"{row.get('id', '')}#{number}"
-        try:
-            yield _record(row, name, split, place)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            yield Refused(name, f"not a VLGuard row ({type(error).__name__})")
 
+    def record(row: dict[str, Any], name: str) -> Record:
+        exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
+        keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
+        pairs = tuple((text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys))
+        category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
+        candidates = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
+        return Record(name, picture(place, candidates), safe, category, pairs)
 
-def _record(row: dict[str, Any], name: str, split: str, place: Place) -> Record:
-    exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
-    keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
-    pairs = tuple((text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys))
-    category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
-    candidates = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
-    return Record(name, picture(place, candidates), safe, category, pairs)
+    return converted(json_list(path_of(place, f"{split}.json")), record, "VLGuard")
 
 
 def rows(place: Place) -> Iterator[Example | Refused]:
-    """The training conversations.
-
-    Draws:    the order of the exchanges on safe pictures, from a fixed seed
-    """
+    """The training conversations; the order of the exchanges on safe pictures is drawn from a fixed seed."""
     rng = random.Random(_SEED)
     for record in records(place, "train"):
         if isinstance(record, Refused):
