@@ -65,9 +65,8 @@ def weights_of(model: PreTrainedModel, blocks: Collection[int]) -> dict[str, tor
     return {name: weight for name, weight in language_weights(model).items() if address(name)[0] in layers}
 
 
-def transplanted(
-    model: PreTrainedModel, donor: Mapping[str, torch.Tensor], blocks: Collection[int]
-) -> AbstractContextManager[None]:
+def transplanted(model: PreTrainedModel, donor: Mapping[str, torch.Tensor],
+                 blocks: Collection[int]) -> AbstractContextManager[None]:  # fmt: skip
     """Replace a model's weights in some blocks by a donor's for the time of a `with` block.
 
     Raises:   ValueError where a block is not in the model, or the donor lacks a weight of it
@@ -79,10 +78,8 @@ def transplanted(
     return replaced(own.values(), (donor[name] for name in own))
 
 
-def transplants(
-    model: PreTrainedModel, donor: Mapping[str, torch.Tensor], patches: Sequence[Patch], examine: Examine,
-    done: Callable[[int], None] = lambda n: None,
-) -> Rows:  # fmt: skip
+def transplants(model: PreTrainedModel, donor: Mapping[str, torch.Tensor], patches: Sequence[Patch], examine: Examine,
+                done: Callable[[int], None] = lambda n: None) -> Rows:  # fmt: skip
     """Examine a model with each patch of a donor in it, one after another."""
     rows: Rows = []
     for number, patch in enumerate(patches, 1):

@@ -55,14 +55,10 @@ def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_siz
 
 
 @contextmanager
-def hooked(
-    model: PreTrainedModel, visit: Callable[[torch.Tensor], torch.Tensor | None], layers: Sequence[int] | None = None,
-    entering: bool = True,
-) -> Iterator[None]:  # fmt: skip
-    """Call `visit` on the residual stream [B, T, D] where it enters the first block and leaves the given ones (None: each).
-
-    A tensor that it returns replaces the stream there.
-    """
+def hooked(model: PreTrainedModel, visit: Callable[[torch.Tensor], torch.Tensor | None],
+           layers: Sequence[int] | None = None, entering: bool = True) -> Iterator[None]:  # fmt: skip
+    """Call `visit` with the residual stream [B, T, D] where it enters the first block and leaves the given ones (None: all).
+    A tensor that it returns replaces the stream there."""
 
     def visited(value: Any) -> Any:  # the stream, or a tuple that starts with it
         if not isinstance(value, tuple):
@@ -144,7 +140,7 @@ def similarity(states_a: torch.Tensor, states_b: torch.Tensor) -> torch.Tensor:
 
 
 def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear centred kernel alignment of two sets of states of the same prompts; 1 where they differ by rotation and scale alone.
+    """Linear centred kernel alignment of states of the same prompts; 1 where they differ by rotation and scale alone.
 
     The estimate is unbiased: with the usual one, unrelated states of few prompts look alike.
 
@@ -164,9 +160,8 @@ def _hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     return ((k * m).sum() + middle) / (n * (n - 3))
 
 
-def harm_scores(
-    states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray, others: Sequence[torch.Tensor] = (), folds: int = 5
-) -> list[np.ndarray]:
+def harm_scores(states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray, others: Sequence[torch.Tensor] = (),
+                folds: int = 5) -> list[np.ndarray]:  # fmt: skip
     """Held-out scores of a linear probe for harmfulness on `states`, and of the same probe read on other models' states.
 
     Folds hold out whole clusters, and a prompt is scored by the probe that was not fitted on its cluster.
@@ -185,10 +180,7 @@ def harm_scores(
 
 
 def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bool = True) -> Iterator[dict[str, Any]]:
-    """How far the weights of every block and module have moved, two tensors in memory at a time.
-
-    One row per weight: squared norms of it and of its change, their inner product, how many numbers it holds; for a matrix
-    the effective rank of its change. Rows can be added up.
+    """How far every language weight has moved, a row each, two tensors in memory at a time; squared norms can be added up.
 
     Raises:   ValueError where the two models do not have the same language weights
     Source:   effective rank: exp of the entropy of the normalised singular values, Roy and Vetterli 2007
@@ -214,10 +206,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
 
 
 def alignment(a: Ends, b: Ends) -> Iterator[dict[str, Any]]:
-    """Inner product and squared norms of two task vectors, each from a start to an end, per weight.
-
-    Rows can be added up before a cosine is taken; four tensors are in memory at a time.
-    """
+    """Inner product and squared norms of two task vectors, a row per weight, to be added up before a cosine is taken."""
     for name in a[0]:
         first, second = (read_tensor(end[name]).float() - read_tensor(start[name]).float() for start, end in (a, b))
         layer, module = address(name)
@@ -274,21 +263,17 @@ def scaled(model: PreTrainedModel, band: tuple[int, int], factor: float) -> Abst
 
 
 class Located(NamedTuple):
-    """A safety band `[start, end)`, or None where none was found, and why.
-
-    `counts` holds (start, end, factor, refusals) of every scaling tried; the unscaled model is (0, 0, 1.0, refusals).
-    """
+    """A safety band `[start, end)`, or None where none was found, and why."""
 
     band: tuple[int, int] | None
     reason: str
-    counts: tuple[tuple[int, int, float, int], ...]
+    counts: tuple[tuple[int, int, float, int], ...]  # (start, end, factor, refusals) per scaling; unscaled: (0, 0, 1.0, refusals)
 
 
 def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int], factors: Sequence[float]) -> Located:
-    """Find the band whose scaling makes a parent refuse most harmless prompts.
+    """Find the band whose scaling makes a parent refuse most harmless prompts, by the first factor that adds a refusal.
 
     Start at the layer where the angular gap grows fastest; move the upper end until refusals peak, then the lower one.
-    The first factor that adds a refusal is used; where none does, nothing is located.
 
     Shapes:   gap  [L];  `refusals(band, factor)` counts refused harmless prompts
     Source:   Li et al. 2024, section 4.2, progressive localisation (factor 1.1 in the released script)

@@ -1,7 +1,6 @@
 """What a scale needs from outside, whether it is here and complete, and which stages cannot run without it.
 
-`needs` finds every `Origin` anywhere in `Scale.loaded`, so that a new field is listed, and downloaded, without an edit here.
-Of a token it only says whether there is one.
+`needs` finds every `Origin` in `Scale.loaded`: new fields need no edit here. Of a token it only says whether there is one.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Need(NamedTuple):
     @property
     def folder(self) -> str | None:
         """A corpus's folder below `VLSAFE_DATA`; None for weights, which lie in the hub's cache."""
-        return None if self.origin.kind == "model" else getattr(CORPORA.get(self.name), "FOLDER", self.name.replace(".", "_"))
+        return None if self.origin.kind == "model" else getattr(CORPORA.get(self.name), "folder", self.name.replace(".", "_"))
 
 
 class Line(NamedTuple):

@@ -111,9 +111,9 @@ def fetch(address: str, path: Path, say: Say = lambda text: None) -> None:
             with open(part, "ab" if resumed else "wb") as file:
                 shutil.copyfileobj(answer, file, 2**20)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # all of it has arrived before
+        if error.code != 416:
             raise OSError(f"{address} answers {error.code}") from None
-        total = have
+        total = have  # all of it has arrived before
     if total and part.stat().st_size != total:
         raise OSError(f"{path.name} broke off after {part.stat().st_size:,} of {total:,} bytes; run the command again to go on")
     if path.suffix == ".zip":

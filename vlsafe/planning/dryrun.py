@@ -1,7 +1,7 @@
 """What a reproduction would cost before it is run: real shapes, random weights, synthetic rows.
 
-Without a GPU everything is computed from shapes (`costs`). With one, the same trainers take a few steps on the real shapes,
-and the measured utilisation replaces the assumed one. Every figure says which of the two it is.
+Everything is computed from shapes (`costs`), or, with a GPU, scaled by the utilisation that a few steps of the same trainers
+reach on the real shapes. Every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Work(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Something that is trained `runs` times with one fit; `checkpoints` counts those of all runs."""
+    """What is trained `runs` times with one fit: checkpoints of all runs, text tokens and pictures of a mean row."""
 
     name: str
     fit: Fit
@@ -54,6 +54,8 @@ class Part(NamedTuple):
     method: str
     objective: str
     checkpoints: int
+    text: float
+    pictures: float
 
 
 def plan(scale: Scale, backbone: str, gpu: str, utilisation: float | None = None) -> list[Work]:
@@ -81,47 +83,36 @@ def _parts(scale: Scale) -> list[Part]:
     pairs = [r for r in RECIPES if r.objective == "dpo"]
     corpora = sum(len(r.corpora) for r in pairs)
     replay = sum(scale.tuning.replay for r in sft if "replay" in r.corpora)
-    safety, preference = scale.tuning.sft, scale.tuning.preference.fit  # steps grow with corpora; means over the recipes
+    stage_2, traffic = scale.instruct, scale.traffic
+    row = (traffic.instructions, traffic.pictured)
+    longer = ((scale.tuning.sft, (len(sft) + replay) / len(sft)), (scale.tuning.preference.fit, corpora / len(pairs)))
+    # steps grow with corpora; means over the recipes
+    safety, preference = (dataclasses.replace(fit, steps=max(1, round(fit.steps * times))) for fit, times in longer)
     return [
-        Part("stage 1", scale.projector, 1, "projector", "sft", early),
-        Part("stage 2", scale.instruct, 1, "full", "sft", inside),
-        Part("stage 2, other data and methods", scale.instruct, whole, "full", "sft", whole * arms),
-        Part("stage 2, LoRA", scale.instruct, light, "lora", "sft", light * arms),
-        Part("multitask tuning", scale.instruct, mixed, "full", "sft", mixed),
-        Part("safety SFT", _longer(safety, (len(sft) + replay) / len(sft)), len(sft), "full", "sft", len(sft)),
-        Part("DPO", _longer(preference, corpora / len(pairs)), len(pairs), "full", "dpo", len(pairs)),
+        Part("stage 1", scale.projector, 1, "projector", "sft", early, traffic.captions, 1.0),
+        Part("stage 2", stage_2, 1, "full", "sft", inside, *row),
+        Part("stage 2, other data and methods", stage_2, whole, "full", "sft", whole * arms, *row),
+        Part("stage 2, LoRA", stage_2, light, "lora", "sft", light * arms, *row),
+        Part("multitask tuning", stage_2, mixed, "full", "sft", mixed, *row),
+        Part("safety SFT", safety, len(sft), "full", "sft", len(sft), traffic.safety, 1.0),
+        Part("DPO", preference, len(pairs), "full", "dpo", len(pairs), traffic.pairs, 0.5),  # SPA-VL has pictures, SafeRLHF none
     ]
 
 
-def _longer(fit: Fit, times: float) -> Fit:
-    return dataclasses.replace(fit, steps=max(1, round(fit.steps * times)))
-
-
-def _row(scale: Scale, part: Part) -> tuple[float, float]:
-    """Text tokens and pictures of an average row of a part."""
-    traffic = scale.traffic
-    if part.name == "stage 1":
-        return traffic.captions, 1.0
-    if part.objective == "dpo":
-        return traffic.pairs, 0.5  # SafeRLHF has no pictures, SPA-VL one a pair
-    return (traffic.safety, 1.0) if part.name == "safety SFT" else (traffic.instructions, traffic.pictured)
-
-
 def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None, part: Part) -> Work:
-    fit, (text, pictures), answers = part.fit, _row(scale, part), 2 if part.objective == "dpo" else 1
+    fit, dpo = part.fit, part.objective == "dpo"
+    answers = 2 if dpo else 1
     adapters = 2 * scale.lora.rank * shapes.layers * 13 * shapes.width  # rank × both sides of 7 maps
     trained = {"projector": 0, "lora": adapters, "full": shapes.language}[part.method] + shapes.projector
-    of_row = costs.operations(shapes, text, pictures, 6 if part.method == "full" else 4)
-    if part.objective == "dpo":
-        of_row = 2 * (of_row + costs.operations(shapes, text, pictures, 2))  # two answers, and the reference reads both
-    rows, row_tokens = fit.steps * fit.batch_size, text + pictures * shapes.image_tokens
+    of_row = costs.operations(shapes, part.text, part.pictures, 6 if part.method == "full" else 4)
+    if dpo:
+        of_row = 2 * (of_row + costs.operations(shapes, part.text, part.pictures, 2))  # two answers, and the reference reads both
+    rows, row_tokens = fit.steps * fit.batch_size, part.text + part.pictures * shapes.image_tokens
     at_once = (fit.at_once or fit.batch_size // fit.micro_batches) * answers
     sharded = "fsdp" in fit.launch
-    memory = {
-        n: costs.memory(shapes, trained, at_once * row_tokens, n, sharded)
-        + (costs.FROZEN * shapes.all / (n if sharded else 1) if part.objective == "dpo" else 0)
-        for n in (1, 8)
-    }
+    memory = {n: costs.memory(shapes, trained, at_once * row_tokens, n, sharded) for n in (1, 8)}
+    if dpo:  # the reference
+        memory = {n: size + costs.FROZEN * shapes.all / (n if sharded else 1) for n, size in memory.items()}
     kept, at_most = costs.disk(shapes, trained, part.checkpoints, 2 if fit.saved == "bfloat16" else 4, 2)
     hours = part.runs * costs.training_seconds(of_row * rows, gpu, 1, utilisation or costs.UTILISATION) / 3600
     tokens = part.runs * (rows * row_tokens * answers)
@@ -194,11 +185,9 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
 
 def lines(works: Sequence[Work], gpu: str) -> list[dict[str, Any]]:
     """The plan as formatted rows, and their total."""
-    total = Work(
-        "all", sum(work.runs for work in works), 0.0, sum(work.hours for work in works),
-        {n: max(work.memory[n] for work in works) for n in (1, 8)}, sum(work.kept for work in works),
-        max(work.at_most for work in works), "",
-    )  # fmt: skip
+    runs, hours, kept = (sum(getattr(work, name) for work in works) for name in ("runs", "hours", "kept"))
+    memory = {n: max(work.memory[n] for work in works) for n in (1, 8)}
+    total = Work("all", runs, 0.0, hours, memory, kept, max(work.at_most for work in works), "")
     rows = [
         {
             "part": work.name, "runs": work.runs, "tokens, 10^6": f"{work.tokens / 1e6:,.0f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from vlsafe.core.store import file_digest, write_text
 from vlsafe.models.checkpoints import load, save
 
+Progress = Callable[[int], None]
 COMPLETE = "complete.json"
 OPTIMISER = ("optimizer.pt", "optimizer.bin")  # of full and of sharded weights; one of them is needed to resume
 TRAINING_STATE = (*OPTIMISER, "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state*.pth", "training_args.bin", COMPLETE)
@@ -23,13 +25,14 @@ RESUMABLE = 2  # newest checkpoints that keep their training state; at seven bil
 
 
 class Milestones(TrainerCallback):
-    """Save a checkpoint at chosen steps and mark it complete, with the digests of its files."""
+    """Report every step; at chosen ones save a checkpoint and mark it complete, with the digests of its files."""
 
-    def __init__(self, steps: frozenset[int]) -> None:
-        self.steps = steps
+    def __init__(self, steps: frozenset[int], progress: Progress) -> None:
+        self.steps, self.progress = steps, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step in self.steps
+        self.progress(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state

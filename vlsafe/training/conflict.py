@@ -56,38 +56,31 @@ def combined(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> t
 class ConflictFree(TrainerCallback):
     """Store the gradient of a step's leading micro-batches and combine it with that of the others before the optimiser step.
 
-    The gradient is clipped here, to the trainer's default norm, because the trainer clips before this callback runs. Every
-    step's cosine of the two gradients is logged as `task_cosine`.
+    It clips to the trainer's default norm, because the trainer clips before, and logs the two gradients' `task_cosine`.
     """
 
     def __init__(self, leading: Sequence[int], max_norm: float = 1.0) -> None:
         self.leading, self.max_norm, self.done, self.cosine = leading, max_norm, 0, 0.0
         self.second: list[torch.Tensor] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.done = 0
-
     def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.done += 1
         if self.done == self.leading[state.global_step]:
-            self.second = [_gradient(weight).clone() for weight in _trainable(model)]
+            self.second = [gradient.clone() for gradient in _gradients(model).values()]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        first = [_gradient(weight) - second for weight, second in zip(_trainable(model), self.second, strict=True)]
+        both = _gradients(model)
+        first = [total - second for total, second in zip(both.values(), self.second, strict=True)]
         gradients, self.cosine = combined(first, self.second)
-        for weight, gradient in zip(_trainable(model), gradients, strict=True):
+        for weight, gradient in zip(both, gradients, strict=True):
             weight.grad = gradient
-        torch.nn.utils.clip_grad_norm_(_trainable(model), self.max_norm)
-        self.second = []
+        torch.nn.utils.clip_grad_norm_(list(both), self.max_norm)
+        self.second, self.done = [], 0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1]["task_cosine"] = self.cosine
 
 
-def _trainable(model: Any) -> list[torch.nn.Parameter]:
-    return [weight for weight in model.parameters() if weight.requires_grad]
-
-
-def _gradient(weight: torch.Tensor) -> torch.Tensor:
-    """A weight's gradient; zeros where no row used the weight, as with the projector on text alone."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+def _gradients(model: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Trainable weights with their gradients; zeros where no row used a weight, as with the projector on text alone."""
+    return {w: torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters() if w.requires_grad}

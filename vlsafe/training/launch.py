@@ -1,8 +1,5 @@
-"""One training run, in this process or in several: the same entry point for one, for two, and for the GPUs of several nodes.
-
-A fit that names an `accelerate` configuration is trained by processes of its own, which get their job and report through
-files; any other in the calling process.
-"""
+"""One training run, in this process or, where its fit names an `accelerate` configuration, in processes of its own, on one
+node or several, which get their job and report through files."""
 
 from __future__ import annotations
 
@@ -68,20 +65,17 @@ def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) ->
 
 def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainers.History, int]:
     """What every process of a training run does."""
-    start = Path(job.start)
+    start, rest = Path(job.start), (job.fit, Path(job.folder), job.seed, job.milestones, progress)
     torch.manual_seed(job.seed)  # adapters are initialised at random before the trainer sets its seed
     model = checkpoints.load(start)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # accelerate shards by these
     model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
     moving, processor = trainable.n_trainable(model), checkpoints.load_processor(start)
-    rest = (Path(job.folder), job.seed, job.milestones, progress)
     if job.preference is not None:
-        history = trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, job.fit, *rest)
-    elif job.objective == "pcgrad":
-        history = trainers.sft_without_conflict(model, processor, data, job.first, job.fit, *rest)
-    else:
-        history = trainers.sft_history(model, processor, data, job.fit, *rest)
-    return history, moving
+        return trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, *rest), moving
+    if job.objective == "pcgrad":
+        return trainers.sft_without_conflict(model, processor, data, job.first, *rest), moving
+    return trainers.sft_history(model, processor, data, *rest), moving
 
 
 def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) -> tuple[trainers.History, int]:
@@ -105,10 +99,8 @@ def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) 
             launched.send_signal(signal.SIGTERM)  # its agent stops the workers
             raise
     if launched.returncode:
-        raise ChildProcessError(
-            f"{count} training processes of {path.name} ended with code {launched.returncode}; the reason stands above. "
-            "The same command resumes from the last complete checkpoint"
-        )
+        raise ChildProcessError(f"{count} training processes of {path.name} ended with code {launched.returncode}; the reason "
+                                "stands above. The same command resumes from the last complete checkpoint")  # fmt: skip
     history, moving = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     return history, moving
@@ -123,9 +115,8 @@ def process_count(configuration: Mapping[str, Any], environment: Mapping[str, st
     if configuration.get("use_cpu"):
         return count
     if not torch.cuda.device_count():
-        raise ValueError(
-            "this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it costs, scale `mini` needs none"
-        )
+        raise ValueError("this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it costs, scale `mini` "
+                         "needs none")  # fmt: skip
     return min(count, torch.cuda.device_count()) * int(environment.get(NODES, "1"))
 
 

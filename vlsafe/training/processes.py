@@ -41,8 +41,7 @@ def sharded() -> bool:
 
 def micro_batches(fit: Fit, processes: int) -> int:
     """Gradient accumulation steps: as many as the fit says, more where a process would take over `at_once` rows."""
-    least = -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1
-    return max(fit.micro_batches, least)
+    return max(fit.micro_batches, -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1)
 
 
 def per_process(fit: Fit, processes: int) -> int:
@@ -53,16 +52,13 @@ def per_process(fit: Fit, processes: int) -> int:
     parts = micro_batches(fit, processes)
     rows, rest = divmod(fit.batch_size, parts * processes)
     if not rows or (rest and (processes > 1 or fit.grouped)):
-        raise ValueError(
-            f"{fit.batch_size} rows a step cannot be split over {processes} processes in {parts} micro-batches; "
-            "change micro_batches, at_once, or the number of processes"
-        )
+        raise ValueError(f"{fit.batch_size} rows a step cannot be split over {processes} processes in {parts} micro-batches; "
+                         "change micro_batches, at_once, or the number of processes")  # fmt: skip
     return rows
 
 
-def grouped_order(
-    lengths: Sequence[int], pictured: Sequence[bool], fit: Fit, processes: int, rng: np.random.Generator
-) -> list[int]:
+def grouped_order(lengths: Sequence[int], pictured: Sequence[bool], fit: Fit, processes: int,
+                  rng: np.random.Generator) -> list[int]:  # fmt: skip
     """All rows of a training run in order: every step of one modality, its micro-batches by length, split over the processes.
 
     Which rows share a step depends neither on their length nor on the number of processes. Rows of a modality that do not
@@ -72,8 +68,8 @@ def grouped_order(
     Draws:    from `rng` only
     Source:   LLaVA's group_by_modality_length, which sorts within a step as well
     """
-    waiting: dict[bool, list[int]] = {False: [], True: []}
     order: list[int] = []
+    waiting: dict[bool, list[int]] = {False: [], True: []}
     size = per_process(fit, processes) * processes
     while len(order) < fit.steps * fit.batch_size:
         steps: list[list[int]] = []
@@ -92,47 +88,39 @@ def grouped_order(
 def refuse_mixed(pictured: Sequence[bool], together: int) -> None:
     """Refuse an order in which `together` successive rows, those that all processes work on at one time, mix modalities.
 
-    A sharded tower is gathered by all processes or by none: with pictures on some only, the collectives do not match, which
-    is a crash at best.
+    All processes gather a sharded tower or none: with pictures on some only, collectives do not match, a crash at best.
 
     Raises:   ValueError that names the first such rows
     """
     for at in range(0, len(pictured), together):
         if len(set(pictured[at : at + together])) > 1:
-            raise ValueError(
-                f"rows {at} to {at + together - 1} of the order mix pictures and plain text between processes; "
-                "set `grouped: true` in this fit, which gives every step one modality"
-            )
+            raise ValueError(f"rows {at} to {at + together - 1} of the order mix pictures and plain text between processes; "
+                             "set `grouped: true` in this fit, which gives every step one modality")  # fmt: skip
 
 
-@contextlib.contextmanager
-def head_with_norm(model: Any) -> Iterator[None]:
+def head_with_norm(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Shard the output head together with the language model's last norm.
 
     `accelerate` looks for that norm among the base model's own children, where a LLaVA has none, and shards the head by
     itself. TRL's fused loss reads the head's weight outside its forward; its gradient is then never summed over processes.
     """
     norm = final_norm(model)
-    with mock.patch.object(fsdp_utils, "_find_final_norm", lambda _: norm):
-        yield
+    return mock.patch.object(fsdp_utils, "_find_final_norm", lambda _: norm)
 
 
 class Guards(TrainerCallback):
-    """Check before the first step that accelerate has set up what the launch requested."""
+    """Refuse a training run before its first step where accelerate has not set up what the launch requested."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises:   RuntimeError that says what is wrong and what to do"""
         requested, shards = int(os.environ.get(PROCESSES, "1")), sharded()
         if args.world_size != requested:
-            raise RuntimeError(
-                f"{requested} processes were requested and {args.world_size} is training: its steps would hold another number of "
-                "rows. On CPUs use distributed_type MULTI_GPU with use_cpu; `accelerate launch --cpu` starts one process"
-            )
+            raise RuntimeError(f"{requested} processes were requested and {args.world_size} is training: its steps would hold "
+                               "another number of rows. On CPUs use distributed_type MULTI_GPU with use_cpu; `accelerate launch "
+                               "--cpu` starts one process")  # fmt: skip
         if shards != any(isinstance(weight, DTensor) for weight in model.parameters()):
-            raise RuntimeError(
-                "the weights are {}: accelerate has silently turned FSDP {}. Its configuration requests {}, which it does on "
-                "GPUs only".format(*(("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights")))
-            )
+            state, switched, expected = ("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights")
+            raise RuntimeError(f"the weights are {state}: accelerate has silently turned FSDP {switched}. Its configuration "
+                               f"requests {expected}, which it does on GPUs only")  # fmt: skip
         if shards:
             refuse_unsound_shards(model)
 
@@ -148,19 +136,15 @@ def refuse_unsound_shards(model: Any) -> None:
                            "and the training could not be resumed; freeze the tower")  # fmt: skip
     if low := [name for name, weight in moving.items() if weight.dtype != torch.float32]:
         raise RuntimeError(f"{low[0]} is {moving[low[0]].dtype}: master weights are float32, only computation is in bfloat16")
-    head, norm = model.get_output_embeddings(), final_norm(model)
-    if head.weight.requires_grad and _unit(head) is not _unit(norm):
+    head = model.get_output_embeddings()
+    units = [part._get_fsdp_state() if isinstance(part, FSDPModule) else None for part in (head, final_norm(model))]
+    if head.weight.requires_grad and units[0] is not units[1]:
         raise RuntimeError("the output head is sharded apart from the last norm: its gradient would not be summed over processes")
-
-
-def _unit(module: Any) -> Any:
-    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
 
 
 @contextlib.contextmanager
 def claimed(many: int, folder: Path) -> Iterator[None]:
-    """Reserve GPUs that no other stage of this run store uses. On a cluster the environment names them already; on one machine
-    the scheduler knows how many are free but not which.
+    """Reserve GPUs that no other stage of this run store uses: Snakemake knows how many are free, not which; a cluster does.
 
     Raises:   ValueError where the machine has fewer; RuntimeError where too many are taken
     """

@@ -24,9 +24,8 @@ from vlsafe.core.scale import Fit, Preference, Rollout
 from vlsafe.models.architectures import of_projector
 from vlsafe.models.checkpoints import in_memory_layout
 from vlsafe.training import conflict, processes
-from vlsafe.training.checkpoints import Milestones, last_complete
+from vlsafe.training.checkpoints import Milestones, Progress, last_complete
 
-Progress = Callable[[int], None]
 History = list[dict[str, float]]  # what a trainer logged, a record per step
 SFT, DPO, GRPO = (SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (GRPOTrainer, GRPOConfig)
 WORKERS = 4  # processes that load pictures for one GPU
@@ -36,22 +35,18 @@ BY_LENGTH = {"train_sampling_strategy": "batch_rebalance"}
 IN_ORDER = {"train_sampling_strategy": "sequential"}  # of rows that were put in order before
 
 
-def sft(
-    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
-    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
-) -> list[float]:  # fmt: skip
+def sft(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+        milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> list[float]:  # fmt: skip
     """`sft_history`'s losses: nats per token, one per step from the first."""
     return [record["loss"] for record in sft_history(model, processor, data, fit, folder, seed, milestones, progress)]
 
 
-def sft_history(
-    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
-    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
-) -> History:  # fmt: skip
+def sft_history(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+                milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
     """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
 
-    Checkpoints are written at the milestones; a killed run resumes from the last complete one, and ends with the weights and
-    records of an uninterrupted run, bit for bit. So does `dpo`.
+    A killed run resumes from the last complete milestone and ends with the weights and records of an uninterrupted one, bit
+    for bit. So does `dpo`.
 
     Units:    -> one record per step from the first: loss in nats per token, num_tokens …
     Draws:    data order from `seed`
@@ -60,28 +55,24 @@ def sft_history(
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress)
 
 
-def sft_without_conflict(
-    model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
-    milestones: Sequence[int] = (), progress: Progress = lambda step: None,
-) -> History:  # fmt: skip
+def sft_without_conflict(model: PreTrainedModel, processor: Any, data: Dataset, first: int, fit: Fit, folder: Path, seed: int,
+                         milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
     """`sft_history` on two tasks, the first `first` rows and the others, with conflicting gradients projected (PCGrad).
 
     Rows are seen in the same proportion as in plain training on both; where nothing conflicts, a step is the same as well.
 
     Units:    -> records that also hold `task_cosine`, of the two gradients before the projection
     """
-    rng, second = np.random.default_rng(seed), len(data) - first
-    leading = conflict.shares(first, second, fit.steps, fit.micro_batches)
-    size = fit.batch_size // fit.micro_batches
-    data = data.select(conflict.ordered(first, second, leading, fit.micro_batches, size, rng))
+    second, batches, rng = len(data) - first, fit.micro_batches, np.random.default_rng(seed)
+    leading = conflict.shares(first, second, fit.steps, batches)
+    data = data.select(conflict.ordered(first, second, leading, batches, fit.batch_size // batches, rng))
     own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "max_grad_norm": 0.0}  # the callback clips
     callback = conflict.ConflictFree(leading)
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[callback])
 
 
-def gradients(
-    model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int, note: Callable[[], None]
-) -> None:
+def gradients(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
+              note: Callable[[], None]) -> None:  # fmt: skip
     """Run SFT without updating the weights: `note` is called where they hold the gradient of each step.
 
     Draws:    data order from `seed`
@@ -101,10 +92,8 @@ class _Still(torch.optim.Optimizer):
         self.note()
 
 
-def dpo(
-    model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit, folder: Path,
-    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
-) -> History:  # fmt: skip
+def dpo(model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data: Dataset, spec: Preference, fit: Fit,
+        folder: Path, seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
     """Train in place on preferences; the reference is always passed (TRL would load one from a stored, perhaps older path).
 
     The reference's log-probabilities of text-only pairs are computed once; TRL cannot do so where there are pictures.
@@ -119,10 +108,8 @@ def dpo(
     return _run(DPO, own, model, processor, data, fit, folder, seed, milestones, progress, ref_model=reference)
 
 
-def grpo(
-    model: PreTrainedModel, reward: Callable[..., list[float]], processor: Any, data: Dataset, spec: Rollout, folder: Path,
-    seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None,
-) -> History:  # fmt: skip
+def grpo(model: PreTrainedModel, reward: Callable[..., list[float]], processor: Any, data: Dataset, spec: Rollout, folder: Path,
+         seed: int, milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
     """Train in place on the model's own answers to prompts of one modality (TRL fails on a batch of both), rewarded in [0, 1].
 
     A step samples `batch_size` answers, `generations` to a prompt. There is no KL penalty, as is TRL's default.
@@ -131,9 +118,8 @@ def grpo(
     Draws:    prompts and answers from `seed`
     Source:   Shao et al. 2024, section 4; loss as TRL has it by default (DAPO)
     """
-    own = dict(
-        beta=0.0, num_generations=spec.generations, max_completion_length=spec.max_new_tokens, temperature=spec.temperature,
-    )  # fmt: skip
+    own = {"beta": 0.0, "num_generations": spec.generations, "max_completion_length": spec.max_new_tokens,
+           "temperature": spec.temperature}  # fmt: skip
     return _run(GRPO, own, model, processor, data, spec.fit, folder, seed, milestones, progress, reward_funcs=reward)
 
 
@@ -144,11 +130,9 @@ def tokens_seen(history: History) -> list[int]:
     return [int(total) for total in itertools.accumulate(new)]
 
 
-def _run(
-    kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any], model: PreTrainedModel, processor: Any,
-    data: Dataset, fit: Fit, folder: Path, seed: int, milestones: Sequence[int], progress: Progress,
-    optimizer: torch.optim.Optimizer | None = None, callbacks: Sequence[TrainerCallback] = (), **more: Any,
-) -> History:  # fmt: skip
+def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any], model: PreTrainedModel, processor: Any,
+         data: Dataset, fit: Fit, folder: Path, seed: int, milestones: Sequence[int], progress: Progress,
+         optimizer: Any = None, callbacks: Sequence[TrainerCallback] = (), **more: Any) -> History:  # fmt: skip
     """Build one of TRL's trainers, resume from the last complete checkpoint, and return what was logged at every step."""
     arguments = _arguments(kind[1], fit, folder, seed, own)
     [last] = broadcast_object_list([last_complete(folder) if PartialState().is_main_process else None])
@@ -161,7 +145,7 @@ def _run(
         trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
             train_dataset=data, args=arguments,
-            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones)), _Tick(progress)], **more,
+            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones), progress)], **more,
         )  # fmt: skip
         trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
         trainer.optimizer = optimizer  # None: made from the line above
@@ -173,7 +157,7 @@ def _run(
 
 
 def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
-    """The rows of the whole run in the order of its steps, for a trainer that takes them sequentially."""
+    """The rows of the whole run in the order of its steps."""
     pictured = [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
     many, rng = processes.world_size(), np.random.default_rng([seed, *b"order"])
     order = processes.grouped_order(data["length"], pictured, fit, many, rng)
@@ -207,13 +191,3 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
             seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
             save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
         )  # fmt: skip
-
-
-class _Tick(TrainerCallback):
-    """Report every step."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(state.global_step)
