@@ -25,10 +25,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     """
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
     height, heads = 0.0, {}
-    note = (
-        "thick: 95 % interval over items, clustered by verb–object pair; thin: t-interval over seeds; ticks: seeds; item-level: "
-    )
-    note += "Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
+    note = "thick: 95 % interval over items, clustered by verb–object pair; thin: t-interval over seeds; ticks: seeds; "
+    note += "item-level: Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique())
     caption = f"{style.origin(scale)}; {note}"
@@ -46,9 +44,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
         axis.tick_params(axis="y", length=0)
         axis.set(xlim=(-110, 110), ylim=(height - 0.5, -1.2))
         axis.text(112, -0.9, "item-level / seed-level", fontsize=5.5, va="bottom")
-        axis.legend(
-            handles=style.handles({name: dict(marker=mark, color=GREY) for name, mark in marks.items()}), loc="lower left"
-        )
+        looks = {name: dict(marker=mark, color=GREY) for name, mark in marks.items()}
+        axis.legend(handles=style.handles(looks), loc="lower left")
     return figure
 
 
@@ -94,8 +91,9 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
     with style.panels(rows, columns, 2.4, _least_agreement(pairs), caption, handles=handles, sharey=True) as (figure, axes):
         for (backbone, modality), axis in axes.items():
-            own = (frame[(frame["backbone"] == backbone) & (frame["modality"] == modality)] for frame in (rates, pairs))
-            models, agreement = own
+            models, agreement = (
+                frame[(frame["backbone"] == backbone) & (frame["modality"] == modality)] for frame in (rates, pairs)
+            )
             for (name, *_), line in models.groupby(["kind", "stage", "recipe"]):
                 axis.plot(line["place"], line["value"], linewidth=0.9, markersize=3.2, alpha=0.8, **KINDS[name])
                 axis.vlines(line["place"], line["low"], line["high"], color=KINDS[name]["color"], linewidth=0.5, alpha=0.35)

@@ -33,13 +33,12 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
         "lines: linear merge", "crosses: ensemble of the same two models", "triangle: the ratio that validation pairs chose",
         f"on the panel, n: {sizes}",
     )  # fmt: skip
-    xlabel = "ratio (weight of the safe partner)"
+    xlabel = "ratio: weight of the safe partner"
     rows = style.by_backbone(rates, "percent")
     with style.panels(rows, columns, 2.2, _chosen(rates), caption, xlabel, sharey=True) as (figure, axes):
-        for (backbone, partner), axis in axes.items():
+        for partner, axis, part in style.facets(axes, style.percent(rates), "partner"):
             axis.set(xlim=(-0.03, 1.03), ylim=(-6, 104))
             axis.xaxis.label.set_fontsize(6)
-            part = style.percent(rates[(rates["backbone"] == backbone) & (rates["partner"] == partner)])
             linear = part[part["rule"] == "linear"].sort_values("ratio")
             for measure, look in LINES.items():
                 if not (line := linear[linear["measure"] == measure]).empty:
@@ -73,9 +72,8 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     given to what lies on a front.
     """
     marks = style.handles({name: look for name, look in KINDS.items() if name in set(points["family"])})
-    note = (
-        "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, clustered by verb–object pair"
-    )
+    note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, "
+    note += "clustered by verb–object pair"
     caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", "judge: the world's truth")
     return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, answer.partition(" (")[0], caption)
 

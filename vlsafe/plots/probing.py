@@ -84,8 +84,7 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note)
     with style.panels(rows, MODALITIES, 2.2, title, caption, "step of stage 2") as (figure, axes):
-        for (backbone, group), axis in axes.items():
-            cells = gap[(gap["backbone"] == backbone) & (gap["group"] == group)]
+        for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")
             clear = cells.pivot_table(index="layer", columns="step", values="clear", aggfunc="all").to_numpy(bool)
             image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound)
@@ -146,10 +145,8 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     Several seeds are averaged, intervals too. Starts that are located bands are filled.
     """
     drawn = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
-    note = (
-        "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; filled: "
-    )
-    note += "located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
+    note = "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; "
+    note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
     rows = {
         (name, measure): f"{name}\n{MEASURES[measure]['label'].replace('refusal of benign picture twins', 'twin refusal')}"
         for name in style.by_backbone(drawn)
@@ -192,9 +189,8 @@ def _draw_patches(axis: Any, lines: pd.DataFrame, width: int, colour: str) -> No
     ticks = {start: f"{start:.0f}" for start in bands.index}
     if len(others):
         right = bands.index.max() + 1.6
-        axis.plot(
-            right + np.linspace(-0.35, 0.35, len(others)), others, "x", color="#777777", markersize=2.5, markeredgewidth=0.6
-        )
+        places = right + np.linspace(-0.35, 0.35, len(others))
+        axis.plot(places, others, "x", color="#777777", markersize=2.5, markeredgewidth=0.6)
         axis.axvline(right - 0.8, color="#CCCCCC", linewidth=0.5)
         ticks[right] = "random"
     adapted = (lines["value"] - lines["change"])[lines["kind"] == "band"].mean()

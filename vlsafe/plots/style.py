@@ -73,6 +73,12 @@ def by_backbone(frame: pd.DataFrame, ylabel: str = "") -> dict[str, str]:
     return {name: f"{name}\n{ylabel}".rstrip() for name in sorted(frame["backbone"].unique())}
 
 
+def facets(axes: Mapping[tuple[Any, Any], Any], frame: pd.DataFrame, column: str) -> Iterator[tuple[Any, Any, pd.DataFrame]]:
+    """The panels of a figure with a row per backbone: value of `column`, panel, and the rows of the frame that belong there."""
+    for (backbone, value), axis in axes.items():
+        yield value, axis, frame[(frame["backbone"] == backbone) & (frame[column] == value)]
+
+
 def origin(scale: str) -> str:
     """What world a picture is from, as its caption begins."""
     return f"{'miniature: a synthetic world, ' if scale == 'mini' else ''}scale {scale}"
@@ -155,9 +161,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return list(itertools.accumulate(heights, lambda below, height: max(height, below + gap)))
 
 
-def write(
-    figure: Figure, frame: pd.DataFrame, folder: Path, name: str, provenance: Mapping[str, Any] | None = None
-) -> Sequence[Path]:
+def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str, provenance: Mapping[str, Any] | None = None) -> None:
     """A PNG for the eye, a PDF for the paper, a CSV for the sceptic; no time stamp, so equal data give equal files.
 
     `provenance` goes into both pictures' metadata.
@@ -168,4 +172,3 @@ def write(
     producer = f"matplotlib {matplotlib.__version__}"
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": producer, "Title": name, "Keywords": text})
     frame.round(4).to_csv(folder / f"{name}.csv", index=False)
-    return [folder / f"{name}{suffix}" for suffix in (".png", ".pdf", ".csv")]

@@ -32,14 +32,11 @@ def asr_against_helpfulness(
 ) -> Figure:
     """Attack success against helpfulness, a row of `inches` per backbone, text left, pictures right; `draw` fills a panel."""
     rows = style.by_backbone(points, "attack success, percent (↓ safer)")
-    columns = {"text": "attacks in text", "pictures": "attacks with pictures"}
-    with style.panels(rows, columns, inches, title, caption, "helpfulness, percent (→ better)", marks, sharey=True) as (
-        figure,
-        axes,
-    ):
-        for (backbone, modality), axis in axes.items():
+    columns, xlabel = {"text": "attacks in text", "pictures": "attacks with pictures"}, "helpfulness, percent (→ better)"
+    with style.panels(rows, columns, inches, title, caption, xlabel, marks, sharey=True) as (figure, axes):
+        for _, axis, models in style.facets(axes, style.percent(points), "modality"):
             axis.set_ylim(-4, 104)
-            draw(axis, style.percent(points[(points["backbone"] == backbone) & (points["modality"] == modality)]))
+            draw(axis, models)
     return figure
 
 
@@ -97,9 +94,8 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
     )  # fmt: skip
     inches = 0.28 * len(models) + 0.5
     with style.panels(style.by_backbone(rates), columns, inches, _most_refused(rates), caption, sharex=True) as (figure, axes):
-        for (backbone, what), axis in axes.items():
-            rows = rates[(rates["backbone"] == backbone) & (rates["what"] == what)]
-            mean = style.percent(rows.groupby(["stage", "recipe"])[["value", "low", "high"]].mean())
+        for what, axis, rows in style.facets(axes, style.percent(rates), "what"):
+            mean = rows.groupby(["stage", "recipe"])[["value", "low", "high"]].mean()
             for place, model in enumerate(models):
                 if model in mean.index:
                     row, look = mean.loc[model], KINDS[tuning.kind(*model)]

@@ -1,5 +1,10 @@
 """Everything that writes for readers: gallery, notebooks, model cards, README, golden numbers."""
 
+from typing import TYPE_CHECKING
+
 from vlsafe.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from vlsafe.publish import gallery, golden, modelcards, notebooks, provenance, readme, results, sidebyside
 
 __getattr__ = lazily(__name__)

@@ -67,25 +67,20 @@ def _adaptation(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     index = [*analysis.adaptation.UNIT, "stage", "recipe", "condition"]
     tables: Tables = {
         "T01_filtering_audit": (analysis.filtering.filtering_audit(audit), "T01. What the guards dropped"),
-        "T01_guard_quality": (
-            analysis.filtering.guard_quality(audit), "T01. Precision and recall of the guards against the known truth",
-        ),
+        "T01_guard_quality": (analysis.filtering.guard_quality(audit),
+            "T01. Precision and recall of the guards against the known truth"),
         "T02_degradation": (analysis.degradation.degradation(raw), "T02. Parent and adapted model on every measure"),
         "T03_arms": (
             arms, "T03. Data, method and rate of stage 2; in percent; Δ: paired difference from the main recipe",
             analysis.adaptation.sheet(arms),
             f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the best of the least "
             'helpful recipe that gains at least half of what the main one gains over stage 1 (others: reached "never"). '
-            "Bootstrap intervals have no width where all items agree.",
-        ),
-        "T03_arms_over_seeds": (
-            analysis.adaptation.over_seeds(arms),
-            "T03. The same over seeds: mean, range, each seed; differences are from the main recipe",
-        ),
+            "Bootstrap intervals have no width where all items agree."),
+        "T03_arms_over_seeds": (analysis.adaptation.over_seeds(arms),
+            "T03. The same over seeds: mean, range, each seed; differences are from the main recipe"),
         "T04_confounds": (
             confounds, "T04. System prompt and empty pictures; in percent; Δ: paired difference from neither, the same model",
-            analysis.adaptation.compact(confounds, index), f"n: {sizes_confounds} a condition; paired by verb–object pair.",
-        ),
+            analysis.adaptation.compact(confounds, index), f"n: {sizes_confounds} a condition; paired by verb–object pair."),
     }  # fmt: skip
     figures = {
         "F01_guard_scores": (plots.filtering.guard_scores(audit, scale), analysis.filtering.score_counts(audit)),
@@ -100,18 +95,13 @@ def _tuning(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     tuned = analysis.tuning.methods(frames["raw"], frames["tried"])
     plane, refused = analysis.tuning.plane(tuned), analysis.tuning.refusals(frames["raw"])
     tables: Tables = {
-        "T05_safety_tuning": (
-            tuned, "T05. Safety tuning; in percent; Δ: paired difference from the adapted model", analysis.tuning.sheet(tuned),
+        "T05_safety_tuning": (tuned,
+            "T05. Safety tuning; in percent; Δ: paired difference from the adapted model", analysis.tuning.sheet(tuned),
             "Step and tokens: of the checkpoint that validation pairs chose. Holm: over methods and these five measures, per "
-            "backbone and seed; p-values by flipping the signs of clusters. Against the parent and all benchmarks: the CSV.",
-        ),
-        "T05_transfer": (
-            analysis.tuning.transfer(tuned),
-            "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions",
-        ),
-        "T05_checkpoints": (
-            frames["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen",
-        ),
+            "backbone and seed; p-values by flipping the signs of clusters. Against the parent and all benchmarks: the CSV."),
+        "T05_transfer": (analysis.tuning.transfer(tuned),
+            "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions"),
+        "T05_checkpoints": (frames["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }  # fmt: skip
     figures = {
         "F05_tradeoff": (plots.tuning.tradeoff(plane, scale), plane),
@@ -130,28 +120,19 @@ def _probing(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     tables: Tables = {
         "F07_probes": (probing.probes(frames["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
         "F07_cka": (probing.alignments(frames["sets"]), "F07. CKA of model and reference, jackknife over verb–object pairs"),
-        "F07_drift": (
-            drift, "F07. Drift of weights from the parent after the last step, per block, in percent", probing.drift_sheet(drift),
-            "Layer -1: what is in no block. Every step, single modules and the effective rank of the change: the CSV.",
-        ),
+        "F07_drift": (drift,
+            "F07. Drift of weights from the parent after the last step, per block, in percent", probing.drift_sheet(drift),
+            "Layer -1: what is in no block. Every step, single modules and the effective rank of the change: the CSV."),
         "F09_scaling": (frames["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
-        "F10_against_random": (
-            causal.against_random(frames["patched"], located),
-            "F10. The located and the best band of each width against other sets of as many blocks",
-        ),
-        "F10_directions": (
-            causal.directed(frames["directed"]),
-            "F10. The parent's refusal direction ablated and added, random directions beside",
-        ),
+        "F10_against_random": (causal.against_random(frames["patched"], located),
+            "F10. The located and the best band of each width against other sets of as many blocks"),
+        "F10_directions": (causal.directed(frames["directed"]),
+            "F10. The parent's refusal direction ablated and added, random directions beside"),
         "F11_task_vectors": (vectors, "F11. Cosine of task vectors per layer; chance: what random vectors reach"),
-        "F11_prediction": (
-            probing.prediction(frames["drift"], frames["alike"], frames["raw"]),
-            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end",
-        ),
-        "T05_conflict_free": (
-            causal.remedy(frames["remedy"]),
-            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired",
-        ),
+        "F11_prediction": (probing.prediction(frames["drift"], frames["alike"], frames["raw"]),
+            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end"),
+        "T05_conflict_free": (causal.remedy(frames["remedy"]),
+            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired"),
     }  # fmt: skip
     figures = {
         "F07_layer_similarity": (plots.probing.similarity(similar, scale), probing.last(similar)),
@@ -178,17 +159,13 @@ def _merging(frames: Frames, scale: str) -> tuple[Tables, Figures]:
             merged,
             "T07. Merges at the ratio that validation pairs chose; in percent; Δ: paired difference from the adapted model",
             merging.sheet(merged, verdict),
-            f"Does merging dominate? {answer} Clear: Holm p < 0.05 over rules, partners, five measures. All references: the CSV.",
-        ),
+            f"Does merging dominate? {answer} Clear: Holm p < 0.05 over rules, partners, five measures. "
+            "All references: the CSV."),
         "T07_dominance": (verdict, "T07. Each merge against each tuning and its ensemble, on five headline measures"),
-        "T07_hypervolume": (
-            merging.hypervolumes(frames["raw"]),
-            "T07. Area under the front of 1 − ASR against helpfulness, from (0, 0); the more models, the larger it can be",
-        ),
-        "T07_ensembles": (
-            merging.against_ensemble(frames["panel"]),
-            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel; in fractions",
-        ),
+        "T07_hypervolume": (merging.hypervolumes(frames["raw"]),
+            "T07. Area under the front of 1 − ASR against helpfulness, from (0, 0); the more models, the larger it can be"),
+        "T07_ensembles": (merging.against_ensemble(frames["panel"]),
+            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel; in fractions"),
         "T07_barriers": (merging.barriers(frames["merged"]), "T07. Loss barrier on the line to each partner, nats per answer"),
         "T07_choice": (frames["merged"], "T07. What every merge did on the validation pairs, and which one was chosen"),
     }  # fmt: skip
@@ -208,25 +185,18 @@ def _claims(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     tables: Tables = {
         "T08_models": (
             lines, "T08. Every model on every benchmark, in percent: mean over seeds (lowest–highest)",
-            analysis.degradation.overview(lines), "Intervals and each seed: the CSV.",
-        ),
-        "T08_precision": (
-            claims.precision(prepared),
+            analysis.degradation.overview(lines), "Intervals and each seed: the CSV."),
+        "T08_precision": (claims.precision(prepared),
             "T08. What each benchmark could have shown: adapted model against its predecessor, in fractions", None,
-            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference.",
-        ),
-        "T08_published": (
-            provenance.compare_published(frames["published"], lines), "T08. Published numbers beside ours, as fractions",
-        ),
-        "T09_claims": (
-            ledger, "T09. What the paper claims, what was measured, how sure we are; in points", claims.sheet(ledger),
+            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference."),
+        "T08_published": (provenance.compare_published(frames["published"], lines),
+            "T08. Published numbers beside ours, as fractions"),
+        "T09_claims": (ledger, "T09. What the paper claims, what was measured, how sure we are; in points", claims.sheet(ledger),
             "Item-level: items are the sample, Holm over the claims of a backbone; seed-level: seeds are the sample, "
-            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand.",
-        ),
+            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand."),
         "T09_by_seed": (claims.by_seed(prepared), "T09. Each seed by itself, in fractions: item-level verdicts alone"),
-        "T09_parts": (
-            claims.every_part(prepared), "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected",
-        ),
+        "T09_parts": (claims.every_part(prepared),
+            "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
         "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
     }  # fmt: skip
     figures = {

@@ -1,0 +1,44 @@
+"""The frame of all figures: what stands where, what a line with seeds draws, and that no figure stays open."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from vlsafe.plots import style
+
+ROWS = pd.DataFrame(
+    {"backbone": "b", "group": ["x", "x", "y", "y"], "seed": [0, 1, 0, 1], "layer": 0, "value": [0.2, 0.4, 0.6, 0.8],
+     "low": 0.1, "high": 0.9}
+)  # fmt: skip
+
+
+def test_panels_carry_title_caption_and_labels_and_are_closed():
+    before, rows = plt.get_fignums(), style.by_backbone(ROWS, "percent")
+    caption = style.caption(ROWS, "mini", "", "n = 4")
+    with style.panels(rows, {"x": "first", "y": "second"}, 1.0, "Takeaway", caption, "layer") as (figure, axes):
+        parts = {group: rows["value"].tolist() for group, _, rows in style.facets(axes, ROWS, "group")}
+    assert parts == {"x": [0.2, 0.4], "y": [0.6, 0.8]} and plt.get_fignums() == before
+    assert figure.get_suptitle() == "Takeaway"
+    assert figure.get_supxlabel() == "miniature: a synthetic world, scale mini, seeds 0, 1; n = 4"
+    assert axes["b", "x"].get_ylabel() == "b\npercent" and [a.get_title("left") for a in figure.axes] == ["first", "second"]
+
+
+@pytest.mark.parametrize(("seed_range", "band"), [(False, (0.1, 0.9)), (True, (0.2, 0.4))])
+def test_a_line_is_the_mean_over_seeds_with_its_band(seed_range, band):
+    with style.panels({"": ""}, {"": ""}, 1.0, "", "") as (_, axes):
+        style.draw_line(axes["", ""], ROWS[ROWS["group"] == "x"], "layer", seed_range, color="black")
+    mean = axes["", ""].lines[-1].get_ydata()
+    heights = axes["", ""].collections[0].get_paths()[0].vertices[:, 1]
+    assert mean == pytest.approx([0.3]) and (heights.min(), heights.max()) == pytest.approx(band)
+    assert len(axes["", ""].lines) == 3  # each seed is a thin line
+
+
+def test_only_rates_are_turned_into_percent():
+    frame = pd.DataFrame({"text_asr": [0.5], "helpfulness_low": [0.25], "value": [np.nan], "n": [3], "place": [1.0]})
+    assert style.percent(frame).drop(columns="value").iloc[0].to_dict() == {
+        "text_asr": 50,
+        "helpfulness_low": 25,
+        "n": 3,
+        "place": 1,
+    }
