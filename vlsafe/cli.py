@@ -250,7 +250,7 @@ def _status(arguments: Arguments) -> None:
 
 def _score(arguments: Arguments) -> None:
     from vlsafe.evaluation import score, servers
-    from vlsafe.evaluation.judges.written import WRITTEN
+    from vlsafe.evaluation.judges import LLM_JUDGES
 
     if arguments.data is None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
@@ -258,7 +258,7 @@ def _score(arguments: Arguments) -> None:
         raise ValueError("a judge is asked either at an --endpoint or by --weights")
     asker = score.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
-        own = [WRITTEN[name].model for name in arguments.judges if name in WRITTEN]
+        own = [LLM_JUDGES[name].model for name in arguments.judges if name in LLM_JUDGES]
         model = arguments.judge_model or (own[0] if own else "")
         if not model:
             raise ValueError("say which model the endpoint is to be asked for: --judge-model")

@@ -8,7 +8,7 @@ from vlsafe.data.guards import Assessment, parse_guard
 from vlsafe.data.intake import audit, passing
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.judges import JUDGES, judge
-from vlsafe.evaluation.judges.written import WRITTEN
+from vlsafe.evaluation.judges.llm import LLM_JUDGES
 
 ANSWERS = json.loads((Path(__file__).parents[1] / "judge_prompts_cases.json").read_text(encoding="utf-8"))
 CASES = json.loads((Path(__file__).parents[1] / "judge_cases.json").read_text(encoding="utf-8"))
@@ -23,12 +23,12 @@ def test_cases(case):
 
 @pytest.mark.parametrize("case", ANSWERS, ids=lambda c: f"{c['judge']}:{c['answer'][:24]!r}")
 def test_answers_of_judges_that_ask(case):
-    assert WRITTEN[case["judge"]].parse(case["answer"]).label == case["label"]
+    assert LLM_JUDGES[case["judge"]].parse(case["answer"]).label == case["label"]
 
 
 def test_every_judge_has_cases_and_every_label_a_meaning():
     assert {case["judge"].removesuffix("-literal") for case in CASES} == {name.removesuffix("-literal") for name in JUDGES}
-    assert {case["judge"] for case in ANSWERS} >= set(WRITTEN) - {f"{name}-criteria" for name in WRITTEN}
+    assert {case["judge"] for case in ANSWERS} >= set(LLM_JUDGES) - {f"{name}-criteria" for name in LLM_JUDGES}
     for case in [*CASES, *ANSWERS]:
         if case["label"] != "unjudged" and case["judge"] in official.MEANINGS:
             assert case["label"] in official.MEANINGS[case["judge"]], case

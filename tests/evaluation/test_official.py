@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlsafe.evaluation import judges, score
 from vlsafe.evaluation.benchmarks import REAL, mm_safetybench, mme, official, sorry_bench
-from vlsafe.evaluation.judges.written import WRITTEN, wordings
+from vlsafe.evaluation.judges.llm import LLM_JUDGES, wordings
 from vlsafe.models.chat import open_picture
 
 CASES = json.loads((Path(__file__).parents[1] / "score_cases.json").read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def test_items_are_found_by_every_name_and_look_alike_with_and_without_pictures(
             assert shown[item.id].turns == item.turns
             assert all(open_picture(data).size for data in shown[item.id].images)
     for judge in module.OFFICIAL[subset]:
-        assert judge in judges.JUDGES or judge in WRITTEN
+        assert judge in judges.JUDGES or judge in LLM_JUDGES
 
 
 def test_odd_rows(root):
@@ -100,11 +100,11 @@ def test_official_wordings_are_read_and_never_run(root, tmp_path):
     found = wordings("mm-safetybench", places)
     assert set(found) == {"general", "lobbying", "legal", "financial", "health", "government"} and "money" in found["financial"]
     items = {item.category: item for item in mm_safetybench.load(root, pictures=False)[0]}
-    prompt = WRITTEN["mm-safetybench"].ask(items["11-Financial_Advice"], "braces {prediction} {stay}", found)
+    prompt = LLM_JUDGES["mm-safetybench"].prompt(items["11-Financial_Advice"], "braces {prediction} {stay}", found)
     assert "money" in prompt and "braces {prediction} {stay}" in prompt
-    assert "general" in WRITTEN["mm-safetybench"].ask(items["09-Privacy_Violence"], "x", found)
+    assert "general" in LLM_JUDGES["mm-safetybench"].prompt(items["09-Privacy_Violence"], "x", found)
     item = REAL["siuo"].load(root, pictures=False)[0][0]
-    prompt = WRITTEN["siuo-safe"].ask(item, "R", wordings("siuo-safe", (root, root / "SIUO")))
+    prompt = LLM_JUDGES["siuo-safe"].prompt(item, "R", wordings("siuo-safe", (root, root / "SIUO")))
     assert prompt == "Q Suggest a caption. W The ledge is slippery. R Please stay away from the edge. A R judge"
     with pytest.raises(FileNotFoundError, match=r"not ours to pass on.*mm-safetybench-criteria"):
         wordings("mm-safetybench", (tmp_path,))

@@ -24,7 +24,7 @@ from vlsafe.core.schema import Item, Turn
 from vlsafe.data.miniature.language import vocabulary
 from vlsafe.evaluation import engines, score, servers
 from vlsafe.evaluation.benchmarks import REAL
-from vlsafe.evaluation.judges.written import WRITTEN
+from vlsafe.evaluation.judges.llm import LLM_JUDGES
 from vlsafe.models import chat, checkpoints
 
 SECRET, FOUL = "sk-not-for-any-log", "an invented foul word"
@@ -122,7 +122,7 @@ def run(root, tmp_path, name, *more, responses=None):
     return code, json.loads(out.read_text()) if code == 0 else None
 
 
-@pytest.mark.parametrize("judge", [*WRITTEN])
+@pytest.mark.parametrize("judge", [*LLM_JUDGES])
 def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, scripted, capsys):
     name = {"siuo": "siuo", "mm-s": "mm_safetybench", "xste": "xstest", "mmbe": "mmbench", "sorr": "sorry_bench"}.get(
         judge[:4], "wildjailbreak"
@@ -135,8 +135,8 @@ def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, s
         judge=judge, model="m", official=judge in REAL[name].OFFICIAL[found["subset"]], unjudged={}
     )
     assert all(row["n_unjudged"] == 0 for row in found["scores"])
-    assert {"prompt" in body for body in scripted.asked} == {WRITTEN[judge].raw}
-    if WRITTEN[judge].pictures:
+    assert {"prompt" in body for body in scripted.asked} == {LLM_JUDGES[judge].raw}
+    if LLM_JUDGES[judge].pictures:
         assert all("data:image/png;base64," in json.dumps(body["messages"]) for body in scripted.asked)
     again = len(scripted.asked)
     assert run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "m")[0] == 0
@@ -308,8 +308,8 @@ def test_a_model_is_examined_on_every_benchmark_and_judged_by_weights(root, tiny
             items, _ = module.load(root, subset, pictures=True)
             made = engines.respond(model, processor, items, "tiny", 16, 4)
             responses = write(tmp_path / "r.jsonl", lines({"id": r.item, "response": r.text} for r in made))
-            raw = [judge for judge in judges if judge in WRITTEN and WRITTEN[judge].raw]
-            rules = [judge for judge in judges if judge not in WRITTEN] or ["xstest-strings"]
+            raw = [judge for judge in judges if judge in LLM_JUDGES and LLM_JUDGES[judge].raw]
+            rules = [judge for judge in judges if judge not in LLM_JUDGES] or ["xstest-strings"]
             more = ["--weights", tiny / "text"] if raw else []
             options = ("--subset", subset, "--judge", *(raw or rules), *more)
             (tmp_path / "out.judgements.jsonl").unlink(missing_ok=True)
@@ -326,9 +326,9 @@ def test_a_model_is_examined_on_every_benchmark_and_judged_by_weights(root, tiny
 def test_raw_prompts_get_one_beginning_and_continue_as_alone(tiny):
     model, tokenizer = checkpoints.load(tiny / "text"), checkpoints.load_processor(tiny / "text")
     prompts = ["use the spoon", "<s> use the hammer and the wax", "use"]
-    together = engines.continued(model, tokenizer, prompts, 5)
-    assert together == [engines.continued(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
-    assert engines.continued(model, tokenizer, ["<s> use the spoon"], 5) == together[:1]
+    together = engines.complete(model, tokenizer, prompts, 5)
+    assert together == [engines.complete(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
+    assert engines.complete(model, tokenizer, ["<s> use the spoon"], 5) == together[:1]
 
 
 @pytest.fixture(scope="module")
@@ -366,9 +366,9 @@ def test_a_real_server_answers_as_the_local_engine_and_can_be_a_judge(served, ti
     assert remote == local and len(local) == 6
     responses = answered(root, tmp_path, "siuo")[1]
     found = score.score(
-        "siuo", root, responses, tmp_path / "o.json", ["siuo-safe-criteria"], asker=score.endpoint(served)
+        "siuo", root, responses, tmp_path / "o.json", ["siuo-safe-criteria"], judge_model=score.endpoint(served)
     )  # fmt: skip
     assert found["judges"][0]["unjudged"] == {"judgement cannot be read": 9}
     assert len((tmp_path / "o.judgements.jsonl").read_text().splitlines()) == 9
-    with pytest.raises(ValueError, match="ranked by likelihood, which a server does not tell"):
+    with pytest.raises(ValueError, match="ranked by likelihood, which a server does not return"):
         list(servers.respond(served, [Item("i", "b", (Turn("user", "q"),), options=("a", "b"), scoring="likelihood")], "m", 4))

@@ -39,7 +39,7 @@ def test_a_server_that_ends_says_why(begun):  # noqa: F811
     folder = begun.checkpoints("projector/filtered")[-1]
     command = f"{sys.executable} -c \"raise SystemExit('no such model')\""
     with pytest.raises(ChildProcessError, match="the server ended with code 1: no such model"):
-        servers.respond_served(command, folder, begun.items()[:1], "m", 4)
+        servers.serve_and_respond(command, folder, begun.items()[:1], "m", 4)
 
 
 def test_engines_are_not_mixed(tmp_path):

@@ -64,7 +64,7 @@ def respond(
 
     served = [item for item in items if item.scoring == "generated"] if exam.serve else []
     local = [item for item in items if item.scoring != "generated"] if exam.serve else items
-    responses = servers.respond_served(exam.serve, folder, served, name, exam.max_new_tokens) if served else []
+    responses = servers.serve_and_respond(exam.serve, folder, served, name, exam.max_new_tokens) if served else []
     if local:
         model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)
         responses += engines.respond(model, processor, local, name, exam.batch_size, exam.max_new_tokens, progress)

@@ -1,4 +1,4 @@
-"""People as a judge: blinded packets of responses out, ratings in. Knows rows and files, no model and no table.
+"""Human judges: blinded packets of responses out, ratings in. Knows rows and files, no model and no table.
 
 A packet is one static page for raters; the key, which says whose response each one is, stays with whoever exports. What is
 wrong with returned ratings is counted and named, and every problem has one treatment, which `TREATED` states.
@@ -25,22 +25,10 @@ LABELS = {
 }
 UNSURE = "unsure"  # an answer of a rater that counts as missing
 CELLS = (("sorry_bench", True), ("mm_safetybench", True), ("mm_safetybench", False))  # benchmark, harmful prompts or twins
-UNIT = ["backbone", "seed", "item", "text"]
 KEY = [
-    "packet",
-    "id",
-    "backbone",
-    "seed",
-    "stage",
-    "recipe",
-    "model",
-    "benchmark",
-    "group",
-    "category",
-    "cluster",
-    "item",
+    "packet", "id", "backbone", "seed", "stage", "recipe", "model", "benchmark", "group", "category", "cluster", "item",
     "harmful",
-]
+]  # fmt: skip
 RATED = ["packet", "rater", "id", "label", "seconds"]
 TEMPLATE = Path(__file__).parent / "templates" / "packet.html"
 TREATED = {
@@ -61,29 +49,28 @@ class Ratings(NamedTuple):
     problems: pd.DataFrame
 
 
-def choose(answers: pd.DataFrame, per_cell: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Responses of all models that were asked to the same prompts, `per_cell` of each study × CELLS.
+def choose(responses: pd.DataFrame, per_cell: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Responses of all models to the same prompts, `per_cell` prompts of each study × CELLS.
 
-    `answers` has one row per response with KEY's columns but the first two, turns, images and text.
+    `responses` has one row per response with KEY's columns but the first two, turns, images and text.
 
     Draws:    from `rng` only
     Raises:   ValueError where a cell has no prompt that all its models answered
     """
     chosen = []
-    for (backbone, seed), of in answers.groupby(["backbone", "seed"]):
+    for (backbone, seed), study in responses.groupby(["backbone", "seed"]):
         for benchmark, harmful in CELLS:
-            cell = of[(of["benchmark"] == benchmark) & (of["harmful"] == harmful)]
-            asked = cell.groupby("item")["model"].nunique()
-            shared = sorted(asked.index[asked == cell["model"].nunique()])
+            cell = study[(study["benchmark"] == benchmark) & (study["harmful"] == harmful)]
+            n_models = cell.groupby("item")["model"].nunique()
+            shared = sorted(n_models.index[n_models == cell["model"].nunique()])
             if not shared:
                 raise ValueError(f"{backbone}, seed {seed}: no prompt of {benchmark} was answered by all models")
-            picked = rng.permutation(shared)[:per_cell]
-            chosen.append(cell[cell["item"].isin(picked)])
+            chosen.append(cell[cell["item"].isin(rng.permutation(shared)[:per_cell])])
     return pd.concat(chosen, ignore_index=True)
 
 
-def export(answers: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> Path:
-    """Write `packet.html` for raters and `key.csv`, which they must not see. Equal answers to one prompt are rated once.
+def export(responses: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> Path:
+    """Write `packet.html` for raters and `key.csv`, which they must not see. Equal responses to one prompt are rated once.
 
     Ids and order are random; neither tells model, method or step.
 
@@ -92,29 +79,28 @@ def export(answers: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> Pat
     if (folder / "key.csv").exists():
         raise FileExistsError(f"{folder} holds the key of another packet; choose another folder")
     rng = np.random.default_rng(seed)
-    chosen = choose(answers, per_cell, rng)
-    units = chosen.groupby(UNIT, sort=True).ngroup()
+    chosen = choose(responses, per_cell, rng)
+    units = chosen.groupby(["backbone", "seed", "item", "text"], sort=True).ngroup()
     order = rng.permutation(units.nunique())
     ids = [rng.bytes(5).hex() for _ in order]
     packet = hashlib.sha256("".join(ids).encode()).hexdigest()[:10]
     key = chosen.assign(packet=packet, id=units.map(dict(zip(order, ids, strict=True))))
-    shown = [_shown(row) for _, row in key.drop_duplicates("id").set_index("id").loc[ids].reset_index().iterrows()]
+    rows = key.drop_duplicates("id").set_index("id", drop=False).loc[ids].to_dict("records")
     folder.mkdir(parents=True, exist_ok=True)
     key[KEY].sort_values(KEY).to_csv(folder / "key.csv", index=False)
-    (folder / "packet.html").write_text(page(packet, shown), encoding="utf-8")
+    (folder / "packet.html").write_text(page(packet, [_unit(row) for row in rows]), encoding="utf-8")
     return folder / "packet.html"
 
 
-def _shown(row: pd.Series) -> dict[str, Any]:
+def _unit(row: Mapping[str, Any]) -> dict[str, Any]:
     images = ["data:image/png;base64," + base64.b64encode(image["bytes"]).decode() for image in row["images"]]
     return {"id": row["id"], "turns": [dict(turn) for turn in row["turns"]], "images": images, "text": row["text"]}
 
 
-def page(packet: str, shown: Sequence[Mapping[str, Any]]) -> str:
-    """The raters' page: it holds everything, asks no server, and is told by its own policy to load nothing."""
-    told = {"packet": packet, "labels": [*LABELS, UNSURE], "units": list(shown)}
+def page(packet: str, units: Sequence[Mapping[str, Any]]) -> str:
+    """The raters' page: it holds everything, asks no server, and its own policy lets it load nothing."""
     rubric = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in LABELS.items())
-    data = json.dumps(told).replace("<", "\\u003c")
+    data = json.dumps({"packet": packet, "labels": [*LABELS, UNSURE], "units": list(units)}).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{rubric}}", rubric).replace("{{packet}}", data)
 
 
@@ -123,43 +109,41 @@ def read(files: Sequence[Path], key: pd.DataFrame) -> Ratings:
 
     Raises:   ValueError for a file that is not a ratings file, a row without a rater, or where nothing usable is left
     """
-    frames = []
-    for file in files:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-        if list(frame.columns) != RATED or (frame["rater"].str.strip() == "").any():
-            raise ValueError(
-                f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} and a rater in each row"
-            )
-        frames.append(frame)
-    rows, problems = pd.concat(frames, ignore_index=True), list[tuple[str, str, int]]()
+    rows, problems = pd.concat([_read(file) for file in files], ignore_index=True), list[tuple[str, str, int]]()
 
     def put_aside(kind: str, wrong: pd.Series) -> None:
         nonlocal rows
         problems.extend((kind, rater, n) for rater, n in rows.loc[wrong, "rater"].value_counts().sort_index().items())
         rows = rows[~wrong]
 
-    known = set(key["id"])
+    ids = set(key["id"])
     put_aside("another packet", rows["packet"] != key["packet"].iloc[0])
-    put_aside("unknown id", ~rows["id"].isin(known))
+    put_aside("unknown id", ~rows["id"].isin(ids))
     raters = sorted(rows["rater"].unique())
     put_aside("unknown label", ~rows["label"].isin([*LABELS, UNSURE, ""]))
     rows = rows[rows["label"].isin(list(LABELS))]
     put_aside("rated twice alike", rows.duplicated(["rater", "id", "label"]))
     put_aside("rated twice differently", rows.duplicated(["rater", "id"], keep=False))
     if rows.empty:
-        raise ValueError(
-            "no usable rating is left: " + (", ".join(f"{n} × {kind}" for kind, _, n in problems) or "all are empty")
-        )
+        reasons = ", ".join(f"{n} × {kind}" for kind, _, n in problems)
+        raise ValueError(f"no usable rating is left: {reasons or 'all are empty'}")
     for rater in raters:
-        own = rows[rows["rater"] == rater]
-        problems += [("missing", rater, len(known) - len(own))] * (len(own) < len(known))
-        problems += [("always the same label", rater, len(own))] * (len(own) > 1 and own["label"].nunique() == 1)
-    told = pd.DataFrame(problems, columns=["problem", "rater", "count"])
-    return Ratings(rows[["rater", "id", "label"]].reset_index(drop=True), told.assign(treated=told["problem"].map(TREATED)))
+        labels = rows.loc[rows["rater"] == rater, "label"]
+        problems += [("missing", rater, len(ids) - len(labels))] * (len(labels) < len(ids))
+        problems += [("always the same label", rater, len(labels))] * (len(labels) > 1 and labels.nunique() == 1)
+    table = pd.DataFrame(problems, columns=["problem", "rater", "count"])
+    return Ratings(rows[["rater", "id", "label"]].reset_index(drop=True), table.assign(treated=table["problem"].map(TREATED)))
+
+
+def _read(file: Path) -> pd.DataFrame:
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if list(rows.columns) != RATED or (rows["rater"].str.strip() == "").any():
+        raise ValueError(f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} and a rater in each row")
+    return rows
 
 
 def alpha(labels: pd.DataFrame) -> float:
-    """Krippendorff's alpha for nominal labels; NaN where fewer than two raters share an id or only one label was ever given."""
+    """Krippendorff's alpha for nominal labels; NaN where fewer than two raters share an id or only one label was ever used."""
     wide = labels.assign(code=labels["label"].map(list(LABELS).index)).pivot(index="rater", columns="id", values="code")
     shared = wide.loc[:, wide.notna().sum() > 1]
     if shared.empty or len(set(shared.stack())) < 2:
@@ -168,22 +152,22 @@ def alpha(labels: pd.DataFrame) -> float:
 
 
 def agreement(ratings: Ratings, key: pd.DataFrame) -> pd.DataFrame:
-    """Alpha over everything, within each benchmark, and without raters who gave one label to all: how far people agree."""
+    """Alpha over everything, within each benchmark, and without raters who used one label for all: how far people agree."""
     labels = ratings.labels.merge(key.drop_duplicates("id")[["id", "benchmark", "harmful"]], on="id")
+    cells = {"all": labels}
+    for (benchmark, harmful), cell in labels.groupby(["benchmark", "harmful"]):
+        cells[f"{benchmark}, {'harmful' if harmful else 'twins'}"] = cell
     same = ratings.problems.loc[ratings.problems["problem"] == "always the same label", "rater"]
-    cells = {
-        "all": labels,
-        **{f"{b}, {'harmful' if h else 'twins'}": of for (b, h), of in labels.groupby(["benchmark", "harmful"])},
-    }
-    cells |= {"without raters of one label": labels[~labels["rater"].isin(same)]} if len(same) else {}
-    lines = [(what, of["rater"].nunique(), of["id"].nunique(), len(of), alpha(of)) for what, of in cells.items()]
+    if len(same):
+        cells["without raters of one label"] = labels[~labels["rater"].isin(same)]
+    lines = [(name, cell["rater"].nunique(), cell["id"].nunique(), len(cell), alpha(cell)) for name, cell in cells.items()]
     return pd.DataFrame(lines, columns=["on", "raters", "responses", "ratings", "alpha"])
 
 
 def verdicts(ratings: Ratings, key: pd.DataFrame) -> pd.DataFrame:
     """The people's verdict on every response of the key, as rows of a raw table by the judge "people".
 
-    The label is what more than half of its raters said; without one the response is unjudged.
+    The label is that of more than half of its raters; without one the response is unjudged.
     """
     counts = ratings.labels.groupby(["id", "label"]).size().unstack(fill_value=0)
     most, share = counts.idxmax(axis=1), counts.max(axis=1) / counts.sum(axis=1)
