@@ -222,8 +222,7 @@ def gram(files: Sequence[Path]) -> dict[int, np.ndarray]:
     places = [language_places(file) for file in files]
     products: dict[int, np.ndarray] = {}
     for name in places[0]:
-        layer, _ = address(name)
-        if layer is not None:
+        if (layer := address(name)[0]) is not None:
             rows = torch.stack([read_tensor(place[name]).double().flatten() for place in places])
             products[layer] = products.get(layer, 0) + (rows @ rows.T).numpy()
     return products
@@ -279,8 +278,7 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
     Source:   Li et al. 2024, section 4.2, progressive localisation (factor 1.1 in the released script)
     Departs:  larger factors are tried where 1.1 adds none; ties go to the narrower band
     """
-    n, start = len(gap), int(np.argmax(np.diff(gap, prepend=0.0)))
-    unscaled = refusals((0, 0), 1.0)
+    n, start, unscaled = len(gap), int(np.argmax(np.diff(gap, prepend=0.0))), refusals((0, 0), 1.0)
     counts = [(0, 0, 1.0, unscaled)]
 
     def best(bands: Sequence[tuple[int, int]], factor: float) -> tuple[int, int]:

@@ -66,10 +66,9 @@ def operations(shapes: Shapes, text: float, pictures: float, passes: int) -> flo
 def memory(shapes: Shapes, trainable: int, tokens_at_once: float, processes: int, sharded: bool) -> float:
     """Bytes on each GPU: trainable and frozen weights, the bfloat16 copies, activations under recomputation."""
     kept = TRAINABLE * trainable + FROZEN * (shapes.all - trainable)
-    share = processes if sharded else 1
     gathered = CAST * (2 * shapes.blocks / shapes.layers + shapes.embedding + shapes.head) if sharded else CAST * shapes.all
     activations = tokens_at_once * shapes.width * (2 * shapes.layers + WORKING)
-    return kept / share + gathered + activations
+    return kept / (processes if sharded else 1) + gathered + activations
 
 
 def disk(shapes: Shapes, trainable: int, checkpoints: int, saved: int, resumable: int) -> tuple[float, float]:
@@ -84,5 +83,4 @@ def training_seconds(total: float, gpu: str, processes: int, utilisation: float 
 
 def decoding_seconds(shapes: Shapes, answers: int, tokens: float, batch: int, gpu: str) -> float:
     """Seconds of one GPU to generate answers: every token of a batch reads all weights once."""
-    steps = answers / batch * tokens
-    return steps * CAST * shapes.language / (GPUS[gpu][2] * BANDWIDTH)
+    return answers / batch * tokens * CAST * shapes.language / (GPUS[gpu][2] * BANDWIDTH)

@@ -129,8 +129,7 @@ def _read_by(stage: str) -> set[str]:
     """The things from outside that a stage reads itself."""
     direct = {
         "screen/filtered": {"captions", "instructions", "tower", "parents"},
-        "guard/text": {"text_guard"}, "guard/image": {"image_guard"},
-        "tower/clip": {"tower"}, "parent/aligned": {"parents"},
+        "guard/text": {"text_guard"}, "guard/image": {"image_guard"}, "tower/clip": {"tower"}, "parent/aligned": {"parents"},
     }  # fmt: skip
     kind, _, recipe = stage.partition("/")
     if kind == "safety":
@@ -153,8 +152,7 @@ def doctor(scale: Scale, deep: bool = False) -> list[Line]:
 
 def _with_consequence(scale: Scale, line: Line) -> Line:
     name, _, parent = line.what.partition(".")
-    stopped = blocked(scale, name if name == "parents" else line.what)
-    if not stopped:
+    if not (stopped := blocked(scale, name if name == "parents" else line.what)):
         return line
     whose, more = f" of {parent}" if name == "parents" else "", " …" if len(stopped) > 3 else ""
     stages = f"{len(stopped)} of {len(STAGES)} stages{whose} cannot run: {', '.join(stopped[:3])}{more}"

@@ -30,8 +30,7 @@ Say = Callable[[str], None]
 def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = False) -> None:
     """Fetch what is missing: weights into the hub's cache, corpora into `VLSAFE_DATA`; a second call resumes where one stopped.
 
-    Raises:   ValueError where it cannot begin (no folder, offline, too little room), and at the end where a download failed,
-              naming each with the reason and, if it is gated, what to accept
+    Raises:   ValueError where it cannot begin, and at the end, naming what failed, why, and what a gated one wants accepted
     """
     chosen = [need for need in needs(scale) if not only or need.name in only]
     missing = [need for need in chosen if state(need).state != "present"]
@@ -95,8 +94,7 @@ def _fetch_repository(need: Need) -> None:
 def fetch(address: str, path: Path, say: Say = lambda text: None) -> None:
     """Download one file, from where an earlier attempt stopped; a zip file is checked before it counts.
 
-    Raises:   OSError where the connection fails or ends early (what has arrived stays); ValueError for an archive that is none,
-              or whose members lead out of it
+    Raises:   OSError where the connection ends early (what has arrived stays); ValueError as `refuse_outside`
     """
     if path.exists():
         return

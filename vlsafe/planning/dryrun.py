@@ -83,8 +83,7 @@ def _parts(scale: Scale) -> list[Part]:
     pairs = [r for r in RECIPES if r.objective == "dpo"]
     corpora = sum(len(r.corpora) for r in pairs)
     replay = sum(scale.tuning.replay for r in sft if "replay" in r.corpora)
-    stage_2, traffic = scale.instruct, scale.traffic
-    row = (traffic.instructions, traffic.pictured)
+    stage_2, traffic, row = scale.instruct, scale.traffic, (scale.traffic.instructions, scale.traffic.pictured)
     longer = ((scale.tuning.sft, (len(sft) + replay) / len(sft)), (scale.tuning.preference.fit, corpora / len(pairs)))
     # steps grow with corpora; means over the recipes
     safety, preference = (dataclasses.replace(fit, steps=max(1, round(fit.steps * times))) for fit, times in longer)
@@ -100,8 +99,7 @@ def _parts(scale: Scale) -> list[Part]:
 
 
 def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None, part: Part) -> Work:
-    fit, dpo = part.fit, part.objective == "dpo"
-    answers = 2 if dpo else 1
+    fit, dpo, answers = part.fit, part.objective == "dpo", 2 if part.objective == "dpo" else 1
     adapters = 2 * scale.lora.rank * shapes.layers * 13 * shapes.width  # rank × both sides of 7 maps
     trained = {"projector": 0, "lora": adapters, "full": shapes.language}[part.method] + shapes.projector
     of_row = costs.operations(shapes, part.text, part.pictures, 6 if part.method == "full" else 4)
@@ -188,16 +186,12 @@ def lines(works: Sequence[Work], gpu: str) -> list[dict[str, Any]]:
     runs, hours, kept = (sum(getattr(work, name) for work in works) for name in ("runs", "hours", "kept"))
     memory = {n: max(work.memory[n] for work in works) for n in (1, 8)}
     total = Work("all", runs, 0.0, hours, memory, kept, max(work.at_most for work in works), "")
-    rows = [
-        {
-            "part": work.name, "runs": work.runs, "tokens, 10^6": f"{work.tokens / 1e6:,.0f}",
-            f"hours, 1 {gpu}": f"{work.hours:,.1f}", f"hours, 8 {gpu}": f"{work.hours / 8:,.1f}",
-            "GB a GPU, 1": f"{work.memory[1] / 1e9:,.0f}", "GB a GPU, 8": f"{work.memory[8] / 1e9:,.0f}",
-            "GB kept": f"{work.kept / 1e9:,.0f}", "GB while running": f"{work.at_most / 1e9:,.0f}", "how": work.how,
-        }
-        for work in (*works, total)
-    ]  # fmt: skip
-    return [*rows[:-1], {**rows[-1], "tokens, 10^6": ""}]
+    return [{
+        "part": work.name, "runs": work.runs, "tokens, 10^6": "" if work is total else f"{work.tokens / 1e6:,.0f}",
+        f"hours, 1 {gpu}": f"{work.hours:,.1f}", f"hours, 8 {gpu}": f"{work.hours / 8:,.1f}",
+        "GB a GPU, 1": f"{work.memory[1] / 1e9:,.0f}", "GB a GPU, 8": f"{work.memory[8] / 1e9:,.0f}",
+        "GB kept": f"{work.kept / 1e9:,.0f}", "GB while running": f"{work.at_most / 1e9:,.0f}", "how": work.how,
+    } for work in (*works, total)]  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -207,10 +201,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(chosen: Sequence[tuple[int, str, Scale, str]]) -> str:
-    """What can be reproduced on how many GPUs, as Markdown: all parts of a scale that fit into the memory of so many.
-
-    `chosen`: (GPUs, their name, scale, backbone).
-    """
+    """What fits on how many GPUs, as Markdown; `chosen` holds (GPUs, their name, scale, backbone)."""
     rows = []
     for many, gpu, scale, backbone in chosen:
         works = plan(scale, backbone, gpu)
@@ -225,10 +216,7 @@ def summary(chosen: Sequence[tuple[int, str, Scale, str]]) -> str:
 
 
 def in_readme(text: str, content: str) -> str:
-    """A text with the part between its markers replaced.
-
-    Raises:   ValueError where the markers are not there
-    """
+    """A text with the part between its markers replaced; ValueError where the markers are not there."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"the text needs {BEGIN} and {END} once each")
     return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{content}\n" + text[text.index(END) :]

@@ -44,9 +44,8 @@ def combined(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> t
 
     Source:   Yu et al. 2020, "Gradient Surgery for Multi-Task Learning" (PCGrad), algorithm 1: over all weights at once
     """
-    inner, a, b = (sum(float((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in (
-        (first, second), (first, first), (second, second)
-    ))  # fmt: skip
+    pairs = ((first, second), (first, first), (second, second))
+    inner, a, b = (sum(float((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in pairs)
     cosine = inner / (a * b) ** 0.5 if a > 0 and b > 0 else 0.0
     if cosine >= 0:
         return [x + y for x, y in zip(first, second, strict=True)], cosine

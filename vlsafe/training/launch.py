@@ -131,8 +131,8 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
             port = free.getsockname()[1]
         return [*launch, "--main_process_port", str(port), *WORKER, str(job)]
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-    launch += ["--num_machines", str(nodes), "--main_process_port", str(port)]
-    launch += ["--main_process_ip", _first_host(environment["SLURM_JOB_NODELIST"])]
+    host = _first_host(environment["SLURM_JOB_NODELIST"])
+    launch += ["--num_machines", str(nodes), "--main_process_port", str(port), "--main_process_ip", host]
     rank = 'exec "$@" --machine_rank "$SLURM_NODEID" ' + " ".join([*WORKER, f"'{job}'"])
     return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "bash", "-c", rank, "launch", *launch]
 

@@ -126,10 +126,7 @@ class Guards(TrainerCallback):
 
 
 def refuse_unsound_shards(model: Any) -> None:
-    """Refuse what breaks a sharded LLaVA without an error.
-
-    Raises:   RuntimeError naming the weight
-    """
+    """Refuse, with a RuntimeError that names the weight, what breaks a sharded LLaVA without an error."""
     moving = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if towers := [name for name in moving if of_vision(name)]:
         raise RuntimeError(f"{towers[0]} is trainable: features come from an earlier layer, the last one never has a gradient, "

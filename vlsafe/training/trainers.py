@@ -167,8 +167,7 @@ def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
     """Arguments of AdamW over the trainable weights; the projector has its own rate where the fit gives one."""
-    projector: list[Any] = []
-    others: list[Any] = []
+    projector, others = list[Any](), list[Any]()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             (projector if of_projector(name) else others).append(weight)
