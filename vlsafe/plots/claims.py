@@ -156,10 +156,10 @@ def lineage(points: pd.DataFrame, scale: str) -> Figure:
     )  # fmt: skip
     rows, xlabel = style.by_backbone(points, "attack success, percent (↓ safer)"), "helpfulness, percent (→ better)"
     columns = {"text_asr": "attacks in text", "multimodal_asr": "attacks with pictures"}
-    title, shared = _asr_by_kind(points), dict(sharex=True, sharey=True)
+    title = _asr_by_kind(points)
     points, blind = style.percent(points), [f"helpfulness{end}" for end in ("", "_low", "_high")]
     left, right = points["helpfulness"].min() - 12, points["helpfulness"].max() + 6
-    with style.panels(rows, columns, 2.3, title, caption, xlabel, **shared) as (figure, axes):
+    with style.panels(rows, columns, 2.3, title, caption, xlabel, sharex=True, sharey=True) as (figure, axes):
         for (backbone, measure), axis in axes.items():
             axis.set(ylim=(-12, 110), xlim=(left - 6, right))
             own = points[(points["backbone"] == backbone) & points[measure].notna()]

@@ -15,14 +15,14 @@ from vlsafe.plots import style
 from vlsafe.plots.style import LINES
 
 MODALITIES = {group: f"{group} prompts" for group in ("text", "picture", "typographic")}
-PROMPTS = {"harmful": dict(color="#D55E00", marker="s"), "benign": dict(color="#0072B2", marker="o")}
+PROMPTS: dict[str, dict[str, Any]] = {"harmful": dict(color="#D55E00", marker="s"), "benign": dict(color="#0072B2", marker="o")}
 COSINES = {"cosine": ("raw", "-"), "cosine_centred": ("centred", (0, (3, 2)))}
-TASKS = {
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vl": ("two batches of stage 2", dict(color="#E69F00", linestyle="--")),
     "safety": ("two batches of safety rows", dict(color="#0072B2", linestyle="--")),
     "both": ("one of each", dict(color="#000000", linestyle="-")),
 }
-VECTORS = {
+VECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "sibling": ("safety from stage 1", dict(color="#0072B2", marker="o")),
     "sl": ("safety SFT after it", dict(color="#D55E00", marker="o")),
     "dpo": ("DPO after it", dict(color="#009E73", marker="o")),
@@ -111,7 +111,7 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     caption = _caption(located, scale, note + "95 % intervals over prompts")
     with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
         for unit in rows:
-            curve, tried, band = (
+            curve, scaled, band = (
                 frame[(frame["backbone"] == unit[0]) & (frame["seed"] == unit[1])] for frame in (curves, scaling, located)
             )
             for name, (label, colour) in PAIRED.items():
@@ -121,22 +121,22 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
                 axis.set_xticks(curve["layer"])
                 if band["located"].iloc[0]:
                     axis.axvspan(*(band[["start", "end"]].iloc[0] - 0.5), color="#E69F00", alpha=0.2, linewidth=0)
-            _draw_scaling(axes[unit, "refused"], tried, int(band["prompts"].iloc[0]))
+            _draw_scaling(axes[unit, "refused"], scaled, int(band["prompts"].iloc[0]))
         axes[unit, "pairs"].set_xlabel("block")
         axes[unit, "gap"].set_xlabel("block")
         axes[next(iter(rows)), "pairs"].legend(loc="center right")
     return figure
 
 
-def _draw_scaling(axis: Any, tried: pd.DataFrame, n: int) -> None:
+def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
     """Refused harmless prompts, with each band scaled by the last factor that was tried."""
-    bands = tried[tried["factor"] == tried["factor"].iloc[-1]].drop_duplicates(["start", "end"]).sort_values(["start", "end"])
+    bands = scaled[scaled["factor"] == scaled["factor"].iloc[-1]].drop_duplicates(["start", "end"]).sort_values(["start", "end"])
     share = (bands["refusals"] / n).to_numpy()
     bars = 100 * np.abs(np.array([wilson(value, n) for value in share]).T - share)
     axis.errorbar(range(len(bands)), 100 * share, bars, fmt="o", markersize=2, linewidth=0.7, color="#000000")
     names = [f"[{start}, {end})" for start, end in zip(bands["start"], bands["end"], strict=True)]
     axis.set_xticks(range(len(bands)), names, rotation=90, fontsize=4)
-    axis.axhline(100 * tried["refusals"].iloc[0] / n, color="#777777", linewidth=0.7, linestyle=":")
+    axis.axhline(100 * scaled["refusals"].iloc[0] / n, color="#777777", linewidth=0.7, linestyle=":")
 
 
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:

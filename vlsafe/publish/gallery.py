@@ -92,7 +92,7 @@ def _adaptation(frames: Frames, scale: str) -> tuple[Tables, Figures]:
 
 def _tuning(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     """T05, F05 and F06."""
-    tuned = analysis.tuning.methods(frames["raw"], frames["tried"])
+    tuned = analysis.tuning.methods(frames["raw"], frames["validation"])
     plane, refused = analysis.tuning.plane(tuned), analysis.tuning.refusals(frames["raw"])
     tables: Tables = {
         "T05_safety_tuning": (tuned,
@@ -101,7 +101,8 @@ def _tuning(frames: Frames, scale: str) -> tuple[Tables, Figures]:
             "backbone and seed; p-values by flipping the signs of clusters. Against the parent and all benchmarks: the CSV."),
         "T05_transfer": (analysis.tuning.transfer(tuned),
             "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions"),
-        "T05_checkpoints": (frames["tried"], "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
+        "T05_checkpoints": (frames["validation"],
+            "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
     }  # fmt: skip
     figures = {
         "F05_tradeoff": (plots.tuning.tradeoff(plane, scale), plane),
@@ -212,7 +213,7 @@ INSIDE = {
     "remedy",
 }  # fmt: skip
 FAMILIES = {
-    _adaptation: {"raw", "audit"}, _tuning: {"raw", "tried"}, _probing: INSIDE, _merging: {"raw", "panel", "merged"},
+    _adaptation: {"raw", "audit"}, _tuning: {"raw", "validation"}, _probing: INSIDE, _merging: {"raw", "panel", "merged"},
     _claims: {"raw", "published"},
 }  # fmt: skip
 """What makes tables and figures -> the frames that it needs."""

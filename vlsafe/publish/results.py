@@ -20,7 +20,7 @@ MODEL = ("backbone", "seed", "stage", "recipe")
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
-    `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `tried`: validation lines
+    `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `validation`: validation lines
     of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
     lines of all merges.
     """
@@ -28,7 +28,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     frames = {
         "raw": read(studies, tables(grid), "raw.parquet"),
         "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
-        "tried": read(studies, [name for name in planned(grid) if name.startswith("safety/")], "validation.parquet", MODEL),
+        "validation": read(studies, [name for name in planned(grid) if name.startswith("safety/")], "validation.parquet", MODEL),
         "published": provenance.published(project_root() / "env" / "published"),
         "panel": read(studies, merging.names(grid), "panel.parquet"),
         "merged": read(studies, merging.names(grid), "validation.parquet"),
