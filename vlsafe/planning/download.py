@@ -68,7 +68,7 @@ def _fetch_repository(need: Need) -> None:
     """One repository at its commit, every file compared with the size and checksum that the hub has for it."""
     origin = need.origin
     pinned = assets.pinned(origin.repo, origin.revision)
-    info = huggingface_hub.HfApi().repo_info(origin.repo, repo_type=origin.kind, revision=pinned, files_metadata=True)
+    info: Any = huggingface_hub.HfApi().repo_info(origin.repo, repo_type=origin.kind, revision=pinned, files_metadata=True)
     if origin.revision == "main":
         _record(assets.PINS, origin.repo, info.sha)
     where = None if need.folder is None else assets.outside_path(need.folder)
