@@ -20,9 +20,9 @@ MODELS = ("parent/aligned", "instruct/filtered-full", "safety/sl-full")
 
 
 def picture():
-    beside = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(beside, "PNG")
-    return beside.getvalue()
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def answers(n=6):
@@ -52,19 +52,19 @@ def key_of(folder):
     return pd.read_csv(folder / "key.csv", keep_default_na=False)
 
 
-def shown_in(folder):
+def packet_of(folder):
     text = (folder / "packet.html").read_text()
     return json.loads(re.search(r'<script type="application/json" id="packet">(.*?)</script>', text, re.S).group(1))
 
 
 def test_a_packet_is_balanced_and_blind(packet):
-    key, shown = key_of(packet), shown_in(packet)
+    key, shown = key_of(packet), packet_of(packet)
     assert key.groupby(["model", "benchmark", "harmful"]).size().eq(4).all() and len(key) == 4 * (3 + 2 + 2)
     assert len(shown["units"]) == key["id"].nunique() < len(key)  # equal answers of parent and tuned model are rated once
     assert sorted(unit["id"] for unit in shown["units"]) == sorted(key["id"].unique())
     whole = (packet / "packet.html").read_text()
-    for told in (*MODELS, "mini-chat", "sl-full", "instruct", "sorry_bench", "mm_safetybench", *key["item"].unique()):
-        assert told not in whole, told
+    for name in (*MODELS, "mini-chat", "sl-full", "instruct", "sorry_bench", "mm_safetybench", *key["item"].unique()):
+        assert name not in whole, name
     assert all(
         len(unit["images"]) == (unit["id"] in set(key.loc[key["benchmark"] == "mm_safetybench", "id"])) for unit in shown["units"]
     )
@@ -92,12 +92,12 @@ def test_prompts_that_not_all_models_answered_are_not_chosen():
 def write(folder, name, key, labels, packet=None):
     """A ratings file with a label per id, in the key's order of ids; `labels` maps places to a label, or is one for all."""
     ids = sorted(key["id"].unique())
-    given = labels if isinstance(labels, dict) else dict.fromkeys(range(len(ids)), labels)
+    by_place = labels if isinstance(labels, dict) else dict.fromkeys(range(len(ids)), labels)
     path = folder / f"{name}.csv"
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(human.RATED)
-        rows.writerows([packet or key["packet"][0], name, ids[i], label, 1.5] for i, label in given.items())
+        rows.writerows([packet or key["packet"][0], name, ids[i], label, 1.5] for i, label in by_place.items())
     return path
 
 
@@ -118,19 +118,19 @@ def test_everything_that_can_be_wrong_is_named_and_counted(packet, tmp_path):
     again = pd.concat([again.iloc[[4, 5]], again.iloc[[6]].assign(id="deadbeef00")])
     again.to_csv(tmp_path / "bert-again.csv", index=False)
     stray = write(tmp_path, "dora", key, {0: "refused"}, packet="another")
-    found = human.read([*files, tmp_path / "bert-again.csv", stray], key)
-    told = dict(zip(zip(found.problems["problem"], found.problems["rater"], strict=True), found.problems["count"], strict=True))
-    assert told == {
+    ratings = human.read([*files, tmp_path / "bert-again.csv", stray], key)
+    problems = ratings.problems.set_index(["problem", "rater"])["count"].to_dict()
+    assert problems == {
         ("another packet", "dora"): 1, ("unknown id", "bert"): 1, ("unknown label", "anna"): 1,
         ("rated twice alike", "bert"): 1, ("rated twice differently", "bert"): 2,
         ("missing", "anna"): 2, ("missing", "bert"): 2, ("always the same label", "carl"): n,
     }  # fmt: skip
-    assert set(found.problems["treated"]) <= set(human.TREATED.values())
-    counts = found.labels["rater"].value_counts()
+    assert set(ratings.problems["treated"]) <= set(human.TREATED.values())
+    counts = ratings.labels["rater"].value_counts()
     assert counts.to_dict() == {"anna": n - 2, "bert": n - 2, "carl": n}
-    lines = human.agreement(found, key).set_index("on")["alpha"]
+    lines = human.agreement(ratings, key).set_index("on")["alpha"]
     assert lines["without raters of one label"] > lines["all"]
-    verdicts = human.verdicts(found, key)
+    verdicts = human.verdicts(ratings, key)
     assert len(verdicts) == len(key) and set(verdicts["judge"]) == {"people"}
 
 
@@ -146,9 +146,10 @@ def test_files_that_are_no_ratings_are_refused(packet, tmp_path):
 def test_alpha_is_the_librarys_and_knows_its_limits(packet, tmp_path):
     key = key_of(packet)
     files = [write(tmp_path, "anna", key, honest(key)), write(tmp_path, "bert", key, honest(key, {0, 1}))]
-    found = human.read(files, key)
-    codes = [[list(human.LABELS).index(label) for label in given.values()] for given in (honest(key), honest(key, {0, 1}))]
-    assert human.alpha(found.labels) == pytest.approx(krippendorff.alpha(np.array(codes, float), level_of_measurement="nominal"))
+    ratings = human.read(files, key)
+    codes = [[list(human.LABELS).index(label) for label in labels.values()] for labels in (honest(key), honest(key, {0, 1}))]
+    expected = krippendorff.alpha(np.array(codes, float), level_of_measurement="nominal")
+    assert human.alpha(ratings.labels) == pytest.approx(expected)
     alone, same = human.read(files[:1], key), human.read([write(tmp_path, n, key, "refused") for n in ("c", "d")], key)
     assert np.isnan(human.alpha(alone.labels)) and np.isnan(human.alpha(same.labels))
 
@@ -173,16 +174,16 @@ def browser():
 def test_a_packet_is_rated_in_a_real_browser(packet, tmp_path):
     """By keyboard alone: refused without a name or unread, folded at first, kept over a reload, exported, imported."""
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the rating page was not tried")
-    key, shown = key_of(packet), shown_in(packet)["units"]
+    key, shown = key_of(packet), packet_of(packet)["units"]
     texts = {unit["id"]: unit["text"] for unit in shown}
-    asked = []
+    urls = []
     with sync.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
             executable_path=browser(), headless=True,
             args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"],
         )  # fmt: skip
         page = chromium.new_page()
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: urls.append(request.url))
         page.goto(f"file://{packet / 'packet.html'}")
         assert not page.locator("#response").get_attribute("open") and page.locator("#text").is_hidden()
         page.keyboard.press("1")
@@ -207,9 +208,9 @@ def test_a_packet_is_rated_in_a_real_browser(packet, tmp_path):
         download.value.save_as(tmp_path / "ann.csv")
         assert "1 are not rated yet" in page.locator("#note").inner_text()
         chromium.close()
-    assert [url for url in asked if not url.startswith(("file://", "data:", "blob:"))] == []
-    found = human.read([tmp_path / "ann.csv"], key)
-    assert found.problems[["problem", "rater", "count"]].values.tolist() == [["missing", 'Ann, "A"', 1]]
-    rated = found.labels.set_index("id")["label"].to_dict()
+    assert [url for url in urls if not url.startswith(("file://", "data:", "blob:"))] == []
+    ratings = human.read([tmp_path / "ann.csv"], key)
+    assert ratings.problems[["problem", "rater", "count"]].values.tolist() == [["missing", 'Ann, "A"', 1]]
+    rated = ratings.labels.set_index("id")["label"].to_dict()
     assert rated == {u["id"]: "refused" if u["text"].startswith("sorry") else "complied" for u in shown[:-1]}
     assert Path(tmp_path / "page.png").stat().st_size > 5000

@@ -45,7 +45,7 @@ def test_strangers_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("safe", (False, ())),
         ("\n\nunsafe\nS1,S9", (True, ("S1", "S9"))),
@@ -55,14 +55,14 @@ def test_strangers_are_refused():
         ("", (None, ())),
     ],
 )
-def test_guard_answers(text, found):
-    assert parse_guard(text) == found
+def test_guard_answers(text, expected):
+    assert parse_guard(text) == expected
 
 
 def test_what_a_guard_could_not_read_is_dropped_and_named():
     rows = [Example(name, "s", (Turn("user", "q"),)) for name in "abc"]
-    said = [Assessment(False, (), 0.1), Assessment(True, ("S1",), 0.9), Assessment(None, (), 0.5)]
-    lines = audit(rows, said, [None] * 3)
+    assessments = [Assessment(False, (), 0.1), Assessment(True, ("S1",), 0.9), Assessment(None, (), 0.5)]
+    lines = audit(rows, assessments, [None] * 3)
     assert [(line["kept"], line["reasons"]) for line in lines] == [(True, ""), (False, "text"), (False, "text unread")]
     assert [row.id for row in passing(rows, lines)] == ["a"]
     with pytest.raises(ValueError, match="the audit has 'a' where the corpus has 'c'"):

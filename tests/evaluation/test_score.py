@@ -28,7 +28,7 @@ from vlsafe.evaluation.judges.llm import LLM_JUDGES
 from vlsafe.models import chat, checkpoints
 
 SECRET, FOUL = "sk-not-for-any-log", "an invented foul word"
-SPOKEN = {  # what a scripted judge says, by a word of its prompt
+SCRIPT = {  # the judgement of a scripted judge, by a word of its prompt
     "Output only the score": "1",
     "analyzing interactions": "Harmful request: yes\nResponse refusal: no\nHarmful response: yes",
     "UNSAFE CONTENT": "unsafe\nS1",
@@ -43,15 +43,15 @@ SPOKEN = {  # what a scripted judge says, by a word of its prompt
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Answers by SPOKEN; `server.trouble`, a function of the number of the request, may do something else instead."""
+    """Answers by SCRIPT; `server.trouble`, a function of the number of the request, may do something else instead."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         with self.server.lock:
-            self.server.asked.append(body)
-            number = len(self.server.asked)
+            self.server.requests.append(body)
+            number = len(self.server.requests)
         trouble = self.server.trouble(number)
         if trouble == "hang":
             time.sleep(2)
@@ -63,12 +63,12 @@ class Scripted(BaseHTTPRequestHandler):
         if isinstance(trouble, int):
             return self.reply(trouble, json.dumps({"error": {"message": f"about {FOUL}"}}).encode(), "application/json")
         text = body.get("prompt") or json.dumps(body.get("messages"))
-        said = trouble or next((answer for word, answer in SPOKEN.items() if word in text), "hm")
-        said = None if said == "null" else said
-        key = "text" if "prompt" in body else "message"
-        choice = {"index": 0, "finish_reason": "stop", key: said if "prompt" in body else {"role": "assistant", "content": said}}
-        told = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-        self.reply(200, json.dumps(told).encode(), "application/json")
+        content = trouble or next((answer for word, answer in SCRIPT.items() if word in text), "hm")
+        content = None if content == "null" else content
+        answer = {"text": content} if "prompt" in body else {"message": {"role": "assistant", "content": content}}
+        choice = {"index": 0, "finish_reason": "stop", **answer}
+        completion = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        self.reply(200, json.dumps(completion).encode(), "application/json")
 
     def reply(self, status, data, kind):
         self.send_response(status)
@@ -86,7 +86,7 @@ class Scripted(BaseHTTPRequestHandler):
 @pytest.fixture
 def scripted():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.asked, server.lock, server.trouble, server.daemon_threads = [], threading.Lock(), lambda number: None, True
+    server.requests, server.lock, server.trouble, server.daemon_threads = [], threading.Lock(), lambda number: None, True
     server.handle_error = lambda *_: None  # clients that hang up are what is tested
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
@@ -122,6 +122,11 @@ def run(root, tmp_path, name, *more, responses=None):
     return code, json.loads(out.read_text()) if code == 0 else None
 
 
+def test_scoring_imports_no_model_library():
+    code = "import sys, vlsafe.evaluation.score; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize("judge", [*LLM_JUDGES])
 def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, scripted, capsys):
     name = {"siuo": "siuo", "mm-s": "mm_safetybench", "xste": "xstest", "mmbe": "mmbench", "sorr": "sorry_bench"}.get(
@@ -135,24 +140,24 @@ def test_every_judge_that_asks_is_put_to_a_served_model(judge, root, tmp_path, s
         judge=judge, model="m", official=judge in REAL[name].OFFICIAL[found["subset"]], unjudged={}
     )
     assert all(row["n_unjudged"] == 0 for row in found["scores"])
-    assert {"prompt" in body for body in scripted.asked} == {LLM_JUDGES[judge].raw}
+    assert {"prompt" in body for body in scripted.requests} == {LLM_JUDGES[judge].raw}
     if LLM_JUDGES[judge].pictures:
-        assert all("data:image/png;base64," in json.dumps(body["messages"]) for body in scripted.asked)
-    again = len(scripted.asked)
+        assert all("data:image/png;base64," in json.dumps(body["messages"]) for body in scripted.requests)
+    again = len(scripted.requests)
     assert run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "m")[0] == 0
-    assert len(scripted.asked) == again, "what is answered is not asked again"
+    assert len(scripted.requests) == again, "what is answered is not asked again"
     if judge != "mmbench-extractor":  # its letter may be right or wrong whoever says it
         run(root, tmp_path, name, "--judge", *partner, judge, "--endpoint", url(scripted), "--judge-model", "other")
-        assert len(scripted.asked) == 2 * again, "another model's answers are not taken over"
+        assert len(scripted.requests) == 2 * again, "another model's answers are not taken over"
     assert SECRET not in "".join(capsys.readouterr())
 
 
 def test_answers_made_elsewhere_come_before_kept_ones_and_without_a_server_count_alone(root, tmp_path, scripted, capsys):
     served = ("--judge", "xstest-gpt4", "--endpoint", url(scripted), "--judge-model", "m")
     assert run(root, tmp_path, "xstest", *served)[0] == 0
-    given = write(tmp_path / "given.jsonl", lines({"id": f"v2-{n}", "judgement": "1_full_compliance"} for n in range(1, 11)))
+    judgements = write(tmp_path / "given.jsonl", lines({"id": f"v2-{n}", "judgement": "1_full_compliance"} for n in range(1, 11)))
     for more, unjudged in ((served, 0), (("--judge", "xstest-gpt4"), 8)):
-        code, found = run(root, tmp_path, "xstest", *more, "--judgements", given)
+        code, found = run(root, tmp_path, "xstest", *more, "--judgements", judgements)
         rates = {row["metric"]: row for row in found["scores"] if row["over"] == "all"}
         assert code == 0 and rates["refusal_rate"]["value"] == 0 and rates["compliance_unsafe"]["n_unjudged"] == unjudged
 
@@ -160,12 +165,12 @@ def test_answers_made_elsewhere_come_before_kept_ones_and_without_a_server_count
 def test_a_busy_server_is_waited_for_and_a_wrong_key_is_said_at_once(root, tmp_path, scripted, capsys):
     scripted.trouble = lambda number: 429 if number % 2 else None
     code, found = run(root, tmp_path, "sorry_bench", "--endpoint", url(scripted), "--judge-model", "m", "--parallel", 1)
-    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(scripted.asked) == 16
-    for status, said in ((401, "refuses the key"), (404, "knows neither this model nor this path")):
+    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(scripted.requests) == 16
+    for status, message in ((401, "refuses the key"), (404, "knows neither this model nor this path")):
         scripted.trouble = lambda number, status=status: status
         assert run(root, tmp_path, "sorry_bench", "--endpoint", url(scripted), "--judge-model", "m2")[0] == 2
-        told = capsys.readouterr().err
-        assert said in told and "key in $OPENAI_API_KEY" in told and SECRET not in told and FOUL not in told
+        error = capsys.readouterr().err
+        assert message in error and "key in $OPENAI_API_KEY" in error and SECRET not in error and FOUL not in error
 
 
 def test_nonsense_refused_prompts_and_timeouts_are_counted_unjudged_and_asked_again_later(root, tmp_path, scripted, capsys):
@@ -176,10 +181,10 @@ def test_nonsense_refused_prompts_and_timeouts_are_counted_unjudged_and_asked_ag
     assert code == 0 and sum(reasons.values()) == 4 and reasons["judgement cannot be read"] == reasons["status 400"] == 1
     assert reasons["no text (stop)"] == 1 and any(reason.startswith("not an answer") for reason in reasons)
     assert sum(row["n_unjudged"] for row in found["scores"] if "," not in row["over"]) == 4
-    before = len(scripted.asked)
+    before = len(scripted.requests)
     scripted.trouble = lambda number: None
     code, found = run(root, tmp_path, "sorry_bench", *options)
-    assert len(scripted.asked) - before == 3 and found["judges"][0]["unjudged"] == {"judgement cannot be read": 1}
+    assert len(scripted.requests) - before == 3 and found["judges"][0]["unjudged"] == {"judgement cannot be read": 1}
     kept = (tmp_path / "out.judgements.jsonl").read_text().splitlines()
     assert len(kept) == 8 and len({json.loads(line)["id"] for line in kept}) == 8
     assert FOUL not in "".join(capsys.readouterr())
@@ -190,17 +195,17 @@ def test_a_server_that_hangs_or_dies_half_way_loses_nothing(root, tmp_path, scri
     answered(root, tmp_path, "mm_safetybench", text=FOUL)
     options = ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 4, "--timeout", 0.3)
     code, _ = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
-    told = capsys.readouterr().err
-    assert code == 2 and "20 answers came and are kept: run the same command again" in told
-    assert f"127.0.0.1:{scripted.server_port}" in told and FOUL not in told and SECRET not in told
+    error = capsys.readouterr().err
+    assert code == 2 and "20 answers came and are kept: run the same command again" in error
+    assert f"127.0.0.1:{scripted.server_port}" in error and FOUL not in error and SECRET not in error
     kept = tmp_path / "out.judgements.jsonl"
     assert len(kept.read_text().splitlines()) == 20 and not (tmp_path / "out.json").exists()
     with kept.open("a") as file:
         file.write('{"id": "02-HateSpeech/SD/0", "judgem')  # a line that a kill cut off
-    scripted.trouble, before = lambda number: None, Counter(json.dumps(body) for body in scripted.asked)
+    scripted.trouble, before = lambda number: None, Counter(json.dumps(body) for body in scripted.requests)
     code, found = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
     assert code == 0 and found["judges"][0]["unjudged"] == {} and len(kept.read_text().splitlines()) == 104
-    assert len(scripted.asked) - before.total() == 84
+    assert len(scripted.requests) - before.total() == 84
 
 
 def test_a_dead_server_is_an_error_and_no_verdict(root, tmp_path, capsys):
@@ -208,8 +213,8 @@ def test_a_dead_server_is_an_error_and_no_verdict(root, tmp_path, capsys):
         free.bind(("127.0.0.1", 0))
         address = f"http://user:{SECRET}@127.0.0.1:{free.getsockname()[1]}/v1"
     code, _ = run(root, tmp_path, "xstest", "--judge", "xstest-gpt4", "--endpoint", address, "--judge-model", "m")
-    told = capsys.readouterr().err
-    assert code == 2 and "no connection" in told and "0 answers" in told and SECRET not in told
+    error = capsys.readouterr().err
+    assert code == 2 and "no connection" in error and "0 answers" in error and SECRET not in error
 
 
 def test_what_is_asked_reaches_no_log(root, tmp_path, scripted, caplog):
@@ -219,7 +224,7 @@ def test_what_is_asked_reaches_no_log(root, tmp_path, scripted, caplog):
     responses = answered(root, tmp_path, "xstest", text=FOUL)[1]
     options = ("--judge", "xstest-gpt4", "--endpoint", url(scripted), "--judge-model", "m")
     assert run(root, tmp_path, "xstest", *options, responses=responses)[0] == 0
-    assert FOUL in json.dumps(scripted.asked[0]) and FOUL not in caplog.text and SECRET not in caplog.text
+    assert FOUL in json.dumps(scripted.requests[0]) and FOUL not in caplog.text and SECRET not in caplog.text
 
 
 def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
@@ -232,11 +237,11 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
     assert "score                    all" in capsys.readouterr().out
     write(tmp_path / "results" / "count.txt", "000000.jpg\tAnother question?\tYes\tYes\n")
     assert run(root, tmp_path, "mme", responses=tmp_path / "results")[0] == 2
-    assert "line 1 of" in (told := capsys.readouterr().err) and "is about no question of the data folder" in told
+    assert "line 1 of" in (error := capsys.readouterr().err) and "is about no question of the data folder" in error
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "options", "said"),
+    ("name", "rows", "options", "message"),
     [
         ("xstest", [{"id": 99, "response": "x"}], [], "row 1 of .*: '99' is no item of xstest; its ids look like '1'"),
         ("xstest", [{"question": 1}], [], "row 1 of .* has no id, response"),
@@ -252,11 +257,11 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
         ("xstest", [{"id": 1, "response": "x"}], ["--endpoint", "http://x"], "say which model"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(name, rows, options, said, root, tmp_path, capsys):
+def test_mistakes_are_named(name, rows, options, message, root, tmp_path, capsys):
     responses = write(tmp_path / "r.jsonl", lines(rows))
     assert run(root, tmp_path, name, *options, responses=responses)[0] == 2
-    told = capsys.readouterr().err
-    assert re.search(said, told), told
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
 
 
 def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path, capsys):
@@ -274,11 +279,11 @@ def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path
 
 def test_kappa_is_taken_over_what_both_could_judge(root, tmp_path, capsys):
     items, _ = REAL["mmbench"].load(root, pictures=False)
-    said = dict(zip((item.id for item in items), ("B", "red", "A B", "D", "A", "hm"), strict=True))
-    responses = write(tmp_path / "r.jsonl", lines({"id": item, "response": text} for item, text in said.items()))
+    texts = dict(zip((item.id for item in items), ("B", "red", "A B", "D", "A", "hm"), strict=True))
+    responses = write(tmp_path / "r.jsonl", lines({"id": item, "response": text} for item, text in texts.items()))
     code, found = run(root, tmp_path, "mmbench", "--judge", "mmbench-letters", "letters", "first-character", responses=responses)
-    told = {(row["judge"], row["other"]): row for row in found["agreement"]}
-    row = told["mmbench-letters", "first-character"]
+    pairs = {(row["judge"], row["other"]): row for row in found["agreement"]}
+    row = pairs["mmbench-letters", "first-character"]
     assert (code, row["n"], row["table"], row["agreement"], row["kappa"]) == (0, 4, [[2, 0], [0, 2]], 1, 1)
 
 
@@ -306,8 +311,8 @@ def test_a_model_is_examined_on_every_benchmark_and_judged_by_weights(root, tiny
     for name, module in REAL.items():
         for subset, judges in module.OFFICIAL.items():
             items, _ = module.load(root, subset, pictures=True)
-            made = engines.respond(model, processor, items, "tiny", 16, 4)
-            responses = write(tmp_path / "r.jsonl", lines({"id": r.item, "response": r.text} for r in made))
+            outputs = engines.respond(model, processor, items, "tiny", 16, 4)
+            responses = write(tmp_path / "r.jsonl", lines({"id": r.item, "response": r.text} for r in outputs))
             raw = [judge for judge in judges if judge in LLM_JUDGES and LLM_JUDGES[judge].raw]
             rules = [judge for judge in judges if judge not in LLM_JUDGES] or ["xstest-strings"]
             more = ["--weights", tiny / "text"] if raw else []
@@ -341,9 +346,9 @@ def served(tiny):
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny / "seeing"), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     (tiny / "hub").mkdir()
-    told = (tiny / "serve.log").open("w")
+    log = (tiny / "serve.log").open("w")
     process = subprocess.Popen(
-        command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True,
+        command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tiny / "hub"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     for _ in range(600):
@@ -355,7 +360,7 @@ def served(tiny):
     yield servers.Server(f"http://127.0.0.1:{port}/v1", str(tiny / "seeing"), timeout=60, parallel=2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    told.close()
+    log.close()
 
 
 def test_a_real_server_answers_as_the_local_engine_and_can_be_a_judge(served, tiny, root, tmp_path):

@@ -21,17 +21,17 @@ def test_a_server_is_the_engine_of_an_examination_and_agrees_with_the_local_one(
     pytest.importorskip("fastapi", reason="transformers serve needs the extra `test`")
     (tmp_path / "hub").mkdir()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    told = ["agree", "projector/filtered", "--serve", SERVE, "--scale", "nano", "--root", str(begun.root)]
-    assert cli.main(told) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("equal texts: 1.000 the same of") and "; change +0.000 [" in said[1]
+    arguments = ["agree", "projector/filtered", "--serve", SERVE, "--scale", "nano", "--root", str(begun.root)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("equal texts: 1.000 the same of") and "; change +0.000 [" in printed[1]
     folder = begun.checkpoints("projector/filtered")[-1]
     ranked = [item for item in begun.items() if item.scoring == "likelihood"]
-    asked = [*(item for item in begun.items()[::20] if item not in ranked), *ranked[:2]]
-    assert {item.scoring for item in asked} == {"generated", "likelihood"}
+    chosen = [*(item for item in begun.items()[::20] if item not in ranked), *ranked[:2]]
+    assert {item.scoring for item in chosen} == {"generated", "likelihood"}
     exam = begun.scale.exam
-    local = examine.respond(folder, asked, "m", exam, print)
-    served = examine.respond(folder, asked, "m", dataclasses.replace(exam, serve=SERVE), print)
+    local = examine.respond(folder, chosen, "m", exam, print)
+    served = examine.respond(folder, chosen, "m", dataclasses.replace(exam, serve=SERVE), print)
     assert [(r.item, r.text) for r in served] == [(r.item, r.text) for r in local]
 
 
@@ -53,13 +53,13 @@ def test_engines_are_not_mixed(tmp_path):
 def test_agreement_by_hand():
     texts = {"a": ["yes", "no", "no", "x"], "b": ["yes", "yes", "no", "y"]}
     events = {"a": [True, False, False, None], "b": [True, True, False, True]}
-    given = {engine: [Response(str(i), "bench", "m", text) for i, text in enumerate(of)] for engine, of in texts.items()}
+    responses = {engine: [Response(str(i), "bench", "m", text) for i, text in enumerate(of)] for engine, of in texts.items()}
     rows = {
         engine: [{"benchmark": "bench", "judge": "j", "event": event, "cluster": str(i)} for i, event in enumerate(of)]
         for engine, of in events.items()
     }
-    equal, change = servers.agreement(rows, given)
+    equal, change = servers.agreement(rows, responses)
     assert (equal["n"], equal["share"]) == (4, 0.5)
     assert (change["n"], change["share"]) == (3, pytest.approx(2 / 3)) and change["change"][0] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="answered different items"):
-        servers.agreement(rows, {"a": given["a"], "b": given["b"][:2]})
+        servers.agreement(rows, {"a": responses["a"], "b": responses["b"][:2]})

@@ -112,11 +112,11 @@ def read_responses(module: ModuleType, path: Path, items: Sequence[Item], find: 
 
     Raises:   ValueError for a row without id or response, an unknown id, or more responses to an item than `tries`
     """
-    folder = path.is_dir() and hasattr(module, "official_responses")
-    if path.is_dir() and not folder:
+    if path.is_dir() and not hasattr(module, "official_responses"):
         raise ValueError(f"{path} is a folder; responses to {module.NAME} are one file of lines with id and response")
+    rows = module.official_responses(path, items) if path.is_dir() else official.read_lines(path)
     responses: Responses = {}
-    for number, row in enumerate(module.official_responses(path, items) if folder else official.read_lines(path), 1):
+    for number, row in enumerate(rows, 1):
         where = f"row {number} of {path}"
         official.needs(row, ("id", "response"), where)
         if not isinstance(row["response"], str | None):

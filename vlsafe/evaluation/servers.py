@@ -43,9 +43,6 @@ PATIENCE = 600.0  # seconds until a local server has loaded its model; assumed
 Key = TypeVar("Key", bound=Hashable)
 
 
-# ---- a client
-
-
 @dataclass(frozen=True)
 class Server:
     """Where a model is served, and how patient the client is.
