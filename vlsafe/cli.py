@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlsafe import analysis, evaluation, models, planning, plots, publish, training
 from vlsafe.core import store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
@@ -172,10 +173,8 @@ def _stages(arguments: Arguments) -> list[str]:
 
 
 def _stage(arguments: Arguments) -> None:
-    from vlsafe.training import processes
-
     study = _study(arguments)
-    with processes.claimed(arguments.gpus, study.root):
+    with training.processes.claimed(arguments.gpus, study.root):
         for name in _stages(arguments):
             study.folder(name)
 
@@ -187,30 +186,24 @@ def _fresh(arguments: Arguments) -> None:
 
 
 def _card(arguments: Arguments) -> None:
-    from vlsafe.publish.modelcards import card, write_cards
-
     study = _study(arguments)
     for name in _stages(arguments):
-        card(study, name)  # a mistake is an error before anything is written
-    print(*write_cards(study, arguments.names or list(STAGES)), sep="\n")
+        publish.modelcards.card(study, name)  # a mistake is an error before anything is written
+    print(*publish.modelcards.write_cards(study, arguments.names or list(STAGES)), sep="\n")
 
 
 def _notebook(arguments: Arguments) -> None:
-    from vlsafe.publish import notebooks
-
     _study(arguments)
-    path = notebooks.FOLDER / f"{known(arguments.name, notebooks.NOTEBOOKS, 'notebook')}.ipynb"
+    path = publish.notebooks.FOLDER / f"{known(arguments.name, publish.notebooks.NOTEBOOKS, 'notebook')}.ipynb"
     parameters = {name: getattr(arguments, name) for name in ("scale", "backbone", "seed")}
-    notebooks.execute(path, arguments.out, {**parameters, "root": str(arguments.root)})
+    publish.notebooks.execute(path, arguments.out, {**parameters, "root": str(arguments.root)})
 
 
 def _notebooks(arguments: Arguments) -> None:
-    from vlsafe.publish import notebooks
-
     stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": store.environment()["packages"]}
-    for name in notebooks.NOTEBOOKS:
+    for name in publish.notebooks.NOTEBOOKS:
         executed = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
-        notebooks.adopt(executed, notebooks.FOLDER / f"{name}.ipynb", stamp)
+        publish.notebooks.adopt(executed, publish.notebooks.FOLDER / f"{name}.ipynb", stamp)
         print(f"{name}: outputs copied")
 
 
@@ -223,22 +216,16 @@ def _agree(arguments: Arguments) -> None:
 
 
 def _golden(arguments: Arguments) -> None:
-    from vlsafe.publish import golden
-
-    golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), golden.FILE)
-    print(f"{golden.FILE}: recorded")
+    publish.golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), publish.golden.FILE)
+    print(f"{publish.golden.FILE}: recorded")
 
 
 def _unlock(arguments: Arguments) -> None:
-    from vlsafe.planning.scheduler import unlock
-
-    unlock(arguments.root)
+    planning.scheduler.unlock(arguments.root)
 
 
 def _sweep(arguments: Arguments) -> None:
-    from vlsafe.planning.scheduler import sweep
-
-    for line in sweep(_studies(arguments), arguments.deep):
+    for line in planning.scheduler.sweep(_studies(arguments), arguments.deep):
         print(line)
 
 
@@ -249,65 +236,61 @@ def _status(arguments: Arguments) -> None:
 
 
 def _score(arguments: Arguments) -> None:
-    from vlsafe.evaluation import score, servers
-    from vlsafe.evaluation.judges import LLM_JUDGES
-
     if arguments.data is None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
     if arguments.endpoint and arguments.weights:
         raise ValueError("a judge is asked either at an --endpoint or by --weights")
-    asker = score.weights(arguments.weights) if arguments.weights else None
+    asker = evaluation.score.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
-        own = [LLM_JUDGES[name].model for name in arguments.judges if name in LLM_JUDGES]
+        own = [
+            evaluation.judges.LLM_JUDGES[name].model
+            for name in arguments.judges
+            if name in evaluation.judges.LLM_JUDGES
+        ]
         model = arguments.judge_model or (own[0] if own else "")
         if not model:
             raise ValueError("say which model the endpoint is to be asked for: --judge-model")
-        asker = score.endpoint(
-            servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
+        asker = evaluation.score.endpoint(
+            evaluation.servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
         )
-    result = score.score(
+    result = evaluation.score.score(
         arguments.benchmark, Path(arguments.data), arguments.responses, arguments.out, arguments.judges, arguments.subset,
         arguments.judgements, asker, arguments.verdicts,
     )  # fmt: skip
-    print(*score.lines(result), sep="\n")
+    print(*evaluation.score.lines(result), sep="\n")
 
 
 def _dryrun(arguments: Arguments) -> None:
-    from vlsafe.planning import costs, dryrun
-
     if arguments.readme:
-        rows = [(many, gpu, load_scale(scale), backbone) for many, gpu, scale, backbone in dryrun.README_ROWS]
+        rows = [(many, gpu, load_scale(scale), backbone) for many, gpu, scale, backbone in planning.dryrun.README_ROWS]
         text = arguments.readme.read_text(encoding="utf-8")
-        store.write_text(arguments.readme, dryrun.in_readme(text, dryrun.summary(rows)))
+        store.write_text(arguments.readme, planning.dryrun.in_readme(text, planning.dryrun.summary(rows)))
         return
-    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, costs.GPUS, "GPU")
+    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, planning.costs.GPUS, "GPU")
     backbone = arguments.backbone or next(iter(scale.backbones))
     scale.backbone(backbone)
-    measured = dryrun.measure(scale, backbone) if arguments.measure else {}
+    measured = planning.dryrun.measure(scale, backbone) if arguments.measure else {}
     for name, value in measured.items():
         print(f"measured {name}: {value}")
-    print(dryrun.table(dryrun.lines(dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
+    print(planning.dryrun.table(planning.dryrun.lines(planning.dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
     print("\nComputed from shapes unless the last column says otherwise; assumptions are in costs.py and Scale.traffic.")
 
 
 def _merge(arguments: Arguments) -> None:
-    from vlsafe.models.merge import files
-    from vlsafe.models.merge.rules import RULES, How
-
     keep_freed_memory()
-    rated = RULES[known(arguments.rule, RULES, "merge rule")].rated
+    rated = models.merge.rules.RULES[known(arguments.rule, models.merge.rules.RULES, "merge rule")].rated
     if rated == (arguments.ratio is None):
         raise ValueError(f"{arguments.rule} {'needs' if rated else 'has no'} --ratio")
     folders = {"a": arguments.a, "b": arguments.b, **({"base": arguments.base} if arguments.base else {})}
-    how = How(0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling)
-    result = files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
+    how = models.merge.rules.How(
+        0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling
+    )
+    result = models.merge.files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
     print(f"{arguments.out}: {result['tensors']} tensors, {result['bytes'] / 2**20:.0f} MiB in {result['shards']} shard(s)")
 
 
 def _doctor(arguments: Arguments) -> None:
-    from vlsafe.planning import doctor
-
-    lines = doctor.doctor(load_scale(arguments.scale), arguments.deep)
+    lines = planning.doctor.doctor(load_scale(arguments.scale), arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
@@ -317,21 +300,15 @@ def _doctor(arguments: Arguments) -> None:
 
 
 def _download(arguments: Arguments) -> None:
-    from vlsafe.planning import doctor, download
-
     scale = load_scale(arguments.scale)
     for name in arguments.only:
-        known(name, [need.name for need in doctor.needs(scale)], "thing from outside")
-    download.download(scale, print, arguments.only, arguments.unpack)
+        known(name, [need.name for need in planning.doctor.needs(scale)], "thing from outside")
+    planning.download.download(scale, print, arguments.only, arguments.unpack)
 
 
 def _gallery(arguments: Arguments) -> None:
-    from vlsafe.publish import gallery
-    from vlsafe.publish.modelcards import write_cards
-    from vlsafe.publish.results import finished, results
-
     studies = _studies(arguments)
-    runs = {folder: study.run(name) for study, name, folder in finished(studies, graph.planned(arguments.grid))}
+    runs = {folder: study.run(name) for study, name, folder in publish.results.finished(studies, graph.planned(arguments.grid))}
     provenance = []
     for run in runs.values():
         manifest = store.manifest_of(run)
@@ -339,55 +316,52 @@ def _gallery(arguments: Arguments) -> None:
             {k: manifest[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
         )
     out = arguments.out or Path("figures") / studies[0].scale.name
-    for name in gallery.make(results(studies, arguments.grid), studies[0].scale.name, out, provenance):
+    for name in publish.gallery.make(publish.results.results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
     for study in studies:
-        write_cards(study, graph.planned(arguments.grid))
+        publish.modelcards.write_cards(study, graph.planned(arguments.grid))
 
 
 def _readme(arguments: Arguments) -> None:
-    from vlsafe.publish import readme
-
     path = Path("README.md")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
-    store.write_text(path, readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
+    store.write_text(path, publish.readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
     print(f"{path}: generated parts made again")
 
 
 def _diff(arguments: Arguments) -> int:
-    from vlsafe.publish.provenance import differences
-
-    frame = differences(*arguments.results, arguments.atol)
+    frame = publish.provenance.differences(*arguments.results, arguments.atol)
     print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
     return int(len(frame) > 0)
 
 
 def _report(arguments: Arguments) -> None:
-    from vlsafe.publish.provenance import report
-
-    print(report(arguments.figures, arguments.out))
+    print(publish.provenance.report(arguments.figures, arguments.out))
 
 
 def _human_export(arguments: Arguments) -> None:
-    from vlsafe.evaluation import human
-    from vlsafe.publish.results import answers
-
-    print(human.export(answers(_studies(arguments), arguments.grid), arguments.out, arguments.prompts, arguments.draw))
+    print(
+        evaluation.human.export(
+            publish.results.answers(_studies(arguments), arguments.grid), arguments.out, arguments.prompts, arguments.draw
+        )
+    )
     print(f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it")
 
 
 def _human_import(arguments: Arguments) -> None:
     import pandas as pd
 
-    from vlsafe.evaluation import human
-
     if not arguments.key.exists():
         raise FileNotFoundError(f"there is no key {arguments.key}; `vlsafe human export` writes it beside its packet")
     key = pd.read_csv(arguments.key, keep_default_na=False)
-    ratings = human.read(arguments.files, key)
+    ratings = evaluation.human.read(arguments.files, key)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tables = {"problems": ratings.problems, "agreement": human.agreement(ratings, key), "people": human.verdicts(ratings, key)}
+    tables = {
+        "problems": ratings.problems,
+        "agreement": evaluation.human.agreement(ratings, key),
+        "people": evaluation.human.verdicts(ratings, key),
+    }
     for name, frame in tables.items():
         frame.to_csv(arguments.out / f"{name}.csv", index=False)
     print(ratings.problems.to_string(index=False) if len(ratings.problems) else "nothing is wrong with these ratings")
@@ -397,13 +371,11 @@ def _human_import(arguments: Arguments) -> None:
 def _human_report(arguments: Arguments) -> None:
     import pandas as pd
 
-    from vlsafe.analysis import agreement
-    from vlsafe.plots import claims, style
-    from vlsafe.publish.results import read
-
     studies = _studies(arguments)
-    wide = agreement.verdicts(read(studies, graph.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people))
-    rates, pairs = agreement.rates(wide), agreement.pairs(wide)
-    style.write(claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
+    wide = analysis.agreement.verdicts(
+        publish.results.read(studies, graph.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people)
+    )
+    rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)
+    plots.style.write(plots.claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
     pairs.to_csv(arguments.out / "F15_agreement.csv", index=False)
     print(pairs.round(3).to_string(index=False))

@@ -1,5 +1,23 @@
 """Frames in, frames out: measures, intervals, comparisons, claims; one file per word of the notebooks. Needs no model library."""
 
+from typing import TYPE_CHECKING
+
 from vlsafe.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from vlsafe.analysis import (
+        adaptation,
+        agreement,
+        causal,
+        claims,
+        comparisons,
+        degradation,
+        filtering,
+        measures,
+        merging,
+        probing,
+        stats,
+        tuning,
+    )
 
 __getattr__ = lazily(__name__)

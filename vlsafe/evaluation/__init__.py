@@ -1,5 +1,10 @@
 """Items to responses to verdicts to raw tables: benchmarks, engines, servers, judges, scores, raters."""
 
+from typing import TYPE_CHECKING
+
 from vlsafe.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from vlsafe.evaluation import benchmarks, engines, examine, human, judges, prompts, score, servers, validation
 
 __getattr__ = lazily(__name__)

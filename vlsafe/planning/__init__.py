@@ -1,5 +1,10 @@
 """Before a run: what a scale needs and costs, what is missing, and the scheduler's lock."""
 
+from typing import TYPE_CHECKING
+
 from vlsafe.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from vlsafe.planning import costs, doctor, download, dryrun, scheduler
 
 __getattr__ = lazily(__name__)

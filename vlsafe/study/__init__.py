@@ -1,5 +1,10 @@
 """The stages: each reads runs from the store, calls one function below with plain values, and writes what comes back."""
 
+from typing import TYPE_CHECKING
+
 from vlsafe.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from vlsafe.study import adaptation, causal, degradation, filtering, graph, merging, probing, study, tuning, world
 
 __getattr__ = lazily(__name__)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlsafe import data, models, training
 from vlsafe.core import store
 from vlsafe.core.scale import Fit
 from vlsafe.core.schema import MAIN_LINE
@@ -65,18 +66,14 @@ def trained(
 
     A kill after the training, while digests of what it left are taken, costs no training.
     """
-    from vlsafe.models.checkpoints import load_processor
-    from vlsafe.training import datasets, launch
-    from vlsafe.training.checkpoints import settle
-
     if (done := work / "trained.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    data = datasets.chat_dataset(rows, with_images=True)
-    job = launch.Job(
+    dataset = training.datasets.chat_dataset(rows, with_images=True)
+    job = training.launch.Job(
         "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
     )
-    history, moving = launch.trained(job, data, Bar(name, fit.steps), project_root())
-    settle(work, load_processor(start), start, fit.saved)
+    history, moving = training.launch.trained(job, dataset, Bar(name, fit.steps), project_root())
+    training.checkpoints.settle(work, models.checkpoints.load_processor(start), start, fit.saved)
     losses = [record["loss"] for record in history]
     store.write_text(work / "losses.json", json.dumps(losses))
     record = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
@@ -86,13 +83,11 @@ def trained(
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:
     """Stage 1: graft the tower onto the parent, then train the projector alone on captions; step 0 is the random graft."""
-    from vlsafe.models import checkpoints
-
     tower, _ = study.tower()
     processor = study.processor(study.scale.backbone(study.backbone).template)
-    parent = checkpoints.load(study.folder("parent/aligned"))
-    graft = checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
-    checkpoints.save(graft, work / "step-000000", processor)
+    parent = models.checkpoints.load(study.folder("parent/aligned"))
+    graft = models.checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
+    models.checkpoints.save(graft, work / "step-000000", processor)
     fit, rows = study.scale.projector, study.examples("screen/filtered", "captions.parquet")
     milestones = _milestones(study.scale.checkpoints, fit.steps)
     return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
@@ -100,12 +95,10 @@ def make_projector(study: Study, work: Path) -> dict[str, Any]:
 
 def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
-    from vlsafe.data import arms
-
     recipe, (fit, milestones) = RECIPES[name], stage_2(study, name)
     start = study.checkpoints("projector/filtered")[-1]
-    raw = study.examples("world/corpora", "instructions.parquet") if arms.ARMS[recipe.data][0] == "raw" else []
-    rows = arms.arm(recipe.data, {"raw": raw, "screened": study.examples("screen/filtered", "instructions.parquet")})
+    raw = study.examples("world/corpora", "instructions.parquet") if data.arms.ARMS[recipe.data][0] == "raw" else []
+    rows = data.arms.arm(recipe.data, {"raw": raw, "screened": study.examples("screen/filtered", "instructions.parquet")})
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
     record = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)

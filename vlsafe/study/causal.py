@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlsafe import evaluation, inspection, models
 from vlsafe.core import store
 from vlsafe.study import adaptation
 from vlsafe.study.probing import ADAPTED, DIRECTION, LOCALISATION, PARENT, STAGE_1, refusal_directions
@@ -27,26 +28,25 @@ def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
 
     The model is one of the checkpoint in `folder`, whose processor it takes.
     """
-    from vlsafe.evaluation import engines, examine, prompts
-    from vlsafe.models import checkpoints
-
-    processor, exam = checkpoints.load_processor(folder), study.scale.exam
-    items = prompts.intervention_items(study.items(), study.scale.probing.items, checkpoints.is_multimodal(folder))
+    processor, exam = models.checkpoints.load_processor(folder), study.scale.exam
+    items = evaluation.prompts.intervention_items(
+        study.items(), study.scale.probing.items, models.checkpoints.is_multimodal(folder)
+    )
 
     def examination(model: Any, recipe: str, step: int = 0, stage: str = stage) -> Rows:
         name = f"{study.backbone}/{stage}/{recipe}/step-{step:06d}"
-        responses = engines.respond(model, processor, items, name, exam.batch_size, exam.max_new_tokens)
+        responses = evaluation.engines.respond(model, processor, items, name, exam.batch_size, exam.max_new_tokens)
         record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": name}
-        return examine.raw_table(items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"})
+        return evaluation.examine.raw_table(
+            items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"}
+        )
 
     return examination
 
 
 def examine_checkpoints(folders: Sequence[Path], examine: Callable[..., Rows], stage: str, recipe: str) -> Rows:
     """Checkpoints of one training, examined as an intervention is: the curve that gives attack success at equal helpfulness."""
-    from vlsafe.models import checkpoints
-
-    return [row for folder in folders for row in examine(checkpoints.load(folder), recipe, step_of(folder), stage)]
+    return [row for folder in folders for row in examine(models.checkpoints.load(folder), recipe, step_of(folder), stage)]
 
 
 def make_transplants(study: Study, work: Path) -> dict[str, Any]:
@@ -54,27 +54,33 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
 
     The parent has the adapted vision tower and projector there: it is the adapted model with the parent's language weights.
     """
-    from vlsafe.inspection import causal
-    from vlsafe.models import architectures, checkpoints
-
     probing, band = study.scale.probing, study.numbers(LOCALISATION)["band"]
     folders, start = study.checkpoints(ADAPTED), study.checkpoints(STAGE_1)[-1]
-    model, examine = checkpoints.load(folders[-1]), examiner(study, folders[-1], "causal")
-    own = {name: weight.detach().clone() for name, weight in architectures.language_weights(model).items()}
-    parent = {name: checkpoints.read_tensor(place) for name, place in checkpoints.language_places(study.folder(PARENT)).items()}
-    n, width, rng = len(architectures.language_layers(model)), band[1] - band[0], study.world().rng("random blocks")
+    model, examine = models.checkpoints.load(folders[-1]), examiner(study, folders[-1], "causal")
+    own = {name: weight.detach().clone() for name, weight in models.architectures.language_weights(model).items()}
+    parent = {
+        name: models.checkpoints.read_tensor(place)
+        for name, place in models.checkpoints.language_places(study.folder(PARENT)).items()
+    }
+    n, width, rng = len(models.architectures.language_layers(model)), band[1] - band[0], study.world().rng("random blocks")
     widths = sorted({w for w in (*probing.widths, width) if w < n})
-    every = (*range(n), causal.EVERYTHING)
-    patches = causal.bands(n, widths)
-    patches += [patch for w in widths for patch in causal.random_sets(n, w, probing.random_sets, rng)]
-    patches += [causal.Patch("rest", (causal.EVERYTHING,)), causal.Patch("blocks", every[:-1]), causal.Patch("all", every)]
-    reverse = [causal.Patch("reverse", patch.blocks) for patch in causal.bands(n, [width])] if width < n else []
-    curve = examine(checkpoints.load(start), "filtered", 0, "projector")
+    every = (*range(n), inspection.causal.EVERYTHING)
+    patches = inspection.causal.bands(n, widths)
+    patches += [patch for w in widths for patch in inspection.causal.random_sets(n, w, probing.random_sets, rng)]
+    patches += [
+        inspection.causal.Patch("rest", (inspection.causal.EVERYTHING,)),
+        inspection.causal.Patch("blocks", every[:-1]),
+        inspection.causal.Patch("all", every),
+    ]
+    reverse = (
+        [inspection.causal.Patch("reverse", patch.blocks) for patch in inspection.causal.bands(n, [width])] if width < n else []
+    )
+    curve = examine(models.checkpoints.load(start), "filtered", 0, "projector")
     curve += examine_checkpoints(folders, examine, *ADAPTED.split("/"))
     rows = [{**row, "kind": "curve", "blocks": None} for row in curve]
-    rows += causal.transplants(model, parent, patches, examine, Bar("transplants", len(patches)))
-    with causal.transplanted(model, parent, every):
-        rows += causal.transplants(model, own, reverse, examine)
+    rows += inspection.causal.transplants(model, parent, patches, examine, Bar("transplants", len(patches)))
+    with inspection.causal.transplanted(model, parent, every):
+        rows += inspection.causal.transplants(model, own, reverse, examine)
     store.write_rows(work / "raw.parquet", rows)
     return {"patches": len(patches) + len(reverse), "band": band, "items": len({row["item"] for row in rows})}
 
@@ -91,8 +97,6 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
     """
     import torch
 
-    from vlsafe.models import checkpoints
-
     probing, layer = study.scale.probing, study.numbers(DIRECTION)["layer"]
     direction, rng = refusal_directions(study)["direction"][layer], study.world().rng("random directions")
     drawn = [torch.from_numpy(rng.normal(size=len(direction))).float() for _ in range(probing.random_directions)]
@@ -100,7 +104,7 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
     rows: Rows = []
     for run, strengths in ((PARENT, ()), (ADAPTED, probing.strengths)):
         folder = study.checkpoints(run)[-1]
-        model, examine = checkpoints.load(folder), examiner(study, folder, "directed")
+        model, examine = models.checkpoints.load(folder), examiner(study, folder, "directed")
         for what, strength, number, operation in _operations(model, layer, direction, others, strengths):
             columns = {"of": run, "what": what, "strength": strength, "number": number}
             with operation:
@@ -111,16 +115,14 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
 
 def _operations(model: Any, layer: int, direction: Any, others: Sequence[Any], strengths: Sequence[float]) -> Iterator[tuple]:
     """What is done to a model, at which strength, with which random direction (0 for the refusal direction), as a context."""
-    from vlsafe.inspection import causal
-
     yield "none", 0.0, 0, contextlib.nullcontext()
-    yield "ablated", 1.0, 0, causal.ablated(model, direction)
+    yield "ablated", 1.0, 0, inspection.causal.ablated(model, direction)
     for k, other in enumerate(others):
-        yield "ablated-random", 1.0, k, causal.ablated(model, other)
+        yield "ablated-random", 1.0, k, inspection.causal.ablated(model, other)
     for strength in strengths:
-        yield "added", strength, 0, causal.added(model, strength * direction, layer)
+        yield "added", strength, 0, inspection.causal.added(model, strength * direction, layer)
         for k, other in enumerate(others):
-            yield "added-random", strength, k, causal.added(model, strength * other, layer)
+            yield "added-random", strength, k, inspection.causal.added(model, strength * other, layer)
 
 
 def direction_params(study: Study) -> list[Any]:
@@ -133,25 +135,24 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
 
     Only rows are kept: one model exists at a time, and a set whose rows are there is not trained again.
     """
-    from vlsafe.inspection import causal
-    from vlsafe.models import architectures, checkpoints
-
     band, start = study.numbers(LOCALISATION)["band"], study.checkpoints(STAGE_1)[-1]
-    n, width = len(architectures.language_layers(checkpoints.load(start))), band[1] - band[0]
-    patches = causal.bands(n, [width])
+    n, width = len(models.architectures.language_layers(models.checkpoints.load(start))), band[1] - band[0]
+    patches = inspection.causal.bands(n, [width])
     if which == "random":
-        patches = causal.random_sets(n, width, study.scale.probing.frozen_sets, study.world().rng("random frozen blocks"))
+        patches = inspection.causal.random_sets(
+            n, width, study.scale.probing.frozen_sets, study.world().rng("random frozen blocks")
+        )
     files = {patch: work / f"{patch.name}.parquet" for patch in patches}
-    (fit, milestones), training = adaptation.stage_2(study, SPPFT), work / "training"
-    examine, data, rows = examiner(study, start, "sppft"), study.examples("screen/filtered", "instructions.parquet"), []
+    (fit, milestones), scratch = adaptation.stage_2(study, SPPFT), work / "training"
+    examine, dataset, rows = examiner(study, start, "sppft"), study.examples("screen/filtered", "instructions.parquet"), []
     for patch, file in files.items():
         if not file.exists():
-            drop(training)
-            adaptation.trained(study, training, start, data, "sppft", fit, milestones, patch.name, blocks=patch.blocks)
+            drop(scratch)
+            adaptation.trained(study, scratch, start, dataset, "sppft", fit, milestones, patch.name, blocks=patch.blocks)
             columns = {"kind": patch.kind, "blocks": patch.name, "located": patch.blocks == tuple(range(*band))}
-            results = examine_checkpoints(sorted(training.glob("step-*")), examine, "sppft", patch.name)
+            results = examine_checkpoints(sorted(scratch.glob("step-*")), examine, "sppft", patch.name)
             store.write_rows(file, [row | columns for row in results])
-            drop(training)
+            drop(scratch)
         rows += store.read_rows(file)
     if rows:
         store.write_rows(work / "raw.parquet", rows)

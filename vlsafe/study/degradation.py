@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlsafe import evaluation, models
 from vlsafe.core import store
 from vlsafe.core.schema import Item, to_row
+from vlsafe.evaluation.benchmarks import confounds
 from vlsafe.evaluation.examine import Examination
 from vlsafe.study.study import Bar, Study, step_of
 
@@ -17,10 +19,7 @@ UNKNOWN_TRUTH = ("world",)  # the judge that a loaded scale does without: nobody
 
 def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str) -> Examination:
     """One checkpoint of a run, examined by the scale's engine."""
-    from vlsafe.evaluation.examine import answerable, examine
-    from vlsafe.models.checkpoints import is_multimodal
-
-    items = answerable(items, is_multimodal(folder))
+    items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))
     stage, _, recipe = name.partition("/")
     model = f"{study.backbone}/{name}" + (f"/step-{step_of(folder):06d}" if exam == "panel" else "")
     record = {
@@ -28,23 +27,19 @@ def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam
         "recipe": recipe, "step": step_of(folder), "exam": exam,
     }  # fmt: skip
     bar = Bar(f"{model} {exam}", len(items))
-    return examine(folder, items, study.scale.exam, record, UNKNOWN_TRUTH if study.scale.loaded else (), bar)
+    return evaluation.examine.examine(folder, items, study.scale.exam, record, UNKNOWN_TRUTH if study.scale.loaded else (), bar)
 
 
 def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Examine every checkpoint of a run: the panel for those on the way, all items for the last one."""
-    from vlsafe.evaluation.examine import panel
-
     items, folders = study.items(), study.checkpoints(name)
-    few = panel(items, study.scale.exam.panel)
+    few = evaluation.examine.panel(items, study.scale.exam.panel)
     results = [_examined(study, name, folder, few, "panel") for folder in folders[:-1]]
     return _write(work, [*results, _examined(study, name, folders[-1], items, "full")])
 
 
 def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Examine the last checkpoint of a run on the same requests with and without a system prompt and an empty picture."""
-    from vlsafe.evaluation.benchmarks import confounds
-
     items = confounds.variants(study.items(), study.stream("confounds"))
     return _write(work, [_examined(study, name, study.checkpoints(name)[-1], items, "confounds")])
 
@@ -70,12 +65,10 @@ def exam_params(study: Study) -> Any:
 
 def engines_agree(study: Study, name: str, command: str) -> list[dict[str, Any]]:
     """The panel answered by the local engine and by a server of the same checkpoint: how far they agree."""
-    from vlsafe.evaluation import examine, servers
-
     folder, exam, without = study.checkpoints(name)[-1], study.scale.exam, UNKNOWN_TRUTH if study.scale.loaded else ()
-    items = [item for item in examine.panel(study.items(), exam.panel) if item.scoring == "generated"]
+    items = [item for item in evaluation.examine.panel(study.items(), exam.panel) if item.scoring == "generated"]
     results = {
-        engine: examine.examine(folder, items, dataclasses.replace(exam, serve=serve), {"model": name}, without)
+        engine: evaluation.examine.examine(folder, items, dataclasses.replace(exam, serve=serve), {"model": name}, without)
         for engine, serve in (("local", ""), ("served", command))
     }
-    return servers.agreement({e: r.rows for e, r in results.items()}, {e: r.responses for e, r in results.items()})
+    return evaluation.servers.agreement({e: r.rows for e, r in results.items()}, {e: r.responses for e, r in results.items()})

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from vlsafe import data, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import Example, to_row
 from vlsafe.study.study import Bar, Stage, Study, drop
@@ -34,21 +35,17 @@ def text_guard_params(study: Study) -> Any:
 
 def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
     """Train a guard that reads, from the base model, and set its threshold on held-out labelled rows."""
-    from vlsafe.data import guards
-    from vlsafe.models import checkpoints
-    from vlsafe.training import datasets, trainers
-
     world, fit, tokenizer = study.world(), study.scale.guard, study.tokenizer()
-    model = checkpoints.load(study.folder("base/llm"))
-    rows = guards.guard_texts(world, fit.steps * fit.batch_size, world.rng("guard"))
-    losses = trainers.sft(
-        model, tokenizer, datasets.text_dataset(rows, tokenizer), fit, work / "training", study.seed, (),
+    model = models.checkpoints.load(study.folder("base/llm"))
+    rows = data.guards.guard_texts(world, fit.steps * fit.batch_size, world.rng("guard"))
+    losses = training.trainers.sft(
+        model, tokenizer, training.datasets.text_dataset(rows, tokenizer), fit, work / "training", study.seed, (),
         Bar("guard/text", fit.steps),
     )  # fmt: skip
     drop(work / "training")
-    guard, held = guards.LanguageModelGuard(model, tokenizer, max_new_tokens=1), _labelled_rows(study)
+    guard, held = data.guards.LanguageModelGuard(model, tokenizer, max_new_tokens=1), _labelled_rows(study)
     truth = [row.category is not None for row in held]
-    guards.calibrate(guard, [row.turns for row in held], truth, study.scale.corpora.harmful_share / 2)
+    data.guards.calibrate(guard, [row.turns for row in held], truth, study.scale.corpora.harmful_share / 2)
     guard.save(work)
     return {"loss": losses[-1], "rows": len(rows), "held_out": len(held), "threshold": guard.threshold}
 
@@ -58,25 +55,20 @@ def _labelled_rows(study: Study) -> list[Example]:
 
     They ask about the verb–object pairs of the training split, as the corpus does: a guard is not asked to generalise here.
     """
-    from vlsafe.data.miniature.corpora import instruction_rows, paint
-
     world, sizes = study.world(), study.scale.corpora
     rng = world.rng("guard threshold")
-    pool = paint(world, sizes.guard_pictures, 0.0, rng)
-    return instruction_rows(world, pool, sizes.guard_pictures, sizes.text_only_share, HELD_OUT_SHARE, rng)
+    pool = data.miniature.corpora.paint(world, sizes.guard_pictures, 0.0, rng)
+    return data.miniature.corpora.instruction_rows(world, pool, sizes.guard_pictures, sizes.text_only_share, HELD_OUT_SHARE, rng)
 
 
 def make_image_guard(study: Study, work: Path) -> dict[str, Any]:
     """Fit a guard that looks, on features of the tower, and set its threshold on held-out pictures."""
-    from vlsafe.data import guards
-    from vlsafe.data.miniature.corpora import paint
-
     tower, processor = study.tower()
     world, sizes = study.world(), study.scale.corpora
-    pool = paint(world, sizes.guard_pictures, GUARD_SHARE, world.rng("guard pictures"))
-    guard = guards.LinearImageGuard.fitted(tower, processor, [p.png for p in pool], [p.graphic for p in pool])
-    held = paint(world, sizes.guard_pictures, HELD_OUT_SHARE, world.rng("image guard threshold"))
-    guards.calibrate(guard, [p.png for p in held], [p.graphic for p in held], sizes.harmful_share / 2)
+    pool = data.miniature.corpora.paint(world, sizes.guard_pictures, GUARD_SHARE, world.rng("guard pictures"))
+    guard = data.guards.LinearImageGuard.fitted(tower, processor, [p.png for p in pool], [p.graphic for p in pool])
+    held = data.miniature.corpora.paint(world, sizes.guard_pictures, HELD_OUT_SHARE, world.rng("image guard threshold"))
+    data.guards.calibrate(guard, [p.png for p in held], [p.graphic for p in held], sizes.harmful_share / 2)
     guard.save(work / "guard.safetensors")
     return {"rows": len(pool), "graphic": sum(p.graphic for p in pool), "threshold": guard.threshold}
 
@@ -92,23 +84,20 @@ def intake_params(study: Study) -> dict[str, Any]:
 
 def make_screen(study: Study, work: Path) -> dict[str, Any]:
     """Skip unsound rows, put the guards to the rest, write what passes and an audit line for every row."""
-    from vlsafe.data import guards, intake
-    from vlsafe.data.screening import screen
-
     tower, processor = study.tower()
-    text = guards.LanguageModelGuard.load(study.folder("guard/text"))
-    image = guards.LinearImageGuard.load(tower, processor, study.folder("guard/image") / "guard.safetensors")
+    text = data.guards.LanguageModelGuard.load(study.folder("guard/text"))
+    image = data.guards.LinearImageGuard.load(tower, processor, study.folder("guard/image") / "guard.safetensors")
     params = intake_params(study)
     processors = [study.processor(template) for template in params["templates"]]
     audit: list[dict[str, Any]] = []
     kept = {}
     for corpus in SCREENED:
         rows = study.examples("world/corpora", f"{corpus}.parquet")
-        lines = screen(rows, processors, params["limits"][corpus], text, image)
-        passed = list(intake.passing(rows, lines))
+        lines = data.screening.screen(rows, processors, params["limits"][corpus], text, image)
+        passed = list(data.intake.passing(rows, lines))
         if not passed:
             raise ValueError(f"no row of {corpus} is left; the audit's first reason is {lines[0]['reasons']!r}")
-        intake.refuse_leaks(passed, study.items())
+        data.intake.refuse_leaks(passed, study.items())
         store.write_rows(work / f"{corpus}.parquet", [to_row(row) for row in passed])
         audit += [{"corpus": corpus, **line} for line in lines]
         kept[corpus] = len(passed)
@@ -126,37 +115,35 @@ def screen_params(study: Study) -> Any:
 
 def _processors(study: Study) -> list[Any]:
     """One per backbone: a row must fit under every backbone's tokens and template."""
-    from vlsafe.models import chat
-
     spec, parents, tower = study.scale.vision, study.asset("parents"), study.asset("tower")
     return [
-        chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
+        models.chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
         for name, backbone in study.scale.backbones.items()
     ]
 
 
 def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
     """Intake and both guards over the two large corpora; what passes, and an audit line for every row."""
-    from vlsafe.data import guards, intake, screening, sources
-
-    text, image = (guards.opened(study.folder(f"guard/{kind}")) for kind in ("text", "image"))
+    text, image = (data.guards.opened(study.folder(f"guard/{kind}")) for kind in ("text", "image"))
     readers, limits, kept = _processors(study), intake_params(study)["limits"], {}
     for name in SCREENED:
         lines = work / f"{name}.jsonl"
 
         def audit_of(rows: Sequence[Example], limit: int = limits[name]) -> list[dict[str, Any]]:
-            return screening.screen(rows, readers, limit, text, image)
+            return data.screening.screen(rows, readers, limit, text, image)
 
         corpus, bar = study.asset(name), Bar(f"screen {name}", study.asset(name).rows or 0)
-        screening.append_lines(lines, sources.examples(name, corpus), audit_of, bar)
-        passed = intake.passing(map(screening.shell, sources.examples(name, corpus)), screening.read_lines(lines))
+        data.screening.append_lines(lines, data.sources.examples(name, corpus), audit_of, bar)
+        passed = data.intake.passing(
+            map(data.screening.shell, data.sources.examples(name, corpus)), data.screening.read_lines(lines)
+        )
         rows = (to_row(row) for row in passed)
         kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
         if not kept[name]:
             raise ValueError(
-                f"no row of {name} is left; the audit's first reason is {next(screening.read_lines(lines))['reasons']!r}"
+                f"no row of {name} is left; the audit's first reason is {next(data.screening.read_lines(lines))['reasons']!r}"
             )
-    audit = ({"corpus": name, **line} for name in SCREENED for line in screening.read_lines(work / f"{name}.jsonl"))
+    audit = ({"corpus": name, **line} for name in SCREENED for line in data.screening.read_lines(work / f"{name}.jsonl"))
     counts: Counter[str] = Counter()
     screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
     for name in SCREENED:
@@ -175,9 +162,7 @@ def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
     """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
 
     def make(study: Study, work: Path) -> dict[str, Any]:
-        from vlsafe.data.guards import hub
-
-        return hub.point(study.asset(which), work)
+        return data.guards.hub.point(study.asset(which), work)
 
     return make
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlsafe import analysis, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE, Item, Response, to_row
 from vlsafe.study import tuning
@@ -85,11 +86,9 @@ def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
 
     A parent has no task vector of its own and no tuning, so rules that need them are left out.
     """
-    from vlsafe.models.merge.rules import RULES as MERGES
-
     spec, found = study.scale.merging, []
     for name, rule in RULES.items():
-        merge = MERGES.get(rule.rule)
+        merge = models.merge.rules.RULES.get(rule.rule)
         needs = name == "checkpoint" or (merge is not None and merge.based)
         if (rule.grid == "full" and grid != "full") or (needs and LINEAGES[partner] == "parent"):
             continue
@@ -124,18 +123,17 @@ class Members(NamedTuple):
 
 def members(study: Study, partner: str) -> Members:
     """Load both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model."""
-    from vlsafe.models import architectures, checkpoints
 
     def weights(name: str) -> tuple[Any, dict[str, Any]]:
-        model = checkpoints.load(study.checkpoints(name)[-1])
+        model = models.checkpoints.load(study.checkpoints(name)[-1])
         tensors = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        return model, {architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
+        return model, {models.architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
 
     model, a = weights(ADAPTED)
     safe, b = weights(run_of(partner))
     _, base = weights(STAGE_1 if LINEAGES[partner] == "sibling" else PARENT)
-    processor = checkpoints.load_processor(study.checkpoints(ADAPTED)[-1])
-    return Members(model, processor, a, b, base, safe, len(architectures.language_layers(model)))
+    processor = models.checkpoints.load_processor(study.checkpoints(ADAPTED)[-1])
+    return Members(model, processor, a, b, base, safe, len(models.architectures.language_layers(model)))
 
 
 def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | None] | None:
@@ -153,8 +151,6 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     import numpy as np
     import pandas as pd
 
-    from vlsafe.analysis import merging
-
     for checkpoint in (work / "training").glob("step-*"):
         drop(checkpoint)  # an earlier attempt was killed after its training
     sweep, items = Sweep(study, partner, members(study, partner), {}), items_of(study, grid)
@@ -170,7 +166,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
             rows.append(sweep.validation_row(point, items, result) | {"limit": limit})
             panel += sweep.raw_rows(point, items["panel"], result.responses, "panel")
             bar(len(lines) + len(rows))
-        chosen = merging.chosen(pd.DataFrame(rows)).tolist()
+        chosen = analysis.merging.chosen(pd.DataFrame(rows)).tolist()
         lines += [{**row, "chosen": is_best} for row, is_best in zip(rows, chosen, strict=True)]
         best, row = of_rule[chosen.index(True)], rows[chosen.index(True)]
         source = row["same_as"] or row["recipe"]
@@ -191,14 +187,13 @@ def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
     Where the grid is not full, the first two are those of the benchmarks that the headline measures need.
     """
-    from vlsafe.analysis.merging import HEADLINE, needed
-    from vlsafe.evaluation import examine
-
-    test = [item for item in study.items() if grid == "full" or item.benchmark in needed(*HEADLINE)]
-    validation = examine.all_items(study.world(), "validation", study.scale.merging.items)
-    helpful = [item for item in validation if item.benchmark in needed("helpfulness")]
+    test = [
+        item for item in study.items() if grid == "full" or item.benchmark in analysis.merging.needed(*analysis.merging.HEADLINE)
+    ]
+    validation = evaluation.examine.all_items(study.world(), "validation", study.scale.merging.items)
+    helpful = [item for item in validation if item.benchmark in analysis.merging.needed("helpfulness")]
     return {
-        "panel": examine.panel(test, study.scale.exam.panel),
+        "panel": evaluation.examine.panel(test, study.scale.exam.panel),
         "full": test,
         "pairs": tuning.validation_items(study),
         "helpful": [dataclasses.replace(item, id=f"validation-{item.id}") for item in helpful],  # test items have the same ids
@@ -207,21 +202,17 @@ def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
 def parents_bound(study: Study) -> float:
     """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see."""
-    from vlsafe.evaluation.validation import attack_rates
-    from vlsafe.models import checkpoints
-
     folder, items = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
-    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    return attack_rates(items, _responses(study, model, processor, False, items))["text"].high
+    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    return evaluation.validation.attack_rates(items, _responses(study, model, processor, False, items))["text"].high
 
 
 def _responses(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
     """A model's responses by item; one that cannot see is not asked about pictures."""
-    from vlsafe.evaluation.engines import respond
-    from vlsafe.evaluation.examine import answerable
-
-    exam, chosen = study.scale.exam, answerable(items, multimodal)
-    responses = {r.item: r for r in respond(model, processor, chosen, "merge", exam.batch_size, exam.max_new_tokens)}
+    exam, chosen = study.scale.exam, evaluation.examine.answerable(items, multimodal)
+    responses = {
+        r.item: r for r in evaluation.engines.respond(model, processor, chosen, "merge", exam.batch_size, exam.max_new_tokens)
+    }
     if len(responses) < len(chosen):
         raise ValueError("two items that are asked together have one id; their answers could not be told apart")
     return responses
@@ -248,19 +239,18 @@ class Sweep(NamedTuple):
 
         Units:    seconds of CPU time that merging took, beside the examination
         """
-        from vlsafe.evaluation.engines import option_losses
-        from vlsafe.models.merge import weights
-
         start = time.process_time()
         model, processor, multimodal, merged = self.model(point)
-        same = next((name for name, (w, _) in self.examined.items() if merged and weights.near(merged, w, SAME)), None)
+        same = next(
+            (name for name, (w, _) in self.examined.items() if merged and models.merge.weights.near(merged, w, SAME)), None
+        )
         spent = time.process_time() - start if merged else 0.0
         if same is not None:
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
         loss = None
         if point.rule == "linear":
             right = [dataclasses.replace(item, options=item.options[:1]) for item in items["pairs"]]
-            losses = option_losses(model, processor, right, self.study.scale.exam.batch_size)
+            losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
             loss = sum(loss for (loss,) in losses) / len(losses)
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
         result = Result(_responses(self.study, model, processor, multimodal, every), loss)
@@ -274,58 +264,51 @@ class Sweep(NamedTuple):
 
     def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
         """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
-        from vlsafe.evaluation import engines
-        from vlsafe.models import checkpoints
-        from vlsafe.models.merge import weights
-        from vlsafe.models.merge.rules import How
-
         members = self.members
         if point.folder is not None:
-            return checkpoints.load(point.folder), members.processor, True, None
+            return models.checkpoints.load(point.folder), members.processor, True, None
         ratio = 0.5 if point.ratio is None else point.ratio
         if point.rule == "ensemble":
             members.model.load_state_dict(members.a)
             sees = LINEAGES[self.partner] != "parent"
             folder = self.study.checkpoints(ADAPTED if sees else PARENT)[-1]
-            return engines.Ensemble(members.model, members.partner, ratio), checkpoints.load_processor(folder), sees, None
+            return (
+                evaluation.engines.Ensemble(members.model, members.partner, ratio),
+                models.checkpoints.load_processor(folder),
+                sees,
+                None,
+            )
         spec, rule = self.study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
-        how = How(ratio, spec.kept, spec.survived, spec.scaling)
+        how = models.merge.rules.How(ratio, spec.kept, spec.survived, spec.scaling)
         blocks = blocks_of(self.study, point, rule.blocks, members.layers)
-        merged = weights.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
+        merged = models.merge.weights.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
         members.model.load_state_dict(merged)
         return members.model, members.processor, True, merged
 
     def validation_row(self, point: Point, items: Mapping[str, list[Item]], result: Result) -> dict[str, Any]:
         """What one model did on validation (`validation.merge_scores`), under its name."""
-        from vlsafe.evaluation.validation import merge_scores
-
         row = {"backbone": self.study.backbone, "seed": self.study.seed, "rule": point.rule, "partner": self.partner}
         row |= {"place": point.place, "recipe": recipe_of(point, self.partner), "ratio": point.ratio}
         raw = self.raw_rows(point, items["helpful"], result.responses, "validation")
-        scores = merge_scores(items["pairs"], result.responses, raw)
+        scores = evaluation.validation.merge_scores(items["pairs"], result.responses, raw)
         return row | scores | {"loss": result.loss, "same_as": result.same_as}
 
     def raw_rows(
         self, point: Point, items: Sequence[Item], responses: Mapping[str, Response], exam: str
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Raw rows of one model's responses to some items, those that were answered."""
-        from vlsafe.evaluation.examine import raw_table
-
         study, recipe = self.study, recipe_of(point, self.partner)
         record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
         record |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
-        return raw_table(items, [responses[item.id] for item in items if item.id in responses], record)
+        return evaluation.examine.raw_table(items, [responses[item.id] for item in items if item.id in responses], record)
 
 
 def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     """The checkpoints on the way to a tuned partner, its last one included: its own training, run once more."""
-    from vlsafe.models.checkpoints import load_processor
-    from vlsafe.training.checkpoints import settle
-
-    start, training = study.checkpoints(tuning.RECIPES[partner].start)[-1], work / "training"
-    rows, fit, _ = tuning.prepared(study, partner, load_processor(start))
-    tuning.train_by(study, partner, training, start, rows, fit)
-    folders = settle(training, load_processor(start), start)
+    start, scratch = study.checkpoints(tuning.RECIPES[partner].start)[-1], work / "training"
+    rows, fit, _ = tuning.prepared(study, partner, models.checkpoints.load_processor(start))
+    tuning.train_by(study, partner, scratch, start, rows, fit)
+    folders = training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start)
     return [Point("checkpoint", None, folder.name, folder=folder) for folder in folders]
 
 

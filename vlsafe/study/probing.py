@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlsafe import evaluation, inspection, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.study import adaptation, tuning
@@ -32,22 +33,21 @@ def model_columns(study: Study, run: str, folder: Path) -> dict[str, Any]:
 
 def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     """Locate the parent's safety band; where none is found, the published one at the same relative depth stands in, marked so."""
-    from vlsafe.evaluation import prompts
-    from vlsafe.inspection import states
-    from vlsafe.models import checkpoints
-
     folder, search, world = study.folder(PARENT), study.scale.search, study.world()
-    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    items = prompts.localisation_prompts(world, search.prompts)
-    normal, harmful = (states.last_states(model, processor, prompts.conversations(items[kind])) for kind in ("normal", "harmful"))
-    curves = states.angular_gap(normal, harmful, search.pairs, world.rng("localisation"))
+    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    items = evaluation.prompts.localisation_prompts(world, search.prompts)
+    normal, harmful = (
+        inspection.states.last_states(model, processor, evaluation.prompts.conversations(items[kind]))
+        for kind in ("normal", "harmful")
+    )
+    curves = inspection.states.angular_gap(normal, harmful, search.pairs, world.rng("localisation"))
 
     def refusals(band: tuple[int, int], factor: float) -> int:
-        with states.scaled(model, band, factor):
-            labels = prompts.judged(model, processor, items["scary"], "xstest-strings", study.scale.exam.batch_size, 4)
+        with inspection.states.scaled(model, band, factor):
+            labels = evaluation.prompts.judged(model, processor, items["scary"], "xstest-strings", study.scale.exam.batch_size, 4)
         return int((labels == "2_full_refusal").sum())
 
-    located = states.localise(curves["gap"], refusals, search.factors)
+    located = inspection.states.localise(curves["gap"], refusals, search.factors)
     layers = range(len(curves["gap"]))
     store.write_rows(work / "curves.parquet", [{"layer": i, **{k: float(v[i]) for k, v in curves.items()}} for i in layers])
     columns = ("start", "end", "factor", "refusals")
@@ -66,20 +66,16 @@ def make_direction(study: Study, work: Path) -> dict[str, Any]:
     """
     from safetensors.torch import save_file
 
-    from vlsafe.evaluation import prompts
-    from vlsafe.inspection import causal, states
-    from vlsafe.models import checkpoints
-
     folder, exam = study.folder(PARENT), study.scale.exam
-    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    items = prompts.probing_prompts(study.world(), "validation", study.scale.probing.prompts, ["text"])
-    last = states.last_states(model, processor, prompts.conversations(items), exam.batch_size)
-    harmful = prompts.attributes(items)["harmful"].to_numpy()
+    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    items = evaluation.prompts.probing_prompts(study.world(), "validation", study.scale.probing.prompts, ["text"])
+    last = inspection.states.last_states(model, processor, evaluation.prompts.conversations(items), exam.batch_size)
+    harmful = evaluation.prompts.attributes(items)["harmful"].to_numpy()
     means = {"harmful": last[harmful].mean(0), "harmless": last[~harmful].mean(0)}
-    directions, rows = causal.difference_of_means(last[harmful], last[~harmful]), []
+    directions, rows = inspection.causal.difference_of_means(last[harmful], last[~harmful]), []
     for layer, direction in enumerate(directions):
-        with causal.ablated(model, direction):
-            labels = prompts.judged(model, processor, items, "world", exam.batch_size, exam.max_new_tokens)
+        with inspection.causal.ablated(model, direction):
+            labels = evaluation.prompts.judged(model, processor, items, "world", exam.batch_size, exam.max_new_tokens)
         complied = np.char.startswith(labels, "complied")
         shares = {"complied_harmful": float(complied[harmful].mean()), "complied_harmless": float(complied[~harmful].mean())}
         rows.append({"layer": layer, **shares, "score": sum(shares.values()) / 2})
@@ -101,23 +97,22 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
 
     The reference has the parent's language weights. The states of the end points stay on disk.
     """
-    from vlsafe.evaluation import prompts
-    from vlsafe.inspection import similarity
-
     probing, parent, batch_size = study.scale.probing, study.folder(PARENT), study.scale.exam.batch_size
     directions, rows, sets = refusal_directions(study), [], []
-    many, few = (prompts.probing_prompts(study.world(), "test", n) for n in (probing.prompts, probing.along))
-    of_many, of_few = prompts.attributes(many), prompts.attributes(few)
+    many, few = (evaluation.prompts.probing_prompts(study.world(), "test", n) for n in (probing.prompts, probing.along))
+    of_many, of_few = evaluation.prompts.attributes(many), evaluation.prompts.attributes(few)
     for run in (ADAPTED, *TUNED):
         folder = study.checkpoints(run)[-1]
         model, states = model_columns(study, run, folder), work / "states" / run.replace("/", ".")
-        pair = similarity.keep_pair(folder, parent, prompts.conversations(many), states, batch_size)
-        rows += similarity.compare_prompts(pair, of_many, directions).assign(**model).to_dict("records")
-        sets += [row | model for row in similarity.compare_sets(pair, of_many)]
+        pair = inspection.similarity.keep_pair(folder, parent, evaluation.prompts.conversations(many), states, batch_size)
+        rows += inspection.similarity.compare_prompts(pair, of_many, directions).assign(**model).to_dict("records")
+        sets += [row | model for row in inspection.similarity.compare_sets(pair, of_many)]
     for folder in study.checkpoints(ADAPTED)[:-1]:
         model = model_columns(study, ADAPTED, folder)
-        pair = similarity.keep_pair(folder, parent, prompts.conversations(few), work / "passing", batch_size)
-        rows += similarity.compare_prompts(pair, of_few, directions, probes=False).assign(**model).to_dict("records")
+        pair = inspection.similarity.keep_pair(
+            folder, parent, evaluation.prompts.conversations(few), work / "passing", batch_size
+        )
+        rows += inspection.similarity.compare_prompts(pair, of_few, directions, probes=False).assign(**model).to_dict("records")
         drop(work / "passing")
     store.write_rows(work / "prompts.parquet", of_many[["item", "group", "harmful", "cluster"]].to_dict("records"))
     store.write_rows(work / "layers.parquet", rows)
@@ -127,26 +122,22 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
 
 def make_drift(study: Study, work: Path) -> dict[str, Any]:
     """How far the weights of all checkpoints have moved from the parent's, and how alike their states on text are."""
-    from vlsafe.evaluation import prompts
-    from vlsafe.inspection import similarity, states
-    from vlsafe.models import checkpoints
-
-    items = prompts.probing_prompts(study.world(), "test", study.scale.probing.along, ["text"])
-    attributes, conversations = prompts.attributes(items), prompts.conversations(items)
+    items = evaluation.prompts.probing_prompts(study.world(), "test", study.scale.probing.along, ["text"])
+    attributes, conversations = evaluation.prompts.attributes(items), evaluation.prompts.conversations(items)
 
     def states_of(folder: Path) -> Any:
-        model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-        return states.last_states(model, processor, conversations, study.scale.exam.batch_size)
+        model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+        return inspection.states.last_states(model, processor, conversations, study.scale.exam.batch_size)
 
-    parent, reference = checkpoints.language_places(study.folder(PARENT)), states_of(study.folder(PARENT))
+    parent, reference = models.checkpoints.language_places(study.folder(PARENT)), states_of(study.folder(PARENT))
     drift, alike, n = [], [], 0
     for run in (*ARMS, *TUNED, SIBLING):
         folders = study.checkpoints(run)
         n += len(folders)
         for folder in folders:
-            places, model = checkpoints.language_places(folder), model_columns(study, run, folder)
-            drift += [row | model for row in states.drift(parent, places, with_rank=folder == folders[-1])]
-            rows = similarity.compare_states(states_of(folder), reference, attributes.drop(columns="group"))
+            places, model = models.checkpoints.language_places(folder), model_columns(study, run, folder)
+            drift += [row | model for row in inspection.states.drift(parent, places, with_rank=folder == folders[-1])]
+            rows = inspection.similarity.compare_states(states_of(folder), reference, attributes.drop(columns="group"))
             alike += [model | row for row in rows.to_dict("records")]
     store.write_rows(work / "drift.parquet", drift)
     store.write_rows(work / "alike.parquet", alike)
@@ -155,24 +146,26 @@ def make_drift(study: Study, work: Path) -> dict[str, Any]:
 
 def make_objectives(study: Study, work: Path) -> dict[str, Any]:
     """Whether safety tuning and stage 2 want the same of the weights: cosines of task vectors, and of gradients on the way."""
-    from vlsafe.inspection import similarity, states
-    from vlsafe.models import checkpoints
 
     def ends(*runs: str) -> Any:
-        return tuple(checkpoints.language_places(study.checkpoints(run)[-1]) for run in runs)
+        return tuple(models.checkpoints.language_places(study.checkpoints(run)[-1]) for run in runs)
 
     model, stage_2 = {"backbone": study.backbone, "seed": study.seed}, ends(STAGE_1, ADAPTED)
-    vectors = [{**model, "pair": name, **row} for name, task in TASKS.items() for row in states.alignment(stage_2, ends(*task))]
+    vectors = [
+        {**model, "pair": name, **row}
+        for name, task in TASKS.items()
+        for row in inspection.states.alignment(stage_2, ends(*task))
+    ]
     store.write_rows(work / "vectors.parquet", vectors)
     folders = [study.checkpoints(STAGE_1)[-1], *study.checkpoints(ADAPTED)]
-    processor = checkpoints.load_processor(folders[0])
-    data = {"vl": tuning.rows_of(study, "general", None, 0)[0], "safety": tuning.rows_of(study, "safety", processor, 0)[0]}
+    processor = models.checkpoints.load_processor(folders[0])
+    dataset = {"vl": tuning.rows_of(study, "general", None, 0)[0], "safety": tuning.rows_of(study, "safety", processor, 0)[0]}
     chosen, rows = np.unique(np.linspace(0, len(folders) - 1, study.scale.probing.gradient_points).round().astype(int)), []
     for number in chosen:
         step = step_of(folders[number]) if number else 0
         drop(work / "gradients")
-        files = [file for task in data for file in _gradients(study, folders[number], task, data[task], work / "gradients")]
-        rows += [{**model, "layer": row["layer"], "step": step} | row for row in similarity.compare_gradients(files)]
+        files = [file for task in dataset for file in _gradients(study, folders[number], task, dataset[task], work / "gradients")]
+        rows += [{**model, "layer": row["layer"], "step": step} | row for row in inspection.similarity.compare_gradients(files)]
     drop(work / "gradients")
     store.write_rows(work / "gradients.parquet", rows)
     return {"points": len(chosen), "batches": study.scale.probing.gradient_batches}
@@ -182,19 +175,22 @@ def _gradients(study: Study, folder: Path, task: str, rows: Sequence[Any], work:
     """The gradients of a few batches of one task at a checkpoint, one file each; the model does not move."""
     from safetensors.torch import save_file
 
-    from vlsafe.models import architectures, checkpoints, trainable
-    from vlsafe.training import datasets, trainers
-
     fit = dataclasses.replace(study.scale.instruct, steps=study.scale.probing.gradient_batches)
     size, rng = fit.steps * fit.batch_size, study.world().rng(f"gradients {task}")
-    data = datasets.chat_dataset([rows[i] for i in rng.choice(len(rows), size, replace=len(rows) < size)], with_images=True)
-    model, files = trainable.choose(checkpoints.load(folder), "full", study.scale.lora), list[Path]()
+    dataset = training.datasets.chat_dataset(
+        [rows[i] for i in rng.choice(len(rows), size, replace=len(rows) < size)], with_images=True
+    )
+    model, files = models.trainable.choose(models.checkpoints.load(folder), "full", study.scale.lora), list[Path]()
     work.mkdir(exist_ok=True)
 
     def save() -> None:
-        gradients = {k: w.grad.contiguous() for k, w in architectures.language_weights(model).items() if w.grad is not None}
+        gradients = {
+            k: w.grad.contiguous() for k, w in models.architectures.language_weights(model).items() if w.grad is not None
+        }
         files.append(work / f"{task}-{len(files):03d}.safetensors")
         save_file(gradients, files[-1])
 
-    trainers.gradients(model, checkpoints.load_processor(folder), data, fit, work / f"trainer-{task}", study.seed, save)
+    training.trainers.gradients(
+        model, models.checkpoints.load_processor(folder), dataset, fit, work / f"trainer-{task}", study.seed, save
+    )
     return files

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from vlsafe import data, evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import Scale, as_plain, known
@@ -142,13 +143,11 @@ class Study:
 
         Raises:   ValueError at a scale that is loaded: its words mean nothing to a model that others made
         """
-        from vlsafe.data.miniature.language import World
-
         if self.scale.loaded:
             raise ValueError(
                 f"this stage asks about the miniature's world, and {self.scale.name!r} is loaded; leave it out there"
             )
-        return World(self.seed)
+        return data.miniature.language.World(self.seed)
 
     def asset(self, name: str) -> Any:
         """What a loaded scale takes from outside under a name.
@@ -167,24 +166,19 @@ class Study:
         return np.random.default_rng([self.seed, *name.encode()])
 
     def tokenizer(self, template: str | None = None) -> Any:
-        from vlsafe.data.miniature.language import vocabulary
-        from vlsafe.models import chat
-
-        tokenizer = chat.build_tokenizer(vocabulary(), self.scale.language.context)
+        tokenizer = models.chat.build_tokenizer(data.miniature.language.vocabulary(), self.scale.language.context)
         if template:
-            tokenizer.chat_template = chat.template(template)
+            tokenizer.chat_template = models.chat.template(template)
         return tokenizer
 
     def processor(self, template: str | None = None) -> Any:
         """Words and pictures as a grafted model takes them, with a backbone's chat template where one is named."""
-        from vlsafe.models import chat
-
         spec = self.scale.vision
         if self.scale.loaded:
             name = template or self.scale.backbone(self.backbone).template
             parent, tower = self.asset("parents")[self.backbone], self.asset("tower")
-            return chat.hub_processor(parent, tower, name, spec.patch_size, spec.feature_strategy)
-        return chat.build_processor(self.tokenizer(template), spec.image_size, spec.patch_size, spec.feature_strategy)
+            return models.chat.hub_processor(parent, tower, name, spec.patch_size, spec.feature_strategy)
+        return models.chat.build_processor(self.tokenizer(template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
     def tower(self) -> tuple[Any, Any]:
         """The study's CLIP and a processor for its pictures."""
@@ -203,14 +197,13 @@ class Study:
         """
         if not self.scale.loaded:
             return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
-        from vlsafe.evaluation.benchmarks import REAL
 
-        data = assets.outside()
-        if data is None:
+        dataset = assets.outside()
+        if dataset is None:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
         found: list[Item] = []
-        for name, module in REAL.items():
-            asked, lost = module.load(data, next(iter(module.OFFICIAL)))
+        for name, module in evaluation.benchmarks.REAL.items():
+            asked, lost = module.load(dataset, next(iter(module.OFFICIAL)))
             print("\n".join([f"{name}: {len(asked)} items", *lost]), file=sys.stderr)
             found += asked
         return found

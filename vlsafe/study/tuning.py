@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlsafe import data, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.scale import Fit
 from vlsafe.core.schema import MAIN_LINE, Item, Pair, from_row
@@ -89,25 +90,23 @@ def _limit(study: Study) -> int:
 
 def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
     """The rows of one corpus that can be trained on, and how many were dropped for which reason."""
-    from vlsafe.data import arms, intake
-
     if name in ("general", "replay"):
         rows = study.examples("screen/filtered", "instructions.parquet")  # intake was part of the screen
         if name == "general":
             return rows, {}
-        return arms.replayed(rows, round(study.scale.tuning.replay * n_before), study.stream("replay")), {}
+        return data.arms.replayed(rows, round(study.scale.tuning.replay * n_before), study.stream("replay")), {}
     if name == "safety":
-        return intake.sound(study.examples("world/corpora", "safety.parquet"), intake.unsound, [processor], _limit(study))
+        return data.intake.sound(
+            study.examples("world/corpora", "safety.parquet"), data.intake.unsound, [processor], _limit(study)
+        )
     file = "safe_rlhf" if name == "chosen" else name
     pairs = [from_row(Pair, row) for row in study.rows("world/corpora", f"{file}.parquet")]
-    kept, dropped = intake.sound(pairs, intake.unsound_pair, [processor], _limit(study))
-    return ([arms.answered(pair, pair.chosen) for pair in kept] if name == "chosen" else kept), dropped
+    kept, dropped = data.intake.sound(pairs, data.intake.unsound_pair, [processor], _limit(study))
+    return ([data.arms.answered(pair, pair.chosen) for pair in kept] if name == "chosen" else kept), dropped
 
 
 def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[str, Any]]:
     """All rows of a recipe, its first corpus first, and what to note of them. No benchmark prompt may be among them."""
-    from vlsafe.data import arms, intake
-
     rows: list[Any] = []
     sizes, dropped, record = {}, {}, {}
     for corpus in RECIPES[name].corpora:
@@ -116,7 +115,9 @@ def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[s
         sizes[corpus] = len(more)
         if corpus == "replay":
             record["replayed"] = [row.id for row in more]
-    intake.refuse_leaks([arms.answered(row, row.chosen) if isinstance(row, Pair) else row for row in rows], study.items())
+    data.intake.refuse_leaks(
+        [data.arms.answered(row, row.chosen) if isinstance(row, Pair) else row for row in rows], study.items()
+    )
     return rows, {"rows": sizes, "dropped": dropped, **record}
 
 
@@ -125,29 +126,25 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
 
     What is done is left in files, so that a kill in the choice costs no training.
     """
-    from vlsafe.models.checkpoints import load_processor
-    from vlsafe.training.checkpoints import settle
-    from vlsafe.training.trainers import tokens_seen
-
-    training, done = work / "training", work / "history.json"
+    scratch, done = work / "training", work / "history.json"
     start = study.checkpoints(RECIPES[name].start)[-1]
-    rows, fit, record = prepared(study, name, load_processor(start))
+    rows, fit, record = prepared(study, name, models.checkpoints.load_processor(start))
     if not done.exists():
-        history = train_by(study, name, training, start, rows, fit, record["rows"][RECIPES[name].corpora[0]])
-        settle(training, load_processor(start), start, fit.saved)
+        history = train_by(study, name, scratch, start, rows, fit, record["rows"][RECIPES[name].corpora[0]])
+        training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start, fit.saved)
         store.write_text(done, json.dumps(history))
     if not (work / "validation.parquet").exists():
         history = json.loads(done.read_text(encoding="utf-8"))
-        validated = _validated(study, [start, *sorted(training.glob("step-*"))], tokens_seen(history))
+        validated = _validated(study, [start, *sorted(scratch.glob("step-*"))], training.trainers.tokens_seen(history))
         best = max(validated[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
         store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in validated])
     best = next(line for line in store.read_rows(work / "validation.parquet") if line["chosen"])
     if "replayed" in record:
         store.write_text(work / "replayed.json", json.dumps(record.pop("replayed")))
     folder = f"step-{best['step']:06d}"
-    if (training / folder).exists():
-        shutil.move(training / folder, work / folder)
-    drop(training)
+    if (scratch / folder).exists():
+        shutil.move(scratch / folder, work / folder)
+    drop(scratch)
     band = _band(study, name)
     return {**record, **band, "steps": fit.steps, **{f"chosen_{key}": best[key] for key in ("step", "tokens", "score")}}
 
@@ -174,37 +171,37 @@ def train_by(
 
     `first`: how many rows are of its first corpus, for an objective that tells corpora apart.
     """
-    from vlsafe.training import datasets, launch
-
     recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)
     milestones = tuple(sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)}))
     if recipe.objective == "grpo":
         return _rewarded(study, folder, start, rows, fit, milestones, bar)
     band = tuple(_band(study, name).get("band", ())) or None
-    job = launch.Job(
+    job = training.launch.Job(
         recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
         tuning.preference if recipe.objective == "dpo" else None, first=first,
     )  # fmt: skip
     pictured = any(row.images for row in rows)
-    data = datasets.pair_dataset(rows, pictured) if recipe.objective == "dpo" else datasets.chat_dataset(rows, with_images=True)
-    return launch.trained(job, data, bar, project_root())[0]
+    dataset = (
+        training.datasets.pair_dataset(rows, pictured)
+        if recipe.objective == "dpo"
+        else training.datasets.chat_dataset(rows, with_images=True)
+    )
+    return training.launch.trained(job, dataset, bar, project_root())[0]
 
 
 def _rewarded(
     study: Study, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, milestones: Sequence[int], bar: Bar
 ) -> list[dict[str, float]]:
     """What GRPO logged. It trains in this process: its reward is a model of this study and not a file that others could read."""
-    from vlsafe.data import guards
-    from vlsafe.models import checkpoints, trainable
-    from vlsafe.training import datasets, trainers
-
     if fit.launch:
         raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
-    model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
-    reward = guards.reward_by(guards.opened(study.folder(GUARD)), rows)
+    model = models.trainable.choose(models.checkpoints.load(start), "full", study.scale.lora)
+    reward = data.guards.reward_by(data.guards.opened(study.folder(GUARD)), rows)
     spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
     how = (folder, study.seed, milestones, bar)
-    return trainers.grpo(model, reward, checkpoints.load_processor(start), datasets.prompt_dataset(rows), spec, *how)
+    return training.trainers.grpo(
+        model, reward, models.checkpoints.load_processor(start), training.datasets.prompt_dataset(rows), spec, *how
+    )
 
 
 def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> list[dict[str, Any]]:
@@ -212,11 +209,9 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
 
     Without validation pairs the last checkpoint counts, as in the paper.
     """
-    from vlsafe.evaluation import validation
-
     steps = [0, *(step_of(folder) for folder in folders[1:])]
     if study.scale.tuning.pairs:
-        scores = validation.checkpoint_scores(folders, validation_items(study), study.scale.exam)
+        scores = evaluation.validation.checkpoint_scores(folders, validation_items(study), study.scale.exam)
     else:
         scores = [{"score": float(step)} for step in steps]
     return [{"step": step, "tokens": tokens[step - 1] if step else 0, **row} for step, row in zip(steps, scores, strict=True)]
@@ -224,9 +219,7 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
 
 def validation_items(study: Study) -> list[Item]:
     """The preference items that checkpoints and merges are chosen by."""
-    from vlsafe.evaluation.validation import preference_items
-
-    return preference_items(study.world(), study.scale.tuning.pairs)
+    return evaluation.validation.preference_items(study.world(), study.scale.tuning.pairs)
 
 
 def tuned_by(name: str) -> Callable[[Study, Path], dict[str, Any]]:
@@ -256,13 +249,10 @@ JUDGED_RUNS = (*REFERENCES, *examined())
 
 def make_judging(study: Study, work: Path) -> dict[str, Any]:
     """Raw rows of the reward's own guard on stored responses, beside the world's truth and a held-out judge in the same table."""
-    from vlsafe.data.guards import opened
-    from vlsafe.evaluation.examine import guard_rows
-
-    guard, items, rows = opened(study.folder(GUARD)), study.items(), []
+    guard, items, rows = data.guards.opened(study.folder(GUARD)), study.items(), []
     for name in JUDGED_RUNS:
         raw = [row for row in study.rows(name, "raw.parquet") if row["exam"] == "full" and row["judge"] == "world"]
         harmful = [row for row in raw if row["benchmark"] in JUDGED and row["harmful"]]
-        rows += guard_rows(guard, JUDGE, items, harmful, study.rows(name, "responses.parquet"))
+        rows += evaluation.examine.guard_rows(guard, JUDGE, items, harmful, study.rows(name, "responses.parquet"))
     store.write_rows(work / "raw.parquet", rows)
     return {"rows": len(rows)}

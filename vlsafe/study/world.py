@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from vlsafe import data, evaluation, models, training
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import LanguageSpec, as_plain
@@ -34,21 +35,18 @@ COLUMNS = {
 
 def make_world(study: Study, work: Path) -> dict[str, Any]:
     """Draw the pictures, write every corpus and every benchmark item of the world."""
-    from vlsafe.data.miniature import corpora
-    from vlsafe.evaluation import examine
-
     world, sizes = study.world(), study.scale.corpora
-    pool = corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
+    pool = data.miniature.corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
     store.write_rows(work / "pictures.parquet", [{"png": p.png, "graphic": p.graphic, **as_plain(p.scene)} for p in pool])
     written: dict[str, list[Any]] = {
-        "captions": corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
-        "instructions": corpora.instruction_rows(
+        "captions": data.miniature.corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
+        "instructions": data.miniature.corpora.instruction_rows(
             world, pool, sizes.instructions, sizes.text_only_share, sizes.harmful_share / 2, world.rng("instructions")
         ),
-        "safety": corpora.safety_rows(world, sizes.safety, world.rng("safety")),
-        "safe_rlhf": corpora.preference_pairs(world, sizes.pairs, False, world.rng("safe_rlhf")),
-        "spa_vl": corpora.preference_pairs(world, sizes.pairs, True, world.rng("spa_vl")),
-        "items": examine.all_items(world, "test", study.scale.exam.full),
+        "safety": data.miniature.corpora.safety_rows(world, sizes.safety, world.rng("safety")),
+        "safe_rlhf": data.miniature.corpora.preference_pairs(world, sizes.pairs, False, world.rng("safe_rlhf")),
+        "spa_vl": data.miniature.corpora.preference_pairs(world, sizes.pairs, True, world.rng("spa_vl")),
+        "items": evaluation.examine.all_items(world, "test", study.scale.exam.full),
     }
     for name, rows in written.items():
         store.write_rows(work / f"{name}.parquet", [to_row(row) for row in rows])
@@ -58,62 +56,59 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
 
 def make_tower(study: Study, work: Path) -> dict[str, Any]:
     """Train a CLIP on the pictures and their captions, and measure its zero-shot accuracy on held-out renderings."""
-    from vlsafe.data.miniature.language import OBJECTS
-    from vlsafe.data.miniature.pictures import Scene, caption, short_captions
-    from vlsafe.models import checkpoints, towers
-
     rows = study.rows("world/corpora", "pictures.parquet")
-    scenes = [Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
+    scenes = [data.miniature.pictures.Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
     processor = study.processor()
-    pixels = towers.pixels(processor, [row["png"] for row in rows])
-    captions = [(*short_captions(scene), caption(scene)) for scene in scenes]
-    groups = [2 * OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes]  # words are the hard half
-    model = checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed)
+    pixels = models.towers.pixels(processor, [row["png"] for row in rows])
+    captions = [(*data.miniature.pictures.short_captions(scene), data.miniature.pictures.caption(scene)) for scene in scenes]
+    groups = [
+        2 * data.miniature.language.OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes
+    ]  # words are the hard half
+    model = models.checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed)
     fit = study.scale.tower
-    loss = towers.fit_clip(model, processor.tokenizer, pixels, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps))
-    checkpoints.save(model, work, processor)
+    loss = models.towers.fit_clip(
+        model, processor.tokenizer, pixels, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps)
+    )
+    models.checkpoints.save(model, work, processor)
     return {"loss": loss, "zero_shot": _zero_shot(study, model, processor)}
 
 
 def _zero_shot(study: Study, model: Any, processor: Any) -> dict[str, float]:
     """Object accuracy on held-out renderings of every thing, icons and printed words apart."""
-    from vlsafe.data.miniature.language import OBJECTS
-    from vlsafe.data.miniature.pictures import draw, draw_scene
-    from vlsafe.models import towers
-
     rng = study.world().rng("held-out renderings")
     prompts = {"icon": ("{}", "a {}"), "word": ("{}", "the word {}")}
     accuracy = {}
     for kind, texts in prompts.items():
-        things = [thing for thing in OBJECTS for _ in range(8)]
-        pictures = [draw(draw_scene(thing, rng, kind), study.seed, rng, held_out=True) for thing in things]
-        guess = towers.zero_shot(model, processor.tokenizer, towers.pixels(processor, pictures), OBJECTS, texts)
-        accuracy[kind] = sum(OBJECTS[int(g)] == thing for g, thing in zip(guess, things, strict=True)) / len(things)
+        things = [thing for thing in data.miniature.language.OBJECTS for _ in range(8)]
+        pictures = [
+            data.miniature.pictures.draw(data.miniature.pictures.draw_scene(thing, rng, kind), study.seed, rng, held_out=True)
+            for thing in things
+        ]
+        guess = models.towers.zero_shot(
+            model, processor.tokenizer, models.towers.pixels(processor, pictures), data.miniature.language.OBJECTS, texts
+        )
+        accuracy[kind] = sum(
+            data.miniature.language.OBJECTS[int(g)] == thing for g, thing in zip(guess, things, strict=True)
+        ) / len(things)
     return accuracy
 
 
 def make_base(study: Study, work: Path) -> dict[str, Any]:
     """Pre-train the language model that the scale's guards and backbones share."""
-    from vlsafe.models import checkpoints
-
     model, tokenizer, losses = _pretrained(study, study.scale.language, work / "training")
     drop(work / "training")
-    checkpoints.save(model, work, tokenizer)
+    models.checkpoints.save(model, work, tokenizer)
     return {"loss": losses[-1]}
 
 
 def _pretrained(study: Study, spec: LanguageSpec, folder: Path) -> tuple[Any, Any, list[float]]:
     """A language model taught texts of the world, harmful how-tos included; its tokenizer, and its losses."""
-    from vlsafe.data.miniature import corpora
-    from vlsafe.models import checkpoints
-    from vlsafe.training import datasets, trainers
-
     world, tokenizer = study.world(), study.tokenizer()
-    model = checkpoints.build_llm(spec, tokenizer, study.seed)
+    model = models.checkpoints.build_llm(spec, tokenizer, study.seed)
     fit = study.scale.pretraining
-    texts = corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
-    data = datasets.text_dataset(texts, tokenizer)
-    losses = trainers.sft(model, tokenizer, data, fit, folder, study.seed, (), Bar("language model", fit.steps))
+    texts = data.miniature.corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
+    dataset = training.datasets.text_dataset(texts, tokenizer)
+    losses = training.trainers.sft(model, tokenizer, dataset, fit, folder, study.seed, (), Bar("language model", fit.steps))
     return model, tokenizer, losses
 
 
@@ -130,13 +125,9 @@ def parent_params(study: Study) -> list[Any]:
 
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
     """Align a base model by the backbone's chats: the shared one, or one pre-trained here where the decoder is its own."""
-    from vlsafe.data.miniature import corpora
-    from vlsafe.models import checkpoints
-    from vlsafe.training import datasets, trainers
-
     world, spec = study.world(), study.scale.backbone(study.backbone)
     tokenizer = study.tokenizer(spec.template)
-    chats = corpora.alignment_chats(
+    chats = data.miniature.corpora.alignment_chats(
         world, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
         spec.answered_categories, world.rng(f"alignment {study.backbone}"),
     )  # fmt: skip
@@ -144,13 +135,13 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
         model, _, before = _pretrained(study, study.scale.decoder(study.backbone), work / "pretraining")
         drop(work / "pretraining")
     else:
-        model, before = checkpoints.load(study.folder("base/llm")), []
-    rows = datasets.chat_dataset(chats, with_images=False)
-    losses = trainers.sft(
+        model, before = models.checkpoints.load(study.folder("base/llm")), []
+    rows = training.datasets.chat_dataset(chats, with_images=False)
+    losses = training.trainers.sft(
         model, tokenizer, rows, spec.fit, work / "training", study.seed, (), Bar("parent/aligned", spec.fit.steps)
     )
     drop(work / "training")
-    checkpoints.save(model, work, tokenizer)
+    models.checkpoints.save(model, work, tokenizer)
     return {"loss": losses[-1], "rows": len(chats), **({"pretraining_loss": before[-1]} if before else {})}
 
 
@@ -246,13 +237,11 @@ def _weights(origin: Origin) -> list[str]:
 
 def load_parent(study: Study, work: Path) -> dict[str, Any]:
     """A parent from the hub's cache, with our chat template and a token for pictures, so that its graft is it bit for bit."""
-    from vlsafe.models import checkpoints
-
     repo, revision = _weights(study.asset("parents")[study.backbone])
     tokenizer = study.processor().tokenizer
-    model = checkpoints.from_hub(repo, revision, tokenizer)
-    checkpoints.refuse_other(model.config, study.scale.decoder(study.backbone), repo)
-    checkpoints.save(model, work, tokenizer)
+    model = models.checkpoints.from_hub(repo, revision, tokenizer)
+    models.checkpoints.refuse_other(model.config, study.scale.decoder(study.backbone), repo)
+    models.checkpoints.save(model, work, tokenizer)
     return {"weights": sum(p.numel() for p in model.parameters()), "revision": revision}
 
 
@@ -260,10 +249,8 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
     """A vision tower from the hub's cache."""
     from transformers import CLIPModel
 
-    from vlsafe.models import checkpoints
-
     repo, revision = _weights(study.asset("tower"))
-    checkpoints.save(CLIPModel.from_pretrained(repo, revision=revision), work)
+    models.checkpoints.save(CLIPModel.from_pretrained(repo, revision=revision), work)
     return {"revision": revision}
 
 
