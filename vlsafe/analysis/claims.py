@@ -120,12 +120,17 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
     if isinstance(tree, Part):
         line = lines[tree.what]
         holds = tree.sign * (line["effect"] - tree.against) > 0
-        return Weight(*((line[p], 1.0) if holds else (1.0, line[p])), tree.what, tree.what)
-    parts, ends = [weigh(part, lines, p) for part in tree.parts], []
-    for side, every in ((0, tree.how == "all"), (1, tree.how == "any")):  # that not all hold needs any to fail, and vice versa
-        deciding = (max if every else min)(parts, key=lambda part, side=side: part[side])
-        ends.append((deciding[side] if every else min(1.0, len(parts) * deciding[side]), deciding[side + 2]))
-    return Weight(ends[0][0], ends[1][0], ends[0][1], ends[1][1])
+        support, contradict = (line[p], 1.0) if holds else (1.0, line[p])
+        return Weight(support, contradict, tree.what, tree.what)
+    parts = [weigh(part, lines, p) for part in tree.parts]
+    pro = _joined([(part.support, part.supporting) for part in parts], tree.how == "all")
+    con = _joined([(part.contradict, part.contradicting) for part in parts], tree.how == "any")  # "any" fails where every part does
+    return Weight(pro[0], con[0], pro[1], con[1])
+
+
+def _joined(parts: list[tuple[float, str]], every: bool) -> tuple[float, str]:
+    p, deciding = (max if every else min)(parts, key=lambda part: part[0])
+    return p if every else min(1.0, len(parts) * p), deciding
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -155,8 +160,8 @@ def results(frames: Frames, seeds: Sequence[int] | None = None) -> Lines:
         parts = leaves(claim.decided_by)
         for backbone in claim.only or units:
             of = [unit for unit in units.get(backbone, []) if seeds is None or unit[1] in seeds]
-            found = {unit: [changes(part, frames, unit) for part in parts] for unit in of}
-            whole = {unit: each for unit, each in found.items() if None not in each}
+            found = {unit: [change for part in parts if (change := changes(part, frames, unit))] for unit in of}
+            whole = {unit: each for unit, each in found.items() if len(each) == len(parts)}
             each = [compared(part, {u: whole[u][i] for u in whole}) for i, part in enumerate(parts) if whole]
             if of or claim.only:
                 lines[claim.name, backbone] = {line["part"]: line for line in each}
