@@ -124,7 +124,7 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
         return Weight(support, contradict, tree.what, tree.what)
     parts = [weigh(part, lines, p) for part in tree.parts]
     pro = _joined([(part.support, part.supporting) for part in parts], tree.how == "all")
-    con = _joined([(part.contradict, part.contradicting) for part in parts], tree.how == "any")  # "any" fails where every part does
+    con = _joined([(part.contradict, part.contradicting) for part in parts], tree.how == "any")  # "any" fails if every part does
     return Weight(pro[0], con[0], pro[1], con[1])
 
 
