@@ -240,22 +240,19 @@ def _score(arguments: Arguments) -> None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
     if arguments.endpoint and arguments.weights:
         raise ValueError("a judge is asked either at an --endpoint or by --weights")
-    asker = evaluation.score.weights(arguments.weights) if arguments.weights else None
+    judge_model = evaluation.score.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
-        own = [
-            evaluation.judges.LLM_JUDGES[name].model
-            for name in arguments.judges
-            if name in evaluation.judges.LLM_JUDGES
-        ]
+        llms = evaluation.judges.LLM_JUDGES
+        own = [llms[name].model for name in arguments.judges if name in llms]
         model = arguments.judge_model or (own[0] if own else "")
         if not model:
             raise ValueError("say which model the endpoint is to be asked for: --judge-model")
-        asker = evaluation.score.endpoint(
+        judge_model = evaluation.score.endpoint(
             evaluation.servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
         )
     result = evaluation.score.score(
         arguments.benchmark, Path(arguments.data), arguments.responses, arguments.out, arguments.judges, arguments.subset,
-        arguments.judgements, asker, arguments.verdicts,
+        arguments.judgements, judge_model, arguments.verdicts,
     )  # fmt: skip
     print(*evaluation.score.lines(result), sep="\n")
 
@@ -331,7 +328,8 @@ def _readme(arguments: Arguments) -> None:
 
 
 def _diff(arguments: Arguments) -> int:
-    frame = publish.provenance.differences(*arguments.results, arguments.atol)
+    before, after = arguments.results
+    frame = publish.provenance.differences(before, after, arguments.atol)
     print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
     return int(len(frame) > 0)
 
@@ -341,11 +339,8 @@ def _report(arguments: Arguments) -> None:
 
 
 def _human_export(arguments: Arguments) -> None:
-    print(
-        evaluation.human.export(
-            publish.results.answers(_studies(arguments), arguments.grid), arguments.out, arguments.prompts, arguments.draw
-        )
-    )
+    responses = publish.results.answers(_studies(arguments), arguments.grid)
+    print(evaluation.human.export(responses, arguments.out, arguments.prompts, arguments.draw))
     print(f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it")
 
 

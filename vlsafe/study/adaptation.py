@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,3 @@ def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     band = tuple(located["band"]) if located else None
     record = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
     return {**record, **({"band": located["band"], "band_located": located["located"]} if located else {})}
-
-
-def instruct_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_instruct(study, work, name)

@@ -161,10 +161,6 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     return {"sets": len(patches), "width": width, "band": band}
 
 
-def frozen_by(which: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_frozen(study, work, which)
-
-
 def frozen_params(study: Study) -> list[Any]:
     """The numbers that the SPPFT grid depends on."""
     return [*exam_params(study), *adaptation.stage_2(study, SPPFT), study.scale.probing.frozen_sets, study.scale.threads]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,6 @@ def _write(work: Path, results: Sequence[Examination]) -> dict[str, Any]:
     store.write_rows(work / "responses.parquet", responses)
     store.write_rows(work / "raw.parquet", [row for result in results for row in result.rows])
     return {"models": len(results), "responses": len(responses)}
-
-
-def confounds_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_confounds(study, work, name)
-
-
-def examination_of(name: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_examination(study, work, name)
-
-
-def exam_params(study: Study) -> Any:
-    return study.scale.exam
 
 
 def engines_agree(study: Study, name: str, command: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ calls the same functions. Numbers come from the scale, never from here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,12 @@ from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
 from vlsafe.study import adaptation, causal, degradation, filtering, merging, probing, tuning, world
 from vlsafe.study.study import Stage, Study, project_root
+
+
+def _examination(name: str, cost: int) -> Stage:
+    make = partial(degradation.make_examination, name=name)
+    return Stage(make, (name, "world/corpora"), lambda study: study.scale.exam, cost)
+
 
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
@@ -51,35 +58,28 @@ STAGES: dict[str, Stage] = {
     "probe/localisation": Stage(
         probing.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], 2
     ),
-    "examination/parent.aligned": Stage(
-        degradation.examination_of("parent/aligned"), ("parent/aligned", "world/corpora"), degradation.exam_params, 8
-    ),
-    "examination/projector.filtered": Stage(
-        degradation.examination_of("projector/filtered"), ("projector/filtered", "world/corpora"), degradation.exam_params, 14
-    ),
+    "examination/parent.aligned": _examination("parent/aligned", 8),
+    "examination/projector.filtered": _examination("projector/filtered", 14),
 }  # fmt: skip
 for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
-        adaptation.instruct_of(_name),
+        partial(adaptation.make_instruct, name=_name),
         ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
         partial(adaptation.recipe_params, name=_name), 55, version=2 if _recipe.method == "lora" else 1,
     )  # fmt: skip
-    STAGES[f"examination/instruct.{_name}"] = Stage(
-        degradation.examination_of(f"instruct/{_name}"), (f"instruct/{_name}", "world/corpora"), degradation.exam_params, 8
-    )
+    STAGES[f"examination/instruct.{_name}"] = _examination(f"instruct/{_name}", 8)
 for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
-    STAGES[f"examination/confounds.{_name}"] = Stage(
-        degradation.confounds_of(_run), (_run, "world/corpora"), degradation.exam_params, 8
+    STAGES[f"examination/confounds.{_name}"] = dataclasses.replace(
+        _examination(_run, 8), make=partial(degradation.make_confounds, name=_run)
     )
 
 LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
 for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
-        tuning.tuned_by(_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name), LONG.get(_name, 20), version=2
-    )
-    STAGES[f"examination/safety.{_name}"] = Stage(
-        degradation.examination_of(f"safety/{_name}"), (f"safety/{_name}", "world/corpora"), degradation.exam_params, 10
-    )
+        partial(tuning.make_tuned, name=_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name),
+        LONG.get(_name, 20), version=2,
+    )  # fmt: skip
+    STAGES[f"examination/safety.{_name}"] = _examination(f"safety/{_name}", 10)
 STAGES |= {
     "judging/guard-text": Stage(
         tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15
@@ -110,14 +110,16 @@ STAGES |= {
 }  # fmt: skip
 for _name in causal.FROZEN_SETS:
     STAGES[_name] = Stage(
-        causal.frozen_by(_name.partition("/")[2]), ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION),
-        causal.frozen_params, 480,
+        partial(causal.make_frozen, which=_name.partition("/")[2]),
+        ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION), causal.frozen_params, 480,
     )  # fmt: skip
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
-        STAGES[_name] = Stage(merging.sweep_of(_partner, _grid), merging.inputs_of(_partner), merging.params, 85, version=3)
+        STAGES[_name] = Stage(
+            partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner), merging.params, 85, version=3
+        )
 
 
 def examinations() -> Iterator[str]:

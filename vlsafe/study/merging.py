@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,7 +310,3 @@ def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     tuning.train_by(study, partner, scratch, start, rows, fit)
     folders = training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start)
     return [Point("checkpoint", None, folder.name, folder=folder) for folder in folders]
-
-
-def sweep_of(partner: str, grid: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_sweep(study, work, partner, grid)

@@ -197,16 +197,15 @@ class Study:
         """
         if not self.scale.loaded:
             return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
-
-        dataset = assets.outside()
-        if dataset is None:
+        folder = assets.outside()
+        if folder is None:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
-        found: list[Item] = []
+        items: list[Item] = []
         for name, module in evaluation.benchmarks.REAL.items():
-            asked, lost = module.load(dataset, next(iter(module.OFFICIAL)))
-            print("\n".join([f"{name}: {len(asked)} items", *lost]), file=sys.stderr)
-            found += asked
-        return found
+            more, lost = module.load(folder, next(iter(module.OFFICIAL)))
+            print("\n".join([f"{name}: {len(more)} items", *lost]), file=sys.stderr)
+            items += more
+        return items
 
     def checkpoints(self, name: str) -> list[Path]:
         """The model folders of a finished training in the order of their steps; the last one is its result."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,10 +220,6 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
 def validation_items(study: Study) -> list[Item]:
     """The preference items that checkpoints and merges are chosen by."""
     return evaluation.validation.preference_items(study.world(), study.scale.tuning.pairs)
-
-
-def tuned_by(name: str) -> Callable[[Study, Path], dict[str, Any]]:
-    return lambda study, work: make_tuned(study, work, name)
 
 
 def examination(name: str) -> str:

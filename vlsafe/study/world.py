@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from vlsafe import data, evaluation, models, training
+from vlsafe import evaluation, models, training
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import LanguageSpec, as_plain
 from vlsafe.core.schema import Example, Pair, Stored, to_row
+from vlsafe.data.miniature import corpora, language, pictures
 from vlsafe.data.sources import CORPORA, place_of, stream
 from vlsafe.data.sources.files import Refused, missing
 from vlsafe.study.study import Bar, Stage, Study, drop
@@ -36,16 +37,16 @@ COLUMNS = {
 def make_world(study: Study, work: Path) -> dict[str, Any]:
     """Draw the pictures, write every corpus and every benchmark item of the world."""
     world, sizes = study.world(), study.scale.corpora
-    pool = data.miniature.corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
+    pool = corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
     store.write_rows(work / "pictures.parquet", [{"png": p.png, "graphic": p.graphic, **as_plain(p.scene)} for p in pool])
     written: dict[str, list[Any]] = {
-        "captions": data.miniature.corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
-        "instructions": data.miniature.corpora.instruction_rows(
+        "captions": corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
+        "instructions": corpora.instruction_rows(
             world, pool, sizes.instructions, sizes.text_only_share, sizes.harmful_share / 2, world.rng("instructions")
         ),
-        "safety": data.miniature.corpora.safety_rows(world, sizes.safety, world.rng("safety")),
-        "safe_rlhf": data.miniature.corpora.preference_pairs(world, sizes.pairs, False, world.rng("safe_rlhf")),
-        "spa_vl": data.miniature.corpora.preference_pairs(world, sizes.pairs, True, world.rng("spa_vl")),
+        "safety": corpora.safety_rows(world, sizes.safety, world.rng("safety")),
+        "safe_rlhf": corpora.preference_pairs(world, sizes.pairs, False, world.rng("safe_rlhf")),
+        "spa_vl": corpora.preference_pairs(world, sizes.pairs, True, world.rng("spa_vl")),
         "items": evaluation.examine.all_items(world, "test", study.scale.exam.full),
     }
     for name, rows in written.items():
@@ -57,18 +58,14 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
 def make_tower(study: Study, work: Path) -> dict[str, Any]:
     """Train a CLIP on the pictures and their captions, and measure its zero-shot accuracy on held-out renderings."""
     rows = study.rows("world/corpora", "pictures.parquet")
-    scenes = [data.miniature.pictures.Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
+    scenes = [pictures.Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
     processor = study.processor()
     pixels = models.towers.pixels(processor, [row["png"] for row in rows])
-    captions = [(*data.miniature.pictures.short_captions(scene), data.miniature.pictures.caption(scene)) for scene in scenes]
-    groups = [
-        2 * data.miniature.language.OBJECTS.index(scene.thing) + (scene.kind == "word") for scene in scenes
-    ]  # words are the hard half
-    model = models.checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed)
-    fit = study.scale.tower
-    loss = models.towers.fit_clip(
-        model, processor.tokenizer, pixels, captions, groups, fit, study.seed, Bar("tower/clip", fit.steps)
-    )
+    captions = [(*pictures.short_captions(scene), pictures.caption(scene)) for scene in scenes]
+    groups = [2 * language.OBJECTS.index(s.thing) + (s.kind == "word") for s in scenes]  # words are the hard half
+    model, fit = models.checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed), study.scale.tower
+    bar = Bar("tower/clip", fit.steps)
+    loss = models.towers.fit_clip(model, processor.tokenizer, pixels, captions, groups, fit, study.seed, bar)
     models.checkpoints.save(model, work, processor)
     return {"loss": loss, "zero_shot": _zero_shot(study, model, processor)}
 
@@ -79,17 +76,11 @@ def _zero_shot(study: Study, model: Any, processor: Any) -> dict[str, float]:
     prompts = {"icon": ("{}", "a {}"), "word": ("{}", "the word {}")}
     accuracy = {}
     for kind, texts in prompts.items():
-        things = [thing for thing in data.miniature.language.OBJECTS for _ in range(8)]
-        pictures = [
-            data.miniature.pictures.draw(data.miniature.pictures.draw_scene(thing, rng, kind), study.seed, rng, held_out=True)
-            for thing in things
-        ]
-        guess = models.towers.zero_shot(
-            model, processor.tokenizer, models.towers.pixels(processor, pictures), data.miniature.language.OBJECTS, texts
-        )
-        accuracy[kind] = sum(
-            data.miniature.language.OBJECTS[int(g)] == thing for g, thing in zip(guess, things, strict=True)
-        ) / len(things)
+        things = [thing for thing in language.OBJECTS for _ in range(8)]
+        drawn = [pictures.draw(pictures.draw_scene(thing, rng, kind), study.seed, rng, held_out=True) for thing in things]
+        pixels = models.towers.pixels(processor, drawn)
+        guesses = models.towers.zero_shot(model, processor.tokenizer, pixels, language.OBJECTS, texts)
+        accuracy[kind] = sum(language.OBJECTS[int(i)] == thing for i, thing in zip(guesses, things, strict=True)) / len(things)
     return accuracy
 
 
@@ -106,7 +97,7 @@ def _pretrained(study: Study, spec: LanguageSpec, folder: Path) -> tuple[Any, An
     world, tokenizer = study.world(), study.tokenizer()
     model = models.checkpoints.build_llm(spec, tokenizer, study.seed)
     fit = study.scale.pretraining
-    texts = data.miniature.corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
+    texts = corpora.pretraining_texts(world, fit.steps * fit.batch_size, world.rng("pretraining"))
     dataset = training.datasets.text_dataset(texts, tokenizer)
     losses = training.trainers.sft(model, tokenizer, dataset, fit, folder, study.seed, (), Bar("language model", fit.steps))
     return model, tokenizer, losses
@@ -127,7 +118,7 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
     """Align a base model by the backbone's chats: the shared one, or one pre-trained here where the decoder is its own."""
     world, spec = study.world(), study.scale.backbone(study.backbone)
     tokenizer = study.tokenizer(spec.template)
-    chats = data.miniature.corpora.alignment_chats(
+    chats = corpora.alignment_chats(
         world, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
         spec.answered_categories, world.rng(f"alignment {study.backbone}"),
     )  # fmt: skip
