@@ -40,6 +40,8 @@ def test_every_recipe_is_one_source_file_and_one_test():
         "vlsafe/models/merge/rules.py",
         "tests/test_larger.py",
         "my-backbone.yaml",
+        "vlsafe/models/architectures.py",
+        "tests/test_vipllava.py",
     ]
 
 
@@ -77,6 +79,10 @@ def test_a_merge_rule(copy):
     if not (ROOT / "vlsafe/models/merge").exists():
         pytest.skip("vlsafe/merge is not there")
     assert "1 passed" in copy("vlsafe/models/merge/rules.py", "tests/test_larger.py")
+
+
+def test_a_model_architecture(copy):
+    assert "1 passed" in copy("vlsafe/models/architectures.py", "tests/test_vipllava.py")
 
 
 def test_a_backbone(study, tmp_path):
