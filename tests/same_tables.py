@@ -1,9 +1,9 @@
 """Whether two run stores, or two folders of tables, hold the same numbers: every Parquet and CSV file, cell by cell.
 
-    python tests/same_tables.py RUNS_BEFORE RUNS_AFTER
+    python tests/same_tables.py RUNS_BEFORE RUNS_AFTER [COLUMN …]
 
 Prints how many tables were compared and what differs; exit code 1 where anything does. Columns may have been renamed: tables are
-then compared by position, and the renaming is printed.
+then compared by position, and the renaming is printed. Columns named after the folders hold words and are not compared.
 """
 
 import sys
@@ -18,9 +18,9 @@ def tables(folder):
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.suffix in READ}
 
 
-def difference(before, after):
+def difference(before, after, words):
     """What differs between two files, or an empty text."""
-    a, b = (READ[path.suffix](path) for path in (before, after))
+    a, b = (READ[path.suffix](path).drop(columns=words, errors="ignore") for path in (before, after))
     renamed = [f"{x} -> {y}" for x, y in zip(a.columns, b.columns, strict=False) if x != y]
     if a.shape != b.shape:
         return f"{a.shape} against {b.shape}"
@@ -33,9 +33,9 @@ def difference(before, after):
     return ""
 
 
-def main(before, after):
+def main(before, after, words):
     one, two = tables(before), tables(after)
-    found = {name: difference(one[name], two[name]) for name in one if name in two}
+    found = {name: difference(one[name], two[name], words) for name in one if name in two}
     wrong = {name: text for name, text in found.items() if text} | dict.fromkeys(set(one) ^ set(two), "is in one only")
     for name, text in sorted(wrong.items()):
         print(f"{name}: {text}")
@@ -44,4 +44,4 @@ def main(before, after):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:3])))
+    sys.exit(main(*map(Path, sys.argv[1:3]), sys.argv[3:]))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -51,6 +52,32 @@ def test_folders_import_only_from_levels_below():
                 assert folder not in ("evaluation", "study") or other != "plots", f"{path.name} imports {name}"
 
 
+def test_an_examination_never_calls_a_level_above(study):
+    """Traced on NANO: which file calls which, from the stage to the raw table. A progress bar is handed down."""
+    from vlsafe.study import degradation
+
+    package, edges = str(ROOT / "vlsafe"), set()
+
+    def trace(frame, event, _):
+        caller, callee = (f.f_code.co_filename for f in (frame.f_back, frame)) if frame.f_back else ("", "")
+        if event == "call" and caller != callee and caller.startswith(package) and callee.startswith(package):
+            edges.add(tuple(str(Path(name).relative_to(package)) for name in (caller, callee)))
+
+    folder, items = study.checkpoints("projector/filtered")[-1], study.items()
+    sys.setprofile(trace)
+    try:
+        degradation._examined(study, "projector/filtered", folder, items, "full")
+    finally:
+        sys.setprofile(None)
+    level = lambda name: LEVEL[Path(name).parts[0].removesuffix(".py")]  # noqa: E731
+    up = {(a, b) for a, b in edges if level(b) > level(a) and b != "study/study.py"}
+    assert not up and ("study/degradation.py", "evaluation/examine.py") in edges
+    assert ("evaluation/engines.py", "models/chat.py") in edges and (
+        "evaluation/examine.py",
+        "evaluation/judges/__init__.py",
+    ) in edges
+
+
 def test_statistics_and_figures_need_no_model_library():
     for folder, path in modules():
         if folder in ("core", "analysis", "plots"):
@@ -97,6 +124,15 @@ def test_notebook_contract(name):
         uses = [source for source in code if re.search(rf"\b{parameter}\b", source)]
         assigned = [s for s in code if re.search(rf"^{parameter}\s*=", s, re.M)]
         assert len(uses) >= 2 and len(assigned) == 1, parameter
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_imports_from_vlsafe_and_at_most_one_more_module(name):
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    tree = ast.parse("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "vlsafe" in modules and len(modules) <= 2, modules
 
 
 def test_papermill_sees_every_parameter():
