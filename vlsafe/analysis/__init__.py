@@ -6,18 +6,7 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.analysis import (
-        adaptation,
-        agreement,
-        causal,
-        claims,
-        comparisons,
-        degradation,
-        filtering,
-        measures,
-        merging,
-        probing,
-        stats,
-        tuning,
-    )
+        adaptation, agreement, causal, claims, comparisons, degradation, filtering, measures, merging, probing, stats, tuning,
+    )  # fmt: skip
 
 __getattr__ = lazily(__name__)
