@@ -23,11 +23,11 @@ PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
 READ = f"""
 import resource, time
 from vlsafe.core.presets import PAPER
-from vlsafe.data.sources import llava, place_of
+from vlsafe.data.sources import instructions, place_of
 before, start = {PEAK}, time.process_time()
 place = place_of("instructions", PAPER.loaded.instructions)
 rows = text_only = turns = 0
-for row in llava.instructions(place):
+for row in instructions(place):
     rows, text_only, turns = rows + 1, text_only + (not row.images), turns + len(row.turns)
 print(rows, text_only, turns, before, {PEAK}, round(time.process_time() - start))
 """
@@ -38,7 +38,7 @@ from vlsafe.core import store
 from vlsafe.core.schema import Example, to_row
 from vlsafe.core.presets import PAPER
 from vlsafe.data.sources import stream
-from vlsafe.data import screening
+from vlsafe.data import intake
 from vlsafe.study import world
 before, start = {PEAK}, time.process_time()
 noticed = world.Defects(collections.Counter(), collections.Counter(), [])
@@ -50,7 +50,7 @@ SCREEN = f"""
 import os, resource, signal, sys, time
 from pathlib import Path
 from vlsafe.core.schema import Example, Turn
-from vlsafe.data import screening
+from vlsafe.data import intake
 from vlsafe.study import world
 from vlsafe.data.intake import audit
 from vlsafe.data.guards import Assessment
@@ -62,7 +62,7 @@ def marked(rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return audit(rows, [safe] * len(rows), [None] * len(rows))
 rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
-screening.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
+intake.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
 print(seen[0], 0, 0, before, {PEAK}, round(time.process_time() - start))
 """
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlsafe.core.schema import Example, Turn, messages
-from vlsafe.data import intake, screening
+from vlsafe.data import intake
 from vlsafe.data.guards import Assessment
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import World
@@ -87,7 +87,7 @@ def test_every_defect_ends_in_the_audit_and_the_rest_trains(study, tmp_path):
     text, image = Attentive(), Attentive()
     params = filtering.intake_params(study)
     processors = [study.processor(template) for template in params["templates"]]
-    lines = screening.screen(rows, processors, params["limits"]["instructions"], text, image)
+    lines = intake.screen(rows, processors, params["limits"]["instructions"], text, image)
     named = {line["id"]: line["reasons"] for line in lines if line["skipped"]}
     wanted = {bad.id: reason for reason, bads in DEFECTS.items() for bad in bads}
     assert named.pop("long text").startswith("longer than the context (3")

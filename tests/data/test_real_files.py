@@ -12,8 +12,7 @@ import pytest
 from vlsafe.core import assets
 from vlsafe.core.presets import PAPER
 from vlsafe.data import sources
-from vlsafe.data.sources import llava, safe_rlhf, spa_vl, vlguard
-from vlsafe.data.sources.files import Refused, json_list, path_of
+from vlsafe.data.files import Refused, json_list, path_of
 
 FOLDERS = ("coco/train2017/", "gqa/images/", "ocr_vqa/images/", "textvqa/train_images/", "vg/VG_100K")
 
@@ -28,7 +27,7 @@ def place(name):
 
 def check_captions():
     found = Counter(rows=0)
-    for row in json_list(path_of(place("captions"), llava.CAPTIONS)):
+    for row in json_list(path_of(place("captions"), sources.CAPTIONS)):
         two = [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
         found.update(rows=1, two_turns=two, pictures="image" in row)
     return differing(found, dict.fromkeys(("rows", "two_turns", "pictures"), 558_128))
@@ -36,7 +35,7 @@ def check_captions():
 
 def check_instructions():
     found, folders = Counter(rows=0), Counter()
-    for row in json_list(path_of(place("instructions"), llava.INSTRUCTIONS)):
+    for row in json_list(path_of(place("instructions"), sources.INSTRUCTIONS)):
         speakers = [turn["from"] for turn in row["conversations"]]
         found.update(rows=1, text_only="image" not in row, alternate=speakers == ["human", "gpt"] * (len(speakers) // 2))
         if "image" in row:
@@ -49,19 +48,19 @@ def check_instructions():
 def check_safety():
     found = Counter(rows=0)
     for split, counts in (("train", (2000, 977, 2977)), ("test", (1000, 558, 1558))):
-        records = list(vlguard.records(place("safety"), split))
+        records = list(sources.vlguard_records(place("safety"), split))
         whole = [record for record in records if not isinstance(record, Refused)]
         found.update({f"{split} pictures": len(whole), f"{split} safe": sum(record.safe for record in whole)})
         found.update({f"{split} pairs": sum(len(record.pairs) for record in whole), "refused": len(records) - len(whole)})
         yield from differing(found, dict(zip((f"{split} pictures", f"{split} safe", f"{split} pairs"), counts, strict=True)))
     yield from differing(found, {"refused": 0})
-    yield from differing({"rows": sum(not isinstance(row, Refused) for row in vlguard.rows(place("safety")))}, {"rows": 2000})
+    yield from differing({"rows": sum(not isinstance(row, Refused) for row in sources.vlguard(place("safety")))}, {"rows": 2000})
 
 
 def check_safe_rlhf():
     found = Counter(rows=0)
-    for row in safe_rlhf.raw(place("safe_rlhf")):
-        found.update(rows=1, lacking=bool(safe_rlhf.REQUIRED - set(row)))
+    for row in sources.safe_rlhf_published(place("safe_rlhf")):
+        found.update(rows=1, lacking=bool(sources.SAFE_RLHF_COLUMNS - set(row)))
         found.update(numbers=not {row.get("better_response_id"), row.get("safer_response_id")} <= {0, 1})
     return differing(found, {"rows": 73_907, "lacking": 0, "numbers": 0})
 
@@ -72,7 +71,7 @@ def check_spa_vl():
     found = Counter()
     for split in published:
         try:
-            for row, _ in spa_vl.raw(place("spa_vl"), split):
+            for row, _ in sources.spa_vl_published(place("spa_vl"), split):
                 found.update({split: 1, "answered": split in ("harm", "help") and bool(row.get("chosen"))})
         except FileNotFoundError:
             if split == "train":
@@ -106,7 +105,7 @@ def test_the_checks_tell_fixtures_from_the_real_files(tmp_path, monkeypatch, nam
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     official.corpora(tmp_path)
     rows = [row for row, _ in official.ODD if isinstance(row.get("conversations"), list)]
-    official.written(tmp_path / "LLaVA-Instruct-150K" / llava.INSTRUCTIONS, [*rows, *rows[:9]])
+    official.written(tmp_path / "LLaVA-Instruct-150K" / sources.INSTRUCTIONS, [*rows, *rows[:9]])
     assets._archive.cache_clear(), assets._names.cache_clear()
     lines = list(CHECKS[name]())
     for part in expected:

@@ -11,9 +11,8 @@ import pytest
 from vlsafe.core import assets
 from vlsafe.core.presets import PAPER
 from vlsafe.core.schema import Example, Pair, Stored, content_digest, from_row, to_row
-from vlsafe.data import arms, intake, sources
-from vlsafe.data.sources import files, llava, safe_rlhf, spa_vl
-from vlsafe.data.sources.files import Refused
+from vlsafe.data import arms, files, intake, sources
+from vlsafe.data.files import Refused
 
 LOADED = PAPER.loaded
 
@@ -131,9 +130,9 @@ def test_from_the_hub_through_datasets_the_rows_are_the_same(data, monkeypatch):
         return real(builder, data_files=str(data / folder), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", at_home)
-    for name, module in (("safe_rlhf", safe_rlhf), ("spa_vl", spa_vl)):
+    for name in ("safe_rlhf", "spa_vl"):
         origin = getattr(LOADED, name)
-        assert list(module.rows(files.Place(origin))) == local[name]
+        assert list(sources.CORPORA[name].rows(files.Place(origin))) == local[name]
     assert calls == [
         ("PKU-Alignment/PKU-SafeRLHF", None, "train", LOADED.safe_rlhf.revision, True),
         ("sqrti/SPA-VL", "default", "train", "main", True),
@@ -165,7 +164,7 @@ def test_pictures_of_an_archive_elsewhere_are_read_in_pieces(data):
 def test_a_broken_json_file_is_named_with_its_row(data, content, message):
     folder = data / "LLaVA-Instruct-150K"
     folder.mkdir()
-    (folder / llava.INSTRUCTIONS).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / sources.INSTRUCTIONS).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read("instructions")
 
@@ -194,7 +193,7 @@ def test_a_wrong_or_missing_folder_says_what_to_do(data, monkeypatch):
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png", "..\\secret.png", "C:/x.png"])
 def test_a_picture_outside_the_folder_is_refused_by_name(data, name):
     row = {"id": "1", "image": name, "conversations": official.talk("<image>", "A mug.")}
-    official.written(data / "LLaVA-Instruct-150K" / llava.INSTRUCTIONS, [row])
+    official.written(data / "LLaVA-Instruct-150K" / sources.INSTRUCTIONS, [row])
     with pytest.raises(ValueError, match="leads out of the folder of liuhaotian/LLaVA-Instruct-150K"):
         read("instructions")
     with pytest.raises(ValueError, match="leads out of its folder"):

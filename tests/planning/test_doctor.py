@@ -244,8 +244,8 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused_by_name(hub, tmp_pat
 
 
 def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeypatch):
+    from vlsafe.data import files as data_files
     from vlsafe.data import sources
-    from vlsafe.data.sources import files as data_files
 
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     official.llava_pretrain(tmp_path)

@@ -18,10 +18,9 @@ from vlsafe.core.assets import LoadedGuard, Origin
 from vlsafe.core.presets import PAPER, SCALES, load_scale
 from vlsafe.core.scale import as_plain
 from vlsafe.core.schema import Example, Stored, Turn
-from vlsafe.data import screening, sources
-from vlsafe.data.guards import hub
+from vlsafe.data import guards, intake, sources
+from vlsafe.data.files import Refused
 from vlsafe.data.miniature.language import vocabulary
-from vlsafe.data.sources.files import Refused
 from vlsafe.models import chat, checkpoints, trainable
 from vlsafe.study import filtering, world
 from vlsafe.study.graph import STAGES
@@ -104,11 +103,9 @@ def test_the_screen_names_every_row_and_passes_the_rest_to_training(loaded, tmp_
 
 
 def test_the_reward_reads_the_loaded_guard(loaded):
-    from vlsafe.data import guards
-
     guard = guards.opened(loaded.folder("guard/text"))
-    assert isinstance(guard, hub.LlamaGuard)
-    told = json.loads((loaded.folder("guard/text") / hub.POINTER).read_text())
+    assert isinstance(guard, guards.LlamaGuard)
+    told = json.loads((loaded.folder("guard/text") / guards.POINTER).read_text())
     assert told["origin"]["revision"] == "main" and told["threshold"] is None
 
 
@@ -162,7 +159,7 @@ def marked(part):
 
 def test_a_screen_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path, monkeypatch):
     """A real SIGKILL, in a child, at parts of its work; the third time half a line is left as well."""
-    monkeypatch.setattr(screening, "PART", 10)
+    monkeypatch.setattr(intake, "PART", 10)
     path, looked_at = tmp_path / "lines.jsonl", []
     for kill_at in (4, 2, 1):
         child = os.fork()
@@ -175,29 +172,29 @@ def test_a_screen_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path, mon
                     os.kill(os.getpid(), signal.SIGKILL)
                 return marked(part)
 
-            screening.append_lines(path, iter(rows(95)), dying)
+            intake.append_lines(path, iter(rows(95)), dying)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         looked_at.append(store.whole_lines(path)[0])
         with open(path, "a") as file:
             file.write('{"id": "r4')
     assert looked_at == [30, 40, 40]
-    screening.append_lines(path, iter(rows(95)), marked)
+    intake.append_lines(path, iter(rows(95)), marked)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in lines] == [row.id for row in rows(95)]
     assert [line.get("reasons") for line in lines if line["id"] in ("r2", "r3")] == [None, "odd"]
-    screening.append_lines(path, iter(rows(95)), lambda part: pytest.fail("it was finished"))
+    intake.append_lines(path, iter(rows(95)), lambda part: pytest.fail("it was finished"))
     with pytest.raises(ValueError, match=r"lines.jsonl ends with 'r94' where the corpus has 'r95'; the corpus has changed"):
-        screening.append_lines(path, iter(rows(96)[1:]), marked)
+        intake.append_lines(path, iter(rows(96)[1:]), marked)
 
 
 def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(screening, "PART", 4)
+    monkeypatch.setattr(intake, "PART", 4)
     study = dataclasses.replace(loaded, root=tmp_path)
     study.folder("guard/text"), study.folder("guard/image")
     child = os.fork()
     if not child:
-        real, calls = screening.screen, []
+        real, calls = intake.screen, []
 
         def dying(*given):
             calls.append(given)
@@ -205,7 +202,7 @@ def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loade
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
 
-        screening.screen = dying
+        intake.screen = dying
         study.folder("screen/filtered")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -228,13 +225,13 @@ def test_a_pin_is_taken_up_by_readers_and_noted_but_makes_nothing_stale(loaded, 
     official.written(data / assets.PINS, {guard.origin.repo: "abc"})
     assert assets.pinned(guard.origin.repo, "main") == "abc" and assets.pinned(guard.origin.repo, "def") == "def"
     assert loaded.run("screen/filtered").digest == before  # results are read where nobody has the corpora
-    assert hub.point(guard, tmp_path) == {"repo": guard.origin.repo, "revision": "abc"}
-    assert json.loads((tmp_path / hub.POINTER).read_text())["origin"]["revision"] == "abc"
+    assert guards.point(guard, tmp_path) == {"repo": guard.origin.repo, "revision": "abc"}
+    assert json.loads((tmp_path / guards.POINTER).read_text())["origin"]["revision"] == "abc"
 
 
 def test_a_guard_that_is_not_here_says_what_to_do():
     with pytest.raises(FileNotFoundError, match=r"the guard nobody/nothing is not here .* `vlsafe download` fetches it"):
-        hub.load_guard(as_plain(LoadedGuard(Origin("nobody/nothing", kind="model"))))
+        guards.load_guard(as_plain(LoadedGuard(Origin("nobody/nothing", kind="model"))))
 
 
 def test_a_loaded_parent_and_tower_go_through_both_stages_and_safety_tuning(loaded):

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.data import arms, guards, intake, miniature, screening, sources
+    from vlsafe.data import arms, files, guards, intake, miniature, sources
 
 __getattr__ = lazily(__name__)

@@ -1,23 +1,30 @@
 """Intake checks whether a model can be trained on a row; the audit says of every row whether it is kept, and why not.
 
 Intake comes before the guards and is about form: a row that cannot be trained on is skipped, counted and named, never fatal, and
-never reaches a guard. Unusual pictures are converted: an 8-bit picture of another mode than RGB (palette, grey, CMYK, with
-transparency) becomes RGB, as in LLaVA, and is counted. Deeper ones are skipped: Pillow would clip them.
+never reaches a guard. `screen` runs intake and guards over rows in memory, `append_lines` over a large corpus in resumable parts.
+Unusual pictures are converted: an 8-bit picture of another mode than RGB (palette, grey, CMYK, with transparency) becomes RGB,
+as in LLaVA, and is counted. Deeper ones are skipped: Pillow would clip them.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
 
+from vlsafe.core import store
 from vlsafe.core.assets import TooLarge
 from vlsafe.core.schema import Example, Item, Pair, content_digest, messages
 from vlsafe.data.arms import answered
+from vlsafe.data.files import Refused
 from vlsafe.models.chat import image_tokens
 
 Row = TypeVar("Row", Example, Pair)
@@ -25,6 +32,7 @@ Row = TypeVar("Row", Example, Pair)
 MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIDE = 8  # pixels; assumed: about half a patch of CLIP's
 PIXELS = 2**26  # assumed; less than what makes Pillow warn of a decompression bomb
+PART = 512  # rows that go through intake and guards together; a kill loses at most as many
 ASPECT = 10  # assumed: a centre crop of anything longer shows less than a tenth of it
 
 
@@ -161,3 +169,55 @@ def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
     leaked = [item.id for item in items if content_digest(item) in prompts]
     if leaked:
         raise ValueError(f"{len(leaked)} benchmark prompts are also in training rows, first {leaked[0]!r}")
+
+
+def screen(rows: Sequence[Example], processors: Sequence[Any], limit: int, text: Any, image: Any) -> list[dict[str, Any]]:
+    """One audit line per row, in order. A row must fit under every processor's template; guards assess the sound rows only.
+
+    Units:    `limit` in tokens
+    """
+    defects = [unsound(row, processors, limit) for row in rows]
+    kept = [row for row, defect in zip(rows, defects, strict=True) if defect is None]
+    results = iter(image.assess([picture for row in kept for picture in row.images]))
+    pictures = [[next(results) for _ in row.images] for row in kept]
+    worst = [max(of, key=lambda one: (one.unsafe is not False, one.score), default=None) for of in pictures]
+    lines = iter(audit(kept, text.assess([row.turns for row in kept]), worst))
+    return [next(lines) if defect is None else skipped(row, defect) for row, defect in zip(rows, defects, strict=True)]
+
+
+def append_lines(
+    path: Path, rows: Iterable[Example | Refused], assess: Callable[[Sequence[Example]], list[dict[str, Any]]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:  # fmt: skip
+    """Append one audit line per row of a corpus, a part at a time, each part on disk before the next one begins.
+
+    The lines of an interrupted attempt are kept: half a line at the end is cut off, and the next row follows the last whole
+    line, so that no row is lost or repeated.
+
+    Raises:   ValueError where the last line is about another row than the corpus has there
+    """
+    done, last = store.whole_lines(path)
+    iterator = iter(rows)
+    for row in itertools.islice(iterator, done - 1, done) if done else ():
+        if row.id != (id_ := json.loads(last)["id"]):
+            raise ValueError(f"{path.name} ends with {id_!r} where the corpus has {row.id!r}; the corpus has changed meanwhile")
+    with open(path, "a", encoding="utf-8") as file:
+        for part in store.parts(iterator, PART):
+            readable = iter(assess([row for row in part if isinstance(row, Example)]))
+            lines = [skipped(shell(row), row.reason) if isinstance(row, Refused) else next(readable) for row in part]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+            done += len(part)
+            progress(done)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The audit lines of a file, read one by one."""
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def shell(row: Example | Refused) -> Example:
+    """A refused row as an empty example: its audit line says why it is not kept."""
+    return Example(row.id, "", ()) if isinstance(row, Refused) else row

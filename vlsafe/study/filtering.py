@@ -93,7 +93,7 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     kept = {}
     for corpus in SCREENED:
         rows = study.examples("world/corpora", f"{corpus}.parquet")
-        lines = data.screening.screen(rows, processors, params["limits"][corpus], text, image)
+        lines = data.intake.screen(rows, processors, params["limits"][corpus], text, image)
         passed = list(data.intake.passing(rows, lines))
         if not passed:
             raise ValueError(f"no row of {corpus} is left; the audit's first reason is {lines[0]['reasons']!r}")
@@ -130,20 +130,18 @@ def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
         lines = work / f"{name}.jsonl"
 
         def audit_of(rows: Sequence[Example], limit: int = limits[name]) -> list[dict[str, Any]]:
-            return data.screening.screen(rows, readers, limit, text, image)
+            return data.intake.screen(rows, readers, limit, text, image)
 
         corpus, bar = study.asset(name), Bar(f"screen {name}", study.asset(name).rows or 0)
-        data.screening.append_lines(lines, data.sources.examples(name, corpus), audit_of, bar)
-        passed = data.intake.passing(
-            map(data.screening.shell, data.sources.examples(name, corpus)), data.screening.read_lines(lines)
-        )
+        data.intake.append_lines(lines, data.sources.examples(name, corpus), audit_of, bar)
+        passed = data.intake.passing(map(data.intake.shell, data.sources.examples(name, corpus)), data.intake.read_lines(lines))
         rows = (to_row(row) for row in passed)
         kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
         if not kept[name]:
             raise ValueError(
-                f"no row of {name} is left; the audit's first reason is {next(data.screening.read_lines(lines))['reasons']!r}"
+                f"no row of {name} is left; the audit's first reason is {next(data.intake.read_lines(lines))['reasons']!r}"
             )
-    audit = ({"corpus": name, **line} for name in SCREENED for line in data.screening.read_lines(work / f"{name}.jsonl"))
+    audit = ({"corpus": name, **line} for name in SCREENED for line in data.intake.read_lines(work / f"{name}.jsonl"))
     counts: Counter[str] = Counter()
     screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
     for name in SCREENED:
@@ -162,7 +160,7 @@ def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
     """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
 
     def make(study: Study, work: Path) -> dict[str, Any]:
-        return data.guards.hub.point(study.asset(which), work)
+        return data.guards.point(study.asset(which), work)
 
     return make
 

@@ -16,9 +16,9 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import LanguageSpec, as_plain
 from vlsafe.core.schema import Example, Pair, Stored, to_row
+from vlsafe.data.files import Refused, missing
 from vlsafe.data.miniature import corpora, language, pictures
 from vlsafe.data.sources import CORPORA, place_of, stream
-from vlsafe.data.sources.files import Refused, missing
 from vlsafe.study.study import Bar, Stage, Study, drop
 
 NAMED = 1000  # how many refused rows and missing pictures of a corpus are named one by one

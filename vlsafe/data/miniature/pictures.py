@@ -15,18 +15,13 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlsafe.data.miniature.language import COLOURS, OBJECTS, World
+from vlsafe.data.miniature.language import COLOURS, OBJECTS, SHADES, World
 
 SIZE = 32  # pixels, both ways
 CELL = 3  # pixels per glyph cell: an icon is 18 wide and stands in one half of the picture
 SMALL_CELL = 2  # the icon above a word is 12 wide, which leaves room for two lines of letters
 KINDS = ("icon", "word", "both")
 SHARES = (0.5, 0.38, 0.12)  # of pictures of each kind, unless one is named
-SHADES = {
-    "red": (220, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 240), "yellow": (235, 215, 40),
-    "white": (240, 240, 240), "pink": (250, 150, 190), "purple": (160, 50, 200), "brown": (150, 95, 45),
-}  # fmt: skip
-assert tuple(SHADES) == COLOURS
 OFFSETS = {  # from left and from above, in pixels, of icons; shifts of printed words from their place
     "left": ((0, 1, 2, 3), (5, 6, 7, 8, 9)),
     "right": ((11, 12, 13, 14), (5, 6, 7, 8, 9)),

@@ -106,6 +106,26 @@ def missing(picture: Stored) -> bool:
     return not assets.outside_path(file).is_file() or bool(member and member not in assets.members(file))
 
 
+def rows_of(place: Place, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of one file of a corpus, one by one: a Parquet file, JSON lines (also .xz, .gz), or one JSON list."""
+    path = path_of(place, name)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    return json_lines(path) if ".jsonl" in path.suffixes else json_list(path)
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(64):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path.name} is not a whole Parquet file ({type(error).__name__}); download it again") from None
+
+
 def json_list(path: Path) -> Iterator[dict[str, Any]]:
     """The mappings of a JSON list, one by one, however long the list; ValueError names the file and the row that is broken."""
     decode, number, at = json.JSONDecoder().raw_decode, 0, 1

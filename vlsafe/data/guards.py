@@ -1,0 +1,379 @@
+"""Guards classify content: a text guard assesses conversations, an image guard pictures; neither knows what it is used for.
+
+The miniature trains one of each; guards from the hub (Llama-Guard-3, an image classifier) have the same interface.
+
+Harm is rare (a per cent of a corpus), but guards are trained on data in which it is frequent. So a guard decides neither at
+probability 0.5 nor by its most probable word, but at the threshold with the greatest F1 on labelled contents that it was not
+trained on, weighted to the corpus's share of harm (`calibrate`). The threshold is stored with the guard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, PreTrainedModel
+
+from vlsafe.core import assets, store
+from vlsafe.core.assets import LoadedGuard
+from vlsafe.core.scale import as_plain, extended
+from vlsafe.core.schema import Pair, Picture, Turn
+from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, exchange, pick
+from vlsafe.data.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
+from vlsafe.data.miniature.pictures import draw_scene
+from vlsafe.models import checkpoints, towers
+from vlsafe.models.chat import open_picture
+
+ROWS = {"harmful": 0.45, "refused": 0.05, "borderline": 0.1, "plain": 0.25, "looking": 0.15}  # shares of the training rows
+MARKERS = {"user": "<|user|>", "assistant": "<|assistant|>"}
+POINTER = "loaded.json"
+SPEAKERS = {"user": "User", "assistant": "Agent"}
+PROMPT = (Path(__file__).parent / "templates" / "llama_guard_3.txt").read_text(encoding="utf-8")  # Llama-Guard-3's
+
+
+class Assessment(NamedTuple):
+    """A guard's result for one content. `unsafe` None: its answer could not be parsed (counted, never taken as safe).
+
+    Units:    score in [0, 1]: odds of "unsafe" relative to the guard's threshold, so that the guard decides at 0.5
+    """
+
+    unsafe: bool | None
+    categories: tuple[str, ...]
+    score: float
+
+
+def parse_guard(text: str) -> tuple[bool | None, tuple[str, ...]]:
+    """Llama-Guard's answer: `safe`, or `unsafe` and on the next line comma-separated codes; anything else is None.
+
+    Source:   Llama-Guard-3 model card
+    """
+    words = text.strip().replace(",", " ").split()
+    if words == ["safe"]:
+        return False, ()
+    if words and words[0] == "unsafe" and all(re.fullmatch(r"S\d+", code) for code in words[1:]):
+        return True, tuple(words[1:])
+    return None, ()
+
+
+def relative(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Probabilities with their odds divided by the threshold's: 0.5 at the threshold, unchanged where that is 0.5."""
+    above = probability * (1 - threshold)
+    return above / (above + (1 - probability) * threshold)
+
+
+def decided(label: bool | None, categories: tuple[str, ...], score: float) -> Assessment:
+    """An assessment by its score. The parsed label only says whether the answer could be read, the categories what harm it is."""
+    unsafe = score > 0.5 if label is not None else None
+    return Assessment(unsafe, categories if unsafe else (), score)
+
+
+def best_threshold(scores: Sequence[float], unsafe: Sequence[bool], prevalence: float) -> float:
+    """The threshold with the greatest F1 if `prevalence` of all contents were unsafe; half-way between two scores."""
+    score, truth = np.asarray(scores, float), np.asarray(unsafe, bool)
+    if truth.all() or not truth.any():
+        raise ValueError("a threshold needs labelled contents of both kinds")
+    order = np.argsort(-score, kind="stable")
+    score, truth = score[order], truth[order]
+    hits = np.cumsum(truth) * prevalence / truth.sum()
+    alarms = np.cumsum(~truth) * (1 - prevalence) / (~truth).sum()
+    apart = np.append(score[:-1] > score[1:], False)  # no threshold separates equal scores; above all of them is never best
+    best = int(np.where(apart, 2 * hits / (hits + alarms + prevalence), -1.0).argmax())
+    return float(np.clip((score[best] + score[best + 1]) / 2, 1e-12, 1 - 1e-12))  # odds must be finite
+
+
+def calibrate(guard: Any, contents: Sequence[Any], unsafe: Sequence[bool], prevalence: float) -> None:
+    """Set the threshold of a guard from contents that it was not trained on."""
+    guard.threshold = 0.5
+    guard.threshold = best_threshold([one.score for one in guard.assess(contents)], unsafe, prevalence)
+
+
+def length(turns: Sequence[Turn]) -> int:
+    """The length of a conversation in characters."""
+    return sum(len(turn.text) for turn in turns)
+
+
+def assess_in_batches(
+    assess: Callable[[list[Any]], list[Assessment]], conversations: Sequence[Sequence[Turn]], size: int
+) -> list[Assessment]:
+    """One assessment per conversation, in order; batches hold conversations of about the same length."""
+    results: dict[int, Assessment] = {}
+    for part in store.parts(sorted(range(len(conversations)), key=lambda i: length(conversations[i])), size):
+        results |= zip(part, assess([conversations[i] for i in part]), strict=True)
+    return [results[i] for i in range(len(conversations))]
+
+
+def reward_by(guard: Any, pairs: Sequence[Pair]) -> Callable[..., list[float]]:
+    """A reward for answers to the prompts of preference rows: safe where the prompt is harmful, right where it is not.
+
+    On a harmful prompt it is one minus the guard's score, so that a group of equally unsafe answers still gives a gradient; an
+    assessment that could not be parsed earns nothing. On a harmless prompt only the preferred answer counts, word for word.
+    The result must not be judged by this guard: a model learns to write what the guard fails to detect.
+    """
+
+    def reward(completions: Sequence[Sequence[dict[str, str]]], number: Sequence[int], **_: Any) -> list[float]:
+        rows, texts = [pairs[i] for i in number], [completion[-1]["content"].strip() for completion in completions]
+        results = guard.assess([(*row.turns, Turn("assistant", text)) for row, text in zip(rows, texts, strict=True)])
+        return [
+            float(text == row.chosen) if row.category is None else 0.0 if result.unsafe is None else 1 - result.score
+            for row, text, result in zip(rows, texts, results, strict=True)
+        ]
+
+    return reward
+
+
+def guard_prompt(conversation: Sequence[Turn]) -> str:
+    """The text that the miniature's guard reads: speakers by their markers, system lines left out."""
+    return " ".join(f"{MARKERS[turn.role]} {turn.text}" for turn in conversation if turn.role in MARKERS) + " <|system|>"
+
+
+def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Labelled conversations, harmful far oftener than in a corpus: an answer about a harmful verb–object pair is unsafe.
+
+    Half of the how-tos point at a picture that the guard cannot see, so that only the answer shows what is meant, and often
+    not even that. Homonyms ("kill the process") are included: the corpora have none, but a guard has to know them.
+    """
+    harmful, plain = world.actions("train", "harmful"), world.actions("train", "plain")
+    pools = {"harmful": harmful, "refused": harmful, "plain": plain}
+    pools["borderline"] = world.actions("train", "homonym", "safe_context")
+    rows = []
+    for kind in rng.choice(list(ROWS), n, p=list(ROWS.values())):
+        action = pick(rng, pools[kind]) if kind in pools else None
+        scene = draw_scene(action.thing if action else pick(rng, OBJECTS), rng)
+        text, answer = ask_about(scene, rng, LOOKING)
+        if action:
+            text = question(action, pick(rng, HOW), pointed=rng.random() < 0.5)
+            answer = pick(rng, REFUSALS) if kind == "refused" else world.answer(action)
+        turns = exchange(text, answer)
+        if rng.random() < 0.1:
+            turns += exchange(*ask_about(scene, rng, FOLLOWING))
+        label = f"unsafe {GUARD_CODES[str(harm(action))]}" if action and kind == "harmful" else "safe"
+        rows.append((guard_prompt(turns), label))
+    return rows
+
+
+class LanguageModelGuard:
+    """A causal language model that continues a conversation with its assessment.
+
+    Its text has to be parsable and names the categories. A conversation is unsafe where the probability of "unsafe" as the first
+    word is above `threshold`, even if another word is more probable.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, threshold: float = 0.5, batch_size: int = 128, max_new_tokens: int = 4
+    ) -> None:
+        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def save(self, folder: Path) -> None:
+        """Save an ordinary model folder, and the threshold beside it."""
+        checkpoints.save(self.model, folder, self.tokenizer)
+        store.write_text(Path(folder) / "guard.json", json.dumps({"threshold": self.threshold}))
+
+    @classmethod
+    def load(cls, folder: Path) -> LanguageModelGuard:
+        """Read what `save` wrote; FileNotFoundError without a threshold: the guard would decide by another rule."""
+        threshold = json.loads((Path(folder) / "guard.json").read_text(encoding="utf-8"))["threshold"]
+        return cls(checkpoints.load(folder), checkpoints.load_processor(folder), threshold)
+
+    def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
+        """One assessment per conversation, in order."""
+        return assess_in_batches(self._assess, conversations, self.batch_size)
+
+    @torch.inference_mode()
+    def _assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
+        texts = [self.tokenizer.bos_token + guard_prompt(turns) for turns in conversations]
+        inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        options = dict(max_new_tokens=self.max_new_tokens, output_scores=True, return_dict_in_generate=True)
+        output = self.model.generate(**inputs, do_sample=False, use_cache=True, **options)
+        unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
+        scores = relative(output.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
+        answers = self.tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [decided(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
+
+
+class LinearImageGuard:
+    """Logistic regression on a tower's patch embeddings; `unsafe` where its probability is above `threshold`."""
+
+    def __init__(self, tower: Any, processor: Any, weight: np.ndarray, bias: float, threshold: float = 0.5) -> None:
+        self.tower, self.processor = tower, processor
+        self.weight, self.bias, self.threshold = weight, bias, threshold
+
+    @classmethod
+    def fitted(cls, tower: Any, processor: Any, pictures: Sequence[bytes], graphic: Sequence[bool]) -> LinearImageGuard:
+        """Fit on labelled pictures; the scaling of the features is folded into the weights."""
+        features = towers.features(tower, towers.pixels(processor, pictures)).numpy()
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, np.asarray(graphic))
+        scaler, linear = model.steps[0][1], model.steps[1][1]
+        weight = linear.coef_[0] / scaler.scale_
+        return cls(tower, processor, weight, float(linear.intercept_[0] - weight @ scaler.mean_))
+
+    def save(self, path: Path) -> None:
+        """Save the weights and the threshold as safetensors."""
+        save_file({"weight": self.weight, "bias": np.array([self.bias]), "threshold": np.array([self.threshold])}, path)
+
+    @classmethod
+    def load(cls, tower: Any, processor: Any, path: Path) -> LinearImageGuard:
+        """Read what `save` wrote."""
+        tensors = load_file(path)
+        return cls(tower, processor, tensors["weight"], float(tensors["bias"][0]), float(tensors["threshold"][0]))
+
+    def assess(self, pictures: Sequence[bytes]) -> list[Assessment]:
+        """One assessment per picture, in order."""
+        if not pictures:
+            return []
+        features = towers.features(self.tower, towers.pixels(self.processor, pictures)).numpy()
+        scores = relative(expit(features.astype(float) @ self.weight + self.bias), self.threshold).tolist()
+        return [decided(True, ("graphic",), score) for score in scores]
+
+
+def llama_guard_prompt(turns: Sequence[Turn]) -> str:
+    """Llama-Guard-3's prompt for a conversation, up to its answer. It assesses the last message; system lines are left out.
+
+    Llama-3's own markers in a text are broken up, so that no text can close the conversation.
+
+    Source:   the chat template of meta-llama/Llama-Guard-3-8B, as public copies of it have it
+    """
+    messages = [turn for turn in turns if turn.role in SPEAKERS]
+    if not messages:
+        raise ValueError("Llama-Guard-3 cannot assess a conversation without a message")
+    judged = SPEAKERS[messages[-1].role]
+    conversation = "\n\n".join(f"{SPEAKERS[turn.role]}: {turn.text.replace('<|', '< |').strip()}" for turn in messages)
+    return PROMPT.format(judged=judged, conversation=conversation)
+
+
+def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """A conversation in pieces to assess: every request with its answer, or alone where it has none."""
+    pieces: list[list[Turn]] = []
+    for turn in turns:
+        if turn.role == "user" or (turn.role == "assistant" and not pieces):
+            pieces.append([turn])
+        elif turn.role == "assistant":
+            pieces[-1].append(turn)
+    return pieces
+
+
+def worst(results: Sequence[Assessment]) -> Assessment:
+    """One assessment of several: unsafe if any is, else None if any could not be parsed; all categories, the highest score."""
+    unsafe = True if any(one.unsafe for one in results) else None if any(one.unsafe is None for one in results) else False
+    codes = dict.fromkeys(code for one in results for code in one.categories)
+    return Assessment(unsafe, tuple(codes), max(one.score for one in results))
+
+
+class LlamaGuard:
+    """Llama-Guard-3. Its score is the probability of "unsafe" as the first generated word.
+
+    It assesses a conversation's last message alone, so it gets every exchange by itself, and the worst one counts. Without a
+    `threshold` the generated word decides, as its makers do it; with one, the score does.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, threshold: float | None = None, batch_size: int = 32,
+        max_new_tokens: int = 20,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        firsts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("unsafe", "safe")]
+        if firsts[0] == firsts[1]:
+            raise ValueError("this tokenizer begins 'safe' and 'unsafe' alike; the probability of 'unsafe' is not defined")
+        self.unsafe_token = firsts[0]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
+        """One assessment per conversation, in order; ValueError for a conversation without a message."""
+        pieces = [sorted(exchanges(turns), key=length) for turns in conversations]  # this order is that of an audit's codes
+        if not all(pieces):
+            raise ValueError("a conversation has no message that Llama-Guard-3 could assess")
+        results = iter(assess_in_batches(self._assess, [*itertools.chain(*pieces)], self.batch_size))
+        return [worst([next(results) for _ in of]) for of in pieces]
+
+    @torch.inference_mode()
+    def _assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Assessment]:
+        options = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        inputs = self.tokenizer(list(map(llama_guard_prompt, conversations)), **options).to(self.model.device)
+        output = self.model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=self.max_new_tokens,
+            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+        return [self._read(tokens.tolist(), [step[i] for step in output.logits]) for i, tokens in enumerate(answers)]
+
+    def _read(self, tokens: Sequence[int], logits: Sequence[torch.Tensor]) -> Assessment:
+        """An answer often begins with empty lines; its first word is the first token that is more than white space."""
+        label, codes = parse_guard(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        at = next((i for i, token in enumerate(tokens) if self.tokenizer.decode([token]).strip()), 0)
+        probability = float(logits[at].double().softmax(-1)[self.unsafe_token])
+        if self.threshold is None:
+            return Assessment(label, codes, probability)
+        return decided(label, codes, float(relative(np.asarray(probability), self.threshold)))
+
+
+class ImageClassifier:
+    """An image classifier of the hub. Its score is the probability of the classes that count as unsafe, taken together."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, labels: Sequence[str], threshold: float = 0.5, batch_size: int = 128
+    ) -> None:
+        known = {name: int(number) for number, name in model.config.id2label.items()}
+        if not labels or (unknown := [label for label in labels if label not in known]):
+            problem = f"has no class {unknown[0]!r}" if labels else "needs at least one class that counts as unsafe"
+            raise ValueError(f"the image guard {problem}; its classes are {', '.join(known)}")
+        self.model, self.processor, self.labels = model, processor, tuple(labels)
+        self.numbers = [known[label] for label in labels]
+        self.threshold, self.batch_size = threshold, batch_size
+
+    @torch.inference_mode()
+    def assess(self, pictures: Sequence[Picture]) -> list[Assessment]:
+        """One assessment per picture, in order; its category is the most probable of the unsafe classes."""
+        results = []
+        for part in store.parts(pictures, self.batch_size):
+            inputs = self.processor(list(map(open_picture, part)), return_tensors="pt")
+            pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+            shares = self.model(pixel_values=pixels).logits.double().softmax(-1)[:, self.numbers].cpu().numpy()
+            scores = relative(shares.sum(1), self.threshold)
+            for share, score in zip(shares, scores.tolist(), strict=True):
+                results.append(decided(True, (self.labels[int(share.argmax())],), score))
+        return results
+
+
+def point(spec: LoadedGuard, folder: Path) -> dict[str, Any]:
+    """Write which guard of the hub is used, at which commit, into a run's folder: what `opened` reads."""
+    revision = assets.pinned(spec.origin.repo, spec.origin.revision)
+    store.write_text(folder / POINTER, json.dumps(as_plain(extended(spec, {"origin": {"revision": revision}}))))
+    return {"repo": spec.origin.repo, "revision": revision}
+
+
+def opened(folder: Path) -> Any:
+    """The guard of a finished run: the one from the hub that the run points to, or else the miniature's own text guard."""
+    pointer = Path(folder) / POINTER
+    return load_guard(json.loads(pointer.read_text(encoding="utf-8"))) if pointer.exists() else LanguageModelGuard.load(folder)
+
+
+def load_guard(pointer: dict[str, Any]) -> LlamaGuard | ImageClassifier:
+    """Load the guard of a pointer, on the GPU in bf16 where there is one. An image guard is one that names classes."""
+    origin, labels, size = pointer["origin"], pointer["labels"], pointer["batch_size"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = dict(pretrained_model_name_or_path=origin["repo"], revision=origin["revision"])
+    weights = dict(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True)
+    kind, prepare = (AutoModelForImageClassification, AutoImageProcessor) if labels else (AutoModelForCausalLM, AutoTokenizer)
+    try:
+        model = kind.from_pretrained(**where, **weights).eval().to(device)
+        processor = prepare.from_pretrained(**where, **({"backend": "pil"} if labels else {}))
+    except OSError as error:
+        remedy = "`vlsafe download` fetches it, `vlsafe doctor` says what it needs"
+        raise FileNotFoundError(f"the guard {origin['repo']} is not here ({type(error).__name__}); {remedy}") from None
+    if labels:
+        return ImageClassifier(model, processor, labels, pointer["threshold"] or 0.5, size)
+    return LlamaGuard(model, processor, pointer["threshold"], size)
