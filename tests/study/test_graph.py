@@ -15,7 +15,7 @@ from datasets.fingerprint import fingerprint_rng
 from vlsafe import cli
 from vlsafe.core import store
 from vlsafe.evaluation.benchmarks import BENCHMARKS
-from vlsafe.publish import gallery
+from vlsafe.publish import results
 from vlsafe.study import graph
 from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
@@ -136,4 +136,4 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     again = Study.open("nano", "mini-chat", 0, root)
     for name, table in raw_tables(study).items():
         pd.testing.assert_frame_equal(table, raw_tables(again)[name])
-    assert gallery.load([again.folder(n) for n in graph.tables()], "raw.parquet").shape[0] > 100
+    assert len(results.read([again], graph.tables(), "raw.parquet")) > 100

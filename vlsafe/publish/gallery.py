@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from vlsafe import analysis, plots
 from vlsafe.analysis.measures import MEASURES
-from vlsafe.publish import provenance
+from vlsafe.publish import provenance, results
 
+TEXTS = Path(__file__).parent / "templates" / "artefacts.yaml"
 Frames = Mapping[str, pd.DataFrame]
 Tables = dict[str, tuple[Any, ...]]
-"""Name of a table -> the frame, its title, and where it needs them the form for the eye and more of a caption."""
+"""Name of a table -> the frame, and where it needs them the form for the eye and what fills its caption's braces."""
 Figures = dict[str, tuple[Figure, pd.DataFrame]]
 """Name of a figure -> the picture and what it draws."""
-
-
-def load(folders: Sequence[Path], file: str) -> pd.DataFrame:
-    """One file of several runs as one frame."""
-    return pd.concat([pd.read_parquet(folder / file) for folder in folders], ignore_index=True)
 
 
 def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -36,7 +33,7 @@ def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]
     """
     if "raw" not in frames:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
-    raw = frames["raw"]
+    raw, texts = frames["raw"], yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
@@ -44,9 +41,10 @@ def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]
         if not needed <= set(frames):
             continue
         tables, figures = family(frames, scale)
-        for name, (frame, title, *more) in tables.items():
-            shown, caption = more or (None, "")
-            provenance.write_table(frame, folder, name, title, f"{origin} {caption}".strip(), shown)
+        for name, (frame, *more) in tables.items():
+            shown, *values = more or [None]
+            caption = texts[name].get("caption", "").format_map(dict(*values))
+            provenance.write_table(frame, folder, name, texts[name]["title"], f"{origin} {caption}".strip(), shown)
         for name, (figure, frame) in figures.items():
             plots.style.write(figure, frame, folder, name, provenance.stamp(name, scale, runs))
         written += [*tables, *figures]
@@ -58,32 +56,25 @@ def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]
 
 def _adaptation(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     """T01 to T04, F01 to F03."""
-    raw, audit = frames["raw"], frames["audit"]
+    raw, audit, adaptation, filtering = frames["raw"], frames["audit"], analysis.adaptation, analysis.filtering
     labels = {name: spec["label"] for name, spec in MEASURES.items()}
-    arms, confounds = analysis.adaptation.arms(raw), analysis.adaptation.confounds(raw)
-    most = (lines.groupby("measure")["n"].max().items() for lines in (arms, confounds))
-    sizes, sizes_confounds = (", ".join(f"{labels[name]} {int(n)}" for name, n in counts) for counts in most)
+    arms, confounds = adaptation.arms(raw), adaptation.confounds(raw)
+    sizes, sizes_confounds = (
+        {"sizes": ", ".join(f"{labels[name]} {int(n)}" for name, n in lines.groupby("measure")["n"].max().items())}
+        for lines in (arms, confounds)
+    )
     dynamics, categories = analysis.degradation.dynamics(raw), analysis.degradation.by_category(raw)
-    index = [*analysis.adaptation.UNIT, "stage", "recipe", "condition"]
+    index = [*adaptation.UNIT, "stage", "recipe", "condition"]
     tables: Tables = {
-        "T01_filtering_audit": (analysis.filtering.filtering_audit(audit), "T01. What the guards dropped"),
-        "T01_guard_quality": (analysis.filtering.guard_quality(audit),
-            "T01. Precision and recall of the guards against the known truth"),
-        "T02_degradation": (analysis.degradation.degradation(raw), "T02. Parent and adapted model on every measure"),
-        "T03_arms": (
-            arms, "T03. Data, method and rate of stage 2; in percent; Δ: paired difference from the main recipe",
-            analysis.adaptation.sheet(arms),
-            f"n: {sizes}. Equal helpfulness: linear between checkpoints, items of the panel alone, level: the best of the least "
-            'helpful recipe that gains at least half of what the main one gains over stage 1 (others: reached "never"). '
-            "Bootstrap intervals have no width where all items agree."),
-        "T03_arms_over_seeds": (analysis.adaptation.over_seeds(arms),
-            "T03. The same over seeds: mean, range, each seed; differences are from the main recipe"),
-        "T04_confounds": (
-            confounds, "T04. System prompt and empty pictures; in percent; Δ: paired difference from neither, the same model",
-            analysis.adaptation.compact(confounds, index), f"n: {sizes_confounds} a condition; paired by verb–object pair."),
-    }  # fmt: skip
+        "T01_filtering_audit": (filtering.filtering_audit(audit),),
+        "T01_guard_quality": (filtering.guard_quality(audit),),
+        "T02_degradation": (analysis.degradation.degradation(raw),),
+        "T03_arms": (arms, adaptation.sheet(arms), sizes),
+        "T03_arms_over_seeds": (adaptation.over_seeds(arms),),
+        "T04_confounds": (confounds, adaptation.compact(confounds, index), sizes_confounds),
+    }
     figures = {
-        "F01_guard_scores": (plots.filtering.guard_scores(audit, scale), analysis.filtering.score_counts(audit)),
+        "F01_guard_scores": (plots.filtering.guard_scores(audit, scale), filtering.score_counts(audit)),
         "F02_dynamics": (plots.degradation.dynamics(dynamics, labels, scale), dynamics),
         "F03_categories": (plots.degradation.by_category(categories, scale), categories),
     }
@@ -95,15 +86,10 @@ def _tuning(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     tuned = analysis.tuning.methods(frames["raw"], frames["validation"])
     plane, refused = analysis.tuning.plane(tuned), analysis.tuning.refusals(frames["raw"])
     tables: Tables = {
-        "T05_safety_tuning": (tuned,
-            "T05. Safety tuning; in percent; Δ: paired difference from the adapted model", analysis.tuning.sheet(tuned),
-            "Step and tokens: of the checkpoint that validation pairs chose. Holm: over methods and these five measures, per "
-            "backbone and seed; p-values by flipping the signs of clusters. Against the parent and all benchmarks: the CSV."),
-        "T05_transfer": (analysis.tuning.transfer(tuned),
-            "T05. Safety taught on text, on pictures or on both: change of ASR on each, in fractions"),
-        "T05_checkpoints": (frames["validation"],
-            "T05. What every checkpoint did on the validation pairs, and which one was chosen"),
-    }  # fmt: skip
+        "T05_safety_tuning": (tuned, analysis.tuning.sheet(tuned)),
+        "T05_transfer": (analysis.tuning.transfer(tuned),),
+        "T05_checkpoints": (frames["validation"],),
+    }
     figures = {
         "F05_tradeoff": (plots.tuning.tradeoff(plane, scale), plane),
         "F06_exaggerated_refusal": (plots.tuning.refusals(refused, scale), refused),
@@ -119,22 +105,16 @@ def _probing(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     vectors, gradients = probing.task_vectors(frames["vectors"]), probing.gradients(frames["gradients"])
     gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
     tables: Tables = {
-        "F07_probes": (probing.probes(frames["layers"]), "F07. Held-out AUC of linear probes for harm, per layer"),
-        "F07_cka": (probing.alignments(frames["sets"]), "F07. CKA of model and reference, jackknife over verb–object pairs"),
-        "F07_drift": (drift,
-            "F07. Drift of weights from the parent after the last step, per block, in percent", probing.drift_sheet(drift),
-            "Layer -1: what is in no block. Every step, single modules and the effective rank of the change: the CSV."),
-        "F09_scaling": (frames["scaling"], "F09. Harmless prompts that the parent refuses when a band is scaled"),
-        "F10_against_random": (causal.against_random(frames["patched"], located),
-            "F10. The located and the best band of each width against other sets of as many blocks"),
-        "F10_directions": (causal.directed(frames["directed"]),
-            "F10. The parent's refusal direction ablated and added, random directions beside"),
-        "F11_task_vectors": (vectors, "F11. Cosine of task vectors per layer; chance: what random vectors reach"),
-        "F11_prediction": (probing.prediction(frames["drift"], frames["alike"], frames["raw"]),
-            "F11. Rank correlation of what is seen early in stage 2 with the attack success at its end"),
-        "T05_conflict_free": (causal.remedy(frames["remedy"]),
-            "T05. Multitask tuning with conflict-free gradients; difference: from plain multitask tuning, paired"),
-    }  # fmt: skip
+        "F07_probes": (probing.probes(frames["layers"]),),
+        "F07_cka": (probing.alignments(frames["sets"]),),
+        "F07_drift": (drift, probing.drift_sheet(drift)),
+        "F09_scaling": (frames["scaling"],),
+        "F10_against_random": (causal.against_random(frames["patched"], located),),
+        "F10_directions": (causal.directed(frames["directed"]),),
+        "F11_task_vectors": (vectors,),
+        "F11_prediction": (probing.prediction(frames["drift"], frames["alike"], frames["raw"]),),
+        "T05_conflict_free": (causal.remedy(frames["remedy"]),),
+    }
     figures = {
         "F07_layer_similarity": (plots.probing.similarity(similar, scale), probing.last(similar)),
         "F08_layers_over_steps": (plots.probing.similarity_over_steps(similar, scale), gap[gap["stage"] == "instruct"]),
@@ -144,8 +124,7 @@ def _probing(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     }
     if "frozen" in frames:
         frozen = causal.frozen(frames["frozen"], frames["patched"], located)
-        tables["T06_sppft"] = (frozen, "T06. SPPFT: the located band, all bands of its width, random sets of as many blocks")
-        tables["T06_sppft_over_seeds"] = (causal.frozen_over_seeds(frozen), "T06. The same over seeds")
+        tables |= {"T06_sppft": (frozen,), "T06_sppft_over_seeds": (causal.frozen_over_seeds(frozen),)}
     return tables, figures
 
 
@@ -156,20 +135,13 @@ def _merging(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     verdict, swept = merging.verdicts(merged), merging.sweep(frames["panel"], frames["merged"])
     plane, answer = merging.plane(frames["raw"]), merging.answer(verdict)
     tables: Tables = {
-        "T07_merging": (
-            merged,
-            "T07. Merges at the ratio that validation pairs chose; in percent; Δ: paired difference from the adapted model",
-            merging.sheet(merged, verdict),
-            f"Does merging dominate? {answer} Clear: Holm p < 0.05 over rules, partners, five measures. "
-            "All references: the CSV."),
-        "T07_dominance": (verdict, "T07. Each merge against each tuning and its ensemble, on five headline measures"),
-        "T07_hypervolume": (merging.hypervolumes(frames["raw"]),
-            "T07. Area under the front of 1 − ASR against helpfulness, from (0, 0); the more models, the larger it can be"),
-        "T07_ensembles": (merging.against_ensemble(frames["panel"]),
-            "T07. From the output ensemble to the linear merge at the same ratio, paired on the panel; in fractions"),
-        "T07_barriers": (merging.barriers(frames["merged"]), "T07. Loss barrier on the line to each partner, nats per answer"),
-        "T07_choice": (frames["merged"], "T07. What every merge did on the validation pairs, and which one was chosen"),
-    }  # fmt: skip
+        "T07_merging": (merged, merging.sheet(merged, verdict), {"answer": answer}),
+        "T07_dominance": (verdict,),
+        "T07_hypervolume": (merging.hypervolumes(frames["raw"]),),
+        "T07_ensembles": (merging.against_ensemble(frames["panel"]),),
+        "T07_barriers": (merging.barriers(frames["merged"]),),
+        "T07_choice": (frames["merged"],),
+    }
     figures = {
         "F12_ratio_sweep": (plots.merging.sweep(swept, scale), swept),
         "F13_merge_fronts": (plots.merging.fronts(plane, answer, scale), plane),
@@ -184,22 +156,14 @@ def _claims(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     ledger, points, wide = claims.ledger(prepared), plots.claims.lineage_points(lines), agreement.verdicts(frames["raw"])
     judged, pairs = agreement.rates(wide), agreement.pairs(wide)
     tables: Tables = {
-        "T08_models": (
-            lines, "T08. Every model on every benchmark, in percent: mean over seeds (lowest–highest)",
-            analysis.degradation.overview(lines), "Intervals and each seed: the CSV."),
-        "T08_precision": (claims.precision(prepared),
-            "T08. What each benchmark could have shown: adapted model against its predecessor, in fractions", None,
-            "Detectable: found in nine of ten comparisons, at 5 %; sd_items, sd_seeds: of one seed's difference."),
-        "T08_published": (provenance.compare_published(frames["published"], lines),
-            "T08. Published numbers beside ours, as fractions"),
-        "T09_claims": (ledger, "T09. What the paper claims, what was measured, how sure we are; in points", claims.sheet(ledger),
-            "Item-level: items are the sample, Holm over the claims of a backbone; seed-level: seeds are the sample, "
-            "t-interval and sign. Detectable: found in nine of ten comparisons over items. No verdict is written by hand."),
-        "T09_by_seed": (claims.by_seed(prepared), "T09. Each seed by itself, in fractions: item-level verdicts alone"),
-        "T09_parts": (claims.every_part(prepared),
-            "T09. Every comparison that a claim hangs on, in fractions; p-values uncorrected"),
-        "F15_agreement": (pairs, "F15. Judges against each other: answers to harmful requests, and the ranking of the models"),
-    }  # fmt: skip
+        "T08_models": (lines, analysis.degradation.overview(lines)),
+        "T08_precision": (claims.precision(prepared),),
+        "T08_published": (provenance.compare_published(frames["published"], lines),),
+        "T09_claims": (ledger, claims.sheet(ledger)),
+        "T09_by_seed": (claims.by_seed(prepared),),
+        "T09_parts": (claims.every_part(prepared),),
+        "F15_agreement": (pairs,),
+    }
     figures = {
         "F14_claims": (plots.claims.forest(ledger, scale), ledger),
         "F15_judges": (plots.claims.judges(judged, pairs, scale), judged),
@@ -208,12 +172,8 @@ def _claims(frames: Frames, scale: str) -> tuple[Tables, Figures]:
     return tables, figures
 
 
-INSIDE = {
-    "raw", "layers", "sets", "drift", "alike", "vectors", "gradients", "patched", "directed", "curves", "scaling", "located",
-    "remedy",
-}  # fmt: skip
 FAMILIES = {
-    _adaptation: {"raw", "audit"}, _tuning: {"raw", "validation"}, _probing: INSIDE, _merging: {"raw", "panel", "merged"},
-    _claims: {"raw", "published"},
+    _adaptation: {"raw", "audit"}, _tuning: {"raw", "validation"}, _probing: {*results.INSIDE, "raw", "located", "remedy"},
+    _merging: {"raw", "panel", "merged"}, _claims: {"raw", "published"},
 }  # fmt: skip
 """What makes tables and figures -> the frames that it needs."""
