@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from vlsafe.plots import style
 
@@ -42,3 +43,14 @@ def test_only_rates_are_turned_into_percent():
         "n": 3,
         "place": 1,
     }
+
+
+def test_files_are_cut_to_what_is_drawn_and_the_pdf_holds_its_fonts(tmp_path):
+    """What hangs over the right edge is in the file; letters are text, not drawings."""
+    with style.panels({"": ""}, {"": ""}, 1.0, "Takeaway", "") as (figure, axes):
+        axes["", ""].text(1.2, 0.5, "over the edge", transform=axes["", ""].transAxes).set_in_layout(True)
+    figure.set_layout_engine("none")
+    style.write(figure, ROWS, tmp_path, "F99")
+    with Image.open(tmp_path / "F99.png") as picture:
+        assert picture.width > 200 * 7
+    assert b"/Type0" in (tmp_path / "F99.pdf").read_bytes()

@@ -78,10 +78,12 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     gap = lines[(lines["stage"] == "instruct") & (lines["measure"] == "cosine_centred") & (lines["kind"] == "difference")]
     gap = gap.assign(value=-gap["value"], clear=(gap["low"] > 0) | (gap["high"] < 0))
     bound = max(0.01, float(gap.groupby(["backbone", "group", "layer", "step"])["value"].mean().abs().max()))
-    text = gap[gap["group"] == "text"].groupby(["step", "layer"])["value"].mean().groupby("step").min()
-    half = text.index[(text >= text.max() / 2).to_numpy()][0]
-    title = f"In words, half of the gap between harmful and benign prompts is there by step {half}"
-    note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
+    largest = gap[gap["group"] == "text"].groupby(["step", "layer"])["value"].mean().abs().groupby("step").max()
+    half = largest.index[(largest >= largest.max() / 2).to_numpy()][0]
+    title = f"In words, half of the largest gap between harmful and benign prompts is there by step {half}"
+    note = (
+        "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed; largest: over blocks"
+    )
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note)
     with style.panels(rows, MODALITIES, 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):

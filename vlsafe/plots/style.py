@@ -168,7 +168,9 @@ def write(figure: Figure, frame: pd.DataFrame, folder: Path, name: str, provenan
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(provenance, sort_keys=True) if provenance else None
-    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None, "Title": name, "Description": text})
-    producer = f"matplotlib {matplotlib.__version__}"
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": producer, "Title": name, "Keywords": text})
+    png = {"Software": None, "Title": name, "Description": text}
+    pdf = {"CreationDate": None, "Producer": f"matplotlib {matplotlib.__version__}", "Title": name, "Keywords": text}
+    with plt.style.context(STYLE):  # which also says how files are written: margins, and fonts that can be searched
+        figure.savefig(folder / f"{name}.png", dpi=200, metadata=png)
+        figure.savefig(folder / f"{name}.pdf", metadata=pdf)
     frame.round(4).to_csv(folder / f"{name}.csv", index=False)
