@@ -81,10 +81,8 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     largest = gap[gap["group"] == "text"].groupby(["step", "layer"])["value"].mean().abs().groupby("step").max()
     half = largest.index[(largest >= largest.max() / 2).to_numpy()][0]
     title = f"In words, half of the largest gap between harmful and benign prompts is there by step {half}"
-    note = (
-        "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed; largest: over blocks"
-    )
-    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note)
+    note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
+    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "largest: over blocks")
     with style.panels(rows, MODALITIES, 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")

@@ -23,21 +23,6 @@ from vlsafe.study.study import Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
 Manifest = Mapping[str, Any]
-MADE_HERE = "made from nothing by this project, MIT"
-MINIATURE = (
-    "A model of a miniature world of a few dozen words. It shows mechanics and not sizes of effects, and answers about nothing "
-    "else. Its texts are nonsense by construction; it can help nobody do harm."
-)
-LOADED = "Safety was measured on the benchmarks below alone; what they do not ask, they do not show. Judges err in every rate."
-USES = (
-    "Research on what adaptation and tuning do to safety. It is not made to be deployed: some models of this study were made "
-    "*less* safe on purpose, to measure how."
-)
-EXAMINED = (
-    "The full examination after the last step. Rates with 95 % intervals clustered by what answers correlate within; a "
-    "response that its judge could not mark is *unjudged* and never counted as safe."
-)
-NOT_EXAMINED = "This model was not examined by itself; nothing is claimed about its safety."
 
 
 # --- from a study ---------------------------------------------------------------------------------------------------
@@ -116,20 +101,11 @@ def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame 
         eval_results=None if rates is None else _results(rates, manifest),
     )  # fmt: skip
     texts = {
-        "model_id": f"{name}, scale {manifest['scale']}, seed {manifest['seed']}",
-        "model_summary": f"Stage *{manifest['stage']}*, recipe *{manifest['recipe']}*, "
-        "of a reproduction of the safety cost of vision.",
-        "model_type": "language model with a vision tower" if multimodal else "language model",
-        "digest": manifest["digest"], "commit": manifest["commit"] or "unknown", "finished": manifest["finished"],
+        "run": manifest, "multimodal": multimodal, "examined": rates is not None, "outside": outside,
         "weights": sum(file.endswith(".safetensors") for file in manifest["files"]),
-        "lineage": provenance.markdown(_lineage_table(runs)), "licences": _licences(outside),
-        "uses": USES, "limits": LOADED if outside else MINIATURE, "training_data": provenance.markdown(_counts(runs)),
-        "procedure": f"Resolved parameters, as the digest holds them: `{manifest['params']}`",
-        "evaluation": NOT_EXAMINED if rates is None else EXAMINED,
+        "lineage": provenance.markdown(_lineage_table(runs)), "training_data": provenance.markdown(_counts(runs)),
         "results": "" if rates is None else provenance.markdown(_in_percent(rates)),
-        "cost": f"{sum(run['seconds'] for run in runs):.0f} s for the whole lineage, of which {manifest['seconds']:.0f} s for "
-        f"the last step, on {manifest['machine']} with {manifest['threads'] or 'all'} thread(s).",
-        "software": ", ".join(f"{package} {version}" for package, version in manifest["packages"].items()),
+        "seconds": sum(run["seconds"] for run in runs),
     }  # fmt: skip
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts).content
 
@@ -140,14 +116,6 @@ def _lineage_table(runs: Sequence[Manifest]) -> pd.DataFrame:
          "made from": ", ".join(run["inputs"]) or "nothing", "seconds": round(run["seconds"])}
         for run in runs
     )  # fmt: skip
-
-
-def _licences(outside: Mapping[str, Any]) -> str:
-    """One line per origin; a chain is as strict as its strictest link, and what a page says is not repeated from memory."""
-    if not outside:
-        return f"Data and weights: {MADE_HERE}; no link of the chain comes from elsewhere."
-    lines = [f"- {role}: {o.repo} at {o.revision}; {o.terms or 'terms: as its page says'}" for role, o in outside.items()]
-    return "\n".join(["The strictest link holds for the whole:", "", *lines, f"- everything else: {MADE_HERE}"])
 
 
 def _counts(runs: Sequence[Manifest]) -> pd.DataFrame:
