@@ -167,7 +167,8 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
         "images": lambda image: Stored(image["path"]) if image["bytes"] is None else image["bytes"],
         "options": str,
     }
-    return kind(**{name: tuple(map(convert[name], cell)) if name in convert else cell for name, cell in row.items()})
+    values: dict[str, Any] = {name: tuple(map(convert[name], v)) if name in convert else v for name, v in row.items()}
+    return kind(**values)
 
 
 def content_digest(value: Example | Pair | Item) -> str:
