@@ -263,14 +263,14 @@ def _dryrun(arguments: Arguments) -> None:
         text = arguments.readme.read_text(encoding="utf-8")
         store.write_text(arguments.readme, planning.dryrun.in_readme(text, planning.dryrun.summary(rows)))
         return
-    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, planning.costs.GPUS, "GPU")
+    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, planning.dryrun.GPUS, "GPU")
     backbone = arguments.backbone or next(iter(scale.backbones))
     scale.backbone(backbone)
     measured = planning.dryrun.measure(scale, backbone) if arguments.measure else {}
     for name, value in measured.items():
         print(f"measured {name}: {value}")
     print(planning.dryrun.table(planning.dryrun.lines(planning.dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
-    print("\nComputed from shapes unless the last column says otherwise; assumptions are in costs.py and Scale.traffic.")
+    print("\nComputed from shapes unless the last column says otherwise; assumptions are in dryrun.py and Scale.traffic.")
 
 
 def _merge(arguments: Arguments) -> None:

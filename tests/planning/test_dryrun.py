@@ -10,7 +10,7 @@ from vlsafe import cli
 from vlsafe.core.presets import PAPER, SMALL, load_scale
 from vlsafe.core.scale import Fit
 from vlsafe.models import checkpoints
-from vlsafe.planning import costs, dryrun
+from vlsafe.planning import dryrun
 from vlsafe.study import graph
 from vlsafe.study.study import Study
 
@@ -40,10 +40,10 @@ def test_shapes_are_the_real_ones(scale, backbone, language, tower):
 
 
 def test_operations_by_hand():
-    shapes = costs.Shapes(blocks=100, head=10, embedding=10, projector=4, tower=50, layers=2, width=8, image_tokens=5)
-    text = costs.operations(shapes, 10, 0, 6)
+    shapes = dryrun.Shapes(blocks=100, head=10, embedding=10, projector=4, tower=50, layers=2, width=8, image_tokens=5)
+    text = dryrun.operations(shapes, 10, 0, 6)
     assert text == 6 * 10 * 110 + 6 * 2 * 8 * 10**2
-    pictured = costs.operations(shapes, 10, 1, 6)
+    pictured = dryrun.operations(shapes, 10, 1, 6)
     assert pictured == pytest.approx(6 * 15 * 110 + 6 * 5 * 4 + 6 * 2 * 8 * 15**2 + 2 * 6 * 50)
 
 
@@ -58,7 +58,7 @@ def test_memory_of_whole_and_of_sharded_weights():
     assert works["stage 2"].memory[1] > 16 * 6.7e9 and works["stage 2"].memory[8] < 40e9
     assert works["stage 1"].memory[8] == works["stage 1"].memory[1]  # DDP: every GPU holds the whole model
     small = [work.memory[1] for work in dryrun.plan(SMALL, "smollm2", "RTX-4090")]
-    assert max(small) < costs.GPUS["RTX-4090"][1]
+    assert max(small) < dryrun.GPUS["RTX-4090"]["memory"]
 
 
 def test_every_part_says_whether_it_was_computed_or_measured():

@@ -1,7 +1,9 @@
-"""What a reproduction would cost before it is run: real shapes, random weights, synthetic rows.
+"""What a reproduction would cost before it is run: operations, memory, time and disk, from real shapes.
 
-Everything is computed from shapes (`costs`), or, with a GPU, scaled by the utilisation that a few steps of the same trainers
-reach on the real shapes. Every figure says which of the two it is.
+Everything is computed from shapes alone, or, with a GPU, scaled by the utilisation that a few steps of the same trainers reach
+on random weights and synthetic rows. Every figure says which of the two it is.
+
+Units: bytes, seconds, operations (a multiplication and an addition are two).
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ import io
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from PIL import Image
 
 from vlsafe.core.scale import Fit, Scale
 from vlsafe.models import checkpoints
-from vlsafe.planning import costs
-from vlsafe.planning.costs import Shapes
 from vlsafe.study import adaptation, tuning
 
 MEASURED = "from measured steps"
@@ -28,8 +30,58 @@ SCREENED_ROWS = 1_223_426  # 558,128 captions and 665,298 instructions, of LLaVA
 GUARD_WEIGHTS = 8.0e9  # Llama-Guard-3-8B
 RECIPES = [recipe for recipe in tuning.RECIPES.values() if recipe.grid == "default"]
 BEGIN, END = "<!-- costs: `vlsafe dryrun --readme` -->", "<!-- costs end -->"
-README_ROWS = ((1, "RTX-4090", "small", "smollm2"), (1, "A100-80G", "paper", "llama2-chat"), (1, "H200", "paper", "llama2-chat"),
-               (8, "A100-80G", "paper", "llama2-chat"), (8, "H100", "paper", "llama2-chat"))  # fmt: skip
+_DATA = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
+GPUS: dict[str, dict[str, float]] = _DATA["gpus"]
+README_ROWS: list[list[Any]] = _DATA["readme"]
+UTILISATION = 0.25  # of the peak, in training: LLaVA-1.5's published 10 hours of stage 2 on eight A100 come to about that
+PREFILL = 0.4  # of the peak, where prompts are only read; assumed
+BANDWIDTH = 0.4  # of the memory's, where answers are decoded token by token; assumed
+TRAINABLE, FROZEN = 16, 4  # bytes a weight: float32 master, gradient and AdamW's two moments; float32 alone
+CAST = 2  # bytes a weight of the bfloat16 copy that computation needs
+WORKING = 40  # bytes per token and unit of width inside the one block that is being recomputed; assumed
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The number of weights in each part of a model, and what else the operations depend on."""
+
+    blocks: int
+    head: int
+    embedding: int
+    projector: int
+    tower: int
+    layers: int
+    width: int
+    image_tokens: int
+
+    @property
+    def language(self) -> int:
+        return self.blocks + self.head + self.embedding
+
+    @property
+    def all(self) -> int:
+        return self.language + self.projector + self.tower
+
+
+def operations(shapes: Shapes, text: float, pictures: float, passes: int) -> float:
+    """Operations of one row: `passes` is 6 where all weights are trained (forward 2, backward 4), 4 where the backward pass only
+    goes through them, 2 without a backward pass. The tower runs forward only; recomputation and padding do not count.
+
+    Units:    text in tokens, pictures per row  ->  operations
+    Source:   6·N·tokens plus attention's 12·layers·width·tokens² / 2 for causal masks (Chowdhery et al. 2022, appendix B)
+    """
+    tokens = text + pictures * shapes.image_tokens
+    dense = passes * tokens * (shapes.blocks + shapes.head + pictures * shapes.image_tokens / max(tokens, 1) * shapes.projector)
+    attention = passes * shapes.layers * shapes.width * tokens**2
+    return dense + attention + 2 * pictures * (shapes.image_tokens + 1) * shapes.tower
+
+
+def gpu_memory(shapes: Shapes, trainable: int, tokens_at_once: float, processes: int, sharded: bool) -> float:
+    """Bytes on each GPU: trainable and frozen weights, the bfloat16 copies, activations under recomputation."""
+    kept = TRAINABLE * trainable + FROZEN * (shapes.all - trainable)
+    gathered = CAST * (2 * shapes.blocks / shapes.layers + shapes.embedding + shapes.head) if sharded else CAST * shapes.all
+    activations = tokens_at_once * shapes.width * (2 * shapes.layers + WORKING)
+    return kept / (processes if sharded else 1) + gathered + activations
 
 
 class Work(NamedTuple):
@@ -52,7 +104,6 @@ class Part(NamedTuple):
     fit: Fit
     runs: int
     method: str
-    objective: str
     checkpoints: int
     text: float
     pictures: float
@@ -67,7 +118,8 @@ def plan(scale: Scale, backbone: str, gpu: str, utilisation: float | None = None
 
 
 def _shapes(scale: Scale, backbone: str, model: Any) -> Shapes:
-    spec, tokens = scale.decoder(backbone), costs.image_tokens(scale.vision)
+    spec, vision = scale.decoder(backbone), scale.vision
+    tokens = (vision.image_size // vision.patch_size) ** 2 + (vision.feature_strategy == "full")  # a picture in a prompt
     return Shapes(**checkpoints.shapes(model), layers=spec.layers, width=spec.width, image_tokens=tokens)
 
 
@@ -88,33 +140,38 @@ def _parts(scale: Scale) -> list[Part]:
     # steps grow with corpora; means over the recipes
     safety, preference = (dataclasses.replace(fit, steps=max(1, round(fit.steps * times))) for fit, times in longer)
     return [
-        Part("stage 1", scale.projector, 1, "projector", "sft", early, traffic.captions, 1.0),
-        Part("stage 2", stage_2, 1, "full", "sft", inside, *row),
-        Part("stage 2, other data and methods", stage_2, whole, "full", "sft", whole * arms, *row),
-        Part("stage 2, LoRA", stage_2, light, "lora", "sft", light * arms, *row),
-        Part("multitask tuning", stage_2, mixed, "full", "sft", mixed, *row),
-        Part("safety SFT", safety, len(sft), "full", "sft", len(sft), traffic.safety, 1.0),
-        Part("DPO", preference, len(pairs), "full", "dpo", len(pairs), traffic.pairs, 0.5),  # SPA-VL has pictures, SafeRLHF none
+        Part("stage 1", scale.projector, 1, "projector", early, traffic.captions, 1.0),
+        Part("stage 2", stage_2, 1, "full", inside, *row),
+        Part("stage 2, other data and methods", stage_2, whole, "full", whole * arms, *row),
+        Part("stage 2, LoRA", stage_2, light, "lora", light * arms, *row),
+        Part("multitask tuning", stage_2, mixed, "full", mixed, *row),
+        Part("safety SFT", safety, len(sft), "full", len(sft), traffic.safety, 1.0),
+        Part("DPO", preference, len(pairs), "dpo", len(pairs), traffic.pairs, 0.5),  # SPA-VL has pictures, SafeRLHF none
     ]
 
 
 def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None, part: Part) -> Work:
-    fit, dpo, answers = part.fit, part.objective == "dpo", 2 if part.objective == "dpo" else 1
+    fit, dpo, answers = part.fit, part.method == "dpo", 2 if part.method == "dpo" else 1
     adapters = 2 * scale.lora.rank * shapes.layers * 13 * shapes.width  # rank × both sides of 7 maps
-    trained = {"projector": 0, "lora": adapters, "full": shapes.language}[part.method] + shapes.projector
-    of_row = costs.operations(shapes, part.text, part.pictures, 6 if part.method == "full" else 4)
+    trained = {"projector": 0, "lora": adapters}.get(part.method, shapes.language) + shapes.projector
+    of_row = operations(shapes, part.text, part.pictures, 4 if part.method in ("projector", "lora") else 6)
     if dpo:
-        of_row = 2 * (of_row + costs.operations(shapes, part.text, part.pictures, 2))  # two answers, and the reference reads both
+        of_row = 2 * (of_row + operations(shapes, part.text, part.pictures, 2))  # two answers, and the reference reads both
     rows, row_tokens = fit.steps * fit.batch_size, part.text + part.pictures * shapes.image_tokens
     at_once = (fit.at_once or fit.batch_size // fit.micro_batches) * answers
     sharded = "fsdp" in fit.launch
-    memory = {n: costs.memory(shapes, trained, at_once * row_tokens, n, sharded) for n in (1, 8)}
+    memory = {n: gpu_memory(shapes, trained, at_once * row_tokens, n, sharded) for n in (1, 8)}
     if dpo:  # the reference
-        memory = {n: size + costs.FROZEN * shapes.all / (n if sharded else 1) for n, size in memory.items()}
-    kept, at_most = costs.disk(shapes, trained, part.checkpoints, 2 if fit.saved == "bfloat16" else 4, 2)
-    hours = part.runs * costs.training_seconds(of_row * rows, gpu, 1, utilisation or costs.UTILISATION) / 3600
+        memory = {n: size + FROZEN * shapes.all / (n if sharded else 1) for n, size in memory.items()}
+    kept = part.checkpoints * (2 if fit.saved == "bfloat16" else 4) * shapes.all
+    at_most = part.checkpoints * FROZEN * shapes.all + 2 * (FROZEN * shapes.all + 8 * trained)  # two of them can be resumed
+    hours = part.runs * _seconds(of_row * rows, gpu, utilisation or UTILISATION) / 3600
     tokens = part.runs * (rows * row_tokens * answers)
     return Work(part.name, part.runs, tokens, hours, memory, kept, at_most / part.runs, MEASURED if utilisation else "computed")
+
+
+def _seconds(operations: float, gpu: str, utilisation: float) -> float:
+    return operations / (GPUS[gpu]["operations"] * utilisation)
 
 
 def _screening(scale: Scale, gpu: str) -> Work:
@@ -122,9 +179,9 @@ def _screening(scale: Scale, gpu: str) -> Work:
     corpora = [getattr(scale.loaded, name) for name in ("captions", "instructions")]
     rows = sum(corpus.limit or corpus.rows or 0 for corpus in corpora if corpus) or SCREENED_ROWS
     tokens = rows * scale.traffic.screened
-    seconds = costs.training_seconds(2 * GUARD_WEIGHTS * tokens, gpu, 1, costs.PREFILL)
-    memory = costs.CAST * GUARD_WEIGHTS * 1.3
-    return Work("screening", 1, tokens, seconds / 3600, {1: memory, 8: memory}, 0.0, 0.0, "computed")
+    memory = CAST * GUARD_WEIGHTS * 1.3
+    hours = _seconds(2 * GUARD_WEIGHTS * tokens, gpu, PREFILL) / 3600
+    return Work("screening", 1, tokens, hours, {1: memory, 8: memory}, 0.0, 0.0, "computed")
 
 
 def _examinations(scale: Scale, shapes: Shapes, gpu: str) -> Work:
@@ -135,11 +192,12 @@ def _examinations(scale: Scale, shapes: Shapes, gpu: str) -> Work:
     full, panel = (min(1.0, n * 11 / (traffic.questions + traffic.requests)) for n in (exam.full, exam.panel))  # 11 benchmarks
     times = ends * full + early * panel
     answers, questions, length = times * traffic.requests, times * traffic.questions, min(traffic.answer, exam.max_new_tokens)
-    prefill = costs.operations(shapes, 100, 0.8, 2) * (answers + questions)
-    seconds = costs.training_seconds(prefill, gpu, 1, costs.PREFILL)
-    seconds += costs.decoding_seconds(shapes, round(answers), length, exam.batch_size, gpu)
-    memory = costs.CAST * shapes.all * 1.5
-    return Work("examinations", ends, answers * length, seconds / 3600, {1: memory, 8: memory}, 2e9, 2e9, "computed")
+    prefill = operations(shapes, 100, 0.8, 2) * (answers + questions)
+    weights = CAST * shapes.language  # every token of a batch reads all of them once
+    decoding = round(answers) / exam.batch_size * length * weights / (GPUS[gpu]["bandwidth"] * BANDWIDTH)
+    hours = (_seconds(prefill, gpu, PREFILL) + decoding) / 3600
+    memory = CAST * shapes.all * 1.5
+    return Work("examinations", ends, answers * length, hours, {1: memory, 8: memory}, 2e9, 2e9, "computed")
 
 
 def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
@@ -171,9 +229,9 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
         rest = (fit, Path(folder), 0, (), lambda step: ticks.append(time.perf_counter()))
         counts = trainers.tokens_seen(trainers.sft_history(model, processor, datasets.chat_dataset(rows, True), *rest))
     seconds, tokens = (ticks[-1] - ticks[1]) / (steps - 2), (counts[-1] - counts[1]) / (steps - 2)  # the first two warm up
-    done = costs.operations(shapes, tokens / at_once - shapes.image_tokens, 1.0, 6) * at_once / seconds
+    done = operations(shapes, tokens / at_once - shapes.image_tokens, 1.0, 6) * at_once / seconds
     gpu = torch.cuda.get_device_name() if where == "cuda" else ""
-    peak = next((peak for known, (peak, *_) in costs.GPUS.items() if known.split("-")[0] in gpu), None)
+    peak = next((spec["operations"] for known, spec in GPUS.items() if known.split("-")[0] in gpu), None)
     return {
         "device": where, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if where == "cuda" else None,
@@ -205,7 +263,7 @@ def summary(chosen: Sequence[tuple[int, str, Scale, str]]) -> str:
     rows = []
     for many, gpu, scale, backbone in chosen:
         works = plan(scale, backbone, gpu)
-        fit = [work for work in works if work.memory[1 if many == 1 else 8] <= costs.GPUS[gpu][1]]
+        fit = [work for work in works if work.memory[1 if many == 1 else 8] <= GPUS[gpu]["memory"]]
         without = ", ".join(work.name for work in works if work not in fit)
         disk = sum(work.kept for work in fit) + max(work.at_most for work in fit)
         rows.append({
