@@ -17,15 +17,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from vlsafe.analysis import measures
 from vlsafe.analysis.measures import CHANCE, MEASURES
 from vlsafe.core import store
-from vlsafe.publish import provenance
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
 Manifest = Mapping[str, Any]
-
-
-# --- from a study ---------------------------------------------------------------------------------------------------
 
 
 def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
@@ -75,9 +71,6 @@ def has_weights(manifest: Manifest) -> bool:
     return "config.json" in files and any(name.endswith(".safetensors") for name in files)
 
 
-# --- the text -------------------------------------------------------------------------------------------------------
-
-
 def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame | None, outside: Mapping[str, Any]) -> str:
     """The card of one run in the hub's form: YAML head with the results, then prose and tables.
 
@@ -101,32 +94,11 @@ def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame 
         eval_results=None if rates is None else _results(rates, manifest),
     )  # fmt: skip
     texts = {
-        "run": manifest, "multimodal": multimodal, "examined": rates is not None, "outside": outside,
+        "run": manifest, "runs": runs, "multimodal": multimodal, "outside": outside, "measures": MEASURES, "chance": CHANCE,
         "weights": sum(file.endswith(".safetensors") for file in manifest["files"]),
-        "lineage": provenance.markdown(_lineage_table(runs)), "training_data": provenance.markdown(_counts(runs)),
-        "results": "" if rates is None else provenance.markdown(_in_percent(rates)),
-        "seconds": sum(run["seconds"] for run in runs),
+        "rates": None if rates is None else rates.to_dict("records"),
     }  # fmt: skip
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts).content
-
-
-def _lineage_table(runs: Sequence[Manifest]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"run": f"{run['backbone']}/{run['stage']}/{run['recipe']}", "digest": run["digest"],
-         "made from": ", ".join(run["inputs"]) or "nothing", "seconds": round(run["seconds"])}
-        for run in runs
-    )  # fmt: skip
-
-
-def _counts(runs: Sequence[Manifest]) -> pd.DataFrame:
-    """What every run of the lineage counted in rows."""
-    rows = [
-        (f"{run['stage']}/{run['recipe']}", key, ", ".join(f"{k} {v}" for k, v in n.items()) if isinstance(n, dict) else n)
-        for run in runs
-        for key, n in run["numbers"].items()
-        if key in ("rows", "kept", "dropped", "steps", "tokens")
-    ]
-    return pd.DataFrame(rows, columns=["run", "what", "counted"])
 
 
 def _safety(raw: pd.DataFrame, manifest: Manifest) -> pd.DataFrame | None:
@@ -137,17 +109,6 @@ def _safety(raw: pd.DataFrame, manifest: Manifest) -> pd.DataFrame | None:
         return None
     parts = [MEASURES[name].get("parts", (name,)) for name in rates["measure"]]
     return rates.assign(judge=[", ".join(dict.fromkeys(MEASURES[part]["judge"] for part in names)) for names in parts])
-
-
-def _in_percent(rates: pd.DataFrame) -> pd.DataFrame:
-    """For the eye; a measure whose chance level is known shows it."""
-    bounds = zip(rates["value"], rates["low"], rates["high"], strict=True)
-    value = [f"{100 * v:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for v, low, high in bounds]
-    chance = [f"{100 * CHANCE[m]:.0f}" if m in CHANCE else "" for m in rates["measure"]]
-    return pd.DataFrame(
-        {"measure": [MEASURES[m]["label"] for m in rates["measure"]], "judge": rates["judge"], "% [95 %]": value, "n": rates["n"],
-         "unjudged": rates["n_unjudged"], "chance": chance}
-    )  # fmt: skip
 
 
 def _results(rates: pd.DataFrame, manifest: Manifest) -> list[EvalResult]:
