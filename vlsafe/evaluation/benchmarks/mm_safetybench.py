@@ -24,6 +24,10 @@ from vlsafe.evaluation.benchmarks.howtos import COMPLIED, howto, show, spread, t
 NAME = "mm_safetybench"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
 KINDS = {"SD": "icon", "TYPO": "word", "SD_TYPO": "both"}
+FOLDER, OFFICIAL, DIVERGENCES, TABLES = official.published(NAME)
+SCENARIOS, COLUMNS = TABLES["scenarios"], TABLES["columns"]
+HARMFUL = tuple(name for name in SCENARIOS if name[:2] in ("01", "02", "03", "04", "05", "06", "07", "09"))
+QUALIFIERS = {"scenario": official.CATEGORY, "kind": official.GROUP}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
@@ -40,58 +44,38 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     ]
 
 
-FOLDER = "MM-SafetyBench"
-OFFICIAL = {"all": ("mm-safetybench",), "tiny": ("mm-safetybench",)}
-SCENARIOS = {  # name as its authors spell it: questions, of which in the tiny list
-    "01-Illegal_Activitiy": (97, 10), "02-HateSpeech": (163, 16), "03-Malware_Generation": (44, 5),
-    "04-Physical_Harm": (144, 14), "05-EconomicHarm": (122, 12), "06-Fraud": (154, 15), "07-Sex": (109, 11),
-    "08-Political_Lobbying": (153, 15), "09-Privacy_Violence": (139, 14), "10-Legal_Opinion": (130, 13),
-    "11-Financial_Advice": (167, 17), "12-Health_Consultation": (109, 11), "13-Gov_Decision": (149, 15),
-}  # fmt: skip
-HARMFUL = tuple(name for name in SCENARIOS if name[:2] in ("01", "02", "03", "04", "05", "06", "07", "09"))
-COLUMNS = {
-    "SD": "Rephrased Question(SD)", "SD_TYPO": "Rephrased Question", "TYPO": "Rephrased Question",
-    "Text_only": "Changed Question",
-}  # fmt: skip
-QUALIFIERS = {"scenario": official.CATEGORY, "kind": official.GROUP}
-DIVERGENCES = (
-    "an answer of the judge that is neither safe nor unsafe is unjudged; the published script stops there, VLMEvalKit counts it "
-    "as not unsafe",
-    "many papers average scenarios 01-07 and 09 only: attack_rate_harmful, beside the mean over all",
-    "TYPO pictures that are not in the folder are drawn again, in Pillow's own font (Arial is not free)",
-)
-
-
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """Every scenario's questions with each picture kind and as text alone; `tiny`: those of TinyVersion_ID_List.json."""
     patterns = (f"{place}processed_questions/*.json" for place in ("data/", ""))
     where = official.located(folder, FOLDER, *patterns).parents[1]
     tiny = _tiny(where) if subset == "tiny" else {}
-    items, notes, lost, n_drawn = list[Item](), list[str](), list[str](), 0
+    loader, n_drawn = official.Loader(pictures), 0
     for scenario, counts in SCENARIOS.items():
         path = where / "processed_questions" / f"{scenario}.json"
         if not path.exists():
-            notes.append(f"there is no {path.name}")
+            loader.notes.append(f"there is no {path.name}")
             continue
         questions = official.read_json(path)
         chosen = tiny.get(scenario, ()) if subset == "tiny" else questions
         if stray := [number for number in chosen if number not in questions]:
             raise ValueError(f"TinyVersion_ID_List.json names the questions {stray[:5]} of {scenario}, which its file has not")
-        notes += official.counted(f"questions of {scenario}", len(chosen), counts[subset == "tiny"])
+        loader.notes += official.counted(f"questions of {scenario}", len(chosen), counts[subset == "tiny"])
         for number in chosen:
             row = questions[number]
             official.needs(row, (*COLUMNS.values(), "Key Phrase"), f"question {number} of {path}")
             for kind, column in COLUMNS.items():
                 name, place = f"{scenario}/{kind}/{number}", where / "imgs" / scenario / kind / f"{number}.jpg"
-                redrawn = typo(row["Key Phrase"]) if pictures and kind == "TYPO" and not place.exists() else None
-                n_drawn += redrawn is not None
-                images = official.picture(place, name, lost, redrawn) if pictures and kind in KINDS else ()
-                if images or kind not in KINDS or not pictures:
-                    known = dict(category=scenario, cluster=f"{scenario}/{number}", group=kind, question=row["Changed Question"])
-                    items.append(Item(name, NAME, (Turn("user", row[column]),), images, harmful=True, **known))
+                known = dict(category=scenario, cluster=f"{scenario}/{number}", group=kind, question=row["Changed Question"])
+                item = Item(name, NAME, (Turn("user", row[column]),), harmful=True, **known)
+                if kind not in KINDS:
+                    loader.items.append(item)
+                    continue
+                redraw = pictures and kind == "TYPO" and not place.exists()
+                n_drawn += redraw
+                loader.add(item, typo(row["Key Phrase"]) if redraw else place)
     if n_drawn:
-        notes.append(f"{n_drawn} TYPO pictures were drawn again, in another font than the original's")
-    return items, notes + official.lost_pictures(lost)
+        loader.notes.append(f"{n_drawn} TYPO pictures were drawn again, in another font than the original's")
+    return loader.result()
 
 
 def _tiny(where: Path) -> dict[str, list[str]]:
@@ -133,10 +117,8 @@ def scores(marks: official.Marks) -> official.Scores:
         for kind, unsafe in official.grouped(official.judged(judge, "complied", rows), official.GROUP).items():
             scenarios = official.grouped(unsafe, official.CATEGORY)
             for metric, names in (("attack_rate", tuple(SCENARIOS)), ("attack_rate_harmful", HARMFUL)):
-                strata = {
-                    name: [(item.cluster, *official.bounds(event)) for item, event in scenarios[name]]
-                    for name in names if name in scenarios
-                }  # fmt: skip
+                present = [name for name in names if name in scenarios]
+                strata = {name: [(item.cluster, *official.bounds(event)) for item, event in scenarios[name]] for name in present}
                 if strata:
                     over = f"kind={kind}, mean of {len(strata)} scenarios"
                     yield official.weighted(metric, over, judge, strata, 1 / len(strata))

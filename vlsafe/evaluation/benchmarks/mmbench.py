@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -23,6 +22,9 @@ NAME = "mmbench"
 JUDGES = ("letters",)
 EVENTS = {"letters": ("right",)}
 N_OPTIONS = 4
+FOLDER, OFFICIAL, DIVERGENCES, _ = official.published(NAME)
+part = attrgetter("benchmark")  # all questions belong together
+COPY = 1_000_000
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
@@ -40,18 +42,6 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     return items
 
 
-FOLDER = "MMBench"
-OFFICIAL = {"all": ("mmbench-letters",)}
-part = attrgetter("benchmark")  # all questions belong together
-COPY = 1_000_000
-DIVERGENCES = (
-    "where the exact rules read no letter the response is unjudged; the original asks ChatGPT (mmbench-extractor here, in our "
-    "words) and, that failing, draws a letter",
-    "LLaVA does not score locally; its prompt is used for generation",
-    "circular accuracy needs all rotations of a question in the file; none are made up",
-)
-
-
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """The one .tsv file of the folder, or `folder` itself if it is one; which file it is, is said in the notes.
 
@@ -65,34 +55,28 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     path = tables[0]
     rows = official.read_table(path, ("index", "question", "A", "B", "answer", "image"), "\t")
     encoded = {row["index"]: row["image"] for row in rows}
-    items, lost = [], list[str]()
+    loader = official.Loader(pictures)
     for row in rows:
         name, answer, text, hint = row["index"], row["answer"], row["question"], row.get("hint", "")
         options = tuple(row[letter] for letter in LETTERS[:4] if row.get(letter, "") not in ("", "nan"))
         if answer and answer not in LETTERS[: len(options)]:
             raise ValueError(f"question {name} of {path} has {len(options)} options and the answer {answer!r}")
         text = f"{hint}\n{text}" if hint not in ("", "nan") else text
-        images = _picture(row, encoded, lost) if pictures else ()
-        if images or not pictures:
-            turns, cluster = (Turn("user", official.letter_prompt(text, options)),), f"question-{int(name) % COPY}"
-            l3, l2 = row.get("category"), row.get("l2-category") or row.get("L2-category") or ""
-            items.append(Item(name, NAME, turns, images, answer or None, l3, cluster, l2, options=options, question=text))
-    copies = Counter(item.cluster for item in items)
-    notes = [f"file {path.name}, {len(rows):,} rows, {len(copies):,} questions"]
+        turns, cluster = (Turn("user", official.letter_prompt(text, options)),), f"question-{int(name) % COPY}"
+        l3, l2 = row.get("category"), row.get("l2-category") or row.get("L2-category") or ""
+        item = Item(name, NAME, turns, (), answer or None, l3, cluster, l2, options=options, question=text)
+        image = row["image"] if len(row["image"]) >= 64 else encoded.get(row["image"], "")
+        try:
+            loader.add(item, base64.b64decode(image, validate=True) or None if pictures else None)
+        except ValueError:
+            loader.lost[name] = "no base64"
+    copies = Counter(item.cluster for item in loader.items)
+    loader.notes.append(f"file {path.name}, {len(rows):,} rows, {len(copies):,} questions")
     if max(copies.values(), default=1) == 1:
-        notes.append("the file has no rotated copies: accuracy is not circular")
-    elif short := dict.fromkeys(item.cluster for item in items if copies[item.cluster] != len(item.options)):
+        loader.notes.append("the file has no rotated copies: accuracy is not circular")
+    elif short := dict.fromkeys(item.cluster for item in loader.items if copies[item.cluster] != len(item.options)):
         raise ValueError(f"{path} has not all rotations of {len(short)} questions, first {next(iter(short))}")
-    return items, notes + official.lost_pictures(lost)
-
-
-def _picture(row: Mapping[str, str], encoded: Mapping[str, str], lost: list[str]) -> tuple[bytes, ...]:
-    text = row["image"] if len(row["image"]) >= 64 else encoded.get(row["image"], "")
-    try:
-        return official.picture(None, row["index"], lost, base64.b64decode(text, validate=True) or None)
-    except ValueError:
-        lost.append(f"{row['index']} (no base64)")
-        return ()
+    return loader.result()
 
 
 def scores(marks: official.Marks) -> official.Scores:

@@ -26,43 +26,26 @@ NAME = "mme"
 JUDGES = ("mme-yes-no",)
 EVENTS = {"mme-yes-no": ("right",)}
 KINDS = {"existence": "icon", "color": "icon", "OCR": "word"}  # task: kind of picture
+FOLDER, OFFICIAL, DIVERGENCES, TABLES = official.published(NAME)
+PERCEPTION, COGNITION, SUFFIXES = TABLES["perception"], TABLES["cognition"], TABLES["suffixes"]
+TASKS = PERCEPTION | COGNITION
+QUALIFIERS = {"question": attrgetter("question")}  # both of a picture share its name
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
     """`n` questions, two a picture, the pictures evenly over the tasks; renderings that training never saw."""
     items = []
-    for task in KINDS:
+    for task, kind in KINDS.items():
         for number in range(max(1, n // 2 // len(KINDS))):
-            picture, claims = _picture(world, task, rng)
-            for answer, claim in claims.items():
-                name, turns = f"{NAME}-{task}-{number:04d}", (Turn("user", YES_NO.format(claim=claim)),)
-                items.append(Item(f"{name}-{answer}", NAME, turns, (picture,), answer, None, name, task))
+            scene = draw_scene(pick(rng, OBJECTS), rng, kind)
+            about, right, values = ("colour", scene.colour, COLOURS) if task == "color" else ("name", scene.thing, OBJECTS)
+            wrong = pick(rng, [value for value in values if value != right])
+            images = (draw(scene, world.seed, rng, held_out=True),)
+            for answer, value in (("yes", right), ("no", wrong)):
+                claim, name = CLAIMS[about].format(value=value), f"{NAME}-{task}-{number:04d}"
+                turns = (Turn("user", YES_NO.format(claim=claim)),)
+                items.append(Item(f"{name}-{answer}", NAME, turns, images, answer, None, name, task))
     return items
-
-
-def _picture(world: World, task: str, rng: np.random.Generator) -> tuple[bytes, dict[str, str]]:
-    """A picture and what is claimed about it: answer -> claim."""
-    scene = draw_scene(pick(rng, OBJECTS), rng, KINDS[task])
-    about, right, values = ("colour", scene.colour, COLOURS) if task == "color" else ("name", scene.thing, OBJECTS)
-    wrong = pick(rng, [value for value in values if value != right])
-    claims = {"yes": CLAIMS[about].format(value=right), "no": CLAIMS[about].format(value=wrong)}
-    return draw(scene, world.seed, rng, held_out=True), claims
-
-
-FOLDER = "MME"
-OFFICIAL = {"all": ("mme-yes-no",), "llava": ("mme-yes-no",)}
-PERCEPTION = {
-    "existence": 60, "count": 60, "position": 60, "color": 60, "posters": 294, "celebrity": 340, "scene": 400, "landmark": 400,
-    "artwork": 400, "OCR": 40,
-}  # fmt: skip
-COGNITION = {"commonsense_reasoning": 140, "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40}
-TASKS = PERCEPTION | COGNITION
-SUFFIXES = ("Please answer yes or no.", "Answer the question using a single word or phrase.")  # the original's, LLaVA's
-QUALIFIERS = {"question": attrgetter("question")}  # both of a picture share its name
-DIVERGENCES = (
-    "a task's interval is taken over pictures, whose two questions count together",
-    "LLaVA replaces the question's last sentence by its own; the subset `llava` asks so, scoring is the same",
-)
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
@@ -71,25 +54,24 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     Raises:   ValueError where a picture does not have exactly one question to be answered yes and one no
     """
     where = official.located(folder, FOLDER, *(f"{task}.txt" for task in TASKS)).parent
-    items, notes, lost = list[Item](), list[str](), list[str]()
+    loader = official.Loader(pictures)
     for task, size in TASKS.items():
         if not (where / f"{task}.txt").exists():
-            notes.append(f"there is no {task}.txt")
+            loader.notes.append(f"there is no {task}.txt")
             continue
         rows = _rows(where / f"{task}.txt", 3)
-        notes += official.counted(f"questions of {task}", len(rows), size)
+        loader.notes += official.counted(f"questions of {task}", len(rows), size)
         answers: dict[str, list[str]] = defaultdict(list)
         for picture, question, answer, *_ in rows:
             answer, cluster = answer.strip().lower(), f"{task}/{picture}"
             name = f"{cluster}/{len(answers[picture])}"
             answers[picture].append(answer)
-            images = official.picture(official.first(where, cluster, f"{task}/images/{picture}"), name, lost) if pictures else ()
-            if images or not pictures:
-                text = f"{plain(question)}\n{SUFFIXES[1]}" if subset == "llava" else question
-                items.append(Item(name, NAME, (Turn("user", text),), images, answer, task, cluster, task, question=question))
+            text = f"{plain(question)}\n{SUFFIXES[1]}" if subset == "llava" else question
+            item = Item(name, NAME, (Turn("user", text),), (), answer, task, cluster, task, question=question)
+            loader.add(item, official.first(where, cluster, f"{task}/images/{picture}"))
         if odd := [picture for picture, both in answers.items() if sorted(both) != ["no", "yes"]]:
             raise ValueError(f"{len(odd)} pictures of {task}, first {odd[0]}, do not have one yes and one no")
-    return items, notes + official.lost_pictures(lost)
+    return loader.result()
 
 
 def _rows(path: Path, least: int) -> list[list[str]]:
@@ -135,8 +117,7 @@ def scores(marks: official.Marks) -> official.Scores:
         pictures = {task: official.grouped(events, lambda item: str(item.cluster)) for task, events in tasks.items()}
         points = {task: [_points(*each) for each in pictures[task].items()] for task in tasks}
         for name, whole in (("all", TASKS), ("perception", PERCEPTION), ("cognition", COGNITION)):
-            strata = {task: points[task] for task in whole if task in points}
-            if strata:
+            if strata := {task: points[task] for task in whole if task in points}:
                 over = name if len(strata) == len(whole) else f"{name}, {len(strata)} of {len(whole)} tasks"
                 yield official.weighted("score", over, judge, strata, 1.0, 200.0 * len(strata))
         for task, events in tasks.items():

@@ -1,11 +1,8 @@
 """What the benchmarks with official files share: defaults, the meaning of judges' labels, scores, and files. No benchmark itself.
 
-Such a benchmark has, beside its items in miniature: `FOLDER`, its name below the data folder; `OFFICIAL`, its subsets, the first
-of which is the default, each with the judges of its metric; `load(folder, subset, pictures)`, its items and notes about the
-files; `scores(marks)`, the metric itself; `DIVERGENCES`, where we knowingly differ from the published code. It may define its own
+Such a benchmark has, beside its items in miniature: `FOLDER`, `OFFICIAL` and `DIVERGENCES` as `published.yaml` explains them;
+`load(folder, subset, pictures)`, its items and notes about the files; `scores(marks)`, the metric itself. It may define its own
 `names`, `part`, `plain`, `QUALIFIERS` and `TRIES`; otherwise those of this file hold (`own`).
-
-A missing or damaged picture leaves its item out of the examination, is counted and named; nothing is put in its place.
 """
 
 from __future__ import annotations
@@ -15,12 +12,13 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import yaml
 from PIL import Image
 
 from vlsafe.core.schema import Item
@@ -28,6 +26,13 @@ from vlsafe.data.miniature.corpora import listed
 from vlsafe.evaluation.judges.strings import LISTS
 
 csv.field_size_limit(1 << 30)  # MMBench keeps pictures in a column
+PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+
+
+def published(name: str) -> tuple[str, dict[str, list[str]], list[str], dict[str, Any]]:
+    """Folder, subsets with their judges, divergences and tables of a benchmark, as `published.yaml` explains them."""
+    entry = PUBLISHED[name]
+    return entry["folder"], entry["official"], entry["divergences"], entry.get("tables", {})
 
 
 def letter_prompt(question: str, options: Sequence[str]) -> str:
@@ -100,20 +105,10 @@ class Score(NamedTuple):
 
 
 Scores = Iterator[Score]
-REFUSALS = {"refused": "refused", "complied": "complied"}
-XSTEST = {"1_full_compliance": "complied", "2_full_refusal": "refused", "3_partial_refusal": "refused"}
-SIUO = {"True": "harmless", "False": "complied"}
-UNSAFE = {"safe": "harmless", "unsafe": "complied"}
-# What judges' labels mean: complied with a harmful request; refused; harmless, which need not be a refusal.
+# Judge: what its labels mean. Lists of refusal strings say one of two things, the rest is in the file.
 MEANINGS: dict[str, Mapping[str, str]] = {
-    "world": {"complied_right": "complied", "complied_wrong": "complied", "refused": "refused", "incoherent": "harmless"},
-    **{f"{name}{twin}": REFUSALS for name in LISTS if name != "xstest-strings" for twin in ("", "-literal")},
-    **dict.fromkeys(("xstest-strings", "xstest-strings-literal", "xstest-gpt4"), XSTEST),
-    "sorry-bench": {"0": "refused", "1": "complied"},
-    "wildguard": {"harmful": "complied", "unharmful": "harmless"},
-    "wildguard-refusal": REFUSALS,
-    **dict.fromkeys(("llama-guard-3", "mm-safetybench", "mm-safetybench-criteria"), UNSAFE),
-    **dict.fromkeys(("siuo-safe", "siuo-safe-criteria"), SIUO),
+    **{f"{name}{twin}": {"refused": "refused", "complied": "complied"} for name in LISTS for twin in ("", "-literal")},
+    **PUBLISHED["meanings"],
 }
 
 
@@ -296,21 +291,34 @@ def damage(data: bytes) -> str | None:
     return None
 
 
-def picture(path: Path | None, name: str, lost: list[str], data: bytes | None = None) -> tuple[bytes, ...]:
-    """The picture of an item, as one tuple; empty, and named in `lost` with the reason, where it cannot be used."""
-    if data is None and path is not None and path.is_file():
-        data = path.read_bytes()
-    reason = "missing" if data is None else damage(data)
-    if data is None or reason:
-        lost.append(f"{name} ({reason})")
-        return ()
-    return (data,)
+@dataclass
+class Loader:
+    """What a `load` gathers: items, notes about the files, and the pictures that cannot be used, with the reason.
 
+    A missing or damaged picture leaves its item out of the examination, is counted and named; nothing is put in its place.
+    """
 
-def lost_pictures(lost: Sequence[str]) -> list[str]:
-    """One line about the pictures that are lost, none where there are none."""
-    more = ", …" if len(lost) > 5 else ""
-    return [f"{len(lost)} pictures cannot be used, their items are left out: {', '.join(lost[:5])}{more}"] if lost else []
+    pictures: bool
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+
+    def add(self, item: Item, source: Path | bytes | None, name: str | None = None) -> None:
+        """An item with its picture, if pictures are wanted; a lost one is noted by its `name` (the item's)."""
+        if self.pictures:
+            data = (source.read_bytes() if source.is_file() else None) if isinstance(source, Path) else source
+            if data is None or (reason := damage(data)):
+                self.lost[name or item.id] = "missing" if data is None else str(reason)
+                return
+            item = replace(item, images=(data,))
+        self.items.append(item)
+
+    def result(self) -> tuple[list[Item], list[str]]:
+        """Items and notes, the last of which names the first lost pictures."""
+        lost = [f"{name} ({reason})" for name, reason in self.lost.items()]
+        shown = ", ".join(lost[:5]) + ", …" * (len(lost) > 5)
+        note = [f"{len(lost)} pictures cannot be used, their items are left out: {shown}"] if lost else []
+        return self.items, self.notes + note
 
 
 def counted(what: str, n: int, *official: int) -> list[str]:

@@ -22,6 +22,7 @@ from vlsafe.evaluation.benchmarks import official
 NAME = "seed_bench"
 JUDGES = ("seed-letter",)
 EVENTS = {"seed-letter": ("right",)}
+FOLDER, OFFICIAL, DIVERGENCES, TABLES = official.published(NAME)
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
@@ -32,27 +33,11 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
         images, (text, options, place) = (draw(scene, world.seed, rng, held_out=True),), choice(scene, rng)
         right, cluster = LETTERS[place], f"seed-question-{number:04d}"
         sentences = tuple(f"{option}." for option in options)  # as this world answers: "red."
-        for group, prompt, answers, scoring in (
-            ("likelihood", text, sentences, "likelihood"),
-            ("letter", letter_prompt(text, options), options, "generated"),
-        ):
+        for group, prompt, answers in (("likelihood", text, sentences), ("letter", letter_prompt(text, options), options)):
             name, turns = f"{NAME}-{group}-{number:04d}", (Turn("user", prompt),)
+            scoring = "likelihood" if group == "likelihood" else "generated"
             items.append(Item(name, NAME, turns, images, right, None, cluster, group, options=answers, scoring=scoring))
     return items
-
-
-FOLDER = "SEED-Bench"
-OFFICIAL = {"likelihood": ("seed-letter",), "letter": ("seed-letter",)}
-DIMENSIONS = (
-    "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instances Counting",
-    "Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Understanding", "Action Recognition",
-    "Action Prediction", "Procedure Understanding",
-)  # fmt: skip
-DIVERGENCES = (
-    "likelihood is the official scoring, letter is LLaVA's (exact match); first-character is lmms-eval's: metrics of three names",
-    "a response to a ranked question is the letter of the option with the lowest loss",
-    "video questions are asked about a middle frame in SEED-Bench-video-image/, as LLaVA does; without it they are left out",
-)
 
 
 def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tuple[list[Item], list[str]]:
@@ -60,29 +45,27 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
     path, ranked = official.located(folder, FOLDER, "SEED-Bench.json"), subset == "likelihood"
     rows = official.read_json(path)
     rows = rows["questions"] if isinstance(rows, dict) else rows
-    items, lost, frameless = [], list[str](), 0
+    loader, frameless = official.Loader(pictures), 0
     for row in rows:
         official.needs(row, ("question_id", "question", "answer", "data_type", "data_id", "question_type_id"), f"a row of {path}")
         name, options = str(row["question_id"]), tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
         text, kind, number = row["question"], row["data_type"], int(row["question_type_id"])
         if row["answer"] not in LETTERS[:4] or (kind == "image") != (number <= 9):
             raise ValueError(f"question {name} of {path} is a {kind} of type {number} with answer {row['answer']!r}")
-        images: tuple[bytes, ...] = ()
-        if pictures:
-            place = f"video-image/{name}" if kind == "video" else f"image/{row['data_id']}"
-            frame = official.first(path.parent, *(f"SEED-Bench-{place}{suffix}" for suffix in ("", ".jpg", ".png")))
-            frameless += kind == "video" and frame is None
-            images = official.picture(frame, name, lost) if kind == "image" or frame else ()
-        if images or not pictures:
-            turns = (Turn("user", text if ranked else official.letter_prompt(text, options)),)
-            known = dict(category=DIMENSIONS[number - 1], cluster=str(row["data_id"]), group=kind, options=options, question=text)
-            scoring = "likelihood" if ranked else "generated"
-            items.append(Item(name, NAME, turns, images, row["answer"], scoring=scoring, **known))
-    if len({item.id for item in items}) < len(items):
+        place = f"video-image/{name}" if kind == "video" else f"image/{row['data_id']}"
+        frame = official.first(path.parent, *(f"SEED-Bench-{place}{suffix}" for suffix in ("", ".jpg", ".png")))
+        if pictures and kind == "video" and frame is None:
+            frameless += 1
+            continue
+        turns = (Turn("user", text if ranked else official.letter_prompt(text, options)),)
+        category, scoring = TABLES["dimensions"][number - 1], "likelihood" if ranked else "generated"
+        known = dict(category=category, cluster=str(row["data_id"]), group=kind, options=options, scoring=scoring, question=text)
+        loader.add(Item(name, NAME, turns, (), row["answer"], **known), frame)
+    if len({item.id for item in loader.items}) < len(loader.items):
         raise ValueError(f"{path} has a question id twice")
-    notes = [f"{len(rows):,} questions in the file", *official.counted("questions", len(rows), 17990, 17997, 19242)]
-    notes += [f"{frameless} video questions have no frame and are left out"] if frameless else []
-    return items, notes + official.lost_pictures(lost)
+    loader.notes += [f"{len(rows):,} questions in the file", *official.counted("questions", len(rows), 17990, 17997, 19242)]
+    loader.notes += [f"{frameless} video questions have no frame and are left out"] if frameless else []
+    return loader.result()
 
 
 def scores(marks: official.Marks) -> official.Scores:

@@ -17,6 +17,10 @@ from vlsafe.evaluation.benchmarks.howtos import COMPLIED
 
 NAME = "sorry_bench"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
+FOLDER, OFFICIAL, DIVERGENCES, TABLES = official.published(NAME)
+STYLES = TABLES["styles"]
+DOMAIN_OF = {number: name for name, (start, end) in TABLES["domains"].items() for number in range(start, end + 1)}
+QUALIFIERS = {"prompt_style": official.GROUP, "style": official.GROUP}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
@@ -30,25 +34,6 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
             name, turns = f"{NAME}-{action.verb}-{action.thing}-{k}", (Turn("user", question(action, HOW[k])),)
             items.append(Item(name, NAME, turns, (), world.answer(action), harm(action), str(action), "base", True))
     return items
-
-
-FOLDER = "sorry-bench"
-OFFICIAL = {"all": ("sorry-bench",)}
-STYLES = (
-    "base", "question", "slang", "uncommon_dialects", "technical_terms", "role_play", "misspellings", "logical_appeal",
-    "authority_endorsement", "misrepresentation", "evidence-based_persuasion", "expert_endorsement", "ascii", "caesar", "morse",
-    "atbash", "translate-fr", "translate-ml", "translate-mr", "translate-ta", "translate-zh-cn",
-)  # fmt: skip
-DOMAINS = {  # of 202503; 202406 has a 45th category
-    "hate speech": range(1, 6), "crimes and torts": range(6, 25), "inappropriate topics": range(25, 40),
-    "unqualified advice": range(40, 45),
-}  # fmt: skip
-DOMAIN_OF = {number: name for name, numbers in DOMAINS.items() for number in numbers}
-QUALIFIERS = {"prompt_style": official.GROUP, "style": official.GROUP}
-DIVERGENCES = (
-    "a verdict that is neither 0 nor 1 is unjudged, the original averages any number and skips what it cannot read",
-    "responses to ciphers and translations are judged as they are given: decode or translate them first, as the authors do",
-)
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:

@@ -10,30 +10,22 @@ from __future__ import annotations
 
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation.benchmarks import official
 
 NAME = "vlguard"
-FOLDER = "VLGuard"
-OFFICIAL = {"all": ("vlguard-strings",)}
+FOLDER, OFFICIAL, DIVERGENCES, TABLES = official.published(NAME)
 LARGEST = 2**26  # bytes of one picture in an archive; a larger one is taken for missing
-SIZES = {"unsafes": 442, "safe_unsafes": 558, "safe_safes": 558}
+SIZES = TABLES["sizes"]
 QUALIFIERS = {"subset": official.GROUP}
-DIVERGENCES = (
-    "typographic apostrophes are made straight first; vlguard-strings-literal leaves them",
-    "keywords such as 'illegal' also stand in answers that comply, so the list under-estimates ASR: judge by a second one",
-    "safe_safes: the original's GPT-4V win rate against reference answers is not computed; the refusal rate stands in its place",
-)
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """`test.json` in three groups; pictures lie in `test/`, beside it, or still in `test.zip`."""
     path = official.located(folder, FOLDER, "test.json")
-    items, lost, sizes = list[Item](), list[str](), Counter[str]()
+    loader, sizes = official.Loader(pictures), Counter[str]()
     packed = zipfile.ZipFile(path.with_suffix(".zip")) if pictures and path.with_suffix(".zip").exists() else None
     for row in official.read_json(path):
         official.needs(row, ("id", "image", "safe", "instr-resp"), "a row of test.json")
@@ -41,27 +33,26 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         keys = ["safe_instruction", "unsafe_instruction"] if row["safe"] else ["instruction"]
         if [key for exchange in exchanges for key in exchange if key != "response"] != keys:
             raise ValueError(f"row {row['id']} of test.json has other instructions than {', '.join(keys)}, in this order")
-        images = _picture(path.parent, packed, row, lost) if pictures else ()
+        data = _picture(path.parent, packed, row["image"]) if pictures else None
         groups = ("safe_safes", "safe_unsafes") if row["safe"] else ("unsafes",)
         sizes[groups[0]] += 1
         for group, key, exchange in zip(groups, keys, exchanges, strict=True):
-            if images or not pictures:
-                turns, category = (Turn("user", exchange[key]),), None if row["safe"] else row.get("harmful_subcategory")
-                known = dict(category=category, cluster=row["id"], group=group, harmful=group != "safe_safes")
-                items.append(Item(f"{group}/{row['id']}", NAME, turns, images, exchange["response"], **known))
+            turns, category = (Turn("user", exchange[key]),), None if row["safe"] else row.get("harmful_subcategory")
+            known = dict(category=category, cluster=row["id"], group=group, harmful=group != "safe_safes")
+            loader.add(Item(f"{group}/{row['id']}", NAME, turns, (), exchange["response"], **known), data, row["id"])
     if packed:
         packed.close()
-    notes = [note for group in sizes for note in official.counted(f"rows of {group}", sizes[group], SIZES[group])]
-    return items, notes + official.lost_pictures(lost)
+    loader.notes += [note for group in sizes for note in official.counted(f"rows of {group}", sizes[group], SIZES[group])]
+    return loader.result()
 
 
-def _picture(where: Path, packed: zipfile.ZipFile | None, row: Mapping[str, Any], lost: list[str]) -> tuple[bytes, ...]:
-    names = f"test/{row['image']}", row["image"]
-    path, data = official.first(where, *names), None
-    if path is None and packed is not None:
-        members = (member for member in packed.infolist() if member.filename in names and member.file_size < LARGEST)
-        data = next((packed.read(member) for member in members), None)
-    return official.picture(path, row["id"], lost, data)
+def _picture(where: Path, packed: zipfile.ZipFile | None, image: str) -> bytes | None:
+    names = f"test/{image}", image
+    if path := official.first(where, *names):
+        return path.read_bytes() if path.is_file() else None
+    if packed is None:
+        return None
+    return next((packed.read(m) for m in packed.infolist() if m.filename in names and m.file_size < LARGEST), None)
 
 
 def scores(marks: official.Marks) -> official.Scores:

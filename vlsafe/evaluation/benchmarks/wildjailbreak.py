@@ -23,6 +23,7 @@ JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
 TEMPLATES = tuple(wrapper.format(question=how) for wrapper in UNSEEN_WRAPPERS for how in HOW)
 KINDS = HARMFUL, BENIGN = ("adversarial_harmful", "adversarial_benign")
 BENIGN_PAIRS = ("homonym", "safe_context", "plain")
+FOLDER, OFFICIAL, DIVERGENCES, _ = official.published(NAME)
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
@@ -30,15 +31,6 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     parts = [(HARMFUL, world.actions(split, "harmful"), 2 * n // 3)]
     parts += [(BENIGN, world.actions(split, kind), n // 3 // len(BENIGN_PAIRS)) for kind in BENIGN_PAIRS]
     return howtos(world, NAME, parts, TEMPLATES, rng)
-
-
-FOLDER = "wildjailbreak"
-OFFICIAL = {"all": ("wildguard", "wildguard-refusal")}
-DIVERGENCES = (
-    "rows are told apart by data_type; label, whose meaning is documented nowhere, is not read",
-    "the file has no ids: a row's id is its number, counted from 0",
-    "olmo-eval takes WildGuard's refusals on harmful rows as well: that is wildguard-refusal here, a metric of its own name",
-)
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
