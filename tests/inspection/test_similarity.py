@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlsafe.inspection import similarity, states
+from vlsafe.inspection import states
 
 
 def kept(tmp_path, **sides):
@@ -33,7 +33,7 @@ def test_prompts_are_compared_by_states_by_increments_and_along_the_direction(tm
     own, reference = [[3.0, 0.0], [0.0, 2.0], [0.0, 4.0]], [[3.0, 0.0], [2.0, 0.0], [0.0, 4.0]]
     pair = kept(tmp_path, **{n: [list(p) for p in zip(enter, leave)] for n, leave in (("own", own), ("reference", reference))})  # noqa: B905
     directions = {"direction": torch.tensor([[0.0, 2.0]]), "harmless": torch.tensor([[0.0, 1.0]])}
-    frame = similarity.compare_prompts(pair, prompts(3, ("text", "picture", "picture")), directions, probes=False)
+    frame = states.compare_prompts(pair, prompts(3, ("text", "picture", "picture")), directions, probes=False)
     assert list(frame) == [
         "item", "cluster", "group", "harmful", "layer", "cosine", "cosine_centred", "increment", "increment_centred",
         "projection", "projection_reference",
@@ -47,10 +47,10 @@ def test_prompts_are_compared_by_states_by_increments_and_along_the_direction(tm
 
 def test_states_in_memory_are_one_group():
     own = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 3.0]]])
-    frame = similarity.compare_states(own, own.flip(1), prompts(2))
+    frame = states.compare_states(own, own.flip(1), prompts(2))
     assert frame["layer"].tolist() == [0, 0, 1, 1] and frame["item"].tolist() == ["item-0", "item-1"] * 2
     assert frame["cosine"].tolist() == frame["cosine_centred"].tolist() == [0] * 4
-    assert similarity.compare_states(own, 2 * own + 1, prompts(2))["cosine_centred"].tolist() == pytest.approx([1] * 4)
+    assert states.compare_states(own, 2 * own + 1, prompts(2))["cosine_centred"].tolist() == pytest.approx([1] * 4)
 
 
 def test_probes_are_fitted_in_each_group():
@@ -59,7 +59,7 @@ def test_probes_are_fitted_in_each_group():
     harmful = frame["harmful"].to_numpy()
     up = np.where(harmful == (frame["group"] == "text"), 1.0, -1.0) + 0.1 * rng.normal(size=80)
     reference = torch.tensor(np.column_stack([up, rng.normal(size=80)])).float()
-    scores = similarity.probe_scores(-reference, reference, frame)
+    scores = states.probe_scores(-reference, reference, frame)
     for name in ("probe_own", "probe_reference"):
         assert (scores[name] > 0).tolist() == harmful.tolist()
     assert (scores["probe_transferred"] > 0).tolist() == (~harmful).tolist()
@@ -68,7 +68,7 @@ def test_probes_are_fitted_in_each_group():
 def test_cka_of_sets_has_the_error_of_leaving_clusters_out(tmp_path):
     values = np.random.default_rng(0).normal(size=(12, 3, 4))
     pair = kept(tmp_path, own=values, reference=values + 0.5 * np.random.default_rng(1).normal(size=values.shape))
-    rows = list(similarity.compare_sets(pair, prompts(12, ("text", "picture"))))
+    rows = list(states.compare_sets(pair, prompts(12, ("text", "picture"))))
     assert [(row["layer"], row["group"], row["n"]) for row in rows] == [
         (layer, group, 6) for layer in (0, 1) for group in ("picture", "text")
     ]
@@ -82,7 +82,7 @@ def test_gradients_are_compared_two_by_two_in_each_block(tmp_path):
     files = [tmp_path / name for name in ("vl-000.safetensors", "vl-001.safetensors", "safety-000.safetensors")]
     for file, values in zip(files, ([1.0, 0.0], [2.0, 0.0], [-3.0, 4.0]), strict=True):
         save_file({"model.layers.0.mlp.up_proj.weight": torch.tensor([values]), "lm_head.weight": torch.ones(1, 2)}, file)
-    rows = list(similarity.compare_gradients(files))
+    rows = list(states.compare_gradients(files))
     assert [(row["task_a"], row["task_b"], row["a"], row["b"]) for row in rows] == [
         ("vl", "vl", 0, 1), ("vl", "safety", 0, 2), ("vl", "safety", 1, 2),
     ]  # fmt: skip

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.inspection import causal, similarity, states
+    from vlsafe.inspection import causal, states
 
 __getattr__ = lazily(__name__)

@@ -1,16 +1,20 @@
-"""Hidden states of the decoder blocks, how they and the weights change, and where in them a parent keeps its safety.
+"""Hidden states of the decoder blocks, how alike two models are in them, how weights change, where a parent keeps its safety.
 
-Layers are counted from 0 and bands are half-open. This module knows neither the run store nor what makes a prompt harmful.
+Layers are counted from 0 and bands are half-open. A pair of models is two folders of kept states of the same prompts, "own" and
+"reference"; one layer of both is in memory. What is known about the prompts is a frame with the columns item, cluster, group
+(the modality) and harmful. This module knows neither the run store nor what makes a prompt harmful.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,12 +25,14 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
 from vlsafe.core.schema import Picture, Turn
+from vlsafe.models import checkpoints
 from vlsafe.models.architectures import PROJECTIONS, address, language_layers, read_out
 from vlsafe.models.chat import last_positions, prompt_batch
 from vlsafe.models.checkpoints import Place, language_places, read_tensor
 
 Prompts = Sequence[tuple[Sequence[Turn], Sequence[Picture]]]  # turns, and the pictures that go with them
-Ends = tuple[Mapping[str, Place], Mapping[str, Place]]  # the weights that a task vector leads from and to
+Pair = Mapping[str, Path]
+JACKKNIFE = 20  # groups of clusters that are left out in turn for the standard error of CKA
 
 
 @torch.inference_mode()
@@ -108,11 +114,8 @@ def kept_states(folder: Path, layer: int) -> torch.Tensor:
 
     Shapes:   ->  [N, D]
     """
-    parts = []
-    for file in sorted(folder.glob("states-*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            parts.append(tensors.get_slice("states")[:, layer])
-    return torch.cat(parts)
+    files = sorted(folder.glob("states-*.safetensors"))
+    return torch.cat([safe_open(file, "pt").get_slice("states")[:, layer] for file in files])
 
 
 def centred(states: torch.Tensor, groups: np.ndarray) -> torch.Tensor:
@@ -179,6 +182,76 @@ def harm_scores(states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray,
     return scores
 
 
+def keep_pair(folder: Path, parent: Path, prompts: Prompts, work: Path, batch_size: int) -> Pair:
+    """Write the states of a model and of its reference: the parent's language weights with the model's tower and projector."""
+    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
+    shutil.rmtree(work, ignore_errors=True)  # a killed attempt may have left more batches
+    own = keep_states(model, processor, prompts, work / "own", batch_size)
+    checkpoints.put_language(model, checkpoints.language_places(parent))  # streamed over the model's own: one model is in memory
+    return {"own": own, "reference": keep_states(model, processor, prompts, work / "reference", batch_size)}
+
+
+def _layers(pair: Pair) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Number, states and increments [N, D] of every block, of both models."""
+    _, outputs, _ = safe_open(next(pair["own"].glob("*.safetensors")), "pt").get_slice("states").get_shape()
+    before = {name: kept_states(folder, 0) for name, folder in pair.items()}
+    for layer in range(outputs - 1):
+        now = {name: kept_states(folder, layer + 1) for name, folder in pair.items()}
+        yield layer, now, {name: now[name] - before[name] for name in pair}
+        before = now
+
+
+def compare_prompts(pair: Pair, prompts: pd.DataFrame, directions: Mapping[str, torch.Tensor],
+                    probes: bool = True) -> pd.DataFrame:  # fmt: skip
+    """One row per layer × prompt: cosines of states and of increments, projections on the direction, scores of the probes.
+
+    A projection is 0 at the mean of harmless prompts, where the direction [L, D] starts, and 1 at that of harmful ones.
+    """
+    frames, groups = [], prompts["group"].to_numpy()
+    for layer, now, increments in _layers(pair):
+        columns = _cosines("cosine", **now, groups=groups) | _cosines("increment", **increments, groups=groups)
+        axis, origin = directions["direction"][layer], directions["harmless"][layer]
+        for name, side in (("projection", "own"), ("projection_reference", "reference")):
+            columns[name] = ((now[side] - origin) @ axis / (axis @ axis)).numpy()
+        columns |= probe_scores(**now, prompts=prompts) if probes else {}
+        frames.append(prompts.assign(layer=layer, **columns))
+    return pd.concat(frames)
+
+
+def compare_states(own: torch.Tensor, reference: torch.Tensor, prompts: pd.DataFrame) -> pd.DataFrame:
+    """Cosines of two models' states [N, L, D], one row per layer × prompt; all prompts are one group."""
+    group, layers = np.zeros(len(prompts)), range(own.shape[1])
+    return pd.concat(prompts.assign(layer=i, **_cosines("cosine", own[:, i], reference[:, i], group)) for i in layers)
+
+
+def _cosines(name: str, own: torch.Tensor, reference: torch.Tensor, groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Cosines [N] of states [N, D], raw and less the mean of each prompt's group."""
+    sides = {name: (own, reference), f"{name}_centred": [centred(side, groups) for side in (own, reference)]}
+    return {column: torch.cosine_similarity(*pair, dim=-1).numpy() for column, pair in sides.items()}
+
+
+def probe_scores(own: torch.Tensor, reference: torch.Tensor, prompts: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Held-out scores [N] of probes for harm, one per group: the model's, the reference's, and the latter's on the model."""
+    scores = {name: np.full(len(prompts), np.nan) for name in ("probe_own", "probe_reference", "probe_transferred")}
+    for rows in prompts.groupby("group").indices.values():
+        harmful, clusters = (prompts[name].to_numpy()[rows] for name in ("harmful", "cluster"))
+        a, b = own[rows].numpy(), reference[rows].numpy()
+        (scores["probe_own"][rows],) = harm_scores(a, harmful, clusters)
+        scores["probe_reference"][rows], scores["probe_transferred"][rows] = harm_scores(b, harmful, clusters, [a])
+    return scores
+
+
+def compare_sets(pair: Pair, prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """CKA per layer × group, with its jackknife standard error over groups of clusters."""
+    fold = np.unique(prompts["cluster"].astype(str), return_inverse=True)[1] % JACKKNIFE
+    for layer, now, _ in _layers(pair):
+        for group, rows in sorted(prompts.groupby("group").indices.items()):
+            kept = (rows[fold[rows] != left_out] for left_out in np.unique(fold[rows]))
+            whole, *without = (cka(now["own"][part], now["reference"][part]) for part in (rows, *kept))
+            error = float(np.sqrt((len(without) - 1) * np.var(without)))
+            yield {"layer": layer, "group": group, "cka": whole, "error": error, "n": len(rows)}
+
+
 def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bool = True) -> Iterator[dict[str, Any]]:
     """How far every language weight has moved, a row each, two tensors in memory at a time; squared norms can be added up.
 
@@ -205,8 +278,8 @@ def effective_rank(matrix: torch.Tensor) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp()) if values.sum() > 0 else 0.0
 
 
-def alignment(a: Ends, b: Ends) -> Iterator[dict[str, Any]]:
-    """Inner product and squared norms of two task vectors, a row per weight, to be added up before a cosine is taken."""
+def alignment(a: Sequence[Mapping[str, Place]], b: Sequence[Mapping[str, Place]]) -> Iterator[dict[str, Any]]:
+    """Inner product and squared norms of two task vectors (start, end), a row per weight, to be added up before a cosine."""
     for name in a[0]:
         first, second = (read_tensor(end[name]).float() - read_tensor(start[name]).float() for start, end in (a, b))
         layer, module = address(name)
@@ -226,6 +299,16 @@ def gram(files: Sequence[Path]) -> dict[int, np.ndarray]:
             rows = torch.stack([read_tensor(place[name]).double().flatten() for place in places])
             products[layer] = products.get(layer, 0) + (rows @ rows.T).numpy()
     return products
+
+
+def compare_gradients(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Cosines of every two gradients per block; files are called `<task>-<number>`."""
+    tasks = [file.name.split("-")[0] for file in files]
+    for layer, products in gram(files).items():
+        size = np.sqrt(np.diag(products))
+        cosines = products / np.outer(size, size)
+        for b, a in np.argwhere(np.tri(len(files), k=-1)).tolist():
+            yield {"layer": layer, "a": a, "b": b, "task_a": tasks[a], "task_b": tasks[b], "cosine": float(cosines[b, a])}
 
 
 def pair_cosines(a: torch.Tensor, b: torch.Tensor, draws: int, rng: np.random.Generator) -> np.ndarray:

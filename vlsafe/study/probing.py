@@ -104,15 +104,13 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
     for run in (ADAPTED, *TUNED):
         folder = study.checkpoints(run)[-1]
         model, states = model_columns(study, run, folder), work / "states" / run.replace("/", ".")
-        pair = inspection.similarity.keep_pair(folder, parent, evaluation.prompts.conversations(many), states, batch_size)
-        rows += inspection.similarity.compare_prompts(pair, of_many, directions).assign(**model).to_dict("records")
-        sets += [row | model for row in inspection.similarity.compare_sets(pair, of_many)]
+        pair = inspection.states.keep_pair(folder, parent, evaluation.prompts.conversations(many), states, batch_size)
+        rows += inspection.states.compare_prompts(pair, of_many, directions).assign(**model).to_dict("records")
+        sets += [row | model for row in inspection.states.compare_sets(pair, of_many)]
     for folder in study.checkpoints(ADAPTED)[:-1]:
         model = model_columns(study, ADAPTED, folder)
-        pair = inspection.similarity.keep_pair(
-            folder, parent, evaluation.prompts.conversations(few), work / "passing", batch_size
-        )
-        rows += inspection.similarity.compare_prompts(pair, of_few, directions, probes=False).assign(**model).to_dict("records")
+        pair = inspection.states.keep_pair(folder, parent, evaluation.prompts.conversations(few), work / "passing", batch_size)
+        rows += inspection.states.compare_prompts(pair, of_few, directions, probes=False).assign(**model).to_dict("records")
         drop(work / "passing")
     store.write_rows(work / "prompts.parquet", of_many[["item", "group", "harmful", "cluster"]].to_dict("records"))
     store.write_rows(work / "layers.parquet", rows)
@@ -137,7 +135,7 @@ def make_drift(study: Study, work: Path) -> dict[str, Any]:
         for folder in folders:
             places, model = models.checkpoints.language_places(folder), model_columns(study, run, folder)
             drift += [row | model for row in inspection.states.drift(parent, places, with_rank=folder == folders[-1])]
-            rows = inspection.similarity.compare_states(states_of(folder), reference, attributes.drop(columns="group"))
+            rows = inspection.states.compare_states(states_of(folder), reference, attributes.drop(columns="group"))
             alike += [model | row for row in rows.to_dict("records")]
     store.write_rows(work / "drift.parquet", drift)
     store.write_rows(work / "alike.parquet", alike)
@@ -165,7 +163,7 @@ def make_objectives(study: Study, work: Path) -> dict[str, Any]:
         step = step_of(folders[number]) if number else 0
         drop(work / "gradients")
         files = [file for task in dataset for file in _gradients(study, folders[number], task, dataset[task], work / "gradients")]
-        rows += [{**model, "layer": row["layer"], "step": step} | row for row in inspection.similarity.compare_gradients(files)]
+        rows += [{**model, "layer": row["layer"], "step": step} | row for row in inspection.states.compare_gradients(files)]
     drop(work / "gradients")
     store.write_rows(work / "gradients.parquet", rows)
     return {"points": len(chosen), "batches": study.scale.probing.gradient_batches}
