@@ -24,7 +24,7 @@ EVENTS = {"letters": ("right",)}
 N_OPTIONS = 4
 FOLDER, OFFICIAL, DIVERGENCES, _ = official.published(NAME)
 part = attrgetter("benchmark")  # all questions belong together
-COPY = 1_000_000
+COPY = 1_000_000  # the step between the indices of a question's rotations
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:

@@ -53,7 +53,8 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
         if row["answer"] not in LETTERS[:4] or (kind == "image") != (number <= 9):
             raise ValueError(f"question {name} of {path} is a {kind} of type {number} with answer {row['answer']!r}")
         place = f"video-image/{name}" if kind == "video" else f"image/{row['data_id']}"
-        frame = official.first(path.parent, *(f"SEED-Bench-{place}{suffix}" for suffix in ("", ".jpg", ".png")))
+        names = (f"SEED-Bench-{place}{suffix}" for suffix in ("", ".jpg", ".png"))
+        frame = official.first(path.parent, *names) if pictures else None
         if pictures and kind == "video" and frame is None:
             frameless += 1
             continue
