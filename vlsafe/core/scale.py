@@ -315,16 +315,16 @@ def known(name: str, names: Iterable[str], what: str) -> str:
     raise ValueError(f"unknown {what} {name!r}{hint} (known: {listed})")
 
 
-def extended(base: Any, changes: Mapping[str, Any], where: str = "scale") -> Any:
-    """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked."""
-    hints = typing.get_type_hints(type(base))
-    values: dict[str, Any] = {}
+def extended(base: Any, changes: Any, where: str = "scale") -> Any:
+    """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked; a new value of a class."""
+    kind = base if isinstance(base, type) else type(base)
+    hints, values = typing.get_type_hints(kind), {}
     for key, value in _mapping(changes, where).items():
         known(key, hints, f"key of {where}")
-        values[key] = _converted(value, hints[key], getattr(base, key), f"{where}.{key}")
+        values[key] = _converted(value, hints[key], getattr(base, key, None), f"{where}.{key}")
     try:
-        return dataclasses.replace(base, **values)
-    except ValueError as error:
+        return kind(**values) if base is kind else dataclasses.replace(base, **values)
+    except (TypeError, ValueError) as error:  # TypeError: a new value lacks fields
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -335,32 +335,32 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
-    optional = isinstance(value, Mapping) and dataclasses.is_dataclass(current)
-    if dataclasses.is_dataclass(hint) or optional:
-        return extended(current, value, where)
-    if typing.get_origin(hint) is Mapping:
-        kind, value = typing.get_args(hint)[1], _mapping(value, where)
-        if kind is Any:
-            return {**current, **value}
-        kept = {name: entry for name, entry in current.items() if name not in value or value[name] is not None}
-        changes = {name: entry for name, entry in value.items() if entry is not None}  # null removes an entry
-        return {**kept, **{name: _entry(entry, kind, kept, name, f"{where}.{name}") for name, entry in changes.items()}}
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind, *parameters = typing.get_origin(allowed[0]) or allowed[0], *typing.get_args(allowed[0])
+    if dataclasses.is_dataclass(kind) and (isinstance(value, Mapping) or len(allowed) == 1):
+        return extended(kind if current is None else current, value, where)
+    if kind is Mapping:
+        entries, value = current or {}, _mapping(value, where)
+        if parameters[1] is Any:
+            return {**entries, **value}
+        kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}  # null removes an entry
+        changes = {name: entry for name, entry in value.items() if entry is not None}
+        return {**kept, **{name: _entry(e, parameters[1], entries, name, f"{where}.{name}") for name, e in changes.items()}}
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
     if isinstance(value, str) and float in allowed and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)  # YAML reads 1e-4 as text, 1.0e-4 as a number
-    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+    if type(value) is int and float in allowed:
         return float(value)
-    if not any(type(value) is kind for kind in allowed):
+    if type(value) not in allowed:
         raise ValueError(f"{where} must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}, not {value!r}")
     return value
 
 
 def _entry(changes: Any, kind: type, entries: Mapping[str, Any], name: str, where: str) -> Any:
     """An entry of `backbones` or `parents`: changes to a known one, or a new one; a new backbone says which it `extends`."""
-    if kind is Origin:
-        return extended(entries.get(name, Origin(repo="")), changes, where)
+    if kind is Origin or not entries:
+        return extended(entries.get(name, kind), changes, where)
     changes = dict(_mapping(changes, where))
     base = changes.pop("extends", name)
     if base not in entries and base == name:

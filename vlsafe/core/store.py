@@ -215,10 +215,10 @@ def commit() -> str | None:
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Digest of the package's source; a result records which code computed it."""
+    """Digest of the package's source and data files; a result records which code computed it."""
     hashed = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*")):
-        if path.suffix in (".py", ".jinja"):
+        if path.suffix in (".py", ".jinja", ".yaml", ".json", ".txt"):
             hashed.update(path.name.encode() + path.read_bytes())
     return hashed.hexdigest()[:12]
 
