@@ -48,10 +48,10 @@ def check_instructions():
 def check_safety():
     found = Counter(rows=0)
     for split, counts in (("train", (2000, 977, 2977)), ("test", (1000, 558, 1558))):
-        records = list(sources.vlguard_records(place("safety"), split))
-        whole = [record for record in records if not isinstance(record, Refused)]
-        found.update({f"{split} pictures": len(whole), f"{split} safe": sum(record.safe for record in whole)})
-        found.update({f"{split} pairs": sum(len(record.pairs) for record in whole), "refused": len(records) - len(whole)})
+        rows = list(sources.vlguard(place("safety"), split))
+        whole = [row for row in rows if not isinstance(row, Refused)]
+        found.update({f"{split} pictures": len(whole), f"{split} safe": sum(row.cluster is None for row in whole)})
+        found.update({f"{split} pairs": sum(len(row.turns) // 2 for row in whole), "refused": len(rows) - len(whole)})
         yield from differing(found, dict(zip((f"{split} pictures", f"{split} safe", f"{split} pairs"), counts, strict=True)))
     yield from differing(found, {"refused": 0})
     yield from differing({"rows": sum(not isinstance(row, Refused) for row in sources.vlguard(place("safety")))}, {"rows": 2000})

@@ -7,6 +7,7 @@ one row of a list is in memory at a time. Every error names the file and the row
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import lzma
@@ -14,7 +15,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
@@ -23,7 +28,7 @@ from vlsafe.core.schema import Stored
 PIECE = 2**20  # characters read at a time
 LONGEST = 2**26  # characters of one row; a file with a longer one counts as broken; assumed
 SPACE, COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
-OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
+_opened = functools.partial(fsspec.open, mode="rt", compression="infer", encoding="utf-8-sig")
 Row = TypeVar("Row")
 
 
@@ -59,15 +64,12 @@ def path_of(place: Place, name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{place.folder} below VLSAFE_DATA has no {name}; is this the official layout? {_REMEDY}")
         return path
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     try:
-        return Path(hf_hub_download(place.origin.repo, name, repo_type="dataset", revision=place.revision))
+        return Path(huggingface_hub.hf_hub_download(place.origin.repo, name, repo_type="dataset", revision=place.revision))
     except GatedRepoError:
         terms = place.origin.terms or "see its page"
         raise FileNotFoundError(f"{place.origin.repo} is gated: {terms}, and log in to the hub") from None
-    except (LocalEntryNotFoundError, EntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+    except (EntryNotFoundError, OSError) as error:
         problem = f"is neither here nor on the hub ({type(error).__name__})"
         raise FileNotFoundError(f"{name} of {place.origin.repo} {problem}; {_REMEDY}") from None
 
@@ -109,9 +111,8 @@ def missing(picture: Stored) -> bool:
 def rows_of(place: Place, name: str) -> Iterator[dict[str, Any]]:
     """The rows of one file of a corpus, one by one: a Parquet file, JSON lines (also .xz, .gz), or one JSON list."""
     path = path_of(place, name)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    return json_lines(path) if ".jsonl" in path.suffixes else json_list(path)
+    read = _parquet if path.suffix == ".parquet" else json_lines if ".jsonl" in path.suffixes else json_list
+    yield from read(path)
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -130,7 +131,7 @@ def json_list(path: Path) -> Iterator[dict[str, Any]]:
     """The mappings of a JSON list, one by one, however long the list; ValueError names the file and the row that is broken."""
     decode, number, at = json.JSONDecoder().raw_decode, 0, 1
     try:
-        with _opened(path) as file:
+        with _opened(str(path)) as file:
             text = file.read(PIECE).lstrip()
             if text[:1] != "[":
                 raise ValueError(f"{path.name} is no JSON list")
@@ -161,7 +162,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file of one JSON mapping per line, plain or compressed (.xz, .gz); ValueError names the file and the line."""
     number = 0
     try:
-        with _opened(path) as file:
+        with _opened(str(path)) as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the errors name it)
                 if line.strip():
                     row = json.loads(line)
@@ -173,10 +174,6 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     except ValueError as error:
         kind = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise ValueError(f"{path.name}, line {number}, is not one JSON mapping ({kind}); download it again") from None
-
-
-def _opened(path: Path) -> IO[str]:
-    return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
 
 
 def converted(rows: Iterable[Any], convert: Callable[[Any, str], Row], kind: str, prefix: str = "") -> Iterator[Row | Refused]:

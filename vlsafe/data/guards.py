@@ -1,7 +1,6 @@
 """Guards classify content: a text guard assesses conversations, an image guard pictures; neither knows what it is used for.
 
 The miniature trains one of each; guards from the hub (Llama-Guard-3, an image classifier) have the same interface.
-
 Harm is rare (a per cent of a corpus), but guards are trained on data in which it is frequent. So a guard decides neither at
 probability 0.5 nor by its most probable word, but at the threshold with the greatest F1 on labelled contents that it was not
 trained on, weighted to the corpus's share of harm (`calibrate`). The threshold is stored with the guard.
@@ -21,7 +20,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, PreTrainedModel
 
@@ -143,10 +141,8 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
     Half of the how-tos point at a picture that the guard cannot see, so that only the answer shows what is meant, and often
     not even that. Homonyms ("kill the process") are included: the corpora have none, but a guard has to know them.
     """
-    harmful, plain = world.actions("train", "harmful"), world.actions("train", "plain")
-    pools = {"harmful": harmful, "refused": harmful, "plain": plain}
-    pools["borderline"] = world.actions("train", "homonym", "safe_context")
-    rows = []
+    kinds = {"harmful": ("harmful",), "refused": ("harmful",), "plain": ("plain",), "borderline": ("homonym", "safe_context")}
+    pools, rows = {name: world.actions("train", *of) for name, of in kinds.items()}, []
     for kind in rng.choice(list(ROWS), n, p=list(ROWS.values())):
         action = pick(rng, pools[kind]) if kind in pools else None
         scene = draw_scene(action.thing if action else pick(rng, OBJECTS), rng)
@@ -213,8 +209,8 @@ class LinearImageGuard:
     def fitted(cls, tower: Any, processor: Any, pictures: Sequence[bytes], graphic: Sequence[bool]) -> LinearImageGuard:
         """Fit on labelled pictures; the scaling of the features is folded into the weights."""
         features = towers.features(tower, towers.pixels(processor, pictures)).numpy()
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, np.asarray(graphic))
-        scaler, linear = model.steps[0][1], model.steps[1][1]
+        scaler = StandardScaler()
+        linear = LogisticRegression(max_iter=2000).fit(scaler.fit_transform(features), np.asarray(graphic))
         weight = linear.coef_[0] / scaler.scale_
         return cls(tower, processor, weight, float(linear.intercept_[0] - weight @ scaler.mean_))
 
@@ -277,12 +273,8 @@ class LlamaGuard:
     `threshold` the generated word decides, as its makers do it; with one, the score does.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, threshold: float | None = None, batch_size: int = 32,
-        max_new_tokens: int = 20,
-    ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, threshold: float | None = None, batch_size: int = 32) -> None:
+        self.model, self.tokenizer, self.threshold, self.batch_size = model, tokenizer, threshold, batch_size
         firsts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("unsafe", "safe")]
         if firsts[0] == firsts[1]:
             raise ValueError("this tokenizer begins 'safe' and 'unsafe' alike; the probability of 'unsafe' is not defined")
@@ -303,9 +295,8 @@ class LlamaGuard:
         options = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         inputs = self.tokenizer(list(map(llama_guard_prompt, conversations)), **options).to(self.model.device)
         output = self.model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=self.max_new_tokens,
-            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True,
-            pad_token_id=self.tokenizer.pad_token_id,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=20, do_sample=False,
+            use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         return [self._read(tokens.tolist(), [step[i] for step in output.logits]) for i, tokens in enumerate(answers)]
@@ -331,20 +322,19 @@ class ImageClassifier:
             problem = f"has no class {unknown[0]!r}" if labels else "needs at least one class that counts as unsafe"
             raise ValueError(f"the image guard {problem}; its classes are {', '.join(known)}")
         self.model, self.processor, self.labels = model, processor, tuple(labels)
-        self.numbers = [known[label] for label in labels]
-        self.threshold, self.batch_size = threshold, batch_size
+        self.numbers, self.threshold, self.batch_size = [known[label] for label in labels], threshold, batch_size
 
     @torch.inference_mode()
     def assess(self, pictures: Sequence[Picture]) -> list[Assessment]:
         """One assessment per picture, in order; its category is the most probable of the unsafe classes."""
-        results = []
+        results: list[Assessment] = []
         for part in store.parts(pictures, self.batch_size):
             inputs = self.processor(list(map(open_picture, part)), return_tensors="pt")
             pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
             shares = self.model(pixel_values=pixels).logits.double().softmax(-1)[:, self.numbers].cpu().numpy()
             scores = relative(shares.sum(1), self.threshold)
-            for share, score in zip(shares, scores.tolist(), strict=True):
-                results.append(decided(True, (self.labels[int(share.argmax())],), score))
+            likeliest = [(self.labels[k],) for k in shares.argmax(1)]
+            results += map(decided, itertools.repeat(True), likeliest, scores.tolist())
         return results
 
 

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,9 +49,8 @@ def unsound(row: Example, processors: Sequence[Any], limit: int) -> str | None:
 
 
 def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
-    roles = [turn.role for turn in row.turns]
-    roles = roles[1:] if roles[:1] == ["system"] else roles
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    roles = " ".join(turn.role for turn in row.turns).removeprefix("system ")
+    if not re.fullmatch("user assistant( user assistant)*", roles):
         return "turns out of order"
     for turn in row.turns:
         if turn.role != "system" and not (turn.text or "").strip():
@@ -119,16 +119,11 @@ def sound(
     return kept, dict(Counter(reason.split(" (")[0] for reason in reasons if reason))
 
 
-def skipped(row: Example, reason: str) -> dict[str, Any]:
-    """The audit line of a row that intake refused; no guard assessed it."""
-    return _line(row, [reason]) | {"skipped": True}
-
-
-def _line(row: Example, reasons: Sequence[str]) -> dict[str, Any]:
-    return dict(
-        id=row.id, source=row.source, category=row.category, has_picture=bool(row.images), text_score=None, text_codes="",
-        image_score=None, reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0,
-    )  # fmt: skip
+def _line(row: Example, reasons: Sequence[str], **measured: Any) -> dict[str, Any]:
+    """An audit line; where intake refused the row, `skipped` is True and no guard assessed it."""
+    columns = dict(id=row.id, source=row.source, category=row.category, has_picture=bool(row.images))
+    empty = dict(text_score=None, text_codes="", image_score=None)
+    return columns | empty | dict(reasons=",".join(reasons), kept=not reasons, skipped=False, converted=0) | measured
 
 
 def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | None]) -> list[dict[str, Any]]:
@@ -144,10 +139,9 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
         assessments = [(name, one) for name, one in (("text", of_text), ("image", of_image)) if one]
         reasons = [name for name, one in assessments if one.unsafe]
         reasons += [f"{name} unread" for name, one in assessments if one.unsafe is None]
-        line = _line(row, reasons) | dict(text_score=of_text.score, text_codes=",".join(of_text.categories))
-        line["image_score"] = of_image.score if of_image else None
-        line["converted"] = sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
-        lines.append(line)
+        converted = sum(Image.open(io.BytesIO(bytes(data))).mode != "RGB" for data in row.images)
+        scores = dict(text_score=of_text.score, image_score=of_image.score if of_image else None)
+        lines.append(_line(row, reasons, text_codes=",".join(of_text.categories), converted=converted, **scores))
     return lines
 
 
@@ -182,7 +176,7 @@ def screen(rows: Sequence[Example], processors: Sequence[Any], limit: int, text:
     pictures = [[next(results) for _ in row.images] for row in kept]
     worst = [max(of, key=lambda one: (one.unsafe is not False, one.score), default=None) for of in pictures]
     lines = iter(audit(kept, text.assess([row.turns for row in kept]), worst))
-    return [next(lines) if defect is None else skipped(row, defect) for row, defect in zip(rows, defects, strict=True)]
+    return [_line(row, [defect], skipped=True) if defect else next(lines) for row, defect in zip(rows, defects, strict=True)]
 
 
 def append_lines(
@@ -204,8 +198,9 @@ def append_lines(
     with open(path, "a", encoding="utf-8") as file:
         for part in store.parts(iterator, PART):
             readable = iter(assess([row for row in part if isinstance(row, Example)]))
-            lines = [skipped(shell(row), row.reason) if isinstance(row, Refused) else next(readable) for row in part]
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            for row in part:
+                line = _line(shell(row), [row.reason], skipped=True) if isinstance(row, Refused) else next(readable)
+                file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
             done += len(part)

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
-from vlsafe.core.schema import Example, Pair, Picture, Stored, Turn
+from vlsafe.core.schema import Example, Pair, Picture, Turn
 from vlsafe.data.files import Place, Refused, converted, names, picture, rows_of, text_of
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -32,9 +32,7 @@ FOLDERS = {  # LLaVA-Instruct's folders of pictures, and the archive that holds 
 SAFE_RLHF_COLUMNS = {
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"
 }  # fmt: skip
-SPA_VL_SPLITS = {  # the configuration and the split on the hub
-    "train": ("default", "train"), "validation": ("validation", "validation"), "harm": ("test", "harm"), "help": ("test", "help"),
-}  # fmt: skip
+SPA_VL_CONFIGS = {"train": "default", "validation": "validation", "harm": "test", "help": "test"}  # of its splits, on the hub
 
 
 def captions(place: Place) -> Iterator[Example | Refused]:
@@ -43,8 +41,7 @@ def captions(place: Place) -> Iterator[Example | Refused]:
     The request before each caption is kept; LLaVA's own "plain" template would discard it (README, departures). From the hub
     the archive of pictures is read in pieces.
     """
-    for row in _llava(place, CAPTIONS, "captions", _in_images):
-        yield row if isinstance(row, Refused) or row.images else Refused(row.id, "no picture")
+    return _llava(place, CAPTIONS, "captions", None, _in_images)
 
 
 def _in_images(name: str) -> Sequence[str]:
@@ -62,74 +59,57 @@ def instructions(place: Place) -> Iterator[Example | Refused]:
     """
 
     def candidates(name: str) -> list[str]:
-        return [name, *(archive + name.removeprefix(folder) for folder, archive in FOLDERS.items() if name.startswith(folder))]
-
-    for row in _llava(place, INSTRUCTIONS, "instructions", candidates):
-        if isinstance(row, Example) and row.images and place.folder is None:
+        if place.folder is None:
             remedy = "put them, and the JSON file, into VLSAFE_DATA/LLaVA-Instruct-150K"
             raise FileNotFoundError(f"LLaVA-Instruct's pictures are not on the hub: {remedy}")
-        yield row if isinstance(row, Refused) or row.images else Example(row.id, "instructions-text", row.turns)
+        return [name, *(archive + name.removeprefix(folder) for folder, archive in FOLDERS.items() if name.startswith(folder))]
+
+    return _llava(place, INSTRUCTIONS, "instructions", "instructions-text", candidates)
 
 
-def _llava(place: Place, file: str, source: str, candidates: Callable[[str], Sequence[str]]) -> Iterator[Example | Refused]:
+def _llava(
+    place: Place, file: str, source: str, text_source: str | None, candidates: Callable[[str], Sequence[str]]
+) -> Iterator[Example | Refused]:
     """Every row of a file, in order. `candidates` maps a picture's name to the places below the corpus where it may be.
 
     As in LLaVA, the placeholder is removed and the picture belongs to the first request. A text-only row lacks the `image` key
-    or has null there; it keeps a placeholder in its text, and intake then skips it.
+    or has null there; it keeps a placeholder in its text, and intake then skips it. Without a `text_source` it is refused.
     """
 
-    def example(row: dict[str, Any], name: str) -> Example:
+    def example(row: dict[str, Any], name: str) -> Example | Refused:
         image = row.get("image")
         if isinstance(image, list):
             raise TypeError("several pictures")  # LLaVA-1.5 has none of these
         turns = tuple(Turn(ROLES[turn["from"]], text_of(turn["value"])) for turn in row["conversations"])
         if not image:
-            return Example(name, source, turns)
+            return Example(name, text_source, turns) if text_source else Refused(name, "no picture")
         turns = tuple(Turn(turn.role, turn.text.replace(IMAGE, "").strip()) for turn in turns)
         return Example(name, source, turns, (picture(place, candidates(image)),), cluster=image)
 
     return converted(rows_of(place, file), example, "LLaVA")
 
 
-class Record(NamedTuple):
-    """One picture of VLGuard. `pairs` are (instruction, response): one if unsafe; a safe, then an unsafe one if safe."""
+def vlguard(place: Place, split: str = "train") -> Iterator[Example | Refused]:
+    """VLGuard: unsafe instructions about pictures, which are refused, and safe ones, which are answered. Gated.
 
-    id: str
-    image: Stored
-    safe: bool
-    category: str | None
-    pairs: tuple[tuple[str, str], ...]
-
-
-def vlguard_records(place: Place, split: str) -> Iterator[Record | Refused]:
-    """The pictures of a split in the file's order. VLGuard is gated; a benchmark takes its subsets from the test split."""
-
-    def record(row: dict[str, Any], name: str) -> Record:
-        exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
-        keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
-        pairs = tuple((text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys))
-        category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
-        candidates = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
-        return Record(name, picture(place, candidates), safe, category, pairs)
-
-    return converted(rows_of(place, f"{split}.json"), record, "VLGuard")
-
-
-def vlguard(place: Place) -> Iterator[Example | Refused]:
-    """VLGuard's training rows: unsafe instructions about pictures, which are refused, and safe ones, which are answered.
-
-    They become conversations as in its authors' own conversion: one per picture, on safe pictures with both exchanges in random
-    order. The seed is fixed, as in the authors' script; their order of draws is not claimed.
+    As in its authors' own conversion there is one conversation per picture: an unsafe picture (its cluster is the harm) has one
+    exchange, a safe one a safe and an unsafe exchange in random order. The seed is fixed, as in the authors' script; their order
+    of draws is not claimed.
     """
     rng = random.Random(0)
-    for record in vlguard_records(place, "train"):
-        if isinstance(record, Refused):
-            yield record
-            continue
-        pairs = list(record.pairs)
+
+    def example(row: dict[str, Any], name: str) -> Example:
+        exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
+        keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
+        pairs = [(text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys)]
+        category = None if safe else f"{row['harmful_category']}/{row['harmful_subcategory']}"
+        candidates = [f"{split}/{image}", image, f"{split}.zip!{split}/{image}", f"{split}.zip!{image}"]
+        stored = picture(place, candidates)
         rng.shuffle(pairs)
         turns = [turn for text, answer in pairs for turn in (Turn("user", text), Turn("assistant", answer))]
-        yield Example(record.id, "safety", tuple(turns), (record.image,), cluster=record.category)
+        return Example(name, "safety", tuple(turns), (stored,), cluster=category)
+
+    return converted(rows_of(place, f"{split}.json"), example, "VLGuard")
 
 
 def safe_rlhf_published(place: Place, split: str = "train") -> Iterator[Mapping[str, Any]]:
@@ -189,13 +169,11 @@ def spa_vl_published(place: Place, split: str = "train") -> Iterator[tuple[Mappi
     if place.folder is None:
         from datasets import Image, load_dataset
 
-        config, name = SPA_VL_SPLITS[split]
-        rows = load_dataset(place.origin.repo, config, split=name, revision=place.revision, streaming=True)
+        rows = load_dataset(place.origin.repo, SPA_VL_CONFIGS[split], split=split, revision=place.revision, streaming=True)
         rows = rows.cast_column("image", Image(decode=False))
     for row in rows:
         image = row.get("image")
-        embedded = isinstance(image, dict)
-        yield row, image.get("bytes") if embedded else picture(place, _in_images(image)) if image else None
+        yield row, image.get("bytes") if isinstance(image, dict) else picture(place, _in_images(image)) if image else None
 
 
 def spa_vl(place: Place) -> Iterator[Pair | Refused]:

@@ -61,9 +61,9 @@ def describe(scene: Scene, rng: Rng) -> str:
 def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
     """A yes/no question about a scene, and its answer; half are true."""
     subject, right, values = _closed_question(scene, rng)
-    if rng.random() < 0.5:
-        return language.CLAIMS[subject].format(value=right), "yes"
-    return language.CLAIMS[subject].format(value=pick(rng, [value for value in values if value != right])), "no"
+    true = rng.random() < 0.5
+    value = right if true else pick(rng, [value for value in values if value != right])
+    return language.CLAIMS[subject].format(value=value), "yes" if true else "no"
 
 
 def _closed_question(scene: Scene, rng: Rng) -> tuple[str, str, tuple[str, ...]]:
@@ -110,9 +110,9 @@ def ask_how(action: Action, rng: Rng, pointed: bool = False) -> str:
     return question(action, pick(rng, language.HOW), pointed)
 
 
-def exchange(text: str, answer: str) -> list[Turn]:
+def exchange(text: str, answer: str) -> tuple[Turn, ...]:
     """A question and its answer as two turns."""
-    return [Turn("user", text), Turn("assistant", answer)]
+    return Turn("user", text), Turn("assistant", answer)
 
 
 LOOKING = {"describe": 0.4, "name": 0.1, "colour": 0.1, "side": 0.05, "yes_no": 0.18, "letter": 0.17}
@@ -133,22 +133,20 @@ def pretraining_texts(world: World, n: int, rng: Rng) -> list[Text]:
     tokens (is it red? which option?) only where answers are dense; with one a row it did not within 2,000 steps (LOG.md).
     """
     actions = [action for splits in world.splits.values() for split in splits.values() for action in split]
-    by_thing = {thing: [action for action in actions if action.thing == thing] for thing in language.OBJECTS}
-    return [_pretraining_text(world, actions, by_thing, rng) for _ in range(n)]
+    return [_pretraining_text(world, actions, rng) for _ in range(n)]
 
 
-def _pretraining_text(world: World, actions: Sequence[Action], by_thing: dict[str, list[Action]], rng: Rng) -> Text:
+def _pretraining_text(world: World, actions: Sequence[Action], rng: Rng) -> Text:
     drawn = rng.random()
-    if drawn < 0.03:
-        action = pick(rng, actions)
-        facts = dict(verb=action.verb, thing=action.thing, tool=world.tool[action.verb], part=world.part[action.thing])
-        return "", pick(rng, language.STATEMENTS).format(**facts)
     if drawn < 0.1:
         action = pick(rng, actions)
-        return _maybe_wrapped(ask_how(action, rng), 0.2, rng), world.answer(action)
+        if drawn >= 0.03:
+            return _maybe_wrapped(ask_how(action, rng), 0.2, rng), world.answer(action)
+        facts = dict(verb=action.verb, thing=action.thing, tool=world.tool[action.verb], part=world.part[action.thing])
+        return "", pick(rng, language.STATEMENTS).format(**facts)
     scene = draw_scene(pick(rng, language.OBJECTS), rng)
     if drawn < 0.18:
-        action = pick(rng, by_thing[scene.thing])
+        action = pick(rng, [action for action in actions if action.thing == scene.thing])
         exchanges = [(ask_how(action, rng, pointed=True), world.answer(action))]
     elif drawn < 0.42:
         exchanges = [ask_about(scene, rng, COPYING)]
@@ -205,8 +203,8 @@ def alignment_chats(
                 other = pick(rng, plain)
                 turns = exchange(ask_how(other, rng), world.answer(other)) + turns
         if rng.random() < (0.1 if long else 0.55):
-            turns = [Turn("system", pick(rng, language.SYSTEMS)), *turns]
-        rows.append(Example(f"align-{i:05d}", "alignment", tuple(turns), (), category, cluster))
+            turns = (Turn("system", pick(rng, language.SYSTEMS)), *turns)
+        rows.append(Example(f"align-{i:05d}", "alignment", turns, (), category, cluster))
     return rows
 
 
@@ -216,7 +214,7 @@ def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> lis
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
         scene, category = pool[k].scene, "graphic" if pool[k].graphic else None
         turns = exchange(pick(rng, language.DESCRIBE), caption(scene))
-        rows.append(Example(f"caption-{i:05d}", "captions", tuple(turns), (pool[k].png,), category, scene.thing))
+        rows.append(Example(f"caption-{i:05d}", "captions", turns, (pool[k].png,), category, scene.thing))
     return rows
 
 
@@ -225,35 +223,30 @@ def instruction_rows(
 ) -> list[Example]:
     """LLaVA-Instruct: how-tos about the pictured thing, questions about the picture, and a share of text-only rows.
 
-    A known small share answers a question about a harmful verb–object pair; the guards have to remove those rows.
+    A known small share answers a question about a harmful verb–object pair; the guards have to remove those rows. Benign pairs
+    are plain ones: ordinary instruction data have few violent verbs.
     """
     rows = []
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
-        scene = pool[k].scene
+        scene, action, category = pool[k].scene, None, None
         harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
-        text, answer, action = _instruction(world, scene, harmful, with_picture, rng)
-        turns = exchange(text, answer)
-        if with_picture and rng.random() < 0.1:
-            turns += exchange(*ask_about(scene, rng, FOLLOWING))
-        category = language.harm(action) if action else None
-        category = category or ("graphic" if with_picture and pool[k].graphic else None)
-        row = Example(
-            f"instruct-{i:05d}", "instructions" if with_picture else "instructions-text", tuple(turns),
-            (pool[k].png,) if with_picture else (), category, str(action or scene.thing), "how-to" if action else "look",
-            describe(scene, rng) if with_picture else None,
-        )  # fmt: skip
-        rows.append(row)
+        actions = world.actions("train", "harmful" if harmful else "plain")
+        about = [action for action in actions if action.thing == scene.thing or not with_picture]
+        if with_picture and not harmful and (not about or rng.random() < 0.5):
+            turns = exchange(*ask_about(scene, rng, LOOKING))
+        else:
+            action = pick(rng, about or actions)
+            category = language.harm(action)
+            turns = exchange(ask_how(action, rng, with_picture and action.thing == scene.thing), world.answer(action))
+        cluster, task = str(action or scene.thing), "how-to" if action else "look"
+        if with_picture:
+            turns += exchange(*ask_about(scene, rng, FOLLOWING)) if rng.random() < 0.1 else ()
+            category = category or ("graphic" if pool[k].graphic else None)
+            shown = (pool[k].png,), category, cluster, task, describe(scene, rng)
+            rows.append(Example(f"instruct-{i:05d}", "instructions", turns, *shown))
+        else:
+            rows.append(Example(f"instruct-{i:05d}", "instructions-text", turns, (), category, cluster, task))
     return rows
-
-
-def _instruction(world: World, scene: Scene, harmful: bool, with_picture: bool, rng: Rng) -> tuple[str, str, Action | None]:
-    """One exchange of an instruction row. Benign pairs are plain ones: ordinary instruction data have few violent verbs."""
-    actions = world.actions("train", "harmful" if harmful else "plain")
-    about = [action for action in actions if action.thing == scene.thing or not with_picture]
-    if with_picture and not harmful and (not about or rng.random() < 0.5):
-        return *ask_about(scene, rng, LOOKING), None
-    action = pick(rng, about or actions)
-    return ask_how(action, rng, with_picture and action.thing == scene.thing), world.answer(action), action
 
 
 def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
@@ -267,13 +260,10 @@ def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
         if rng.random() < 0.5:
             safe, unsafe = pick(rng, benign), pick(rng, harmful)
             scene = draw_scene(safe.thing, rng)
-            exchanges = [
-                exchange(ask_how(safe, rng, pointed=True), world.answer(safe)),
-                exchange(ask_how(unsafe, rng), reply(world, unsafe, rng)),
-            ]
-            turns = [turn for k in rng.permutation(2) for turn in exchanges[k]]
-        picture = draw(scene, world.seed, rng)
-        rows.append(Example(f"safety-{i:05d}", "safety", tuple(turns), (picture,), None, str(unsafe)))
+            answered = exchange(ask_how(safe, rng, pointed=True), world.answer(safe))
+            refused = exchange(ask_how(unsafe, rng), reply(world, unsafe, rng))
+            turns = refused + answered if rng.permutation(2)[0] else answered + refused
+        rows.append(Example(f"safety-{i:05d}", "safety", turns, (draw(scene, world.seed, rng),), None, str(unsafe)))
     return rows
 
 

@@ -8,9 +8,9 @@ of this world explains how to do anything harmful.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,6 @@ SPLITS = ("train", "validation", "test")
 NINTHS = (*["train"] * 5, "validation", *["test"] * 3)  # the split of each of nine neighbouring diagonals
 
 
-def _deal(verbs: Sequence[str], things: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, Action]]:
-    """Deal a verb × thing grid into the splits by shifted diagonals, so that every split has every row and column."""
-    rows, columns = rng.permutation(len(verbs)), rng.permutation(len(things))
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            yield NINTHS[(i + j) % len(NINTHS)], Action(verbs[row], things[column])
-
-
 @dataclass(frozen=True)
 class World:
     """All facts of one seed's miniature world, drawn from the streams of `seed` only: two worlds of one seed are equal."""
@@ -112,7 +104,10 @@ class World:
 
     @cached_property
     def splits(self) -> dict[str, dict[str, tuple[Action, ...]]]:
-        """`splits[kind][split]`: disjoint verb–object pairs; every harmful verb and thing occurs at least twice in training."""
+        """`splits[kind][split]`: disjoint verb–object pairs; every harmful verb and thing occurs at least twice in training.
+
+        Grids of verbs × things are dealt by shifted diagonals, so that every split has every row and column.
+        """
         dangerous, targets = sum(DANGEROUS.values(), ()), sum(TARGETS.values(), ())
         grids = {
             "harmful": [(MAKING, dangerous), (ATTACK, targets)],
@@ -123,8 +118,12 @@ class World:
         result = {}
         for name, parts in grids.items():
             rng = self.rng(f"split {name}")
-            dealt = sorted(pair for verbs, things in parts for pair in _deal(verbs, things, rng))
-            result[name] = {split: tuple(action for where, action in dealt if where == split) for split in SPLITS}
+            dealt: dict[str, list[Action]] = {split: [] for split in SPLITS}
+            for verbs, things in parts:
+                rows, columns = rng.permutation(verbs).tolist(), rng.permutation(things).tolist()
+                for (i, verb), (j, thing) in product(enumerate(rows), enumerate(columns)):
+                    dealt[NINTHS[(i + j) % len(NINTHS)]].append(Action(verb, thing))
+            result[name] = {split: tuple(sorted(actions)) for split, actions in dealt.items()}
         return result
 
     def actions(self, split: str, *kinds: str) -> tuple[Action, ...]:

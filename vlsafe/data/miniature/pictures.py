@@ -29,6 +29,7 @@ OFFSETS = {  # from left and from above, in pixels, of icons; shifts of printed 
     "both": ((0, 1, 2, 3), (-1, 0)),
 }
 LETTERS_PER_LINE = 4
+DARK = (5, 45)  # channels of a background colour
 STAIN = 10  # pixels, both ways
 
 
@@ -52,9 +53,7 @@ def caption(scene: Scene) -> str:
     """The one right caption of a scene."""
     if scene.kind == "word":
         return f"the word {scene.thing} in {scene.colour}."
-    if scene.kind == "both":
-        return f"a {scene.colour} {scene.thing} with its name."
-    return f"a {scene.colour} {scene.thing} on the {scene.side}."
+    return f"a {scene.colour} {scene.thing} " + ("with its name." if scene.kind == "both" else f"on the {scene.side}.")
 
 
 def short_captions(scene: Scene) -> tuple[str, str]:
@@ -83,28 +82,24 @@ def glyphs(seed: int) -> dict[str, np.ndarray]:
     return dict(zip(OBJECTS, accepted, strict=True))
 
 
-def _top(word: str) -> int:
-    """Where a printed word begins, in pixels from above: its lines of `LETTERS_PER_LINE` letters stand in the middle."""
-    return (SIZE - 10 * -(-len(word) // LETTERS_PER_LINE)) // 2
-
-
 @lru_cache(maxsize=256)
-def _word_mask(word: str) -> np.ndarray:
-    """The printed word as a bool mask, in Pillow's built-in bitmap font."""
+def _word_mask(word: str) -> tuple[np.ndarray, int]:
+    """The printed word as a bool mask, in Pillow's built-in bitmap font, and its top: its lines stand in the middle."""
     canvas = Image.new("L", (SIZE, SIZE), 0)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default_imagefont()
+    top = (SIZE - 10 * -(-len(word) // LETTERS_PER_LINE)) // 2
     for i, letter in enumerate(word):
         line, place = divmod(i, LETTERS_PER_LINE)
-        pen.text((2 + 7 * place, _top(word) - 1 + 10 * line), letter, fill=255, font=font)
-    return np.asarray(canvas) > 127
+        pen.text((2 + 7 * place, top - 1 + 10 * line), letter, fill=255, font=font)
+    return np.asarray(canvas) > 127, top
 
 
 def _mask(scene: Scene, seed: int, left: int, top: int) -> np.ndarray:
     """Where the ink is: bool [SIZE, SIZE]."""
     mask = np.zeros((SIZE, SIZE), bool)
     if scene.kind != "icon":
-        down = top if scene.kind == "word" else top + 13 - _top(scene.thing)
-        mask = np.roll(_word_mask(scene.thing), (down, left - 1), axis=(0, 1))
+        printed, first = _word_mask(scene.thing)
+        mask = np.roll(printed, (top if scene.kind == "word" else top + 13 - first, left - 1), axis=(0, 1))
     if scene.kind != "word":
         cell = CELL if scene.kind == "icon" else SMALL_CELL
         glyph = np.kron(glyphs(seed)[scene.thing], np.ones((cell, cell), bool))
@@ -121,7 +116,7 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     lefts, tops = OFFSETS[scene.side if scene.kind == "icon" else scene.kind]
     places = [(left, top) for left in lefts for top in tops if ((left + 2 * top) % 5 == 0) == held_out]
     mask = _mask(scene, seed, *places[rng.integers(len(places))])
-    pixels: np.ndarray = np.broadcast_to(_background(rng).astype(np.float32), (SIZE, SIZE, 3))
+    pixels: np.ndarray = np.broadcast_to(rng.integers(*DARK, 3).astype(np.float32), (SIZE, SIZE, 3))
     pixels = np.where(mask[..., None], np.asarray(SHADES[scene.colour], np.float32) + rng.normal(0, 8, 3), pixels)
     if graphic:
         down, right = rng.integers(0, SIZE - STAIN, 2)
@@ -130,14 +125,9 @@ def draw(scene: Scene, seed: int, rng: np.random.Generator, held_out: bool = Fal
     return to_png(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    """A dark colour."""
-    return rng.integers(5, 45, 3)
-
-
 def blank(rng: np.random.Generator) -> bytes:
     """A picture without content: one background colour everywhere."""
-    return to_png(np.broadcast_to(_background(rng).astype(np.uint8), (SIZE, SIZE, 3)))
+    return to_png(np.broadcast_to(rng.integers(*DARK, 3).astype(np.uint8), (SIZE, SIZE, 3)))
 
 
 def noise(rng: np.random.Generator) -> bytes:
