@@ -287,7 +287,7 @@ def _merge(arguments: Arguments) -> None:
 
 
 def _doctor(arguments: Arguments) -> None:
-    lines = planning.doctor.doctor(load_scale(arguments.scale), arguments.deep)
+    lines = planning.outside.doctor(load_scale(arguments.scale), arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
@@ -299,8 +299,8 @@ def _doctor(arguments: Arguments) -> None:
 def _download(arguments: Arguments) -> None:
     scale = load_scale(arguments.scale)
     for name in arguments.only:
-        known(name, [need.name for need in planning.doctor.needs(scale)], "thing from outside")
-    planning.download.download(scale, print, arguments.only, arguments.unpack)
+        known(name, [need.name for need in planning.outside.needs(scale)], "thing from outside")
+    planning.outside.download(scale, print, arguments.only, arguments.unpack)
 
 
 def _gallery(arguments: Arguments) -> None:

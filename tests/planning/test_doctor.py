@@ -21,7 +21,8 @@ from vlsafe import cli
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
 from vlsafe.core.presets import PAPER, SCALES
-from vlsafe.planning import doctor, download
+from vlsafe.planning import outside
+from vlsafe.study.study import Study
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def test_download_then_doctor(hub, wanted, tmp_path):
     assert (data / "LLaVA-Pretrain/images.zip").is_file() and not (data / "LLaVA-Pretrain/other.txt").exists()
     assert (data / "LLaVA-Instruct-150K/vg/images.zip").read_bytes() == hub.archives["vg.zip"]
     assert json.loads((data / assets.PINS).read_text())["liuhaotian/LLaVA-Pretrain"] == COMMIT
-    sums = json.loads((data / doctor.CHECKSUMS).read_text())
+    sums = json.loads((data / outside.CHECKSUMS).read_text())
     assert sums["liuhaotian/LLaVA-Instruct-150K"]["vg/images.zip"] == hashlib.sha256(hub.archives["vg.zip"]).hexdigest()
     assert not any("pytorch_model.bin" in path for _, path, _, _ in hub.requests)  # safetensors are there
 
@@ -220,26 +221,26 @@ def test_an_archive_is_gone_on_with_where_it_broke_off(hub, tmp_path):
     hub.archives["a.zip"], hub.faults = packed(["a/1.png"]), ["break"]
     target = tmp_path / "x" / "a.zip"
     with pytest.raises(OSError, match=r"a.zip broke off after [\d,]+ of [\d,]+ bytes; run the command again to go on"):
-        download.fetch(address(hub, "/archives/a.zip"), target)
+        outside.fetch(address(hub, "/archives/a.zip"), target)
     assert not target.exists()
-    download.fetch(address(hub, "/archives/a.zip"), target)
+    outside.fetch(address(hub, "/archives/a.zip"), target)
     assert target.read_bytes() == hub.archives["a.zip"]
     half = len(hub.archives["a.zip"]) // 2
     assert [wanted for _, _, wanted, _ in hub.requests] == [None, f"bytes={half}-"]
-    download.fetch(address(hub, "/archives/a.zip"), target)
+    outside.fetch(address(hub, "/archives/a.zip"), target)
     assert len(hub.requests) == 2
     with pytest.raises(OSError, match="answers 404"):
-        download.fetch(address(hub, "/elsewhere"), tmp_path / "y")
+        outside.fetch(address(hub, "/elsewhere"), tmp_path / "y")
 
 
 @pytest.mark.parametrize("member", ["../../evil.png", "/evil.png", "a/../../evil.png"])
 def test_an_archive_that_leads_out_of_its_folder_is_refused_by_name(hub, tmp_path, member):
     hub.archives["a.zip"] = packed(["a/1.png", member])
     with pytest.raises(ValueError, match=r"a.zip.* has a member '.*evil.png' that leads out of it; it was removed"):
-        download.fetch(address(hub, "/archives/a.zip"), tmp_path / "a.zip")
+        outside.fetch(address(hub, "/archives/a.zip"), tmp_path / "a.zip")
     hub.archives["b.zip"] = b"<html>moved</html>"
     with pytest.raises(ValueError, match=r"b.zip.* is no zip file and was removed"):
-        download.fetch(address(hub, "/archives/b.zip"), tmp_path / "b.zip")
+        outside.fetch(address(hub, "/archives/b.zip"), tmp_path / "b.zip")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,8 +255,8 @@ def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeyp
     seen = {name: [bytes(row.images[0]) for row in sources.stream(name, getattr(PAPER.loaded, name))
                    if not isinstance(row, data_files.Refused) and row.images and not data_files.missing(row.images[0])]
             for name in ("captions", "instructions")}  # fmt: skip
-    for need in doctor.needs(PAPER):
-        download._unpack(need, lambda text: None)
+    for need in outside.needs(PAPER):
+        outside._unpack(need, lambda text: None)
     assert not list(tmp_path.rglob("*.zip")) and (tmp_path / "LLaVA-Pretrain/images/00000/000000000.jpg").is_file()
     for name, before in seen.items():
         rows = [row for row in sources.stream(name, getattr(PAPER.loaded, name)) if not isinstance(row, data_files.Refused)]
@@ -265,38 +266,38 @@ def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeyp
 def test_a_download_does_not_begin_where_it_cannot_end(tmp_path, monkeypatch):
     monkeypatch.delenv("VLSAFE_DATA", raising=False)
     with pytest.raises(ValueError, match="set VLSAFE_DATA to the folder that captions, instructions"):
-        download.download(PAPER, print)
+        outside.download(PAPER, print)
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
-        download.download(PAPER, print)
-    monkeypatch.setattr(download.constants, "HF_HUB_OFFLINE", False)
+        outside.download(PAPER, print)
+    monkeypatch.setattr(outside.constants, "HF_HUB_OFFLINE", False)
     vast = dataclasses.replace(PAPER.loaded, captions=dataclasses.replace(PAPER.loaded.captions, gigabytes=1e9))
     with pytest.raises(ValueError, match=r"GB are free, .* GB are still to come; make room"):
-        download.download(dataclasses.replace(PAPER, loaded=vast), print)
+        outside.download(dataclasses.replace(PAPER, loaded=vast), print)
 
 
 def test_every_origin_of_a_scale_is_found_and_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
-    names = [need.name for need in doctor.needs(PAPER)]
+    names = [need.name for need in outside.needs(PAPER)]
     assert names == ["captions", "instructions", "safety", "safe_rlhf", "spa_vl", "text_guard", "image_guard", "tower",
                      "parents.llama2-chat", "parents.tulu2"]  # fmt: skip
-    assert doctor.needs(SCALES["mini"]) == []
+    assert outside.needs(SCALES["mini"]) == []
     assert cli.main(["download", "--only", "savety"]) == 2
     assert "unknown thing from outside 'savety'; did you mean 'safety'" in capsys.readouterr().err
 
 
 def test_every_origin_has_its_line_in_the_list_of_licences():
     lines = (ROOT / "env" / "gated.md").read_text(encoding="utf-8").splitlines()
-    for need in doctor.needs(PAPER):
+    for need in outside.needs(PAPER):
         line = next(line for line in lines if line.startswith(f"| `{need.name}` | {need.origin.repo} |"))
         assert line.split("|")[3].strip().startswith(("yes:", "perhaps:") if need.origin.terms else "no")
 
 
 def test_what_cannot_be_made_without_a_thing_follows_the_graph():
-    assert "parent/aligned" not in doctor.blocked(PAPER, "text_guard") and "screen/filtered" in doctor.blocked(
+    assert "parent/aligned" not in outside.blocked(PAPER, "text_guard") and "screen/filtered" in outside.blocked(
         PAPER, "text_guard"
     )
-    without_pairs = doctor.blocked(PAPER, "spa_vl")
+    without_pairs = outside.blocked(PAPER, "spa_vl")
     assert "safety/dpo-image-full" in without_pairs and "safety/dpo-text-full" not in without_pairs
     assert {name.split("/")[0] for name in without_pairs} <= {"safety", "examination", "judging", "probe", "merge"}
 
@@ -307,8 +308,34 @@ def test_weights_of_which_a_shard_is_missing_are_not_present(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     official.written(folder / "model.safetensors.index.json", index)
     official.written(folder / "model-1.safetensors", b"x" * 100)
-    need = doctor.Need("tower", Origin(str(folder), kind="model"))
-    assert doctor.state(need) == doctor.Line("tower", "missing", "lacks model-2.safetensors")
+    need = outside.Need("tower", Origin(str(folder), kind="model"))
+    assert outside.state(need) == outside.Line("tower", "missing", "lacks model-2.safetensors")
     official.written(folder / "model-2.safetensors", b"x" * 100)
-    assert doctor.state(need).state == "present"
-    assert doctor.state(doctor.Need("tower", dataclasses.replace(need.origin, gigabytes=1.0))).state == "too small"
+    assert outside.state(need).state == "present"
+    assert outside.state(outside.Need("tower", dataclasses.replace(need.origin, gigabytes=1.0))).state == "too small"
+
+
+def test_the_index_of_pickled_weights_counts_only_where_there_are_no_others(tmp_path):
+    folder = tmp_path / "model"
+    official.written(folder / "config.json", {})
+    official.written(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": "pytorch_model-1.bin"}})
+    need = outside.Need("tower", Origin(str(folder), kind="model"))
+    assert outside.state(need) == outside.Line("tower", "missing", "lacks pytorch_model-1.bin")
+    official.written(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
+    assert outside.state(need) == outside.Line("tower", "missing", "lacks model-1.safetensors")
+    official.written(folder / "model-1.safetensors", b"x" * 100)
+    assert outside.state(need).state == "present"
+    (folder / "model.safetensors.index.json").unlink()  # one file needs no index
+    assert outside.state(need).state == "present"
+
+
+def test_a_missing_parent_stops_the_stages_of_its_own_backbone(monkeypatch):
+    opened = []
+    monkeypatch.setattr(outside, "Study", lambda *fields: opened.append(fields[1]) or Study(*fields))
+    line = outside._with_consequence(PAPER, outside.Line("parents.tulu2", "missing", "13 GB"))
+    assert opened == ["tulu2"] and "parent/aligned" in outside.blocked(PAPER, "parents.tulu2")
+    assert re.fullmatch(
+        r"13 GB; without it \d+ of \d+ stages of tulu2 cannot run: screen/filtered, parent/aligned, .* …", line.detail
+    )
+    assert outside._with_consequence(PAPER, outside.Line("tower", "missing")).detail.count(" of ") == 1
+    assert opened[2:] == ["llama2-chat"]
