@@ -1,6 +1,7 @@
 """Guards classify content: a text guard assesses conversations, an image guard pictures; neither knows what it is used for.
 
 The miniature trains one of each; guards from the hub (Llama-Guard-3, an image classifier) have the same interface.
+
 Harm is rare (a per cent of a corpus), but guards are trained on data in which it is frequent. So a guard decides neither at
 probability 0.5 nor by its most probable word, but at the threshold with the greatest F1 on labelled contents that it was not
 trained on, weighted to the corpus's share of harm (`calibrate`). The threshold is stored with the guard.
@@ -243,9 +244,8 @@ def llama_guard_prompt(turns: Sequence[Turn]) -> str:
     messages = [turn for turn in turns if turn.role in SPEAKERS]
     if not messages:
         raise ValueError("Llama-Guard-3 cannot assess a conversation without a message")
-    judged = SPEAKERS[messages[-1].role]
     conversation = "\n\n".join(f"{SPEAKERS[turn.role]}: {turn.text.replace('<|', '< |').strip()}" for turn in messages)
-    return PROMPT.format(judged=judged, conversation=conversation)
+    return PROMPT.format(judged=SPEAKERS[messages[-1].role], conversation=conversation)
 
 
 def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
