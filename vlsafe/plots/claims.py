@@ -83,7 +83,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     names = sorted(rates["judge"].unique(), key=lambda name: (name == "people", name != "world", name))
     rates = rates.assign(kind=[kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)])
     rates = style.percent(rates.assign(place=rates["judge"].map(names.index)).dropna(subset=["value"])).sort_values("place")
-    handles = style.handles({name: look for name, look in KINDS.items() if name in set(rates["kind"])}, linestyle="-")
+    handles = style.handles(KINDS, rates["kind"], linestyle="-")
     note = "one line per model, all its seeds; bars: 95 % intervals, clustered by verb–object pair; "
     note += "world: the miniature's truth; κ: agreement on answers beyond chance; τ: on the order of the models; "
     note += f"up to n = {int(rates['n'].max())} a point"
@@ -132,15 +132,11 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     runs = lines["stage"] + "/" + lines["recipe"]
     chosen = lines[runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
     wide = chosen.pivot(index=["backbone", "seed", "stage", "recipe"], columns="measure", values=["value", "low", "high"])
-    points = pd.DataFrame(
-        {
-            f"{name}{suffix}": wide[end].get(name)
-            for name in ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-            for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
-        },
-        index=wide.index,
+    columns = pd.MultiIndex.from_product(
+        [("text_asr", "multimodal_asr", "twin_refusal", "helpfulness"), ("value", "low", "high")]
     )
-    points = points.astype(float).reset_index()
+    wide = wide.swaplevel(axis=1).reindex(columns=columns).astype(float)
+    points = wide.set_axis([f"{name}_{end}".removesuffix("_value") for name, end in columns], axis=1).reset_index()
     return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
 
 
@@ -184,12 +180,7 @@ def _draw_lineage(axis: Any, points: pd.DataFrame, measure: str) -> None:
         text = f"{row.kind}{f' with {partner}' if row.kind == 'merged' else ''}{twins}"
         labels.append((text, *place, KINDS[row.kind]["color"]))
     style.label_right(axis, labels, gap=8.0, size=6)
-    for name, rows in mean.groupby("kind"):
-        style.draw_points(axis, rows, "helpfulness", measure, 6, **KINDS[name])
-        if style.several_seeds(points):
-            style.draw_points(
-                axis, points[points["kind"] == name], "helpfulness", measure, 2, bars=False, alpha=0.5, **KINDS[name]
-            )
+    style.draw_models(axis, mean, points, measure, 6)
 
 
 def _asr_by_kind(points: pd.DataFrame) -> str:

@@ -16,9 +16,7 @@ from vlsafe.plots.style import KINDS, LINES
 def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figure:
     """F02: safety, over-refusal and helpfulness along both stages, one row of panels per backbone.
 
-    `rates` has one line per checkpoint × measure with seed, stage, step, value, low, high (fractions). The first panel
-    holds the parent and stage 1, the second stage 2; seeds are thin lines behind their mean, the interval is that of
-    the items where there is one seed and the range over seeds where there are several.
+    `rates` has one line per checkpoint × measure with seed, stage, step, value, low, high (fractions).
     """
     n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
     notes = (f"bands: {style.band(rates)}", f"up to n = {n} per point", "judge: the world's truth", "dotted: parent")
@@ -39,9 +37,7 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
 
 def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
     rates = rates.assign(root=np.sqrt(rates["step"])).sort_values("step")
-    for measure, look in LINES.items():
-        if not (line := rates[rates["measure"] == measure]).empty:
-            style.draw_line(axis, line, "root", seed_range=True, **look)
+    style.draw_measures(axis, rates, "root")
     steps = sorted(rates["step"].unique())
     shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
     axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
@@ -61,10 +57,7 @@ def _before_and_after(rates: pd.DataFrame) -> str:
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:
-    """F03: ASR per category of harm, before and after adaptation; text left, pictures right, one row per backbone.
-
-    The rows of seed "all" are the points, single seeds are small marks behind.
-    """
+    """F03: ASR per category of harm, before and after adaptation; rows of seed "all" are the points, single seeds small marks."""
     pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
     n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
     caption = style.caption(

@@ -22,8 +22,7 @@ FRONTS = {"merged": ("merged",), "ensemble": ("ensemble",), "SFT": ("SFT", "DPO"
 def sweep(rates: pd.DataFrame, scale: str) -> Figure:
     """F12: attack success, refusals and helpfulness against the ratio of the linear merge, a column per partner.
 
-    Seeds are thin lines behind their mean; the band is the interval of the items, or the range over seeds where there are
-    several. Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
+    Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
     """
     columns = {name: title for name, title in PARTNERS.items() if name in set(rates["partner"])}
     n = rates.groupby("measure")["n"].max()
@@ -40,11 +39,10 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
             axis.set(xlim=(-0.03, 1.03), ylim=(-6, 104))
             axis.xaxis.label.set_fontsize(6)
             linear = part[part["rule"] == "linear"].sort_values("ratio")
-            for measure, look in LINES.items():
-                if not (line := linear[linear["measure"] == measure]).empty:
-                    style.draw_line(axis, line, "ratio", seed_range=True, **look)
-                    ensemble = part[(part["rule"] == "ensemble") & (part["measure"] == measure)].groupby("ratio")["value"].mean()
-                    axis.plot(ensemble.index, ensemble, marker="x", color=look["color"], markersize=4.5, linestyle="")
+            style.draw_measures(axis, linear, "ratio")
+            ensemble = part[(part["rule"] == "ensemble") & part["measure"].isin(list(LINES))]
+            for (measure, ratio), value in ensemble.groupby(["measure", "ratio"])["value"].mean().items():
+                axis.plot(ratio, value, marker="x", color=LINES[measure]["color"], markersize=4.5)
             picked = linear.loc[linear["chosen"].eq(True), "ratio"].drop_duplicates()
             axis.plot(picked, [-6] * len(picked), marker="^", color="black", markersize=4, linestyle="", clip_on=False)
             if partner == list(columns)[-1]:
@@ -68,14 +66,14 @@ def _chosen(rates: pd.DataFrame) -> str:
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     """F13: attack success against helpfulness of every chosen merge, its controls and all tunings, a front for each.
 
-    The title is the beginning of `answer`, that of `analysis.merging`. Several seeds are averaged, intervals too; names are
-    given to what lies on a front.
+    The title is the beginning of `answer`, that of `analysis.merging`. What lies on a front has its name beside it.
     """
-    marks = style.handles({name: look for name, look in KINDS.items() if name in set(points["family"])})
     note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, "
     note += "clustered by verb–object pair"
     caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", "judge: the world's truth")
-    return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, answer.partition(" (")[0], caption)
+    return asr_against_helpfulness(
+        points, 2.9, _draw_fronts, style.handles(KINDS, points["family"]), answer.partition(" (")[0], caption
+    )
 
 
 def _draw_fronts(axis: Any, points: pd.DataFrame) -> None:

@@ -38,8 +38,7 @@ def _caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
 def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     """F07: cosine of parent and adapted model in every layer, harmful and benign prompts, one panel per modality.
 
-    Solid lines are raw cosines, dashed ones centred over prompts. Several seeds are averaged, intervals too, and each seed is
-    a thin line.
+    Solid lines are raw cosines, dashed ones centred over prompts.
     """
     adapted = last(lines)
     drawn = adapted[adapted["measure"].isin(list(COSINES))]
@@ -140,10 +139,7 @@ def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
 
 
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:
-    """F10: the parent's blocks in the adapted model, by start and width of the band; random sets of as many blocks beside.
-
-    Several seeds are averaged, intervals too. Starts that are located bands are filled.
-    """
+    """F10: the parent's blocks in the adapted model, by start and width of the band; random sets of as many blocks beside."""
     drawn = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
     note = "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; "
     note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
@@ -200,10 +196,7 @@ def _draw_patches(axis: Any, lines: pd.DataFrame, width: int, colour: str) -> No
 
 
 def objectives(vectors: pd.DataFrame, gradients: pd.DataFrame, scale: str) -> Figure:
-    """F11: do safety and stage 2 want the same? Task vectors left, gradients at points of the training right.
-
-    Several seeds are averaged, intervals too.
-    """
+    """F11: do safety and stage 2 want the same? Task vectors left, gradients at points of the training right."""
     both = gradients[gradients["kind"] == "both"]
     near = ", near a right angle" if both["value"].abs().max() < 0.2 else ""
     title = f"Gradients of stage 2 and of safety rows: cosine {both['value'].min():+.2f} to {both['value'].max():+.2f}{near}"

@@ -1,4 +1,7 @@
-"""What all figures share: style sheet, colours and markers, the frame around panels, lines and points with intervals, files."""
+"""What all figures share: style sheet, colours and markers, the frame around panels, lines and points with intervals, files.
+
+Where several seeds are drawn, lines and points are their means, intervals too, and each seed is a thin line or a small mark.
+"""
 
 from __future__ import annotations
 
@@ -106,8 +109,9 @@ def percent(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{name: 100 * frame[name] for name in rates})
 
 
-def handles(looks: Mapping[str, Mapping[str, Any]], **options: Any) -> list[Line2D]:
-    """Legend entries, by default markers without a line."""
+def handles(looks: Mapping[str, Mapping[str, Any]], present: Iterable[str] | None = None, **options: Any) -> list[Line2D]:
+    """Legend entries, by default markers without a line; of those names that are `present`, where that is said."""
+    looks = {name: look for name, look in looks.items() if present is None or name in set(present)}
     return [Line2D([], [], label=name, **{"linestyle": "", "markersize": 4, **options, **look}) for name, look in looks.items()]
 
 
@@ -134,6 +138,21 @@ def draw_points(axis: Any, rows: pd.DataFrame, x: str, y: str, size: float, bars
         axis.hlines(rows[y], rows[f"{x}_low"], rows[f"{x}_high"], **line)
         axis.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **line)
     axis.plot(rows[x], rows[y], markersize=size, linestyle="", **look)
+
+
+def draw_measures(axis: Any, rates: pd.DataFrame, x: str) -> None:
+    """A line for each measure of LINES that the rows hold, with the range over seeds as its band."""
+    for measure, look in LINES.items():
+        if not (line := rates[rates["measure"] == measure]).empty:
+            draw_line(axis, line, x, seed_range=True, **look)
+
+
+def draw_models(axis: Any, mean: pd.DataFrame, points: pd.DataFrame, y: str, size: float) -> None:
+    """Models in the plane of helpfulness and `y` by their kind: means with intervals, single seeds as small marks."""
+    for kind, models in mean.groupby("kind", sort=False):
+        draw_points(axis, models, "helpfulness", y, size, **KINDS[kind])
+        if several_seeds(points):
+            draw_points(axis, points[points["kind"] == kind], "helpfulness", y, 2, bars=False, alpha=0.5, **KINDS[kind])
 
 
 def label_right(axis: Any, labels: Iterable[tuple[str, float, float, str]], gap: float, size: float = 5.5) -> None:

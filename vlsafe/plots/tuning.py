@@ -16,14 +16,12 @@ MEAN = ["asr", "asr_low", "asr_high", "helpfulness", "helpfulness_low", "helpful
 
 
 def tradeoff(points: pd.DataFrame, scale: str) -> Figure:
-    """F05: attack success against helpfulness, a point per model with intervals both ways, text left and pictures right.
-
-    Several seeds are averaged, intervals too, and each seed is a small mark; the front is that of the points drawn.
-    """
+    """F05: attack success against helpfulness, a point per model with intervals both ways, and the front of the points drawn."""
     seeds = "means over seeds, small marks: single seeds" if style.several_seeds(points) else ""
     note = "bars: 95 % intervals, clustered by verb–object pair; line: models that no other beats in both; dotted: parent"
-    caption = style.caption(points, scale, seeds, note, "judge: the world's truth", _least(points, "n"))
-    marks = style.handles({name: look for name, look in KINDS.items() if name in set(points["kind"]) - {"parent"}})
+    least = f"n ≥ {int(points['n'].min())} a mark" if "n" in points else ""
+    caption = style.caption(points, scale, seeds, note, "judge: the world's truth", least)
+    marks = style.handles(KINDS, set(points["kind"]) - {"parent"})
     return asr_against_helpfulness(points, 2.7, _draw_models, marks, _safest(points), caption)
 
 
@@ -48,10 +46,7 @@ def _draw_models(axis: Any, points: pd.DataFrame) -> None:
     if placed.empty:
         return
     mean = placed.groupby(["kind", "stage", "recipe"], sort=False)[MEAN].mean().reset_index()
-    for kind, models in mean.groupby("kind", sort=False):
-        style.draw_points(axis, models, "helpfulness", "asr", 5, **KINDS[kind])
-        if style.several_seeds(placed):
-            style.draw_points(axis, placed[placed["kind"] == kind], "helpfulness", "asr", 2, bars=False, alpha=0.5, **KINDS[kind])
+    style.draw_models(axis, mean, placed, "asr", 5)
     best = mean[tuning.front(mean)].sort_values("helpfulness")
     axis.plot(best["helpfulness"], best["asr"], color="#AAAAAA", linewidth=0.8, zorder=0)
     names = [(_name(m.stage, m.recipe), m.helpfulness, m.asr, KINDS[m.kind]["color"]) for m in mean.itertuples()]
@@ -59,8 +54,7 @@ def _draw_models(axis: Any, points: pd.DataFrame) -> None:
 
 
 def _name(stage: str, recipe: str) -> str:
-    kind = tuning.kind(stage, recipe)
-    return kind if kind in KINDS and stage != "safety" else recipe.removesuffix("-full")
+    return recipe.removesuffix("-full") if stage == "safety" else tuning.kind(stage, recipe)
 
 
 def _safest(points: pd.DataFrame) -> str:
@@ -74,15 +68,8 @@ def _safest(points: pd.DataFrame) -> str:
     return f"The safest after tuning: {', '.join(parts)}"
 
 
-def _least(frame: pd.DataFrame, column: str) -> str:
-    return f"n ≥ {int(frame[column].min())} a mark" if column in frame else ""
-
-
 def refusals(rates: pd.DataFrame, scale: str) -> Figure:
-    """F06: refusal of harmless requests, a row of marks per model and a panel per kind of request, those in text first.
-
-    Several seeds are averaged, intervals too.
-    """
+    """F06: refusal of harmless requests, a row of marks per model and a panel per kind of request, those in text first."""
     models = sorted(
         dict.fromkeys(zip(rates["stage"], rates["recipe"], strict=True)),
         key=lambda model: [tuning.kind(*model) != name for name in ("parent", "adapted")],
@@ -90,7 +77,7 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
     columns = {what: "\n".join(what.rsplit(" ", 1)) for _, _, what, _ in tuning.REFUSALS}
     caption = style.caption(
         rates, scale, "95 % intervals, clustered by verb–object pair",
-        "refused, percent (← better)", "the first three in text, the others with pictures", _least(rates, "n"),
+        "refused, percent (← better)", "the first three in text, the others with pictures", f"n ≥ {int(rates['n'].min())} a mark",
     )  # fmt: skip
     inches = 0.28 * len(models) + 0.5
     with style.panels(style.by_backbone(rates), columns, inches, _most_refused(rates), caption, sharex=True) as (figure, axes):

@@ -6,22 +6,19 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlsafe.plots.style import STYLE
+from vlsafe.plots import style
 
 
 def pictures(rows: Sequence[Mapping[str, Any]], columns: int = 8) -> Figure:
     """A grid of pictures under what they show: rows with `png`, `colour` and `thing`."""
-    with plt.style.context(STYLE):
-        height = -(-len(rows) // columns)
-        figure, axes = plt.subplots(height, columns, figsize=(columns, 1.2 * height), squeeze=False)
-        for axis in axes.flat:
+    height, width = (dict.fromkeys(range(n), "") for n in (-(-len(rows) // columns), columns))
+    with style.panels(height, width, 0.75, "", "") as (figure, axes):
+        for axis in axes.values():
             axis.axis("off")
-        for axis, row in zip(axes.flat, rows, strict=False):
+        for axis, row in zip(axes.values(), rows, strict=False):
             axis.imshow(Image.open(io.BytesIO(row["png"])).convert("RGB"))
-            axis.set_title(f"{row['colour']} {row['thing']}", fontsize=6)
-        plt.close(figure)
+            axis.set_title(f"{row['colour']} {row['thing']}", loc="center", fontsize=6)
     return figure
