@@ -18,7 +18,7 @@ from vlsafe.core import store
 from vlsafe.core.presets import SCALES
 from vlsafe.data.miniature.language import vocabulary
 from vlsafe.models import architectures, chat, checkpoints
-from vlsafe.models.merge import files, weights
+from vlsafe.models.merge import files, rules
 from vlsafe.models.merge.rules import RULES, How
 
 HOW = How(0.6, kept=0.5)
@@ -70,7 +70,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(name, shards, tmp_path, monkeyp
     rule = RULES[name]
     used = folders if rule.based else {which: folders[which] for which in "ab"}
     summary = files.merge(name, used, tmp_path / "out", HOW, seed=5)
-    expected = weights.combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, HOW, seed=5)
+    expected = rules.combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, HOW, seed=5)
     found = loaded(tmp_path / "out")
     assert set(found) == set(expected) and summary == {"tensors": 4, "bytes": summary["bytes"], "shards": shards}
     for key, value in expected.items():
@@ -89,20 +89,20 @@ def test_what_only_a_has_and_which_blocks_are_merged():
 
     def means(**more):
         return {
-            key.split(".")[-2]: value.mean().item() for key, value in weights.combined("linear", a, b, None, half, **more).items()
+            key.split(".")[-2]: value.mean().item() for key, value in rules.combined("linear", a, b, None, half, **more).items()
         }
 
     assert means() == {"1": 2.0, "lm_head": 2.0, "0": 2.0, "2": 2.0}  # the tower's block 1 comes first, the language model's last
-    assert weights.combined("linear", a, b, None, half)["model.vision_tower.encoder.layers.1.w"].tolist() == [1, 1]
+    assert rules.combined("linear", a, b, None, half)["model.vision_tower.encoder.layers.1.w"].tolist() == [1, 1]
     assert means(blocks={1}) == {"1": 2.0, "lm_head": 1.0, "0": 1.0, "2": 1.0}
     assert means(blocks={0, 2, None}) == {"1": 1.0, "lm_head": 2.0, "0": 2.0, "2": 2.0}
     base = {key: torch.zeros(2) for key in b if key != "lm_head.weight"}
-    added = weights.combined("task_arithmetic", a, b, base, half._replace(scaling=2.0))
+    added = rules.combined("task_arithmetic", a, b, base, half._replace(scaling=2.0))
     assert added[name.format(0)].tolist() == [4, 4] and added["lm_head.weight"].tolist() == [2, 2]  # no base: linear
     with pytest.raises(ValueError, match="task vector of b is zero"):
-        weights.combined("ties", a, base, base, half)
+        rules.combined("ties", a, base, base, half)
     with pytest.raises(ValueError, match="b has 1 tensors that a lacks"):
-        weights.combined("linear", b, a, None, half)
+        rules.combined("linear", b, a, None, half)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path)
         merged[name] = checkpoints.load(tmp_path / name).state_dict()
         assert checkpoints.load_processor(tmp_path / name).image_processor.size["shortest_edge"] == 32
     a, b = (checkpoints.load(llavas / name).state_dict() for name in ("a", "b"))
-    for key, value in weights.combined("linear", a, b, None, How(0.6)).items():
+    for key, value in rules.combined("linear", a, b, None, How(0.6)).items():
         assert torch.equal(merged["memory"][key], value) and torch.equal(merged["mixed"][key], value), key
         assert torch.allclose(merged["from hub"][key], value, atol=1e-6) and torch.equal(merged["hub"][key], b[key]), key
 

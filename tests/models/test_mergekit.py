@@ -11,7 +11,7 @@ import torch
 from models.test_merge_files import llavas  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from vlsafe.models.merge import rules, weights
+from vlsafe.models.merge import rules
 from vlsafe.models.merge.rules import How
 
 COMMAND = shutil.which(os.environ.get("MERGEKIT", "mergekit-yaml"))
@@ -59,7 +59,7 @@ def test_agreement_with_mergekit(rule, started, tmp_path):
     theirs = {key: value for file in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(file).items()}
     a, b, base = (load_file(started / name / "model.safetensors") for name in ("a", "b", "base"))
     based = rules.RULES[rule].based
-    ours = weights.combined(rule, a, b, base if based else None, How(RATIO, kept=KEPT))
+    ours = rules.combined(rule, a, b, base if based else None, How(RATIO, kept=KEPT))
     assert set(theirs) == set(ours) and len(ours) > 50
     for key, value in ours.items():
         if rule == "slerp" and torch.cosine_similarity(a[key].flatten(), b[key].flatten(), dim=0).abs() > 0.9995:

@@ -13,7 +13,7 @@ from vlsafe.analysis import merging as analysis_merging
 from vlsafe.evaluation import engines, examine
 from vlsafe.evaluation.engines import option_losses, respond
 from vlsafe.models import chat, checkpoints
-from vlsafe.models.merge import weights
+from vlsafe.models.merge import rules
 from vlsafe.models.merge.rules import How
 from vlsafe.plots import merging as plots_merging
 from vlsafe.study import graph
@@ -157,13 +157,13 @@ def test_task_arithmetic_is_not_examined_twice(study):
 
 def test_a_parents_merge_keeps_projector_and_tower_and_has_no_task_vector(study):
     held = study_merging.members(study, "aligned")
-    made = weights.combined("linear", held.a, held.b, held.base, How(1.0))
+    made = rules.combined("linear", held.a, held.b, held.base, How(1.0))
     parent = checkpoints.load(study.folder("parent/aligned")).state_dict()
     for key, value in made.items():
         own = "vision_tower" in key or "multi_modal_projector" in key
         assert torch.equal(value, held.a[key] if own else parent[key.replace("language_model.", "")]), key
     with pytest.raises(ValueError, match="the task vector of b is zero"):
-        weights.combined("ties", held.a, held.b, held.base, How(0.5))
+        rules.combined("ties", held.a, held.b, held.base, How(0.5))
 
 
 def test_lineages_have_the_base_that_they_started_from(study):

@@ -316,7 +316,7 @@ def known(name: str, names: Iterable[str], what: str) -> str:
 
 
 def extended(base: Any, changes: Any, where: str = "scale") -> Any:
-    """A copy of a frozen value with some fields replaced, nested ones by nested mappings, types checked; a new value of a class."""
+    """A copy of a frozen value (of a class: a new value) with fields replaced, nested ones by nested mappings, types checked."""
     kind = base if isinstance(base, type) else type(base)
     hints, values = typing.get_type_hints(kind), {}
     for key, value in _mapping(changes, where).items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,24 +85,20 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
 
     Texts are cached: one examination gives the same prompts to many models.
     """
-    special = tuple((name, str(token)) for name, token in getattr(processor, "tokenizer", processor).special_tokens_map.items())
-    return _rendered(_Writer(processor.chat_template, special, processor), tuple(turns), n_images)
+    special = getattr(processor, "tokenizer", processor).special_tokens_map
+    key = processor.chat_template, tuple((name, str(token)) for name, token in special.items())
+    _WRITERS.setdefault(key, processor)
+    return _rendered(key, tuple(turns), n_images)
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """A processor, equal to another one with the same template and special tokens."""
-
-    template: str
-    special: tuple[tuple[str, str], ...]
-    processor: Any = field(compare=False)
+_WRITERS: dict[Any, Any] = {}  # template and special tokens -> a processor that has these
 
 
 @functools.lru_cache(maxsize=2**14)
-def _rendered(writer: _Writer, turns: tuple[Turn, ...], n_images: int) -> str:
-    open_end = turns[-1].role != "assistant"
-    text = writer.processor.apply_chat_template(messages(turns, n_images), add_generation_prompt=open_end, tokenize=False)
-    return text if open_end else text.rstrip()  # Tulu's template writes a line break after EOS
+def _rendered(key: Any, turns: tuple[Turn, ...], n_images: int) -> str:
+    options = {"chat_template": key[0], "add_generation_prompt": turns[-1].role != "assistant", "tokenize": False}
+    text = _WRITERS[key].apply_chat_template(messages(turns, n_images), **options)
+    return text if options["add_generation_prompt"] else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
 def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:

@@ -41,18 +41,15 @@ def choose(
         language_part(model).requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
     if method == "sppft":
-        for block in blocks or _inside(model, band):
+        layers = language_layers(model)
+        if not blocks:
+            if band is None or not 0 <= band[0] < band[1] <= len(layers):
+                raise ValueError(f"a band to freeze lies inside [0, {len(layers)}), not {band}")
+            blocks = range(*band)
+        for block in blocks:
             for part in (ATTENTION, MLP):
-                language_layers(model)[block].get_submodule(part).requires_grad_(False)
+                layers[block].get_submodule(part).requires_grad_(False)
     return model
-
-
-def _inside(model: PreTrainedModel, band: tuple[int, int] | None) -> Sequence[int]:
-    """The blocks of the band `[start, end)`, which must lie in the model."""
-    layers = len(language_layers(model))
-    if band is None or not 0 <= band[0] < band[1] <= layers:
-        raise ValueError(f"a band to freeze lies inside [0, {layers}), not {band}")
-    return range(*band)
 
 
 def n_trainable(model: PreTrainedModel) -> int:

@@ -242,7 +242,7 @@ class Sweep(NamedTuple):
         start = time.process_time()
         model, processor, multimodal, merged = self.model(point)
         same = next(
-            (name for name, (w, _) in self.examined.items() if merged and models.merge.weights.near(merged, w, SAME)), None
+            (name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(merged, w, SAME)), None
         )
         spent = time.process_time() - start if merged else 0.0
         if same is not None:
@@ -281,7 +281,7 @@ class Sweep(NamedTuple):
         spec, rule = self.study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
         how = models.merge.rules.How(ratio, spec.kept, spec.survived, spec.scaling)
         blocks = blocks_of(self.study, point, rule.blocks, members.layers)
-        merged = models.merge.weights.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
+        merged = models.merge.rules.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
         members.model.load_state_dict(merged)
         return members.model, members.processor, True, merged
 

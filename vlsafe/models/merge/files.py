@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,13 @@ from safetensors import SafetensorError, safe_open
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.models.architectures import canonical, family_at, grafted, language_name
-from vlsafe.models.merge.rules import RULES, How, streams
-from vlsafe.models.merge.weights import seed_of
+from vlsafe.models.merge.rules import RULES, How, seed_of, streams
 
 PIECE = 2**18  # elements; some fp32 pieces fit into a processor's cache
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 BESIDE = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, processor, template; never code
-LEFT = (INDEX, store.MANIFEST, "trainer_state.json", "adapter_config.json")
+LEFT = (store.MANIFEST, "trainer_state.json", "adapter_config.json", "config.json")  # the config is written last
 
 
 class Entry(NamedTuple):
@@ -42,15 +41,12 @@ class Entry(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A model folder: its shards, and its tensors by their names in memory."""
+    """A model folder: its shards, its tensors by their names in memory, and the names of those that are merged."""
 
     folder: Path
     shards: tuple[Path, ...]
     tensors: dict[str, Entry]
-
-    def keys(self, language_only: bool) -> set[str]:
-        """The names of all tensors, or of the language model's alone."""
-        return {key for key in self.tensors if not language_only or language_name(key) is not None}
+    keys: set[str]
 
 
 def merge(
@@ -69,16 +65,21 @@ def merge(
         raise ValueError(f"{name} {'needs a base' if rule.based else 'has no use for a base'} (--base)")
     models = {which: checkpoint(folder, language_only) for which, folder in folders.items()}
     a = models["a"]
-    lines = [line for which in models if which != "a" for line in differences(a, models[which], which, language_only)]
+    lines = [line for which in models if which != "a" for line in differences(a, models[which], which)]
     if lines:
         raise ValueError(f"these checkpoints cannot be merged\n{chr(10).join(lines)}")
     for model in models.values():
         verify(model)
-    refuse_zero(models, language_only)
+    refuse_zero(models)
     with store.whole(out) as work:
-        files = [_shard(name, models, shard, work, how, seed, language_only) for shard in a.shards]
-        _finish(a, work, files, {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only})
-    return {"tensors": len(a.tensors), "bytes": sum(line["bytes"] for line in files), "shards": len(files)}
+        files = {shard.name: _shard(name, models, shard, work, how, seed) for shard in a.shards}
+        for path in sorted(a.folder.iterdir()):
+            if path.suffix in BESIDE and path.name not in LEFT:
+                shutil.copyfile(path, work / path.name)
+        record = {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only}
+        store.write_text(work / store.MANIFEST, json.dumps({"merge": record, "files": files}, indent=1) + "\n")
+        shutil.copyfile(a.folder / "config.json", work / "config.json")
+    return {"tensors": len(a.tensors), "bytes": sum(file["bytes"] for file in files.values()), "shards": len(files)}
 
 
 def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
@@ -91,16 +92,15 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     if not (folder / "config.json").exists():
         inside = sorted(path.name for path in folder.glob("step-*"))
         raise FileNotFoundError(f"{folder} holds no model (no config.json)" + (f"; try {folder / inside[-1]}" if inside else ""))
-    mapped = None
-    if (folder / INDEX).exists():
-        mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    shards = [folder / name for name in (sorted(set(mapped.values())) if mapped else ["model.safetensors"])]
+    indexed = (folder / INDEX).exists()
+    mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"] if indexed else {}
+    shards = [folder / name for name in sorted(set(mapped.values())) or ["model.safetensors"]]
     for shard in shards:
         if not shard.exists():
             raise FileNotFoundError(f"{shard} is missing; only safetensors are read")
     headers = {shard: header(shard)[1] for shard in shards}
     present = {name: shard.name for shard, entries in headers.items() for name in entries}
-    if mapped is not None and present != mapped:
+    if indexed and present != mapped:
         name, file = min(set(present.items()) ^ set(mapped.items()))
         raise ValueError(f"{folder / file} is damaged, or not the shard that its index tells of: they disagree on {name}")
     rename = grafted if language_only and not family_at(folder).vision else canonical
@@ -108,7 +108,8 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
         rename(name): Entry(shard, name, entry["dtype"], tuple(entry["shape"]))
         for shard, entries in headers.items() for name, entry in entries.items()
     }  # fmt: skip
-    return Checkpoint(folder, tuple(shards), tensors)
+    keys = {key for key in tensors if not language_only or language_name(key) is not None}
+    return Checkpoint(folder, tuple(shards), tensors, keys)
 
 
 def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
@@ -130,11 +131,13 @@ def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
     return first, dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
 
 
-def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: bool) -> list[str]:
+def differences(a: Checkpoint, other: Checkpoint, which: str) -> list[str]:
     """What keeps two checkpoints from being merged, a line each; none where nothing does."""
-    keys, theirs = a.keys(language_only), other.keys(language_only)
-    lines = [_listed(f"only in a, not in {which}", keys - theirs), _listed(f"only in {which}, not in a", theirs - keys)]
-    pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(keys & theirs)}
+    lines = [
+        _listed(f"only in a, not in {which}", a.keys - other.keys),
+        _listed(f"only in {which}, not in a", other.keys - a.keys),
+    ]
+    pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(a.keys & other.keys)}
     shapes = {f"{key} {list(one.shape)} and {list(two.shape)}" for key, (one, two) in pairs.items() if one.shape != two.shape}
     lines.append(_listed(f"other shapes in a and {which}", shapes))
     unequal = {
@@ -175,11 +178,11 @@ def verify(model: Checkpoint) -> None:
             raise ValueError(f"{shard} is damaged: its content is not the one that was recorded when it was written")
 
 
-def refuse_zero(models: Mapping[str, Checkpoint], language_only: bool) -> None:
+def refuse_zero(models: Mapping[str, Checkpoint]) -> None:
     """Raises:   ValueError naming the model that equals its base: a merge learns nothing from a zero task vector"""
     for which in ("a", "b") if "base" in models else ():
         folder, tensors = models[which].folder, models[which].tensors
-        pairs = ((tensors[key], models["base"].tensors[key]) for key in models[which].keys(language_only))
+        pairs = ((tensors[key], models["base"].tensors[key]) for key in models[which].keys)
         if all(torch.equal(tensor(one), tensor(other).to(FLOATS.get(one.dtype))) for one, other in pairs):
             raise ValueError(f"the task vector of {which} ({folder.name}) is zero: it is its base, weight by weight")
 
@@ -212,9 +215,7 @@ def _combined(name: str, key: str, models: Mapping[str, Checkpoint], how: How, s
         yield rule.combine(*piece, how, summary, draws).to(FLOATS[a.dtype])
 
 
-def _shard(
-    name: str, models: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int, language_only: bool
-) -> dict[str, Any]:
+def _shard(name: str, models: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int) -> dict[str, Any]:
     """Write one shard: A's header, which fits the result byte by byte, then every tensor in its place."""
     keys = {entry.name: key for key, entry in models["a"].tensors.items() if entry.shard == shard}
     first, entries = header(shard)
@@ -223,7 +224,7 @@ def _shard(
     def pieces() -> Iterator[torch.Tensor]:
         for key in map(keys.__getitem__, entries):
             entry = models["a"].tensors[key]
-            taken = entry.dtype not in FLOATS or (language_only and language_name(key) is None)
+            taken = entry.dtype not in FLOATS or key not in models["a"].keys
             yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, models, how, seed)
 
     def write(piece: torch.Tensor) -> None:
@@ -238,16 +239,4 @@ def _shard(
             written.result()
             written = writer.submit(write, piece)
         written.result()
-        size = file.tell()
-    return {"name": shard.name, "bytes": size, "sha256": hashed.hexdigest()}
-
-
-def _finish(a: Checkpoint, work: Path, files: Sequence[dict[str, Any]], how: dict[str, Any]) -> None:
-    """Write what stands beside the weights: index, tokenizer, processor, a manifest with digests, and last the config."""
-    beside = [path for path in sorted(a.folder.iterdir()) if path.suffix in BESIDE and path.name not in LEFT]
-    index = [a.folder / INDEX] if (a.folder / INDEX).exists() else []
-    for path in [*index, *(path for path in beside if path.name != "config.json")]:
-        shutil.copyfile(path, work / path.name)
-    digests = {line["name"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in files}
-    store.write_text(work / store.MANIFEST, json.dumps({"merge": how, "files": digests}, indent=1) + "\n")
-    shutil.copyfile(a.folder / "config.json", work / "config.json")
+        return {"bytes": file.tell(), "sha256": hashed.hexdigest()}

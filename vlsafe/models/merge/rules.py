@@ -8,8 +8,9 @@ numbers that depend on all of it (a threshold, an angle), `combine` then works e
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from vlsafe.core.scale import known
+from vlsafe.models.architectures import block_of
 
+Weights = Mapping[str, Tensor]
+"""The tensors of a model in memory, by their names there."""
 Pieces = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
 """Iterates over the flat fp32 pieces of (θ_a, θ_b, θ_0), again at every call."""
 Draws = tuple[np.random.Generator, np.random.Generator]
@@ -111,10 +115,6 @@ def slerp(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: float, d
     return a * of_a + b * of_b
 
 
-def _taus(a: Tensor, b: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    return a - base, b - base
-
-
 def _added(base: Tensor, taus: Sequence[Tensor], how: How) -> Tensor:
     """θ_0 + λ Σ w τ."""
     return base + how.scaling * ((1 - how.ratio) * taus[0] + how.ratio * taus[1])
@@ -122,7 +122,7 @@ def _added(base: Tensor, taus: Sequence[Tensor], how: How) -> Tensor:
 
 def task_arithmetic(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
     """θ_0 + λ ((1 − ratio) τ_a + ratio τ_b); with λ = 1, θ_0 cancels and this is the linear merge."""
-    return _added(base, _taus(a, b, base), how)
+    return _added(base, (a - base, b - base), how)
 
 
 def kept_count(n: int, share: float) -> int:
@@ -176,7 +176,7 @@ def elected(taus: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def ties(a: Tensor, b: Tensor, base: Tensor, how: How, summary: tuple[float, float], draws: Draws | None = None) -> Tensor:
     """θ_0 + λ τ_m: trim, elect sign, merge those that agree."""
-    taus = [trimmed(tau, least) for tau, least in zip(_taus(a, b, base), summary, strict=True)]
+    taus = [trimmed(tau, least) for tau, least in zip((a - base, b - base), summary, strict=True)]
     return base + how.scaling * elected(taus, (1 - how.ratio, how.ratio))
 
 
@@ -193,7 +193,7 @@ def dropped(tau: Tensor, mask: Tensor, survived: float) -> Tensor:
 def _dropped(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any, draws: Draws) -> list[Tensor]:
     """Both task vectors after DARE; `summary` holds other divisors than 1 − p, or nothing."""
     factors = summary or (how.survived, how.survived)
-    both = zip(_taus(a, b, base), masks(len(a), how, draws), factors, strict=True)
+    both = zip((a - base, b - base), masks(len(a), how, draws), factors, strict=True)
     return [dropped(tau, mask, factor) for tau, mask, factor in both]
 
 
@@ -211,7 +211,7 @@ def surviving_norm(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float
     """The share of each task vector's L1 norm that its mask keeps; mergekit divides by it instead of 1 − p."""
     sums = np.zeros((2, 2))
     for a, b, base in pieces():
-        for which, (tau, mask) in enumerate(zip(_taus(a, b, base), masks(len(a), how, draws), strict=True)):
+        for which, (tau, mask) in enumerate(zip((a - base, b - base), masks(len(a), how, draws), strict=True)):
             magnitudes = tau.abs().double()
             sums[which] += float(magnitudes.sum()), float((magnitudes * mask).sum())
     of_a, of_b = (float(kept / total) if kept else 1.0 for total, kept in sums)
@@ -223,7 +223,7 @@ def agreement(pieces: Pieces, how: How, draws: Draws) -> float:
 
     Departs:  t = 0 for an obtuse θ, where the formula leaves the segment and divides by zero for opposite vectors
     """
-    cosine = min(1.0, max(0.0, _cosine(_taus(a, b, base) for a, b, base in pieces()) or 0.0))
+    cosine = min(1.0, max(0.0, _cosine((a - base, b - base) for a, b, base in pieces()) or 0.0))
     return 2 * cosine / (1 + cosine)
 
 
@@ -245,3 +245,37 @@ RULES: dict[str, Rule] = {
         model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", summarise=agreement, based=True, rated=False
     ),
 }  # fmt: skip
+
+
+def seed_of(seed: int, key: str) -> list[int]:
+    """The seed of one tensor's draws; it depends on no other tensor and on no order."""
+    return [seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])]
+
+
+def combined(
+    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0, blocks: Collection[int | None] | None = None
+) -> dict[str, Tensor]:
+    """Two models merged by a rule.
+
+    What only A has (a tower and a projector, where B is a plain language model) comes from A. What has no base is merged
+    linearly. With `blocks` only these decoder blocks are merged, the rest is A's; None in it stands for all that is no block.
+
+    Raises:   ValueError where B has what A lacks, or a task vector is zero
+    """
+    if extra := sorted(set(b) - set(a)):
+        raise ValueError(f"b has {len(extra)} tensors that a lacks, first {extra[:3]}")
+    based, base = RULES[name].based, base or {}
+    for which, model in (("a", a), ("b", b)) if based else ():
+        if all(torch.equal(model[key], value) for key, value in base.items() if key in model):
+            raise ValueError(f"the task vector of {which} is zero: it is the base, weight by weight")
+    weights = dict(a)
+    for key in a:
+        if key in b and (blocks is None or block_of(key) in blocks):
+            rule = "linear" if based and key not in base else name
+            weights[key] = merged(rule, a[key], b[key], base.get(key), how, seed_of(seed, key))
+    return weights
+
+
+def near(one: Weights, other: Weights, gap: float) -> bool:
+    """Whether no weight of two models of one shape differs by more than `gap`."""
+    return all(one[key] is other[key] or bool((one[key] - other[key]).abs().max() <= gap) for key in one)

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from vlsafe.core.scale import known
 
 FOLDER = Path(__file__).parent
-# Templates that are another one with a default system prompt. LLaVA's own for Llama-2 bases is a confound: with it, parent and
-# adapted model differ in their prompt as well as in their weights.
-WITH_SYSTEM = {
-    "llama2-neutral": (
-        "llama2",
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language.",
-    ),
-    # What these two models write by themselves where there is no system turn.
-    "qwen2.5": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "smollm2": ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-}
+WITH_SYSTEM: dict[str, list[str]] = yaml.safe_load((FOLDER / "systems.yaml").read_text(encoding="utf-8"))
 NAMES = sorted([*WITH_SYSTEM, *(path.stem for path in FOLDER.glob("*.jinja"))])
 
 
