@@ -70,7 +70,7 @@ def make_direction(study: Study, work: Path) -> dict[str, Any]:
     model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
     items = evaluation.prompts.probing_prompts(study.world(), "validation", study.scale.probing.prompts, ["text"])
     last = inspection.states.last_states(model, processor, evaluation.prompts.conversations(items), exam.batch_size)
-    harmful = evaluation.prompts.attributes(items)["harmful"].to_numpy()
+    harmful = evaluation.prompts.attributes(items)["harmful"].to_numpy(copy=True)
     means = {"harmful": last[harmful].mean(0), "harmless": last[~harmful].mean(0)}
     directions, rows = inspection.causal.difference_of_means(last[harmful], last[~harmful]), []
     for layer, direction in enumerate(directions):
