@@ -251,7 +251,7 @@ def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeyp
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     official.llava_pretrain(tmp_path)
     official.llava_instruct(tmp_path)
-    assets._archive.cache_clear(), assets._names.cache_clear()
+    assets._archive.cache_clear()
     seen = {name: [bytes(row.images[0]) for row in sources.stream(name, getattr(PAPER.loaded, name))
                    if not isinstance(row, data_files.Refused) and row.images and not data_files.missing(row.images[0])]
             for name in ("captions", "instructions")}  # fmt: skip

@@ -60,7 +60,7 @@ def loaded(tmp_path_factory):
     SCALES["nano-load"] = scale
     before = os.environ.get("VLSAFE_DATA")
     os.environ["VLSAFE_DATA"] = str(data)
-    assets._archive.cache_clear(), assets._names.cache_clear()
+    assets._archive.cache_clear()
     yield Study.open("nano-load", "mini-chat", 3, home / "store")
     del SCALES["nano-load"], os.environ["VLSAFE_DATA"]
     if before:

@@ -75,6 +75,7 @@ class Loaded:
 
 MEMBER = "!"  # between the path of an archive and the name of a file in it
 LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
+PINS = "pins.json"
 
 
 class TooLarge(ValueError):
@@ -85,9 +86,6 @@ def outside() -> Path | None:
     """The folder of downloaded corpora, from the environment's `VLSAFE_DATA`; None where it is not set."""
     name = os.environ.get("VLSAFE_DATA")
     return Path(name) if name else None
-
-
-PINS = "pins.json"
 
 
 def pinned(repo: str, revision: str) -> str:
@@ -105,12 +103,17 @@ def outside_bytes(place: str) -> bytes:
               name leads out of the folder
     """
     archive, _, member = place.partition(MEMBER)
-    if member:
-        return _member_bytes(archive, member)
-    path = _existing(archive)
-    if path.stat().st_size > LARGEST:
-        raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
-    return path.read_bytes()
+    if not member:
+        path = _existing(archive)
+        if path.stat().st_size > LARGEST:
+            raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
+        return path.read_bytes()
+    if member not in members(archive):
+        raise FileNotFoundError(f"{archive} has no member {member!r}")
+    info = members(archive)[member]
+    if info.file_size > LARGEST:
+        raise TooLarge(f"{member} of {archive} unpacks to {info.file_size:,} bytes, more than a picture may have")
+    return _archive(archive_at(archive), os.getpid()).read(info)
 
 
 def outside_path(name: str) -> Path:
@@ -138,20 +141,9 @@ def inside(name: str) -> bool:
     return not (name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0])
 
 
-def _member_bytes(archive: str, member: str) -> bytes:
-    try:
-        file = _archive(archive_at(archive), os.getpid())
-        info = file.getinfo(member)
-    except KeyError:
-        raise FileNotFoundError(f"{archive} has no member {member!r}") from None
-    if info.file_size > LARGEST:
-        raise TooLarge(f"{member} of {archive} unpacks to {info.file_size:,} bytes, more than a picture may have")
-    return file.read(info)
-
-
-def members(archive: str) -> frozenset[str]:
-    """The names of the files in a zip file below `VLSAFE_DATA` or at an address."""
-    return _names(archive_at(archive), os.getpid())
+def members(archive: str) -> Mapping[str, zipfile.ZipInfo]:
+    """The files in a zip file below `VLSAFE_DATA` or at an address, by name."""
+    return _archive(archive_at(archive), os.getpid()).NameToInfo
 
 
 def archive_at(archive: str) -> str:
@@ -167,11 +159,6 @@ def archive_at(archive: str) -> str:
     repo, revision, file = match.groups()
     cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
     return cached if isinstance(cached, str) else archive
-
-
-@lru_cache(maxsize=16)
-def _names(where: str, process: int) -> frozenset[str]:
-    return frozenset(_archive(where, process).namelist())
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,8 @@ from vlsafe.core.assets import Loaded, Origin
 
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     """A field that is newer than some results. At its default it is left out of digests, so that they stay valid."""
-    return field(default=default, metadata={"later": True}, **more)
+    value = more["default_factory"]() if "default_factory" in more else default
+    return field(default=default, metadata={"later": value}, **more)
 
 
 @dataclass(frozen=True)
@@ -372,13 +373,9 @@ def as_plain(value: Any) -> Any:
     """A frozen value as JSON-ready dictionaries and lists, as digests and manifests hold it."""
     if dataclasses.is_dataclass(value):
         entries = [(of, as_plain(getattr(value, of.name))) for of in dataclasses.fields(value)]
-        return {of.name: plain for of, plain in entries if "later" not in of.metadata or plain != _default(of)}
+        return {of.name: plain for of, plain in entries if "later" not in of.metadata or plain != as_plain(of.metadata["later"])}
     if isinstance(value, Mapping):
         return {str(key): as_plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
         return [as_plain(entry) for entry in value]
     return value
-
-
-def _default(of: dataclasses.Field) -> Any:
-    return as_plain(of.default if of.default_factory is dataclasses.MISSING else of.default_factory())

@@ -145,11 +145,12 @@ def to_row(value: Any) -> dict[str, Any]:
     """A plain dictionary for Parquet and `datasets`; pictures become `{"bytes", "path"}` as in `datasets.Image`, stored ones
     their place alone."""
     row = {name: list(cell) if isinstance(cell, tuple) else cell for name, cell in asdict(value).items()}
-    return {**row, "images": [_cell(image) for image in value.images]} if "images" in row else row
-
-
-def _cell(image: Picture) -> dict[str, Any]:
-    return {"bytes": None, "path": image.place} if isinstance(image, Stored) else {"bytes": image, "path": None}
+    if "images" in row:
+        row["images"] = [
+            {"bytes": None, "path": image.place} if isinstance(image, Stored) else {"bytes": image, "path": None}
+            for image in value.images
+        ]
+    return row
 
 
 def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:

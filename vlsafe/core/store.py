@@ -207,10 +207,9 @@ def commit() -> str | None:
     """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        output = subprocess.check_output(describe, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL, text=True)
+        return subprocess.check_output(describe, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return output.strip()
 
 
 @lru_cache(maxsize=1)
@@ -246,10 +245,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it."""
-    with _beside(path) as beside, open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with _beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
 
 
 def _sync(path: Path) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
-    with _no_progress_bar(len(list(folder.glob("*.safetensors"))) < 2):
+    with ExitStack() as stack:
+        if len(list(folder.glob("*.safetensors"))) < 2 and logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()  # over a single file the library's bar says nothing, and stays behind in notebooks
+            stack.callback(logging.enable_progress_bar)
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
     if missing:
@@ -285,32 +288,16 @@ def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
         raise ValueError(f"{repo} is another decoder than the scale says: {other}; correct the backbone's `language`")
 
 
-@contextmanager
-def _no_progress_bar(condition: bool) -> Iterator[None]:
-    """Without the library's bar: over a single file it says nothing, and stays behind in notebooks."""
-    enabled = logging.is_progress_bar_enabled()
-    if condition:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 def load_processor(folder: Path) -> Any:
-    """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow."""
-    folder = Path(folder)
-    if is_multimodal(folder):
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        processor.tokenizer = _load_tokenizer(folder)  # "backend" reaches the tokenizer too, and unmakes it
-        return processor
-    return _load_tokenizer(folder)
+    """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow.
 
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that was saved. The library goes by the model's type and silently gives a Qwen2 with our words Qwen2's
-    own way of splitting text, which knows none of them."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    The tokenizer is the one that was saved: the library goes by the model's type and silently gives a Qwen2 with our words
+    Qwen2's own way of splitting text, which knows none of them.
+    """
+    config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
-    return kind.from_pretrained(folder)
+    if not is_multimodal(folder):
+        return kind.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor.tokenizer = kind.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
+    return processor

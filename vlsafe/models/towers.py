@@ -95,16 +95,12 @@ def _contrast(
     described = torch.stack(names)  # [levels, N]: the caption's number of each picture at each level
     true = described[level, rows][None, :] == described[level].T  # [N pictures, N captions]
     text_ids = padded[level, rows]
-    text = _text_features(model, text_ids, (text_ids != pad).long())
-    return contrastive_loss(_image_features(model, pixels), text, true, model.logit_scale.exp())
+    text = _unit(model.get_text_features(input_ids=text_ids, attention_mask=(text_ids != pad).long()))
+    return contrastive_loss(_unit(model.get_image_features(pixel_values=pixels)), text, true, model.logit_scale.exp())
 
 
-def _image_features(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-
-def _text_features(model: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
+def _unit(features: Any) -> torch.Tensor:
+    return functional.normalize(features.pooler_output, dim=-1)
 
 
 @torch.inference_mode()
@@ -116,8 +112,8 @@ def zero_shot(
     Shapes:   pixels  [P, 3, H, W];  prompts contain "{}"  ->  [P]
     """
     batch = text_inputs(tokenizer, [prompt.format(name) for name in names for prompt in prompts])
-    text = _text_features(model, batch["input_ids"], batch["attention_mask"]).view(len(names), len(prompts), -1).mean(1)
-    return (_image_features(model, pixels) @ functional.normalize(text, dim=-1).T).argmax(1)
+    text = _unit(model.get_text_features(batch["input_ids"], batch["attention_mask"])).view(len(names), len(prompts), -1).mean(1)
+    return (_unit(model.get_image_features(pixel_values=pixels)) @ functional.normalize(text, dim=-1).T).argmax(1)
 
 
 @torch.inference_mode()

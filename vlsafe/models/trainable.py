@@ -50,8 +50,3 @@ def choose(
             for part in (ATTENTION, MLP):
                 layers[block].get_submodule(part).requires_grad_(False)
     return model
-
-
-def n_trainable(model: PreTrainedModel) -> int:
-    """How many weights are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -70,7 +70,7 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
     model = checkpoints.load(start)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # accelerate shards by these
     model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
-    moving, processor = trainable.n_trainable(model), checkpoints.load_processor(start)
+    moving, processor = model.num_parameters(only_trainable=True), checkpoints.load_processor(start)
     if job.preference is not None:
         return trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, *rest), moving
     if job.objective == "pcgrad":
@@ -131,14 +131,10 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
             port = free.getsockname()[1]
         return [*launch, "--main_process_port", str(port), *WORKER, str(job)]
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-    host = _first_host(environment["SLURM_JOB_NODELIST"])
-    launch += ["--num_machines", str(nodes), "--main_process_port", str(port), "--main_process_ip", host]
+    hosts = subprocess.check_output(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], text=True).split()
+    launch += ["--num_machines", str(nodes), "--main_process_port", str(port), "--main_process_ip", hosts[0]]
     rank = 'exec "$@" --machine_rank "$SLURM_NODEID" ' + " ".join([*WORKER, f"'{job}'"])
     return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "bash", "-c", rank, "launch", *launch]
-
-
-def _first_host(nodes: str) -> str:
-    return subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()[0]
 
 
 def main(argv: list[str]) -> None:
