@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -16,6 +17,8 @@ from vlsafe.plots.style import KINDS
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
+ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
+MADE_FROM = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
 
 
 def forest(ledger: pd.DataFrame, scale: str) -> Figure:
@@ -55,16 +58,13 @@ def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
     axis.text(112, y, verdicts, fontsize=5.5, va="center", color=colour, clip_on=False)
     if not measured:
         return
-
-    def place(value: float) -> float:
-        return 100 * row.sign * (value - row.against)
-
+    values = (row.effect, row.effects, (row.low, row.high), (row.seed_low, row.seed_high))
+    effect, effects, items, seeds = (100 * row.sign * (np.array(value) - row.against) for value in values)
     if row.seeds > 1:
-        ends = [min(108, max(-108, place(end))) for end in (row.seed_low, row.seed_high)]
-        axis.plot(ends, [y, y], color=colour, linewidth=0.6)
-    axis.plot([place(effect) for effect in row.effects], [y] * len(row.effects), "|", color=colour, markersize=4, alpha=0.7)
-    axis.plot([place(row.low), place(row.high)], [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
-    axis.plot(place(row.effect), y, mark, color=colour, markersize=3.6)
+        axis.plot(seeds.clip(-108, 108), [y, y], color=colour, linewidth=0.6)
+    axis.plot(effects, [y] * len(effects), "|", color=colour, markersize=4, alpha=0.7)
+    axis.plot(items, [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
+    axis.plot(effect, y, mark, color=colour, markersize=3.6)
 
 
 def _count(ledger: pd.DataFrame) -> str:
@@ -90,10 +90,8 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     rows = style.by_backbone(rates, "attack success, percent (↓ safer)")
     columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
     with style.panels(rows, columns, 2.4, _least_agreement(pairs), caption, handles=handles, sharey=True) as (figure, axes):
-        for (backbone, modality), axis in axes.items():
-            models, agreement = (
-                frame[(frame["backbone"] == backbone) & (frame["modality"] == modality)] for frame in (rates, pairs)
-            )
+        parts = (style.facets(axes, frame, "modality") for frame in (rates, pairs))
+        for (_, axis, models), (_, _, agreement) in zip(*parts, strict=True):
             for (name, *_), line in models.groupby(["kind", "stage", "recipe"]):
                 axis.plot(line["place"], line["value"], linewidth=0.9, markersize=3.2, alpha=0.8, **KINDS[name])
                 axis.vlines(line["place"], line["low"], line["high"], color=KINDS[name]["color"], linewidth=0.5, alpha=0.35)
@@ -120,10 +118,6 @@ def kind(stage: str, recipe: str) -> str:
     return known.get(stage) or TAUGHT_ON[recipe.rpartition("-")[0]][0]
 
 
-ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
-MADE_FROM = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
-
-
 def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, ASR beside helpfulness.
 
@@ -132,9 +126,8 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     runs = lines["stage"] + "/" + lines["recipe"]
     chosen = lines[runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
     wide = chosen.pivot(index=["backbone", "seed", "stage", "recipe"], columns="measure", values=["value", "low", "high"])
-    columns = pd.MultiIndex.from_product(
-        [("text_asr", "multimodal_asr", "twin_refusal", "helpfulness"), ("value", "low", "high")]
-    )
+    measures = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+    columns = pd.MultiIndex.from_product([measures, ("value", "low", "high")])
     wide = wide.swaplevel(axis=1).reindex(columns=columns).astype(float)
     points = wide.set_axis([f"{name}_{end}".removesuffix("_value") for name, end in columns], axis=1).reset_index()
     return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])

@@ -71,9 +71,8 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, "
     note += "clustered by verb–object pair"
     caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", "judge: the world's truth")
-    return asr_against_helpfulness(
-        points, 2.9, _draw_fronts, style.handles(KINDS, points["family"]), answer.partition(" (")[0], caption
-    )
+    marks, title = style.handles(KINDS, points["family"]), answer.partition(" (")[0]
+    return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, title, caption)
 
 
 def _draw_fronts(axis: Any, points: pd.DataFrame) -> None:

@@ -110,9 +110,8 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     caption = _caption(located, scale, note + "95 % intervals over prompts")
     with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
         for unit in rows:
-            curve, scaled, band = (
-                frame[(frame["backbone"] == unit[0]) & (frame["seed"] == unit[1])] for frame in (curves, scaling, located)
-            )
+            own = "backbone == @unit[0] and seed == @unit[1]"
+            curve, scaled, band = curves.query(own), scaling.query(own), located.query(own)
             for name, (label, colour) in PAIRED.items():
                 axes[unit, "pairs"].plot(curve["layer"], curve[name], color=colour, marker="o", markersize=2, label=label)
             axes[unit, "gap"].plot(curve["layer"], curve["gap"], color="#000000", marker="o", markersize=2)

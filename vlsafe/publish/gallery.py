@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from vlsafe import analysis, plots
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.publish import provenance, results
 
-TEXTS = Path(__file__).parent / "templates" / "artefacts.yaml"
 Frames = Mapping[str, pd.DataFrame]
 Tables = dict[str, tuple[Any, ...]]
 """Name of a table -> the frame, and where it needs them the form for the eye and what fills its caption's braces."""
@@ -33,7 +31,7 @@ def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]
     """
     if "raw" not in frames:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
-    raw, texts = frames["raw"], yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
+    raw = frames["raw"]
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
     written: list[str] = []
@@ -43,13 +41,15 @@ def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]
         tables, figures = family(frames, scale)
         for name, (frame, *more) in tables.items():
             shown, *values = more or [None]
-            caption = texts[name].get("caption", "").format_map(dict(*values))
-            provenance.write_table(frame, folder, name, texts[name]["title"], f"{origin} {caption}".strip(), shown)
+            text = provenance.ARTEFACTS["tables"][name]
+            caption = text.get("caption", "").format_map(dict(*values))
+            provenance.write_table(frame, folder, name, text["title"], f"{origin} {caption}".strip(), shown)
         for name, (figure, frame) in figures.items():
             plots.style.write(figure, frame, folder, name, provenance.stamp(name, scale, runs))
         written += [*tables, *figures]
     for name in written:
-        provenance.write_stamp(folder, provenance.stamp(name, scale, runs))
+        stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
+        (folder / f"{name}.provenance.json").write_text(stamp, encoding="utf-8")
     (folder / "provenance.json").write_text(json.dumps(list(runs), indent=1) + "\n", encoding="utf-8")
     return written
 

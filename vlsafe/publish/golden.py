@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -23,51 +23,44 @@ from vlsafe.study.study import Study
 
 FILE = Path("tests") / "golden.json"
 MAIN = "examination/instruct.filtered-full"
+PAIRS = "harmful training verb–object pairs"  # of the world's training split
 
 
 class Golden(NamedTuple):
-    """Where a number comes from (a stage and how it is read), and by how much it may differ: absolute + relative."""
+    """A stage, what of it is read, and by how much it may differ: absolute + relative.
+
+    What is read is a path in the numbers that the stage recorded about itself, a measure of its full examination, or PAIRS.
+    """
 
     stage: str
-    read: Callable[[Study, str], float]
+    what: str
     absolute: float = 0.0
     relative: float = 0.0
 
-
-def from_manifest(*path: str) -> Callable[[Study, str], float]:
-    """A number that a stage recorded about itself."""
-    return lambda study, stage: float(reduce(getitem, path, store.manifest_of(study.run(stage))["numbers"]))
-
-
-def from_raw(measure: str) -> Callable[[Study, str], float]:
-    """A rate of the full examination."""
-
-    def read(study: Study, stage: str) -> float:
-        raw = pd.read_parquet(study.run(stage).folder / "raw.parquet")
-        return float(measures.rates(raw[raw["exam"] == "full"], [measure])["value"].iloc[0])
-
-    return read
-
-
-def training_pairs(study: Study, stage: str) -> float:
-    """Harmful verb–object pairs of the world's training split."""
-    return float(len(study.world().actions("train", "harmful")))
+    def read(self, study: Study) -> float:
+        """The number as it is now."""
+        if self.what == PAIRS:
+            return float(len(study.world().actions("train", "harmful")))
+        if self.what in measures.MEASURES:
+            raw = pd.read_parquet(study.run(self.stage).folder / "raw.parquet")
+            return float(measures.rates(raw[raw["exam"] == "full"], [self.what])["value"].iloc[0])
+        return float(reduce(getitem, self.what.split("/"), store.manifest_of(study.run(self.stage))["numbers"]))
 
 
 GOLDEN: dict[str, Golden] = {
-    "items of all benchmarks": Golden("world/corpora", from_manifest("rows", "items")),
-    "harmful training verb–object pairs": Golden("world/corpora", training_pairs),
-    "icons named by the tower": Golden("tower/clip", from_manifest("zero_shot", "icon"), absolute=0.04),
-    "loss of the base model": Golden("base/llm", from_manifest("loss"), relative=0.1),
-    "screened instructions kept": Golden("screen/filtered", from_manifest("kept", "instructions"), relative=0.02),
-    "loss of the parent": Golden("parent/aligned", from_manifest("loss"), relative=0.2),
-    "weights that move in stage 2": Golden("instruct/filtered-full", from_manifest("moving_weights")),
-    "text ASR of the parent": Golden("examination/parent.aligned", from_raw("text_asr"), absolute=0.03),
-    "how-tos of the parent": Golden("examination/parent.aligned", from_raw("capability_howto-text"), absolute=0.06),
-    "text ASR of the adapted model": Golden(MAIN, from_raw("text_asr"), absolute=0.15),
-    "multimodal ASR of the adapted model": Golden(MAIN, from_raw("multimodal_asr"), absolute=0.05),
-    "icon captions of the adapted model": Golden(MAIN, from_raw("capability_caption-icon"), absolute=0.15),
-    "helpfulness of the adapted model": Golden(MAIN, from_raw("helpfulness"), absolute=0.06),
+    "items of all benchmarks": Golden("world/corpora", "rows/items"),
+    PAIRS: Golden("world/corpora", PAIRS),
+    "icons named by the tower": Golden("tower/clip", "zero_shot/icon", absolute=0.04),
+    "loss of the base model": Golden("base/llm", "loss", relative=0.1),
+    "screened instructions kept": Golden("screen/filtered", "kept/instructions", relative=0.02),
+    "loss of the parent": Golden("parent/aligned", "loss", relative=0.2),
+    "weights that move in stage 2": Golden("instruct/filtered-full", "moving_weights"),
+    "text ASR of the parent": Golden("examination/parent.aligned", "text_asr", absolute=0.03),
+    "how-tos of the parent": Golden("examination/parent.aligned", "capability_howto-text", absolute=0.06),
+    "text ASR of the adapted model": Golden(MAIN, "text_asr", absolute=0.15),
+    "multimodal ASR of the adapted model": Golden(MAIN, "multimodal_asr", absolute=0.05),
+    "icon captions of the adapted model": Golden(MAIN, "capability_caption-icon", absolute=0.15),
+    "helpfulness of the adapted model": Golden(MAIN, "helpfulness", absolute=0.06),
 }
 
 
@@ -93,7 +86,7 @@ def missing(study: Study) -> list[str]:
 
 def measure(study: Study) -> dict[str, float]:
     """The numbers as they are now."""
-    return {name: round(number.read(study, number.stage), 6) for name, number in GOLDEN.items()}
+    return {name: round(number.read(study), 6) for name, number in GOLDEN.items()}
 
 
 def record(study: Study, path: Path) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from vlsafe.analysis import measures
 from vlsafe.analysis.measures import CHANCE, MEASURES
 from vlsafe.core import store
+from vlsafe.publish import results
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 
@@ -44,9 +45,7 @@ def card(study: Study, name: str) -> str:
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {status}; `vlsafe stage {name}` makes it")
     ancestors = [store.manifest_of(study.run(before)) for before in lineage(name)]
     examined_by = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
-    runs = [study.run(stage) for stage in examined_by if stage in STAGES]
-    tables = [pd.read_parquet(run.folder / "raw.parquet") for run in runs if store.status(run) == "valid"]
-    raw = pd.concat(tables, ignore_index=True) if tables else None
+    raw = results.read([study], [stage for stage in examined_by if stage in STAGES], "raw.parquet")
     return render(store.manifest_of(study.run(name)), ancestors, raw, outside(study))
 
 

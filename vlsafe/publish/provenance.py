@@ -6,7 +6,6 @@ Loads no model.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,45 +14,31 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.core import store
 from vlsafe.core.scale import known
 
 DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
-# The runs (stage/recipe) that an artefact's numbers stand in, by its id; one that is not named here may use any run.
-_MAIN = ("examination/parent.aligned", "examination/projector.filtered", "examination/instruct.filtered-full")
-_TUNED = (*_MAIN, "examination/safety.*", "safety/*", "judging/*")
-READS: dict[str, tuple[str, ...]] = {
-    "T01": ("screen/*",), "F01": ("screen/*",), "T02": _MAIN, "F02": _MAIN, "F03": _MAIN,
-    "T03": (*_MAIN, "examination/instruct.*"), "T04": ("examination/confounds.*",),
-    "T05": _TUNED, "F05": _TUNED, "F06": _TUNED, "T08": ("examination/*", "merge/*"),
-    "F15": ("examination/*", "merge/*", "judging/*"),
-}  # fmt: skip
+COORDINATES = ("seed", "step", "layer", "start", "width", "claim")  # numbers that say which line it is
+PUBLISHED = ["model", "measure", "value", "maximum", "source"]
+ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yaml").read_text(encoding="utf-8"))
 
 
 def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What an artefact is made of: its runs with their digests, commits and versions, and what drew it. No time, no path."""
-    globs = READS.get(artefact.partition("_")[0], ("*",))
+    globs = ARTEFACTS["runs"].get(artefact.partition("_")[0], ("*",))
     runs = [run for run in manifests if any(fnmatchcase(f"{run['stage']}/{run['recipe']}", glob) for glob in globs)]
-    versions: dict[str, set[str]] = {}
-    for run in runs:
-        for name, version in run["packages"].items():
-            versions.setdefault(name, set()).add(version)
+    versions = pd.DataFrame([run["packages"] for run in runs]).sort_index(axis=1)
     return {
         "artefact": artefact, "scale": scale, "drawn_by_commit": store.commit(),
         "drawn_by": {name: importlib.metadata.version(name) for name in DRAWN_BY},
         "backbones": sorted({run["backbone"] for run in runs}), "seeds": sorted({run["seed"] for run in runs}),
         "commits": sorted({str(run["commit"]) for run in runs}),
-        "packages": {name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
+        "packages": {name: ", ".join(sorted(set(column.dropna()))) for name, column in versions.items()},
         "runs": {f"{r['backbone']}/seed{r['seed']}/{r['stage']}/{r['recipe']}": r["digest"] for r in runs},
     }  # fmt: skip
-
-
-def write_stamp(folder: Path, stamp: Mapping[str, Any]) -> None:
-    """An artefact's sidecar."""
-    text = json.dumps(stamp, indent=1, sort_keys=True) + "\n"
-    (folder / f"{stamp['artefact']}.provenance.json").write_text(text, encoding="utf-8")
 
 
 def write_table(
@@ -72,9 +57,6 @@ def markdown(frame: pd.DataFrame) -> str:
     shown = frame.astype(object).where(frame.notna(), "")
     head = "| " + " | ".join(map(str, shown.columns)) + " |\n|" + "---|" * len(shown.columns)
     return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False))])
-
-
-COORDINATES = ("seed", "step", "layer", "start", "width", "claim")
 
 
 def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
@@ -121,9 +103,6 @@ def _keyed(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     words = [["" if pd.isna(v) else f"{v:g}" if isinstance(v, int | float) else str(v) for v in frame[key]] for key in keys]
     text = pd.Series(["|".join(of) for of in zip(*words, strict=True)] if words else "", index=frame.index, dtype=object)
     return frame.set_index(text + "|" + text.groupby(text).cumcount().astype(str))
-
-
-PUBLISHED = ["model", "measure", "value", "maximum", "source"]
 
 
 def published(folder: Path) -> pd.DataFrame:

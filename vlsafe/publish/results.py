@@ -15,6 +15,15 @@ from vlsafe.study.graph import planned, probed, tables
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
+# Frames of notebook 05 by name: stage, file, and whose it is where the file does not say so itself.
+INSIDE = {
+    "layers": ("probe/layers", "layers.parquet", ()), "sets": ("probe/layers", "sets.parquet", ()),
+    "drift": ("probe/drift", "drift.parquet", ()), "alike": ("probe/drift", "alike.parquet", ()),
+    "vectors": ("probe/objectives", "vectors.parquet", ()), "gradients": ("probe/objectives", "gradients.parquet", ()),
+    "patched": ("causal/transplants", "raw.parquet", ()), "directed": ("causal/directions", "raw.parquet", ()),
+    "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
+    "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
+}  # fmt: skip
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
@@ -36,17 +45,6 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
 
 
-# Frames of notebook 05 by name: stage, file, and whose it is where the file does not say so itself.
-INSIDE = {
-    "layers": ("probe/layers", "layers.parquet", ()), "sets": ("probe/layers", "sets.parquet", ()),
-    "drift": ("probe/drift", "drift.parquet", ()), "alike": ("probe/drift", "alike.parquet", ()),
-    "vectors": ("probe/objectives", "vectors.parquet", ()), "gradients": ("probe/objectives", "gradients.parquet", ()),
-    "patched": ("causal/transplants", "raw.parquet", ()), "directed": ("causal/directions", "raw.parquet", ()),
-    "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
-    "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
-}  # fmt: skip
-
-
 def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
 
@@ -54,11 +52,11 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
     their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
     """
     frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}
-    bands = [(study, study.numbers(name)) for study, name, _ in finished(studies, ["probe/localisation"])]
     located = [
         {"backbone": study.backbone, "seed": study.seed, "start": found["band"][0], "end": found["band"][1]}
         | {key: found[key] for key in ("located", "reason", "prompts")}
-        for study, found in bands
+        for study, name, _ in finished(studies, ["probe/localisation"])
+        for found in [study.numbers(name)]
     ]
     remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
     frames |= {

@@ -12,8 +12,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vlsafe import evaluation, inspection, models
 from vlsafe.analysis import tuning
 from vlsafe.core.schema import Item, Picture, Turn
+from vlsafe.evaluation.judges.strings import LISTS
 from vlsafe.plots import style
 from vlsafe.study.study import Study
 
@@ -47,21 +49,17 @@ def compare(study: Study, names: Sequence[str], text: str, picture: Picture | No
     A model that cannot see has no line for a prompt with a picture. Columns from the third on: probability that the answer
     begins like a refusal, read from each layer (`states.refusal_by_layer`).
     """
-    from vlsafe.evaluation import engines, judges
-    from vlsafe.evaluation.judges import strings
-    from vlsafe.inspection import states
-    from vlsafe.models import checkpoints
-
     item = Item("question", "xstest", (Turn("user", text),), (picture,) if picture else ())
     rows = {}
     for name in names:
         folder = study.checkpoints(name)[-1]
-        if picture and not checkpoints.is_multimodal(folder):
+        if picture and not models.checkpoints.is_multimodal(folder):
             continue
         model, processor = _loaded(folder)
-        response = engines.respond(model, processor, [item], name, 1, study.scale.exam.max_new_tokens)[0].text
-        layers = states.refusal_by_layer(model, processor, [(item.turns, item.images)], strings.XSTEST)[0]
-        refused = judges.xstest_strings(item, response).label == "2_full_refusal"
+        response = evaluation.engines.respond(model, processor, [item], name, 1, study.scale.exam.max_new_tokens)[0].text
+        refusals = LISTS["xstest-strings"].phrases
+        layers = inspection.states.refusal_by_layer(model, processor, [(item.turns, item.images)], refusals)[0]
+        refused = evaluation.judges.xstest_strings(item, response).label == "2_full_refusal"
         rows[name] = {"answer": response if _open(study) else WITHHELD, "refused": refused}
         rows[name] |= {f"layer {i}": round(float(share), 3) for i, share in enumerate(layers)}
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -96,10 +94,8 @@ def choose(study: Study, names: Sequence[str]) -> Any:
             display(ipywidgets.Image(value=images[picture], width=96))
         display(compared[["answer", "refused"]], draw(compared, study.scale.name, f"{prompt} / picture: {picture}"))
 
-    lists = {
-        name: ipywidgets.Dropdown(options=list(options), description=name)
-        for name, options in (("prompt", texts), ("picture", images))
-    }
+    options = {"prompt": list(texts), "picture": list(images)}
+    lists = {name: ipywidgets.Dropdown(options=choices, description=name) for name, choices in options.items()}
     return ipywidgets.VBox([ipywidgets.HBox(list(lists.values())), ipywidgets.interactive_output(show, lists)])
 
 
@@ -110,6 +106,4 @@ def _open(study: Study) -> bool:
 
 @lru_cache(maxsize=8)
 def _loaded(folder: Any) -> tuple[Any, Any]:
-    from vlsafe.models import checkpoints
-
-    return checkpoints.load(folder), checkpoints.load_processor(folder)
+    return models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
