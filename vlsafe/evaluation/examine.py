@@ -15,8 +15,7 @@ import numpy as np
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS
-from vlsafe.evaluation.judges import judge
-from vlsafe.evaluation.judges.marks import UNJUDGED
+from vlsafe.evaluation.judges import UNJUDGED, judge
 
 Rows = list[dict[str, Any]]
 MODEL = {"scale": "", "backbone": "", "seed": 0, "model": "", "stage": "", "recipe": "", "step": 0, "exam": "full"}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from vlsafe import evaluation, inspection, models
 from vlsafe.analysis import tuning
 from vlsafe.core.schema import Item, Picture, Turn
-from vlsafe.evaluation.judges.strings import LISTS
+from vlsafe.evaluation.judges.rules import LISTS
 from vlsafe.plots import style
 from vlsafe.study.study import Study
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vlsafe.core.schema import Item
 from vlsafe.data.miniature.corpora import listed
-from vlsafe.evaluation.judges.strings import LISTS
+from vlsafe.evaluation.judges.rules import LISTS
 
 csv.field_size_limit(1 << 30)  # MMBench keeps pictures in a column
 PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
