@@ -169,5 +169,5 @@ def test_an_unknown_vision_language_type_is_refused_and_an_unknown_decoder_read_
 def test_a_weight_has_one_name_in_every_layout(key, name, block):
     assert architectures.language_name(key) == name and architectures.block_of(key) == block
     assert architectures.language_name(architectures.canonical(key)) == name
-    assert architectures.of_vision(key) == ("vision_tower" in key)
-    assert architectures.of_projector(f"base_model.model.{key}") == ("projector" in key)
+    assert architectures.within(key, "vision") == ("vision_tower" in key)
+    assert architectures.within(f"base_model.model.{key}", "projector") == ("projector" in key)

@@ -128,9 +128,8 @@ def test_moving_weights_and_mistakes(study):
     start = study.checkpoints("projector/filtered")[-1]
 
     def moving(method, band=None):
-        return trainable.choose(models_checkpoints.load(start), method, study.scale.lora, band).num_parameters(
-            only_trainable=True
-        )
+        model = trainable.choose(models_checkpoints.load(start), method, study.scale.lora, band)
+        return model.num_parameters(only_trainable=True)
 
     counts = {"projector": moving("projector"), "sppft": moving("sppft", (0, 1)), "full": moving("full"), "lora": moving("lora")}
     assert counts["projector"] < counts["lora"] < counts["sppft"] < counts["full"]

@@ -84,8 +84,7 @@ class TooLarge(ValueError):
 
 def outside() -> Path | None:
     """The folder of downloaded corpora, from the environment's `VLSAFE_DATA`; None where it is not set."""
-    name = os.environ.get("VLSAFE_DATA")
-    return Path(name) if name else None
+    return Path(name) if (name := os.environ.get("VLSAFE_DATA")) else None
 
 
 def pinned(repo: str, revision: str) -> str:

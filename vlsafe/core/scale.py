@@ -349,9 +349,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
         return {**kept, **{name: _entry(e, parameters[1], entries, name, f"{where}.{name}") for name, e in changes.items()}}
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
-    if isinstance(value, str) and float in allowed and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)  # YAML reads 1e-4 as text, 1.0e-4 as a number
-    if type(value) is int and float in allowed:
+    text = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)  # YAML reads 1e-4 as text
+    if float in allowed and (text or type(value) is int):
         return float(value)
     if type(value) not in allowed:
         raise ValueError(f"{where} must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}, not {value!r}")

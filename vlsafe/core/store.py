@@ -83,19 +83,15 @@ def status(run: Run, deep: bool = False) -> Status:
         return "tampered" if run.folder.exists() else "missing"
     if manifest.get("digest") != run.digest:
         return "stale"
-    return "valid" if _files_intact(run.folder, manifest["files"], deep) else "tampered"
-
-
-def _files_intact(folder: Path, files: Mapping[str, Mapping[str, Any]], deep: bool) -> bool:
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    if present != set(files):
-        return False
-    for name, record in files.items():
-        stat = (folder / name).stat()
+    present = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()} - {MANIFEST}
+    if present != set(manifest["files"]):
+        return "tampered"
+    for name, record in manifest["files"].items():
+        path, stat = run.folder / name, (run.folder / name).stat()
         changed = deep or stat.st_mtime_ns != record["mtime_ns"]
-        if stat.st_size != record["bytes"] or (changed and file_digest(folder / name) != record["sha256"]):
-            return False
-    return True
+        if stat.st_size != record["bytes"] or (changed and file_digest(path) != record["sha256"]):
+            return "tampered"
+    return "valid"
 
 
 def read_manifest(run: Run) -> dict[str, Any] | None:
@@ -342,5 +338,4 @@ def whole_lines(path: Path) -> tuple[int, str]:
 def parts(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Rows in lists of `size`, the last one shorter."""
     iterator = iter(rows)
-    while part := list(itertools.islice(iterator, size)):
-        yield part
+    return iter(lambda: list(itertools.islice(iterator, size)), [])

@@ -50,21 +50,16 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 LANGUAGE = sorted({f"{family.language}." for family in FAMILIES.values() if family.language}, key=len, reverse=True)
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The family of a model in memory.
+def family_of(model: PreTrainedModel | Path) -> Family:
+    """The family of a model in memory, or of a checkpoint's folder by its config.json.
 
     Raises:   ValueError for a vision-language model of a type that is not in `FAMILIES`
     """
-    return _family(model.config.model_type, hasattr(model.config, "vision_config"))
-
-
-def family_at(folder: Path) -> Family:
-    """The family of a checkpoint, by its config.json; raises as `family_of` does."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return _family(config.get("model_type", ""), "vision_config" in config)
-
-
-def _family(kind: str, multimodal: bool) -> Family:
+    if isinstance(model, Path):
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        kind, multimodal = config.get("model_type", ""), "vision_config" in config
+    else:
+        kind, multimodal = model.config.model_type, hasattr(model.config, "vision_config")
     if multimodal and kind not in FAMILIES:
         raise ValueError(
             f"vision-language models of the type {kind!r} are not known; say where their parts are in FAMILIES of "
@@ -147,24 +142,15 @@ def grafted(key: str) -> str:
     return new + key.removeprefix(start) if key.startswith(start) else key
 
 
-def of_vision(key: str) -> bool:
-    """Whether a weight belongs to a vision tower, by its name in any layout, also under adapters."""
-    return _within(key, "vision")
-
-
-def of_projector(key: str) -> bool:
-    """Whether a weight belongs to a projector, by its name in any layout, also under adapters."""
-    return _within(key, "projector")
-
-
-def _within(key: str, where: str) -> bool:
-    names = {getattr(family, where).rpartition(".")[2] for family in FAMILIES.values()} - {""}
+def within(key: str, part: str) -> bool:
+    """Whether a weight belongs to a part ("vision", "projector"), by its name in any layout, also under adapters."""
+    names = {getattr(family, part).rpartition(".")[2] for family in FAMILIES.values()} - {""}
     return not names.isdisjoint(key.split("."))
 
 
 def language_name(key: str) -> str | None:
     """The name within the decoder of a tensor of a checkpoint in any layout; None for vision tower and projector."""
-    if of_vision(key) or of_projector(key):
+    if within(key, "vision") or within(key, "projector"):
         return None
     key = canonical(key)
     return key.removeprefix(next((start for start in LANGUAGE if key.startswith(start)), ""))

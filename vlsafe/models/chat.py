@@ -22,6 +22,7 @@ from vlsafe.core.schema import Picture, Turn, messages
 from vlsafe.models.templates import template
 
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>")
+_WRITERS: dict[Any, Any] = {}  # template and special tokens -> a processor that has these
 
 
 def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
@@ -89,9 +90,6 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
     key = processor.chat_template, tuple((name, str(token)) for name, token in special.items())
     _WRITERS.setdefault(key, processor)
     return _rendered(key, tuple(turns), n_images)
-
-
-_WRITERS: dict[Any, Any] = {}  # template and special tokens -> a processor that has these
 
 
 @functools.lru_cache(maxsize=2**14)

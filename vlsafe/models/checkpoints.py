@@ -13,22 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)  # fmt: skip
+from transformers import CLIPModel, LlavaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
@@ -50,7 +38,7 @@ def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) 
         projection_dim=spec.projection, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=spec.projection))
+    model = CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=spec.projection))
     nn.init.normal_(vision_part(model).embeddings.position_embedding.weight, std=0.5)
     return model
 
@@ -64,7 +52,7 @@ def _vision_config(spec: VisionSpec, mlp: int) -> dict[str, Any]:
 
 
 def _language_config(spec: LanguageSpec, vocabulary: int, **more: Any) -> PreTrainedConfig:
-    return AutoConfig.for_model(
+    return transformers.AutoConfig.for_model(
         spec.architecture,
         vocab_size=vocabulary, hidden_size=spec.width, intermediate_size=spec.mlp, num_hidden_layers=spec.layers,
         num_attention_heads=spec.heads, num_key_value_heads=spec.key_value_heads, attention_bias=spec.attention_bias,
@@ -94,7 +82,7 @@ def build_llm(spec: LanguageSpec, tokenizer: PreTrainedTokenizerFast, seed: int)
     """
     torch.manual_seed(seed)
     config = _language_config(spec, len(tokenizer), initializer_range=spec.initial_std, **_token_ids(tokenizer))
-    model = AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for block in architectures.language_layers(model):
         attention = block.get_submodule(architectures.ATTENTION)
         if spec.heads == spec.key_value_heads:
@@ -137,22 +125,15 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
     """
     image_token = processor.tokenizer.image_token_id
     config = _llava_config(tower.config.vision_config.to_dict(), language.config, image_token, spec)
-    model = LlavaForConditionalGeneration(config).to(language.dtype)
-    _copy(language_part(language), language_part(model))
-    _copy(language.get_output_embeddings(), model.get_output_embeddings())
-    _copy(vision_part(tower), vision_part(model))
+    model = transformers.LlavaForConditionalGeneration(config).to(language.dtype)
+    language_part(model).load_state_dict(language_part(language).state_dict())  # refuses keys that differ
+    model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
+    vision_part(model).load_state_dict(vision_part(tower).state_dict())
     torch.manual_seed(seed)
     for layer in projector_part(model).modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
     return _with_generation_ids(model, processor.tokenizer)
-
-
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    weights = source.state_dict()
-    if differing := set(weights) ^ set(target.state_dict()):
-        raise ValueError(f"weights do not fit, keys differ: {sorted(differing)[:6]}")
-    target.load_state_dict(weights)
 
 
 def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
@@ -162,7 +143,7 @@ def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: s
     tower = _vision_config(vision, mlp=(4 if loaded else 2) * vision.vision_width) | {"model_type": "clip_vision_model"}
     config = _llava_config(tower, _language_config(spec, vocabulary), vocabulary - 1, vision)
     with torch.device(device):
-        return LlavaForConditionalGeneration(config)
+        return transformers.LlavaForConditionalGeneration(config)
 
 
 def shapes(model: PreTrainedModel) -> dict[str, int]:
@@ -190,7 +171,7 @@ def language_places(where: Path) -> dict[str, Place]:
     if not files:
         raise FileNotFoundError(f"{where} holds no weights in safetensors")
     if (where / "config.json").exists():
-        architectures.family_at(where)
+        architectures.family_of(where)
     for file in files:
         with safe_open(file, "pt") as tensors:
             places |= {name: (file, key) for key in tensors.keys() if (name := architectures.language_name(key))}  # noqa: SIM118
@@ -198,7 +179,7 @@ def language_places(where: Path) -> dict[str, Place]:
 
 
 def read_tensor(place: Place) -> torch.Tensor:
-    """One tensor of a checkpoint, alone."""
+    """A memory-mapped tensor of a checkpoint; its file is opened for it alone, so that no other pages stay in memory."""
     with safe_open(place[0], "pt") as tensors:
         return tensors.get_tensor(place[1])
 
@@ -243,14 +224,13 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
-    kind = AutoModelForImageTextToText if is_multimodal(folder) else AutoModelForCausalLM
+    kind = transformers.AutoModelForImageTextToText if is_multimodal(folder) else transformers.AutoModelForCausalLM
     with ExitStack() as stack:
         if len(list(folder.glob("*.safetensors"))) < 2 and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()  # over a single file the library's bar says nothing, and stays behind in notebooks
             stack.callback(logging.enable_progress_bar)
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    missing = set(report["missing_keys"]) | set(report["mismatched_keys"])
-    if missing:
+    if missing := set(report["missing_keys"]) | set(report["mismatched_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()
 
@@ -265,7 +245,7 @@ def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> Pr
 
     New ones, the picture's placeholder among them, are the mean of the old ones: never the likeliest word, and nothing random.
     """
-    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -295,9 +275,9 @@ def load_processor(folder: Path) -> Any:
     Qwen2's own way of splitting text, which knows none of them.
     """
     config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else transformers.AutoTokenizer
     if not is_multimodal(folder):
         return kind.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
     processor.tokenizer = kind.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
     return processor

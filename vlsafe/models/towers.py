@@ -14,8 +14,6 @@ from vlsafe.core.scale import Fit
 from vlsafe.models.architectures import patch_embeddings
 from vlsafe.models.chat import open_picture
 
-Progress = Callable[[int], None]
-
 
 def pixels(processor: Any, pictures: Sequence[bytes]) -> torch.Tensor:
     """Normalised pixels of picture files:  N pictures  ->  [N, 3, H, W]"""
@@ -38,7 +36,7 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, true: torch.Tensor
 
 def fit_clip(
     model: CLIPModel, tokenizer: Any, pixels: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[int],
-    fit: Fit, seed: int, progress: Progress,
+    fit: Fit, seed: int, progress: Callable[[int], None],
 ) -> float:  # fmt: skip
     """Train in place. A wide batch has every group once, a deep one half of the groups twice.
 

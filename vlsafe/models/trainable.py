@@ -31,11 +31,10 @@ def choose(
     if method == "lora":
         family = family_of(model)
         linear = rf"{re.escape(family.language)}\..*\.({'|'.join(PROJECTIONS)})"  # plain names would also hit the vision tower
-        targets = LoraConfig(
+        return get_peft_model(model, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear,
             modules_to_save=[family.projector.rpartition(".")[2]], task_type="CAUSAL_LM",
-        )  # fmt: skip
-        return get_peft_model(model, targets)
+        ))  # fmt: skip
     projector_part(model).requires_grad_(True)
     if method != "projector":
         language_part(model).requires_grad_(True)

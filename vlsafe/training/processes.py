@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlsafe.core.scale import Fit
-from vlsafe.models.architectures import final_norm, of_vision
+from vlsafe.models.architectures import final_norm, within
 
 PROCESSES, SHARDED = "VLSAFE_PROCESSES", "VLSAFE_SHARDED"  # set for launched processes alone: how many, and whether sharded
 
@@ -45,10 +45,7 @@ def micro_batches(fit: Fit, processes: int) -> int:
 
 
 def per_process(fit: Fit, processes: int) -> int:
-    """Rows of one micro-batch of one process.
-
-    Raises:   ValueError where a step's rows cannot be split evenly
-    """
+    """Rows of one micro-batch of one process; ValueError where a step's rows cannot be split evenly."""
     parts = micro_batches(fit, processes)
     rows, rest = divmod(fit.batch_size, parts * processes)
     if not rows or (rest and (processes > 1 or fit.grouped)):
@@ -61,11 +58,10 @@ def grouped_order(lengths: Sequence[int], pictured: Sequence[bool], fit: Fit, pr
                   rng: np.random.Generator) -> list[int]:  # fmt: skip
     """All rows of a training run in order: every step of one modality, its micro-batches by length, split over the processes.
 
-    Which rows share a step depends neither on their length nor on the number of processes. Rows of a modality that do not
-    fill a step wait for the next epoch.
+    Which rows share a step depends neither on their length nor on the number of processes, only on `rng`. Rows of a modality
+    that do not fill a step wait for the next epoch.
 
     Shapes:   [N], [N]  ->  [steps * batch_size]
-    Draws:    from `rng` only
     Source:   LLaVA's group_by_modality_length, which sorts within a step as well
     """
     order: list[int] = []
@@ -86,12 +82,8 @@ def grouped_order(lengths: Sequence[int], pictured: Sequence[bool], fit: Fit, pr
 
 
 def refuse_mixed(pictured: Sequence[bool], together: int) -> None:
-    """Refuse an order in which `together` successive rows, those that all processes work on at one time, mix modalities.
-
-    All processes gather a sharded tower or none: with pictures on some only, collectives do not match, a crash at best.
-
-    Raises:   ValueError that names the first such rows
-    """
+    """Refuse, by a ValueError, an order in which `together` successive rows, on which all processes work at one time, mix
+    modalities: all gather a sharded tower or none, and with pictures on some only collectives do not match, a crash at best."""
     for at in range(0, len(pictured), together):
         if len(set(pictured[at : at + together])) > 1:
             raise ValueError(f"rows {at} to {at + together - 1} of the order mix pictures and plain text between processes; "
@@ -99,11 +91,9 @@ def refuse_mixed(pictured: Sequence[bool], together: int) -> None:
 
 
 def head_with_norm(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Shard the output head together with the language model's last norm.
-
-    `accelerate` looks for that norm among the base model's own children, where a LLaVA has none, and shards the head by
-    itself. TRL's fused loss reads the head's weight outside its forward; its gradient is then never summed over processes.
-    """
+    """Shard the output head together with the language model's last norm. `accelerate` looks for that norm among the base model's
+    own children, where a LLaVA has none, and shards the head by itself. TRL's fused loss reads the head's weight outside its
+    forward; its gradient is then never summed over processes."""
     norm = final_norm(model)
     return mock.patch.object(fsdp_utils, "_find_final_norm", lambda _: norm)
 
@@ -128,7 +118,7 @@ class Guards(TrainerCallback):
 def refuse_unsound_shards(model: Any) -> None:
     """Refuse, with a RuntimeError that names the weight, what breaks a sharded LLaVA without an error."""
     moving = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if towers := [name for name in moving if of_vision(name)]:
+    if towers := [name for name in moving if within(name, "vision")]:
         raise RuntimeError(f"{towers[0]} is trainable: features come from an earlier layer, the last one never has a gradient, "
                            "and the training could not be resumed; freeze the tower")  # fmt: skip
     if low := [name for name, weight in moving.items() if weight.dtype != torch.float32]:
@@ -160,10 +150,8 @@ def claimed(many: int, folder: Path) -> Iterator[None]:
         if len(mine) < many:
             raise RuntimeError(f"{many} GPUs are needed and only {len(mine)} of {here} are free in this run store")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        try:
-            yield
-        finally:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        held.callback(os.environ.pop, "CUDA_VISIBLE_DEVICES", None)
+        yield
 
 
 def die_with_parent() -> None:

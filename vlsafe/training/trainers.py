@@ -1,4 +1,4 @@
-"""One stage of SFT, DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
+"""One stage of SFT (with PCGrad for two tasks), DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
 
 The trainers are TRL's own, unmodified; this module adds arguments and callbacks. It knows neither run store nor rows' content.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from vlsafe.core.scale import Fit, Preference, Rollout
-from vlsafe.models.architectures import of_projector
+from vlsafe.models.architectures import within
 from vlsafe.models.checkpoints import in_memory_layout
-from vlsafe.training import conflict, processes
+from vlsafe.training import processes
 from vlsafe.training.checkpoints import Milestones, Progress, last_complete
 
 History = list[dict[str, float]]  # what a trainer logged, a record per step
@@ -43,13 +43,12 @@ def sft(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder:
 
 def sft_history(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
                 milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
-    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text).
+    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text). `seed` orders the rows.
 
     A killed run resumes from the last complete milestone and ends with the weights and records of an uninterrupted one, bit
     for bit. So does `dpo`.
 
     Units:    -> one record per step from the first: loss in nats per token, num_tokens …
-    Draws:    data order from `seed`
     """
     own = {"max_length": fit.max_length, "assistant_only_loss": "messages" in data.column_names, **BY_LENGTH}
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress)
@@ -64,19 +63,86 @@ def sft_without_conflict(model: PreTrainedModel, processor: Any, data: Dataset, 
     Units:    -> records that also hold `task_cosine`, of the two gradients before the projection
     """
     second, batches, rng = len(data) - first, fit.micro_batches, np.random.default_rng(seed)
-    leading = conflict.shares(first, second, fit.steps, batches)
-    data = data.select(conflict.ordered(first, second, leading, batches, fit.batch_size // batches, rng))
+    leading = task_shares(first, second, fit.steps, batches)
+    data = data.select(task_order(first, second, leading, batches, fit.batch_size // batches, rng))
     own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "max_grad_norm": 0.0}  # the callback clips
-    callback = conflict.ConflictFree(leading)
-    return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[callback])
+    return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[ConflictFree(leading)])
+
+
+def task_shares(first: int, second: int, steps: int, batches: int) -> list[int]:
+    """How many micro-batches of each of `steps` hold the second task: in proportion to its rows, at least one and never all.
+
+    Raises:   ValueError where a step has fewer than two micro-batches
+    """
+    if batches < 2:
+        raise ValueError(f"two tasks need at least two micro-batches a step, not {batches}")
+    due = np.round(np.arange(steps + 1) * batches * second / (first + second)).astype(int)
+    return [int(n) for n in np.clip(np.diff(due), 1, batches - 1)]
+
+
+def task_order(first: int, second: int, leading: Sequence[int], batches: int, size: int, rng: np.random.Generator) -> list[int]:
+    """Row numbers in training order, from `rng`: in every step the micro-batches of the second task, then those of the first.
+
+    Rows 0 … first - 1 are the first task's, the others the second's. No row is seen again before all of its task have been.
+    """
+
+    def endless(start: int, n: int) -> Iterator[int]:
+        while True:
+            yield from (start + rng.permutation(n)).tolist()
+
+    rows = {True: endless(first, second), False: endless(0, first)}
+    return [next(rows[batch < n]) for n in leading for batch in range(batches) for _ in range(size)]
+
+
+def without_conflict(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+    """The sum of two tasks' gradients, each without its component against the other, and their cosine before.
+
+    Source:   Yu et al. 2020, "Gradient Surgery for Multi-Task Learning" (PCGrad), algorithm 1: over all weights at once
+    """
+    pairs = ((first, second), (first, first), (second, second))
+    inner, a, b = (sum(float((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in pairs)
+    cosine = inner / (a * b) ** 0.5 if a > 0 and b > 0 else 0.0
+    if cosine >= 0:
+        return [x + y for x, y in zip(first, second, strict=True)], cosine
+    return [(1 - inner / a) * x + (1 - inner / b) * y for x, y in zip(first, second, strict=True)], cosine
+
+
+class ConflictFree(TrainerCallback):
+    """Store the gradient of a step's leading micro-batches and combine it with that of the others before the optimiser step.
+
+    It clips to the trainer's default norm, because the trainer clips before, and logs the two gradients' `task_cosine`.
+    """
+
+    def __init__(self, leading: Sequence[int], max_norm: float = 1.0) -> None:
+        self.leading, self.max_norm, self.done, self.cosine = leading, max_norm, 0, 0.0
+        self.second: list[torch.Tensor] = []
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.done += 1
+        if self.done == self.leading[state.global_step]:
+            self.second = [gradient.clone() for gradient in _gradients(model).values()]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        both = _gradients(model)
+        first = [total - second for total, second in zip(both.values(), self.second, strict=True)]
+        gradients, self.cosine = without_conflict(first, self.second)
+        for weight, gradient in zip(both, gradients, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(list(both), self.max_norm)
+        self.second, self.done = [], 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["task_cosine"] = self.cosine
+
+
+def _gradients(model: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Trainable weights with their gradients; zeros where no row used a weight, as with the projector on text alone."""
+    return {w: torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters() if w.requires_grad}
 
 
 def gradients(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
               note: Callable[[], None]) -> None:  # fmt: skip
-    """Run SFT without updating the weights: `note` is called where they hold the gradient of each step.
-
-    Draws:    data order from `seed`
-    """
+    """Run SFT without updating the weights: `note` is called where they hold the gradient of each step."""
     own = {"max_length": fit.max_length, "assistant_only_loss": True, **BY_LENGTH}
     _run(SFT, own, model, processor, data, fit, folder, seed, (), lambda step: None, optimizer=_Still(model, note))
 
@@ -101,7 +167,6 @@ def dpo(model: PreTrainedModel, reference: PreTrainedModel, processor: Any, data
     TRL takes the mean over each, so that in uneven ones (`BY_LENGTH`) a pair would weigh more the fewer share it.
 
     Units:    -> one record per step: loss in nats per pair, rewards/accuracies, num_tokens …
-    Draws:    data order from `seed`
     Source:   Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))
     """
     own = {"max_length": None, "beta": spec.beta, "precompute_ref_log_probs": "images" not in data.column_names}
@@ -115,7 +180,6 @@ def grpo(model: PreTrainedModel, reward: Callable[..., list[float]], processor: 
     A step samples `batch_size` answers, `generations` to a prompt. There is no KL penalty, as is TRL's default.
 
     Units:    -> one record per step: reward, completions/mean_length, num_tokens …
-    Draws:    prompts and answers from `seed`
     Source:   Shao et al. 2024, section 4; loss as TRL has it by default (DAPO)
     """
     own = {"beta": 0.0, "num_generations": spec.generations, "max_completion_length": spec.max_new_tokens,
@@ -167,12 +231,10 @@ def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
     """Arguments of AdamW over the trainable weights; the projector has its own rate where the fit gives one."""
-    projector, others = list[Any](), list[Any]()
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            (projector if of_projector(name) else others).append(weight)
-    rates = ((others, fit.learning_rate), (projector, fit.projector_rate or fit.learning_rate))
-    groups = [{"params": weights, "lr": rate} for weights, rate in rates if weights]
+    weights = [(within(name, "projector"), weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    rates = {False: fit.learning_rate, True: fit.projector_rate or fit.learning_rate}  # by whether it is the projector's
+    groups = [{"params": [weight for kind, weight in weights if kind == projector], "lr": rates[projector]}
+              for projector in sorted({kind for kind, _ in weights})]  # fmt: skip
     return {"params": groups, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
 
 

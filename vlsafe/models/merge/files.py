@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from vlsafe.core import store
 from vlsafe.core.scale import known
-from vlsafe.models.architectures import canonical, family_at, grafted, language_name
+from vlsafe.models.architectures import canonical, family_of, grafted, language_name
+from vlsafe.models.checkpoints import read_tensor
 from vlsafe.models.merge.rules import RULES, How, seed_of, streams
 
 PIECE = 2**18  # elements; some fp32 pieces fit into a processor's cache
@@ -103,7 +104,7 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
     if indexed and present != mapped:
         name, file = min(set(present.items()) ^ set(mapped.items()))
         raise ValueError(f"{folder / file} is damaged, or not the shard that its index tells of: they disagree on {name}")
-    rename = grafted if language_only and not family_at(folder).vision else canonical
+    rename = grafted if language_only and not family_of(folder).vision else canonical
     tensors = {
         rename(name): Entry(shard, name, entry["dtype"], tuple(entry["shape"]))
         for shard, entries in headers.items() for name, entry in entries.items()
@@ -131,30 +132,27 @@ def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
     return first, dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
 
 
-def differences(a: Checkpoint, other: Checkpoint, which: str) -> list[str]:
-    """What keeps two checkpoints from being merged, a line each; none where nothing does."""
-    lines = [
-        _listed(f"only in a, not in {which}", a.keys - other.keys),
-        _listed(f"only in {which}, not in a", other.keys - a.keys),
-    ]
+def differences(a: Checkpoint, other: Checkpoint, which: str, most: int = 6) -> list[str]:
+    """What keeps two checkpoints from being merged, a line each (`what (count): name, name, …`); none where nothing does."""
     pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(a.keys & other.keys)}
-    shapes = {f"{key} {list(one.shape)} and {list(two.shape)}" for key, (one, two) in pairs.items() if one.shape != two.shape}
-    lines.append(_listed(f"other shapes in a and {which}", shapes))
-    unequal = {
-        key for key, (one, two) in pairs.items()
-        if one.shape == two.shape and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(tensor(one), tensor(two))
+    mine, theirs = vocabulary(a.folder), vocabulary(other.folder)
+    tokens = set() if mine is None or theirs is None else mine.items() ^ theirs.items()
+    lists = {
+        f"only in a, not in {which}": a.keys - other.keys,
+        f"only in {which}, not in a": other.keys - a.keys,
+        f"other shapes in a and {which}": {
+            f"{key} {list(one.shape)} and {list(two.shape)}" for key, (one, two) in pairs.items() if one.shape != two.shape
+        },
+        f"no floating-point numbers, and not equal in a and {which}": {
+            key for key, (one, two) in pairs.items() if one.shape == two.shape
+            and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(read_tensor(one[:2]), read_tensor(two[:2]))
+        },
+        f"other tokens in a and {which}": {repr(token) for token, _ in tokens},
     }  # fmt: skip
-    lines.append(_listed(f"no floating-point numbers, and not equal in a and {which}", unequal))
-    mine, yours = vocabulary(a.folder), vocabulary(other.folder)
-    if mine is not None and yours is not None:
-        lines.append(_listed(f"other tokens in a and {which}", {repr(token) for token, _ in mine.items() ^ yours.items()}))
-    return [line for line in lines if line]
-
-
-def _listed(what: str, names: set[str], most: int = 6) -> str:
-    """`what (count): name, name, …`, or nothing where there is nothing to list."""
-    first = ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
-    return f"  {what} ({len(names)}): {first}" if names else ""
+    return [
+        f"  {what} ({len(names)}): {', '.join(sorted(names)[:most])}{', …' if len(names) > most else ''}"
+        for what, names in lists.items() if names
+    ]  # fmt: skip
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -183,21 +181,15 @@ def refuse_zero(models: Mapping[str, Checkpoint]) -> None:
     for which in ("a", "b") if "base" in models else ():
         folder, tensors = models[which].folder, models[which].tensors
         pairs = ((tensors[key], models["base"].tensors[key]) for key in models[which].keys)
-        if all(torch.equal(tensor(one), tensor(other).to(FLOATS.get(one.dtype))) for one, other in pairs):
+        if all(torch.equal(read_tensor(one[:2]), read_tensor(other[:2]).to(FLOATS.get(one.dtype))) for one, other in pairs):
             raise ValueError(f"the task vector of {which} ({folder.name}) is zero: it is its base, weight by weight")
 
 
-def tensor(entry: Entry) -> torch.Tensor:
-    """A memory-mapped tensor of a file; its shard is opened for it alone, so that no other pages stay in memory."""
-    with safe_open(entry.shard, "pt") as file:
-        return file.get_tensor(entry.name)
-
-
-def _pieces(a: Entry, b: Entry, base: Entry | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """The flat fp32 pieces of tensors of one shape."""
-    of_a, of_b, of_base = tensor(a).reshape(-1), tensor(b).reshape(-1), None if base is None else tensor(base).reshape(-1)
-    for part in (slice(start, start + PIECE) for start in range(0, len(of_a), PIECE)):
-        yield of_a[part].float(), of_b[part].float(), None if of_base is None else of_base[part].float()
+def _pieces(entries: Sequence[Entry | None]) -> Iterator[Any]:
+    """The flat fp32 pieces of tensors of one shape, None for one that is None."""
+    flat: list[Any] = [None if entry is None else read_tensor(entry[:2]).reshape(-1) for entry in entries]
+    for start in range(0, len(flat[0]), PIECE):
+        yield tuple(None if values is None else values[start : start + PIECE].float() for values in flat)
 
 
 def _combined(name: str, key: str, models: Mapping[str, Checkpoint], how: How, seed: int) -> Iterator[torch.Tensor]:
@@ -205,14 +197,14 @@ def _combined(name: str, key: str, models: Mapping[str, Checkpoint], how: How, s
 
     Raises:   ValueError naming a tensor with a weight that is not a number
     """
-    rule, a, b = RULES[name], models["a"].tensors[key], models["b"].tensors[key]
-    base, seeds = models["base"].tensors[key] if "base" in models else None, seed_of(seed, key)
-    summary, draws = rule.summarise(lambda: _pieces(a, b, base), how, streams(seeds)), streams(seeds)
-    for piece in _pieces(a, b, base):
-        for entry, values in zip((a, b, base), piece, strict=True):
-            if entry is not None and values is not None and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+    rule, seeds = RULES[name], seed_of(seed, key)
+    entries = [models[which].tensors[key] if which in models else None for which in ("a", "b", "base")]
+    summary, draws = rule.summarise(lambda: _pieces(entries), how, streams(seeds)), streams(seeds)
+    for piece in _pieces(entries):
+        for entry, values in zip(entries, piece, strict=True):
+            if entry and not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
                 raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
-        yield rule.combine(*piece, how, summary, draws).to(FLOATS[a.dtype])
+        yield rule.combine(*piece, how, summary, draws).to(FLOATS[models["a"].tensors[key].dtype])
 
 
 def _shard(name: str, models: Mapping[str, Checkpoint], shard: Path, work: Path, how: How, seed: int) -> dict[str, Any]:
@@ -225,7 +217,7 @@ def _shard(name: str, models: Mapping[str, Checkpoint], shard: Path, work: Path,
         for key in map(keys.__getitem__, entries):
             entry = models["a"].tensors[key]
             taken = entry.dtype not in FLOATS or key not in models["a"].keys
-            yield from [tensor(entry).reshape(-1)] if taken else _combined(name, key, models, how, seed)
+            yield from [read_tensor(entry[:2]).reshape(-1)] if taken else _combined(name, key, models, how, seed)
 
     def write(piece: torch.Tensor) -> None:
         data = memoryview(piece.contiguous().view(torch.uint8).numpy())

@@ -241,9 +241,7 @@ RULES: dict[str, Rule] = {
     "dare_ties": Rule(dare_ties, "Yu et al. 2024 with Yadav et al. 2023", based=True),
     "dare_linear_l1": Rule(dare_linear, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
     "dare_ties_l1": Rule(dare_ties, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
-    "model_stock": Rule(
-        model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", summarise=agreement, based=True, rated=False
-    ),
+    "model_stock": Rule(model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", agreement, based=True, rated=False),
 }  # fmt: skip
 
 
