@@ -11,7 +11,7 @@ import torch
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import World
 from vlsafe.models import architectures, checkpoints, trainable
-from vlsafe.training import conflict, datasets, trainers
+from vlsafe.training import datasets, trainers
 
 WORLD = World(0)
 
@@ -19,19 +19,19 @@ WORLD = World(0)
 def test_the_rule_by_hand():
     """(1, 0) and (-1, 1): each loses its part against the other, (1/2, 1/2) and (0, 1), and neither sum points against either."""
     a, b = [torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([-1.0]), torch.tensor([1.0])]
-    result, cosine = conflict.combined(a, b)
+    result, cosine = trainers.without_conflict(a, b)
     assert [float(x) for x in result] == [0.5, 1.5] and cosine == pytest.approx(-(0.5**0.5))
     for task in (a, b):
         assert sum(float(x @ y) for x, y in zip(result, task, strict=True)) >= 0
-    agreeing, cosine = conflict.combined(a, a)
+    agreeing, cosine = trainers.without_conflict(a, a)
     assert [float(x) for x in agreeing] == [2.0, 0.0] and cosine == pytest.approx(1.0)
-    assert conflict.combined(a, [torch.zeros(1), torch.zeros(1)]) == (a, 0.0)
+    assert trainers.without_conflict(a, [torch.zeros(1), torch.zeros(1)]) == (a, 0.0)
 
 
 def test_rows_are_seen_in_proportion_and_none_again_before_all():
-    leading = conflict.shares(5905, 1200, 361, 8)
+    leading = trainers.task_shares(5905, 1200, 361, 8)
     assert set(leading) == {1, 2} and sum(leading) / (361 * 8) == pytest.approx(1200 / 7105, abs=0.001)
-    rows = conflict.ordered(40, 8, conflict.shares(40, 8, 30, 4), 4, 2, np.random.default_rng(0))
+    rows = trainers.task_order(40, 8, trainers.task_shares(40, 8, 30, 4), 4, 2, np.random.default_rng(0))
     assert len(rows) == 30 * 8 and set(rows) == set(range(48))
     seen = collections.Counter(rows)
     assert max(seen[i] for i in range(40)) - min(seen[i] for i in range(40)) <= 1
@@ -39,7 +39,7 @@ def test_rows_are_seen_in_proportion_and_none_again_before_all():
         tasks = [row >= 40 for row in rows[8 * step : 8 * step + 8]]
         assert tasks == sorted(tasks, reverse=True) and 2 <= sum(tasks) < 8 and sum(tasks) % 2 == 0
     with pytest.raises(ValueError, match="at least two micro-batches"):
-        conflict.shares(5, 5, 3, 1)
+        trainers.task_shares(5, 5, 3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def trained(study, setting, folder, stop=None):
 def test_without_a_conflict_a_step_is_plain_multitask_tunings(study, setting, tmp_path, monkeypatch):
     """With the rule replaced by a plain sum, weights end where the trainer's own accumulation and clipping take them."""
     start, data, fit = setting
-    monkeypatch.setattr(conflict, "combined", lambda a, b: ([x + y for x, y in zip(a, b, strict=True)], 0.0))
+    monkeypatch.setattr(trainers, "without_conflict", lambda a, b: ([x + y for x, y in zip(a, b, strict=True)], 0.0))
     _, mine = trained(study, setting, tmp_path / "mine")
     model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
-    order = conflict.ordered(24, 8, conflict.shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
+    order = trainers.task_order(24, 8, trainers.task_shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
     own = {"max_length": None, "assistant_only_loss": True, "train_sampling_strategy": "sequential"}
     processor, folder = checkpoints.load_processor(start), tmp_path / "plain"
     trainers._run(trainers.SFT, own, model, processor, data.select(order), fit, folder, 0, (), lambda step: None)

@@ -167,7 +167,7 @@ def test_rows_that_cannot_be_dealt_evenly_are_refused():
 
 
 def test_the_command_of_several_nodes_starts_once_on_each(monkeypatch):
-    monkeypatch.setattr(launch, "_first_host", lambda nodes: "n1")
+    monkeypatch.setattr(launch.subprocess, "check_output", lambda line, text: "n1\nn2\n")
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     line = launch.command(Path("c.yaml"), Path("job.json"), 16, slurm)
     assert line[:6] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "bash", "-c"]

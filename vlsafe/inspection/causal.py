@@ -21,7 +21,7 @@ from vlsafe.models.architectures import address, language_layers, language_weigh
 
 Rows = list[dict[str, Any]]
 Examine = Callable[[PreTrainedModel, str], Rows]  # a model and the name of the intervention -> rows of results
-EVERYTHING = -1  # in place of a block: embeddings, final norm and head
+EVERYTHING = -1  # in place of a block: what belongs to none: embeddings, final norm and head
 
 
 class Patch(NamedTuple):
@@ -42,10 +42,7 @@ def bands(layers: int, widths: Sequence[int]) -> list[Patch]:
 
 
 def random_sets(layers: int, width: int, n: int, rng: np.random.Generator) -> list[Patch]:
-    """`n` different sets of `width` blocks of which none is a band; fewer where there are not so many, at width 1 none.
-
-    Draws:    from `rng`
-    """
+    """`n` different sets of `width` blocks from `rng`, none of them a band; fewer where there are fewer, none at width 1."""
     known = {patch.blocks for patch in bands(layers, [width])}
     if math.comb(layers, width) <= 5000:
         others = [blocks for blocks in itertools.combinations(range(layers), width) if blocks not in known]
@@ -59,12 +56,6 @@ def random_sets(layers: int, width: int, n: int, rng: np.random.Generator) -> li
     return chosen
 
 
-def weights_of(model: PreTrainedModel, blocks: Collection[int]) -> dict[str, torch.Tensor]:
-    """The language weights of some blocks; EVERYTHING stands for those that belong to no block."""
-    layers = {None if block == EVERYTHING else block for block in blocks}
-    return {name: weight for name, weight in language_weights(model).items() if address(name)[0] in layers}
-
-
 def transplanted(model: PreTrainedModel, donor: Mapping[str, torch.Tensor],
                  blocks: Collection[int]) -> AbstractContextManager[None]:  # fmt: skip
     """Replace a model's weights in some blocks by a donor's for the time of a `with` block.
@@ -72,7 +63,8 @@ def transplanted(model: PreTrainedModel, donor: Mapping[str, torch.Tensor],
     Raises:   ValueError where a block is not in the model, or the donor lacks a weight of it
     """
     beyond = set(blocks) - {EVERYTHING, *range(len(language_layers(model)))}
-    own = weights_of(model, blocks)
+    layers = {None if block == EVERYTHING else block for block in blocks}
+    own = {name: weight for name, weight in language_weights(model).items() if address(name)[0] in layers}
     if beyond or set(own) - set(donor):
         raise ValueError(f"blocks {sorted(beyond)} are not in the model, or the donor lacks {sorted(set(own) - set(donor))[:3]}")
     return replaced(own.values(), (donor[name] for name in own))
@@ -90,9 +82,8 @@ def transplants(model: PreTrainedModel, donor: Mapping[str, torch.Tensor], patch
 
 
 def ablated(model: PreTrainedModel, direction: torch.Tensor) -> AbstractContextManager[None]:
-    """Project a direction out of the residual stream wherever it enters or leaves a block, at all positions.
+    """Project a direction [D], of any length, out of the residual stream wherever it enters or leaves a block, at all positions.
 
-    Shapes:   direction  [D], of any length
     Source:   Arditi et al. 2024, section 2.4, directional ablation (on the stream at the blocks' borders, where
               theirs also hooks what attention and MLP add within a block)
     """
@@ -106,18 +97,13 @@ def ablated(model: PreTrainedModel, direction: torch.Tensor) -> AbstractContextM
 
 
 def added(model: PreTrainedModel, vector: torch.Tensor, layer: int) -> AbstractContextManager[None]:
-    """Add a vector to the output of one block, at all positions.
-
-    Shapes:   vector  [D]
-    Source:   Arditi et al. 2024, section 2.4, activation addition
-    """
+    """Add a vector [D] to the output of one block, at all positions (activation addition, Arditi et al. 2024, section 2.4)."""
     return hooked(model, lambda state: state + vector.to(state), [layer], entering=False)
 
 
 def difference_of_means(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
-    """The refusal direction of every layer: from the mean of the harmless states to the mean of the harmful ones.
+    """The refusal direction [L, D]: from the mean of the harmless states [M, L, D] to that of the harmful ones [N, L, D].
 
-    Shapes:   [N, L, D], [M, L, D]  ->  [L, D]
     Source:   Arditi et al. 2024, section 2.3
     """
     return harmful.mean(0) - harmless.mean(0)

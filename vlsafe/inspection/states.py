@@ -37,19 +37,13 @@ JACKKNIFE = 20  # groups of clusters that are left out in turn for the standard 
 
 @torch.inference_mode()
 def last_states(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_size: int = 64) -> torch.Tensor:
-    """The output of every decoder block at the last position of each prompt.
-
-    Shapes:   N prompts  ->  [N, L, D], before the final norm
-    """
+    """The output [N, L, D] of every decoder block at the last position of N prompts, before the final norm."""
     return torch.cat([states[:, 1:] for states in streamed(model, processor, prompts, batch_size)])
 
 
 @torch.inference_mode()
 def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """The states of one batch after the other: the input of the first block, then the output of every block.
-
-    Shapes:   N prompts  ->  batches [B, 1 + L, D] at the last position, on the CPU
-    """
+    """One batch [B, 1 + L, D] after the other, on the CPU, at the last position: the input of the first block, every output."""
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         inputs = prompt_batch(processor, [turns for turns, _ in part], [images for _, images in part])
@@ -110,19 +104,13 @@ def keep_states(model: PreTrainedModel, processor: Any, prompts: Prompts, folder
 
 
 def kept_states(folder: Path, layer: int) -> torch.Tensor:
-    """The kept states of all prompts in one layer; 0 is the input of the first block, `i + 1` the output of block i.
-
-    Shapes:   ->  [N, D]
-    """
+    """The kept states [N, D] of all prompts in one layer; 0 is the input of the first block, `i + 1` the output of block i."""
     files = sorted(folder.glob("states-*.safetensors"))
     return torch.cat([safe_open(file, "pt").get_slice("states")[:, layer] for file in files])
 
 
 def centred(states: torch.Tensor, groups: np.ndarray) -> torch.Tensor:
-    """States less the mean over the prompts of their group.
-
-    Shapes:   states  [N, D],  groups  [N]  ->  [N, D]
-    """
+    """States [N, D] less the mean over the prompts of their group [N]."""
     out = states.clone()
     for group in np.unique(groups):
         of = torch.from_numpy(groups == group)
@@ -131,9 +119,8 @@ def centred(states: torch.Tensor, groups: np.ndarray) -> torch.Tensor:
 
 
 def similarity(states_a: torch.Tensor, states_b: torch.Tensor) -> torch.Tensor:
-    """Mean cosine per layer between the states of the same prompts in two models.
+    """Mean cosine [L] between the states [N, L, D] of the same prompts in two models, per layer.
 
-    Shapes:   states_a, states_b  [N, L, D]  ->  cosine  [L]
     Raises:   ValueError where the shapes differ
     Departs:  Li et al. 2024 compare different prompts in one model (`pair_cosines`), here it is one prompt in two models
     """
@@ -143,11 +130,9 @@ def similarity(states_a: torch.Tensor, states_b: torch.Tensor) -> torch.Tensor:
 
 
 def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear centred kernel alignment of states of the same prompts; 1 where they differ by rotation and scale alone.
+    """Linear centred kernel alignment of states [N, D] and [N, E] of the same prompts; 1 where they differ by rotation and scale
+    alone. The estimate is unbiased: with the usual one, unrelated states of few prompts look alike.
 
-    The estimate is unbiased: with the usual one, unrelated states of few prompts look alike.
-
-    Shapes:   a  [N, D],  b  [N, E]  ->  at most 1
     Raises:   ValueError with fewer than four prompts, for which the estimate is not defined
     Source:   Kornblith et al. 2019; unbiased HSIC of Song et al. 2012, equation 5
     """
@@ -288,10 +273,7 @@ def alignment(a: Sequence[Mapping[str, Place]], b: Sequence[Mapping[str, Place]]
 
 
 def gram(files: Sequence[Path]) -> dict[int, np.ndarray]:
-    """Inner products of gradients stored in files, per block; as many tensors are in memory as there are files.
-
-    Shapes:   F files  ->  layer -> [F, F]
-    """
+    """Inner products [F, F] of the gradients stored in F files, per block; as many tensors are in memory as there are files."""
     places = [language_places(file) for file in files]
     products: dict[int, np.ndarray] = {}
     for name in places[0]:
@@ -312,9 +294,8 @@ def compare_gradients(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def pair_cosines(a: torch.Tensor, b: torch.Tensor, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Mean cosine of random pairs, one of `a` and one of `b`, never a prompt with itself, per layer.
+    """Mean cosine [L] of random pairs, one of `a` [N, L, D] and one of `b` [M, L, D], never a prompt with itself.
 
-    Shapes:   a  [N, L, D],  b  [M, L, D]  ->  [L]
     Draws:    `draws` pairs from `rng`
     Source:   Li et al. 2024 (arXiv 2408.17003), existence of safety layers; 500 pairs there
     """
@@ -328,7 +309,6 @@ def angular_gap(normal: torch.Tensor, harmful: torch.Tensor, draws: int, rng: np
     """N–N, M–M and N–M cosines and the angle by which N–M is wider than N–N, per layer.
 
     Shapes:   normal  [N, L, D],  harmful  [M, L, D]  ->  four arrays [L]
-    Units:    gap: degrees
     Source:   Li et al. 2024, section 3: arccos of the mean cosines, in degrees
     """
     pairs = {"normal_normal": (normal, normal), "harmful_harmful": (harmful, harmful), "normal_harmful": (normal, harmful)}
@@ -379,13 +359,12 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
 
 @torch.inference_mode()
 def refusal_by_layer(model: PreTrainedModel, processor: Any, prompts: Prompts, starts: Sequence[str]) -> torch.Tensor:
-    """The probability that an answer starts like a refusal, every layer read as if it were the last one (logit lens).
+    """The probability [N, L] that an answer starts like a refusal, every layer read as if it were the last one (logit lens).
 
     It is the probability of the *first token* of the answer, added up over the first tokens of `starts`, in lower case and
     capitalised; starts that the tokenizer does not know are left out. A token that also begins other answers ("i") counts
     in full, so a layer's number is an upper bound; the last layer's is the model's own.
 
-    Shapes:   N prompts  ->  [N, L], fractions in [0, 1]
     Source:   nostalgebraist 2020, the logit lens: final norm and head applied to what a block puts out
     Raises:   ValueError where the tokenizer knows no start
     """

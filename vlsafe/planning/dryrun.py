@@ -9,17 +9,15 @@ Units: bytes, seconds, operations (a multiplication and an addition are two).
 from __future__ import annotations
 
 import dataclasses
-import io
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
-from PIL import Image
 
 from vlsafe.core.scale import Fit, Scale
 from vlsafe.models import checkpoints
@@ -41,8 +39,7 @@ CAST = 2  # bytes a weight of the bfloat16 copy that computation needs
 WORKING = 40  # bytes per token and unit of width inside the one block that is being recomputed; assumed
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """The number of weights in each part of a model, and what else the operations depend on."""
 
     blocks: int
@@ -97,23 +94,11 @@ class Work(NamedTuple):
     how: str
 
 
-class Part(NamedTuple):
-    """What is trained `runs` times with one fit: checkpoints of all runs, text tokens and pictures of a mean row."""
-
-    name: str
-    fit: Fit
-    runs: int
-    method: str
-    checkpoints: int
-    text: float
-    pictures: float
-
-
 def plan(scale: Scale, backbone: str, gpu: str, utilisation: float | None = None) -> list[Work]:
     """Every part of a scale for one backbone and one seed, default grid; a measured `utilisation` replaces the assumed."""
     shapes = _shapes(scale, backbone, checkpoints.random_graft(scale.decoder(backbone), scale.vision, scale.source == "load"))
     screening = [_screening(scale, gpu)] if scale.source == "load" else []
-    training = [_training(scale, shapes, gpu, utilisation, part) for part in _parts(scale)]
+    training = [_training(scale, shapes, gpu, utilisation, *part) for part in _parts(scale)]
     return [*screening, *training, _examinations(scale, shapes, gpu)]
 
 
@@ -123,7 +108,8 @@ def _shapes(scale: Scale, backbone: str, model: Any) -> Shapes:
     return Shapes(**checkpoints.shapes(model), layers=spec.layers, width=spec.width, image_tokens=tokens)
 
 
-def _parts(scale: Scale) -> list[Part]:
+def _parts(scale: Scale) -> list[tuple[str, Fit, int, str, int, float, float]]:
+    """What is trained with one fit: name, fit, runs, method, checkpoints of all runs, text tokens and pictures of a mean row."""
     inside = sum(step < scale.instruct.steps for step in scale.checkpoints) + 1
     arms = sum(step < scale.instruct.steps for step in scale.arm_checkpoints) + 1
     early = sum(step < scale.projector.steps for step in scale.checkpoints) + 2
@@ -140,34 +126,35 @@ def _parts(scale: Scale) -> list[Part]:
     # steps grow with corpora; means over the recipes
     safety, preference = (dataclasses.replace(fit, steps=max(1, round(fit.steps * times))) for fit, times in longer)
     return [
-        Part("stage 1", scale.projector, 1, "projector", early, traffic.captions, 1.0),
-        Part("stage 2", stage_2, 1, "full", inside, *row),
-        Part("stage 2, other data and methods", stage_2, whole, "full", whole * arms, *row),
-        Part("stage 2, LoRA", stage_2, light, "lora", light * arms, *row),
-        Part("multitask tuning", stage_2, mixed, "full", mixed, *row),
-        Part("safety SFT", safety, len(sft), "full", len(sft), traffic.safety, 1.0),
-        Part("DPO", preference, len(pairs), "dpo", len(pairs), traffic.pairs, 0.5),  # SPA-VL has pictures, SafeRLHF none
+        ("stage 1", scale.projector, 1, "projector", early, traffic.captions, 1.0),
+        ("stage 2", stage_2, 1, "full", inside, *row),
+        ("stage 2, other data and methods", stage_2, whole, "full", whole * arms, *row),
+        ("stage 2, LoRA", stage_2, light, "lora", light * arms, *row),
+        ("multitask tuning", stage_2, mixed, "full", mixed, *row),
+        ("safety SFT", safety, len(sft), "full", len(sft), traffic.safety, 1.0),
+        ("DPO", preference, len(pairs), "dpo", len(pairs), traffic.pairs, 0.5),  # SPA-VL has pictures, SafeRLHF none
     ]
 
 
-def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None, part: Part) -> Work:
-    fit, dpo, answers = part.fit, part.method == "dpo", 2 if part.method == "dpo" else 1
+def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None, name: str, fit: Fit, runs: int, method: str,
+              saved: int, text: float, pictures: float) -> Work:  # fmt: skip
+    dpo, answers = method == "dpo", 2 if method == "dpo" else 1
     adapters = 2 * scale.lora.rank * shapes.layers * 13 * shapes.width  # rank × both sides of 7 maps
-    trained = {"projector": 0, "lora": adapters}.get(part.method, shapes.language) + shapes.projector
-    of_row = operations(shapes, part.text, part.pictures, 4 if part.method in ("projector", "lora") else 6)
+    trained = {"projector": 0, "lora": adapters}.get(method, shapes.language) + shapes.projector
+    of_row = operations(shapes, text, pictures, 4 if method in ("projector", "lora") else 6)
     if dpo:
-        of_row = 2 * (of_row + operations(shapes, part.text, part.pictures, 2))  # two answers, and the reference reads both
-    rows, row_tokens = fit.steps * fit.batch_size, part.text + part.pictures * shapes.image_tokens
+        of_row = 2 * (of_row + operations(shapes, text, pictures, 2))  # two answers, and the reference reads both
+    rows, row_tokens = fit.steps * fit.batch_size, text + pictures * shapes.image_tokens
     at_once = (fit.at_once or fit.batch_size // fit.micro_batches) * answers
     sharded = "fsdp" in fit.launch
     memory = {n: gpu_memory(shapes, trained, at_once * row_tokens, n, sharded) for n in (1, 8)}
     if dpo:  # the reference
         memory = {n: size + FROZEN * shapes.all / (n if sharded else 1) for n, size in memory.items()}
-    kept = part.checkpoints * (2 if fit.saved == "bfloat16" else 4) * shapes.all
-    at_most = part.checkpoints * FROZEN * shapes.all + 2 * (FROZEN * shapes.all + 8 * trained)  # two of them can be resumed
-    hours = part.runs * _seconds(of_row * rows, gpu, utilisation or UTILISATION) / 3600
-    tokens = part.runs * (rows * row_tokens * answers)
-    return Work(part.name, part.runs, tokens, hours, memory, kept, at_most / part.runs, MEASURED if utilisation else "computed")
+    kept = saved * (2 if fit.saved == "bfloat16" else 4) * shapes.all
+    at_most = saved * FROZEN * shapes.all + 2 * (FROZEN * shapes.all + 8 * trained)  # two of them can be resumed
+    hours = runs * _seconds(of_row * rows, gpu, utilisation or UTILISATION) / 3600
+    tokens = runs * (rows * row_tokens * answers)
+    return Work(name, runs, tokens, hours, memory, kept, at_most / runs, MEASURED if utilisation else "computed")
 
 
 def _seconds(operations: float, gpu: str, utilisation: float) -> float:
@@ -206,6 +193,7 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
     Units:    tokens_per_second without padding; mfu a fraction of the GPU's dense bf16 peak (None where that is not known)
     """
     from vlsafe.core.schema import Example, Turn
+    from vlsafe.data.miniature.pictures import to_png
     from vlsafe.models import chat, trainable
     from vlsafe.training import datasets, trainers
 
@@ -220,9 +208,8 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
     shapes = _shapes(scale, backbone, model)
     text = max(1, min(scale.traffic.instructions, spec.context - shapes.image_tokens - 32))
     turns = (Turn("user", "word"), Turn("assistant", " ".join(["word"] * text)))
-    picture = io.BytesIO()
-    Image.new("RGB", (vision.image_size, vision.image_size), (60, 60, 60)).save(picture, "PNG")
-    rows = [Example(f"row-{i}", "synthetic", turns, (picture.getvalue(),)) for i in range(at_once)]
+    picture = to_png(np.full((vision.image_size, vision.image_size, 3), 60, np.uint8))
+    rows = [Example(f"row-{i}", "synthetic", turns, (picture,)) for i in range(at_once)]
     trainable.choose(model, "full", scale.lora)
     ticks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

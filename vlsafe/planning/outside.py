@@ -35,7 +35,6 @@ CHECKSUMS = "checksums.json"
 SMALL = 0.5  # below this share of its expected size a download counts as incomplete; assumed
 GIGA = 10**9
 UNPACKED = {"captions": {"images.zip": "images"}}  # where an archive's members belong; elsewhere beside the archive
-IN_PLACE = ("safety",)  # small, and its members' names do not say which split they are of
 Say = Callable[[str], None]
 SECRETS = {"the hub's token": huggingface_hub.get_token, "OPENAI_API_KEY": lambda: os.environ.get("OPENAI_API_KEY")}
 
@@ -298,8 +297,8 @@ def refuse_outside(archive: Path) -> None:
 
 def _unpack(need: Need, say: Say) -> None:
     """Unpack a corpus's archives into the official layout and remove them; members that are there are skipped."""
-    if need.folder is None or need.name in IN_PLACE or not (root := assets.outside_path(need.folder)).is_dir():
-        return
+    if need.folder is None or need.name == "safety" or not (root := assets.outside_path(need.folder)).is_dir():
+        return  # safety is small, and its members' names do not say which split they are of
     for archive in sorted(root.rglob("*.zip")):
         refuse_outside(archive)
         target = root / UNPACKED.get(need.name, {}).get(archive.name, archive.parent.relative_to(root))

@@ -28,9 +28,7 @@ def unlock(folder: Path) -> None:
     """
     owner = folder / ".snakemake" / "owner"
     if owner.exists() and _alive(int(owner.read_text())):
-        raise ValueError(
-            f"another `make reproduce` (process {owner.read_text()}) is at work in this folder; wait for it or stop it"
-        )
+        raise ValueError(f"another `make reproduce` (process {owner.read_text()}) is at work here; wait for it or stop it")
     for lock in (folder / ".snakemake" / "locks").glob("*"):
         lock.unlink()
     owner.parent.mkdir(exist_ok=True)
@@ -40,8 +38,6 @@ def unlock(folder: Path) -> None:
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:  # there is none, or it is somebody else's
+        return isinstance(error, PermissionError)
     return process != os.getppid()
