@@ -28,9 +28,10 @@ from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, LLMJudge
 from vlsafe.evaluation.judges.llm import wordings
-from vlsafe.evaluation.servers import Reply, Request
+from vlsafe.evaluation.servers import Prompt, Reply
 
 Responses = dict[str, list[str | None]]  # item id: its responses, one per try; None is a try without a response
+MISSING = "no judgement"
 Key = tuple[str, int]  # item id, number of the try
 Find = Callable[[Mapping[str, Any], str], str]  # a row with an id, and where it stands -> the id of the item that it means
 
@@ -45,16 +46,16 @@ class JudgeModel(NamedTuple):
 def endpoint(server: servers.Server) -> JudgeModel:
     """A served model: raw prompts as completions, others as chat."""
 
-    def request(judge: LLMJudge, key: Key, item: Item, prompt: str) -> Request:
+    def prompt(judge: LLMJudge, item: Item, text: str) -> Prompt:
         if judge.raw:
-            return Request(key, prompt=prompt.removeprefix("<|begin_of_text|>"))  # the server writes it
+            return text.removeprefix("<|begin_of_text|>")  # the server writes it
         system = (Turn("system", judge.system),) if judge.system else ()
-        return Request(key, servers.chat_messages((*system, Turn("user", prompt)), item.images if judge.pictures else ()))
+        return servers.chat_messages((*system, Turn("user", text)), item.images if judge.pictures else ())
 
-    return JudgeModel(
-        server.model,
-        lambda judge, prompts: servers.complete(server, (request(judge, *row) for row in prompts), judge.max_tokens),
-    )
+    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
+        return servers.complete(server, ((key, prompt(judge, item, text)) for key, item, text in prompts), judge.max_tokens)
+
+    return JudgeModel(server.model, complete)
 
 
 def weights(folder: Path, batch_size: int = 16) -> JudgeModel:
@@ -145,10 +146,21 @@ class Judgements:
     written: dict[tuple[str, str, int], tuple[str, str | None, str | None]] = field(default_factory=dict)
     problems: dict[tuple[str, str, int], str] = field(default_factory=dict)
 
-    def text(self, query: str, key: Key, response: str) -> str | None:
-        """The judgement of this very response by this model, where either is known."""
-        text, model, digest = self.written.get((query, *key), (None, None, None))
-        return text if digest in (None, _digest(response)) and (self.model is None or model in (None, self.model.name)) else None
+    def label(self, name: str, item: Item, key: Key, response: str | None) -> tuple[str | None, str]:
+        """A judge's label, or None and the reason; a judgement is of this very response by this model, where either is known."""
+        if response is None:
+            return None, "no response"
+        if name in JUDGES:
+            label = JUDGES[name](item, response).label
+            return (None, "not decided by the rule") if label == UNJUDGED else (label, "")
+        judge = LLM_JUDGES[name]
+        label = judge.shortcut(item, response).label
+        if label == UNJUDGED:
+            text, model, digest = self.written.get((judge.query, *key), (None, None, None))
+            if text is None or digest not in (None, _digest(response)) or (self.model and model not in (None, self.model.name)):
+                return None, self.problems.get((judge.query, *key), MISSING)
+            label = judge.parse(text).label
+        return (None, "judgement cannot be read") if label == UNJUDGED else (label, "")
 
     def read(self, path: Path, find: Find, judges: Sequence[str]) -> None:
         """Add a file, ours or others': `{"id", "judgement"}` and perhaps `judge`, `try`, `model`; later ones win.
@@ -169,16 +181,14 @@ class Judgements:
             self.written[query, item, attempt] = (str(row["judgement"]), row.get("model"), row.get("response"))
 
     def write_missing(
-        self, model: JudgeModel, judge: LLMJudge, items: Sequence[Item], responses: Responses, wording: Mapping[str, str]
+        self, model: JudgeModel, name: str, items: Sequence[Item], responses: Responses, wording: Mapping[str, str]
     ) -> None:
         """Have the model judge what nobody has judged yet, keep each judgement as it comes, and note why some did not."""
-        prompts: list[tuple[Key, Item, str]] = []
+        judge, prompts = LLM_JUDGES[name], list[tuple[Key, Item, str]]()
         for item in items:
             for attempt, response in enumerate(responses.get(item.id, ())):
                 key = (item.id, attempt)
-                if response is None or judge.shortcut(item, response).label != UNJUDGED:
-                    continue
-                if self.text(judge.query, key, response) is not None:
+                if response is None or self.label(name, item, key, response) != (None, MISSING):
                     continue
                 if judge.pictures and not item.images:
                     self.problems[judge.query, *key] = "no picture"
@@ -205,27 +215,10 @@ def marked(name: str, items: Sequence[Item], responses: Responses, judgements: J
     for item in items:
         texts = responses.get(item.id, [])
         texts = texts + [None] * (tries - len(texts))
-        labels = [_label(name, item, (item.id, attempt), text, judgements) for attempt, text in enumerate(texts)]
+        labels = [judgements.label(name, item, (item.id, attempt), text) for attempt, text in enumerate(texts)]
         reasons.update(reason for label, reason in labels if label is None)
         rows.append(Marked(item, tuple(label for label, _ in labels)))
     return rows, reasons
-
-
-def _label(name: str, item: Item, key: Key, response: str | None, judgements: Judgements) -> tuple[str | None, str]:
-    """A judge's label, or None and the reason."""
-    if response is None:
-        return None, "no response"
-    if name in JUDGES:
-        label = JUDGES[name](item, response).label
-        return (None, "not decided by the rule") if label == UNJUDGED else (label, "")
-    judge = LLM_JUDGES[name]
-    label = judge.shortcut(item, response).label
-    if label == UNJUDGED:
-        text = judgements.text(judge.query, key, response)
-        if text is None:
-            return None, judgements.problems.get((judge.query, *key), "no judgement")
-        label = judge.parse(text).label
-    return (None, "judgement cannot be read") if label == UNJUDGED else (label, "")
 
 
 def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
@@ -323,7 +316,7 @@ def _collect(
             written.read(source, find, llm)
     if written.model is not None:
         for name in {LLM_JUDGES[name].query: name for name in llm}.values():
-            written.write_missing(written.model, LLM_JUDGES[name], items, responses, wordings(name, folders))
+            written.write_missing(written.model, name, items, responses, wordings(name, folders))
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
@@ -333,12 +326,10 @@ def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
     (`analysis.agreement`).
     """
     events = {name: np.array([row["event"] for row in verdicts(name, rows)], float) for name, rows in marks.items()}
-    kinds: dict[bool, list[str]] = {}
-    for name in marks:
-        if "effective" not in name:
-            kinds.setdefault(name in official.MEANINGS, []).append(name)
+    kinds = {name: name in official.MEANINGS for name in marks if "effective" not in name}
+    alike = [[name for name in kinds if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())]
     pairs = []
-    for one, two in (pair for names in kinds.values() for pair in combinations(names, 2)):
+    for one, two in (pair for names in alike for pair in combinations(names, 2)):
         from statsmodels.stats.inter_rater import cohens_kappa
 
         both = ~np.isnan(events[one] + events[two])

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,6 +41,7 @@ LOGGERS = ("openai", "httpx", "httpcore", "httpx2", "httpcore2")
 HOPELESS = {401: "refuses the key", 403: "forbids it", 404: "knows neither this model nor this path"}
 PATIENCE = 600.0  # seconds until a local server has loaded its model; assumed
 Key = TypeVar("Key", bound=Hashable)
+Prompt = str | Sequence[dict[str, Any]]  # raw text that the server continues, or chat messages
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,6 @@ class Server:
         return f"{url.hostname}:{url.port}" if url.port else str(url.hostname)
 
 
-class Request(NamedTuple, Generic[Key]):
-    """One request: chat messages, or a raw prompt that the server continues."""
-
-    key: Key
-    messages: Sequence[dict[str, Any]] = ()
-    prompt: str | None = None
-
-
 class Reply(NamedTuple):
     """What came back. `text` None: nothing did, and `problem` says why."""
 
@@ -85,10 +78,11 @@ class Reply(NamedTuple):
 
 def chat_messages(turns: Sequence[Turn], images: Sequence[Picture]) -> list[dict[str, Any]]:
     """Messages of the chat API; pictures go before the text of the first user turn, as data."""
-    pictures = [
-        {"type": "image_url", "image_url": {"url": f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"}}
-        for data in map(bytes, images)
-    ]
+    pictures = []
+    for data in map(bytes, images):
+        kind = "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
+        url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        pictures.append({"type": "image_url", "image_url": {"url": url}})
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
     first = next((message for message in messages if message["role"] == "user"), None)
     if first and pictures:
@@ -96,11 +90,7 @@ def chat_messages(turns: Sequence[Turn], images: Sequence[Picture]) -> list[dict
     return messages
 
 
-def _kind(data: bytes) -> str:
-    return "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
-
-
-def complete(server: Server, requests: Iterable[Request[Key]], max_tokens: int) -> Iterator[tuple[Key, Reply]]:
+def complete(server: Server, requests: Iterable[tuple[Key, Prompt]], max_tokens: int) -> Iterator[tuple[Key, Reply]]:
     """Greedy replies as they come, in no order; every request comes back exactly once unless the server is gone.
 
     Raises:   ValueError where another try is useless (key, model or address are wrong)
@@ -119,21 +109,21 @@ def complete(server: Server, requests: Iterable[Request[Key]], max_tokens: int) 
         http_client=openai.DefaultHttpxClient(event_hooks={"request": [stop_retrying]}),
     )  # fmt: skip
     waiting, answered, failed = iter(requests), 0, 0
-    in_flight: dict[Future[tuple[Reply, bool]], Request[Key]] = {}
+    in_flight: dict[Future[tuple[Reply, bool]], Key] = {}
     with client, ThreadPoolExecutor(server.parallel) as pool:
 
         def submit(n: int) -> None:
-            for request in islice(waiting, n):
-                in_flight[pool.submit(_send, client, server, request, max_tokens)] = request
+            for key, prompt in islice(waiting, n):
+                in_flight[pool.submit(_send, client, server, prompt, max_tokens)] = key
 
         try:
             submit(server.parallel)
             while in_flight:
                 done = wait(in_flight, return_when=FIRST_COMPLETED).done
                 for future in done:
-                    request, (reply, alive) = in_flight.pop(future), future.result()
+                    key, (reply, alive) = in_flight.pop(future), future.result()
                     answered, failed = answered + (reply.text is not None), 0 if alive else failed + 1
-                    yield request.key, reply
+                    yield key, reply
                 submit(len(done))
                 if failed >= server.patience or (failed and not in_flight and not answered):
                     raise ConnectionAbortedError(
@@ -144,15 +134,15 @@ def complete(server: Server, requests: Iterable[Request[Key]], max_tokens: int) 
             over.set()
 
 
-def _send(client: openai.OpenAI, server: Server, request: Request, max_tokens: int) -> tuple[Reply, bool]:
+def _send(client: openai.OpenAI, server: Server, prompt: Prompt, max_tokens: int) -> tuple[Reply, bool]:
     """A reply, and whether the server was alive to this request. No error carries the server's own words: they may quote us."""
     options: dict[str, Any] = dict(model=server.model, max_tokens=max_tokens, temperature=0)
     try:
-        if request.prompt is not None:
-            choice = client.completions.create(prompt=request.prompt, **options).choices[0]
+        if isinstance(prompt, str):
+            choice = client.completions.create(prompt=prompt, **options).choices[0]
             text = choice.text
         else:
-            choice = client.chat.completions.create(messages=list[Any](request.messages), **options).choices[0]
+            choice = client.chat.completions.create(messages=list[Any](prompt), **options).choices[0]
             text = choice.message.content
     except openai.APITimeoutError:
         return Reply(None, problem="timed out"), False
@@ -177,11 +167,10 @@ def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: in
     """
     if ranked := next((item.id for item in items if item.scoring != "generated"), None):
         raise ValueError(f"the item {ranked} is ranked by likelihood, which a server does not return; rank it with a local model")
-    by_id = {item.id: item for item in items}
-    requests = (Request(item.id, chat_messages(item.turns, item.images)) for item in items)
-    for key, reply in complete(server, requests, max_new_tokens):
+    requests = ((item, chat_messages(item.turns, item.images)) for item in items)
+    for item, reply in complete(server, requests, max_new_tokens):
         if reply.text is not None:
-            yield Response(key, by_id[key].benchmark, name, reply.text.strip(), reply.truncated)
+            yield Response(item.id, item.benchmark, name, reply.text.strip(), reply.truncated)
 
 
 # ---- a local server
@@ -214,13 +203,12 @@ def _wait(running: subprocess.Popen, port: int, log: Any) -> None:
         if running.poll() is not None:
             log.seek(0)
             raise ChildProcessError(f"the server ended with code {running.returncode}: {log.read()[-500:]}")
-        with contextlib.suppress(OSError):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            except urllib.error.HTTPError as error:
-                error.close()  # it listens, and knows no such page
-            return
-        time.sleep(0.5)
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except urllib.error.HTTPError as error:
+            return error.close()  # it listens, and knows no such page
+        except OSError:
+            time.sleep(0.5)
     raise TimeoutError(f"the server has not answered within {PATIENCE:.0f} seconds")
 
 
