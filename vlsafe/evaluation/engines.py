@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from vlsafe.core import store
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.models.chat import prompt_batch, rendered
 
@@ -47,10 +48,9 @@ def generate(
     texts: dict[int, tuple[str, bool]] = {}
     for batch in _batches(items, batch_size):
         inputs = prompt_batch(processor, [items[i].turns for i in batch], [items[i].images for i in batch])
-        outputs = _greedy(model, tokenizer, inputs, max_new_tokens)
-        texts |= {i: (text.strip(), truncated) for i, (text, truncated) in zip(batch, outputs, strict=True)}
+        texts |= zip(batch, _greedy(model, tokenizer, inputs, max_new_tokens), strict=True)
         progress(len(texts))
-    return [texts[i] for i in range(len(items))]
+    return [(text.strip(), truncated) for _, (text, truncated) in sorted(texts.items())]
 
 
 @torch.inference_mode()
@@ -131,8 +131,7 @@ def _answer_length(processor: Any, item: Item, chat: Sequence[Turn]) -> int:
 def _batches(items: Sequence[Item], size: int) -> list[list[int]]:
     """Indices in batches of one modality and about one length, at most `size` long."""
     order = sorted(range(len(items)), key=lambda i: (len(items[i].images), len(items[i].turns[-1].text.split()), i))
-    runs = [list(run) for _, run in groupby(order, key=lambda i: bool(items[i].images))]
-    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+    return [batch for _, run in groupby(order, key=lambda i: bool(items[i].images)) for batch in store.parts(run, size)]
 
 
 class Ensemble(torch.nn.Module):

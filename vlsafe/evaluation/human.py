@@ -88,19 +88,17 @@ def export(responses: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> P
     rows = key.drop_duplicates("id").set_index("id", drop=False).loc[ids].to_dict("records")
     folder.mkdir(parents=True, exist_ok=True)
     key[KEY].sort_values(KEY).to_csv(folder / "key.csv", index=False)
-    (folder / "packet.html").write_text(page(packet, [_unit(row) for row in rows]), encoding="utf-8")
+    (folder / "packet.html").write_text(_page(packet, rows), encoding="utf-8")
     return folder / "packet.html"
 
 
-def _unit(row: Mapping[str, Any]) -> dict[str, Any]:
-    images = ["data:image/png;base64," + base64.b64encode(image["bytes"]).decode() for image in row["images"]]
-    return {"id": row["id"], "turns": [dict(turn) for turn in row["turns"]], "images": images, "text": row["text"]}
-
-
-def page(packet: str, units: Sequence[Mapping[str, Any]]) -> str:
+def _page(packet: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The raters' page: it holds everything, asks no server, and its own policy lets it load nothing."""
-    rubric = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in LABELS.items())
-    data = json.dumps({"packet": packet, "labels": [*LABELS, UNSURE], "units": list(units)}).replace("<", "\\u003c")
+    rubric, units = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in LABELS.items()), []
+    for row in rows:
+        images = ["data:image/png;base64," + base64.b64encode(image["bytes"]).decode() for image in row["images"]]
+        units.append({"id": row["id"], "turns": [dict(turn) for turn in row["turns"]], "images": images, "text": row["text"]})
+    data = json.dumps({"packet": packet, "labels": [*LABELS, UNSURE], "units": units}).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{rubric}}", rubric).replace("{{packet}}", data)
 
 

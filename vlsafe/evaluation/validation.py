@@ -26,12 +26,11 @@ def preference_items(world: Any, n: int) -> list[Item]:
     items = []
     for group, with_pictures in GROUPS.items():
         for pair in preference_pairs(world, n, with_pictures, world.rng(f"validation pairs {group}"), "validation"):
-            harmful, options = pair.category is not None, (pair.chosen, pair.rejected)
-            item = Item(
+            harmful = pair.category is not None
+            items.append(Item(
                 f"validation-{pair.id}", "validation", pair.turns, pair.images, pair.rejected if harmful else pair.chosen,
-                pair.category, pair.cluster, group, harmful, options,
-            )  # fmt: skip
-            items.append(item)
+                pair.category, pair.cluster, group, harmful, (pair.chosen, pair.rejected),
+            ))  # fmt: skip
     return items
 
 
