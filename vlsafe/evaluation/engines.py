@@ -131,7 +131,7 @@ def _answer_length(processor: Any, item: Item, chat: Sequence[Turn]) -> int:
 def _batches(items: Sequence[Item], size: int) -> list[list[int]]:
     """Indices in batches of one modality and about one length, at most `size` long."""
     order = sorted(range(len(items)), key=lambda i: (len(items[i].images), len(items[i].turns[-1].text.split()), i))
-    return [batch for _, run in groupby(order, key=lambda i: bool(items[i].images)) for batch in store.parts(run, size)]
+    return [batch for _, run in groupby(order, key=lambda i: bool(items[i].images)) for batch in store.parts(list(run), size)]
 
 
 class Ensemble(torch.nn.Module):
