@@ -78,6 +78,20 @@ def test_arms_that_learn_too_little_or_begin_at_the_level_are_marked():
     assert set(found["reached"]) == {"start"} and found["value"].tolist() == pytest.approx([0.1] * 2)
 
 
+@pytest.mark.parametrize("others", [{}, {"low": [(2, 3, 0), (8, 9, 0)]}])
+def test_without_a_gain_of_the_main_recipe_no_level_is_reached(others):
+    """Stage 2 takes helpfulness from 2 of 10 down to 1, and from no recipe less: there is no level to compare at."""
+    raw = study(filtered_full=[(2, 3, 1), (8, 9, 1)], **others)
+    found = at_level(raw)
+    assert set(found["reached"]) == {"never"} and found.index.tolist() == ["filtered-full", *others]
+    assert set(found) == {"backbone", "seed", "measure", "reached", "n"}
+    lines = adaptation.arms(raw)
+    assert lines.loc[lines["at"] == adaptation.LEVEL, ["value", "low", "high", "difference"]].isna().all(axis=None)
+    sheet = adaptation.sheet(lines)
+    assert set(sheet["reached"]) == {"never"} and set(sheet["text ASR, equal helpfulness"]) == {""}
+    assert adaptation.over_seeds(lines).query("at == 'equal helpfulness'")["mean"].isna().all()
+
+
 def test_a_bootstrap_redraws_items_once_for_all_points():
     """Two arms with the same answers differ by nothing in every draw; the clustered interval of each is not empty."""
     same = [(2, 3, 3), (8, 9, 8)]

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from vlsafe.analysis import measures, stats
-from vlsafe.analysis.measures import UNIT, Draws, compact, events, groups, run_names
+from vlsafe.analysis.measures import HEADLINE, UNIT, Draws, compact, events, groups, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
-COMPARED = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
 LEVELLED = ("text_asr", "multimodal_asr")  # compared at equal helpfulness as well
 STEPS, LEVEL = "equal steps", "equal helpfulness"
 START = ("", 0)  # the point, (recipe, step), at which every recipe begins: the end of stage 1
@@ -32,8 +31,8 @@ def equal_steps(raw: pd.DataFrame) -> pd.DataFrame:
     """Every recipe of stage 2 after its last step, and the paired difference of its full examination from the main one's."""
     final = raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")]
     others = [f"instruct/{recipe}" for recipe in final["recipe"].unique() if recipe != MAIN]
-    change = measures.differences(final, MAIN_LINE["adapted"], others, COMPARED)
-    return measures.with_changes(measures.rates(final, COMPARED, [*UNIT, "recipe", "step"]), change)
+    change = measures.differences(final, MAIN_LINE["adapted"], others, HEADLINE)
+    return measures.with_changes(measures.rates(final, HEADLINE, [*UNIT, "recipe", "step"]), change)
 
 
 def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
@@ -79,7 +78,8 @@ def levelled(drawn: Mapping[str, Draws], recipes: Sequence[str]) -> list[dict[st
     heights = {recipe: np.stack([drawn["helpfulness"][p] for p in curve], 1) for recipe, curve in curves.items()}
     gains = {recipe: height[0, 1:].max() - height[0, 0] for recipe, height in heights.items()}
     enough = [recipe for recipe, gain in gains.items() if gain >= gains.get(MAIN, max(gains.values())) / 2]
-    level = np.min([heights[recipe][:, 1:].max(1) for recipe in enough], axis=0)
+    # None is where the main recipe has lost helpfulness and no other keeps more of it: no level, and every line says "never".
+    level = np.min([heights[recipe][:, 1:].max(1) for recipe in enough], axis=0, initial=np.inf)
     lines = []
     for measure in LEVELLED:
         values = {recipe: np.stack([drawn[measure][p] for p in curves[recipe]], 1) for recipe in enough}

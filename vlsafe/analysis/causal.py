@@ -64,12 +64,7 @@ def _curve(raw: pd.DataFrame) -> list[tuple[str, int]]:
 
 def band_of(located: pd.DataFrame, unit: dict[str, object]) -> tuple[int, ...]:
     """The blocks of the band that freezing and transplants use for a study; `located` has a line for each."""
-    line = _of(located, unit).iloc[0]
-    return tuple(range(line["start"], line["end"]))
-
-
-def _of(frame: pd.DataFrame, unit: dict[str, object]) -> pd.DataFrame:
-    return frame[(frame[UNIT] == list(unit.values())).all(axis=1)]
+    return tuple(range(*located.loc[(located[UNIT] == list(unit.values())).all(axis=1), ["start", "end"]].iloc[0]))
 
 
 def against_random(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
@@ -133,7 +128,7 @@ def frozen(raw: pd.DataFrame, patched: pd.DataFrame, located: pd.DataFrame) -> p
     """
     lines = []
     for unit, grid in groups(raw, UNIT, sort=True):
-        own = _of(patched[patched["kind"] == "curve"], unit)
+        own = patched[(patched["kind"] == "curve") & (patched[UNIT] == list(unit.values())).all(axis=1)]
         if own.empty:
             continue
         start = own[own["stage"] == "projector"].assign(recipe=adaptation.START[0], step=adaptation.START[1])

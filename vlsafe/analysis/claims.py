@@ -1,7 +1,7 @@
 """The claims ledger: what the paper says, what was measured, how sure we are.
 
-A claim is a tree of comparisons, fixed before the results: "all" of them must hold, or "any". Each claim has two verdicts.
-*Item-level*: the items are the sample and the models are fixed; verb–object pairs are resampled, seeds are strata.
+A claim is a tree of comparisons, fixed before the results (`claims.yaml`): "all" of them must hold, or "any". Each claim has
+two verdicts. *Item-level*: the items are the sample and the models are fixed; verb–object pairs are resampled, seeds are strata.
 *Seed-level*: the training runs are the sample; all seeds must lie on one side, and the t-interval over them beside it. What
 was not measured has no verdict.
 """
@@ -15,29 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy.stats import t as student
 
 from vlsafe.analysis import comparisons, stats
-from vlsafe.analysis.comparisons import (
-    ADAPTED,
-    Changes,
-    Frames,
-    Part,
-    Unit,
-    band_similarity,
-    changes,
-    frozen,
-    gradients,
-    trend,
-)  # fmt: skip
+from vlsafe.analysis.comparisons import ADAPTED, METHODS, Changes, Frames, Part, Unit, changes
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
-LEVEL, SEEDS, MARGIN = 0.05, 3, 0.05  # of a verdict; fewest seeds for a seed-level verdict; what "the same level" allows
+LEVEL, SEEDS = 0.05, 3  # of a verdict; fewest seeds for a seed-level verdict
 SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, NOT = (
     "supported", "contradicted", "undecided", "undecided (ceiling)", "not measured"
 )  # fmt: skip
-PARENT, STAGE_1 = MAIN_LINE["parent"], MAIN_LINE["stage 1"]
+PARENT = MAIN_LINE["parent"]
 DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
 
 
@@ -186,17 +176,10 @@ def judged(lines: Lines) -> pd.DataFrame:
         frame[f"{p}_holm"] = stats.holm(frame[p], [frame["backbone"]])
     few = (frame["seeds"].fillna(0) < SEEDS) & frame["seed_p"].notna()
     for level, p in (("item", frame["p_holm"]), ("seed", frame["seed_p"].mask(few, 1.0))):
-        verdicts = zip(p, frame[f"{level}_holds"], frame["ceiling"], strict=True)
-        frame[f"{level}_level"] = [_verdict(*evidence) for evidence in verdicts]
+        clear = np.where(frame[f"{level}_holds"].eq(True), SUPPORTED, CONTRADICTED)
+        unclear = np.where(frame["ceiling"].eq(True), CEILING, UNDECIDED)
+        frame[f"{level}_level"] = np.select([p.isna(), p < LEVEL], [NOT, clear], unclear)
     return frame[head]
-
-
-def _verdict(p: float, holds: bool, ceiling: bool) -> str:
-    if pd.isna(p):
-        return NOT
-    if p < LEVEL:
-        return SUPPORTED if holds else CONTRADICTED
-    return CEILING if ceiling else UNDECIDED
 
 
 COLUMNS = [
@@ -262,108 +245,26 @@ def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
 
 
-PRECISION = {  # measures whose smallest detectable difference is printed -> with what the adapted model is compared
-    "text_asr": PARENT, "wildjailbreak_asr": PARENT, "exaggerated_refusal": PARENT, "multimodal_asr": STAGE_1,
-    "twin_refusal": STAGE_1, "figstep_asr": STAGE_1, "siuo_asr": STAGE_1, "mmbench_circular": STAGE_1, "mme_score": STAGE_1,
-    "seed_likelihood": STAGE_1, "helpfulness": STAGE_1,
-}  # fmt: skip
+def _tree(node: Mapping[str, Any], values: Mapping[str, str]) -> Part | Joint:
+    """A tree of the data file; what `use` stands beside fills the braces of the shared tree that it names."""
+    if "use" in node:
+        return _tree(_DATA["trees"][node["use"]], {**values, **node})
+    for how in ("all", "any"):
+        if how in node:
+            return Joint(how, tuple(_tree(part, values) for part in node[how]))
+    part = {name: node[name] for name in ("sign", "against") if name in node}
+    part |= {"method": METHODS[node["method"]]} if "method" in node else {}
+    before, after = (node[side].format_map(values) for side in ("before", "after"))
+    runs = {"before": MAIN_LINE.get(before, before), "after": MAIN_LINE.get(after, after)}
+    return Part(node["what"].format_map(values), **runs, **part, measures=tuple(node.get("measures", ("text_asr",))))
 
 
-def _costs(after: str) -> Joint:
-    """What restored safety may cost: text ASR stays above the parent's, less help, more refusals of harmless requests."""
-    over = f"more than {round(100 * MARGIN)} points"
-    ways = (
-        ("text_asr", 1, PARENT, f"text ASR {over} above the parent's"),
-        ("helpfulness", -1, ADAPTED, f"helpfulness falls by {over}"),
-        ("twin_refusal", 1, ADAPTED, f"refusal of benign twins rises by {over}"),
-        ("exaggerated_refusal", 1, ADAPTED, f"exaggerated refusal rises by {over}"),
-    )  # fmt: skip
-    return Joint("any", tuple(Part(what, sign, before, after, (m,), sign * MARGIN) for m, sign, before, what in ways))
-
-
-def _text_rises(after: str) -> Part:
-    return Part("text ASR rises from the parent's", 1, PARENT, after)
-
-
-def _pictures_rise(after: str) -> Part:
-    return Part("multimodal ASR rises from stage 1's", 1, STAGE_1, after, ("multimodal_asr",))
-
-
-def _not_beaten(merged: str, by: str) -> Joint:
-    """No method is better than the merged model by more than the margin in both: ASR (text and pictures) and helpfulness."""
-    asr = Part(f"ASR of text plus pictures at most the margin above {by}'s", -1, f"safety/{by}", merged, BOTH, 2 * MARGIN)
-    return Joint("any", (asr, Part(f"helpfulness at most the margin below {by}'s", 1, f"safety/{by}", merged, HELP, -MARGIN)))
-
-
-def _beats(before: str, after: str) -> Joint:
-    """No worse than the margin in anything, and better in something."""
-    sides = (("text ASR", -1, ("text_asr",)), ("multimodal ASR", -1, ("multimodal_asr",)), ("helpfulness", 1, HELP))
-    no_worse = tuple(Part(f"{what} no worse than the margin", s, before, after, m, -s * MARGIN) for what, s, m in sides)
-    better = tuple(Part(f"{what} better", s, before, after, m) for what, s, m in sides)
-    return Joint("all", (*no_worse, Joint("any", better)))
-
-
-def _both_rise(after: str) -> Joint:
-    return Joint("all", (_text_rises(after), _pictures_rise(after)))
-
-
-def _mitigates(after: str) -> Joint:
-    falls = [("text ASR", "text_asr"), ("multimodal ASR", "multimodal_asr")]
-    lower = tuple(Part(f"{what} falls from the adapted model's", -1, ADAPTED, after, (measure,)) for what, measure in falls)
-    return Joint("all", (*lower, _costs(after)))
-
-
-TUNED = ("safety/sl-full", "safety/dpo-both-full")  # SFT and RLHF, in the claims and in F00
-# Linear merges and ensembles with either, each at the ratio of an interior merge (0 < α < 1) that validation chose.
-MERGED, ENSEMBLE = (
-    [f"merge/{rule}/filtered-full+{run.partition('/')[2]}/0.[1-9]*" for run in TUNED] for rule in ("inside", "ensemble")
+_DATA = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+CLAIMS = tuple(
+    Claim(name, claim["text"], _tree(claim, {}), tuple(claim.get("only", ()))) for name, claim in _DATA["claims"].items()
 )
-BOTH, HELP = ("text_asr", "multimodal_asr"), ("helpfulness",)
-METHODS = tuple(
-    f"{name}-full" for name in ("mtl", "sl", "sl-replay", "textsft", "sibling", "dpo-text", "dpo-image", "dpo-both", "grpo-text")
-)
-UNFILTERED, CLEAN, LOOKING, TWIN = (f"instruct/{data}-full" for data in ("unfiltered", "clean", "looking", "textonly"))
-CLAIMS = (
-    Claim("1", "Adaptation raises text ASR (unfiltered data)", _text_rises(UNFILTERED)),
-    Claim("2", "Adaptation raises multimodal ASR (unfiltered data)", _pictures_rise(UNFILTERED)),
-    Claim("3", "So it does with filtered data, text and pictures", _both_rise(ADAPTED)),
-    Claim("3b", "So it does with data that are clean beyond doubt", _both_rise(CLEAN)),
-    Claim("4", "Degradation grows along stage 2", Part("text ASR rises along it", 1, ADAPTED, ADAPTED, method=trend)),
-    Claim("4b", "Pictures cause more of it than the same rows as text", Part("text ASR above the twin's", 1, TWIN, ADAPTED)),
-    Claim(
-        "4c", "The multimodal rise is more than lost over-refusal",
-        Part("rise of multimodal ASR less the fall of twins' refusal", 1, STAGE_1, ADAPTED, ("multimodal_asr", "twin_refusal")),
-    ),
-    Claim("4d", "Instruction rows cause it, captions do not", Part("text ASR above that without how-tos", 1, LOOKING, ADAPTED)),
-    Claim("5", "SFT lowers ASR, but not to the parent's level or at a cost (sequential)", _mitigates(TUNED[0])),
-    Claim("5b", "The same of multitask SFT", _mitigates("safety/mtl-full")),
-    Claim("6", "RLHF lowers ASR, but not to the parent's level or at a cost (DPO)", _mitigates(TUNED[1])),
-    Claim(
-        "7", "Similarity to the parent falls most in the located layers",
-        Part("1 - cosine inside the band above outside", 1, PARENT, ADAPTED, ("cosine",), method=band_similarity),
-    ),
-    Claim(
-        "7b", "So it does with each block's own increment",
-        Part("1 - cosine of increments inside above outside", 1, PARENT, ADAPTED, ("increment",), method=band_similarity),
-    ),
-    Claim(
-        "8", "Freezing them protects more than freezing other blocks",
-        Part("text ASR below that of other sets", -1, "sppft/*", "sppft/located", method=frozen),
-    ),
-    Claim(
-        "9", "The objectives diverge: gradients differ more between tasks than within",
-        Part("cosine below that within a task", -1, "", "", ("between", "within"), method=gradients),
-    ),
-    Claim("9b", "The gradients conflict", Part("cosine of gradients below zero", -1, "", "", ("between",), method=gradients)),
-    Claim(
-        "10", "Merging lies on or beyond the front of all tuning methods (with sequential SFT)",
-        Joint("all", tuple(_not_beaten(MERGED[0], method) for method in METHODS)),
-    ),
-    Claim("10b", "The same with DPO", Joint("all", tuple(_not_beaten(MERGED[1], method) for method in METHODS))),
-    Claim("11", "Merging beats the ensemble of its members (with sequential SFT)", _beats(ENSEMBLE[0], MERGED[0])),
-    Claim("11b", "The same with DPO", _beats(ENSEMBLE[1], MERGED[1])),
-    Claim("12", "The loss is not specific to the LLaMA block", _text_rises(ADAPTED), only=("mini-qwen",)),
-)  # fmt: skip
+PRECISION = {measure: MAIN_LINE[run] for run, measures in _DATA["precision"].items() for measure in measures}
+TUNED, MERGED, ENSEMBLE = tuple(_DATA["tuned"]), _DATA["merged"], _DATA["ensemble"]
 
 
 def is_merged(run: str) -> bool:

@@ -136,6 +136,9 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     return Changes(strata, before, float(sides["between"]["cosine"].mean()))
 
 
+METHODS = {"trend": trend, "band_similarity": band_similarity, "frozen": frozen, "gradients": gradients}
+
+
 def _of(frames: Frames, name: str, unit: Unit) -> pd.DataFrame | None:
     """A frame's rows of one study, or None where there is no such frame or no such row."""
     if name not in frames:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vlsafe.analysis.measures import MEASURES, UNIT, differences, main_line, rates, run_names
+from vlsafe.analysis.measures import DATA, MEASURES, UNIT, differences, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 
@@ -29,11 +29,7 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     return merged.sort_values([*UNIT, "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
 
 
-OVERVIEW = (
-    "text_asr", "wildjailbreak_asr", "multimodal_asr", "figstep_asr", "siuo_asr", "twin_refusal", "exaggerated_refusal",
-    "picture_refusal", "helpfulness", "helpfulness_rescaled", "mmbench_circular", "mme_score", "seed_likelihood",
-    "text_incoherent", "multimodal_incoherent",
-)  # fmt: skip
+OVERVIEW: tuple[str, ...] = DATA["overview"]
 
 
 def everything(raw: pd.DataFrame) -> pd.DataFrame:

@@ -13,15 +13,13 @@ import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis import tuning
-from vlsafe.analysis.measures import MEASURES, UNIT, groups, run_names
+from vlsafe.analysis.measures import HEADLINE, MEASURES, UNIT, groups, run_names
 from vlsafe.analysis.stats import percentiles
 from vlsafe.core.schema import MAIN_LINE
 
 KEYS = [*UNIT, "rule", "partner"]
 CONTROLS = ("ensemble", "checkpoint")
 TUNED = {"mtl": "safety/mtl-full", "sl": "safety/sl-full", "dpo": "safety/dpo-both-full"}
-SWEPT = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
-HEADLINE = tuning.HEADLINE
 VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
     (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
 }  # fmt: skip
@@ -39,15 +37,9 @@ def chosen(lines: pd.DataFrame) -> pd.Series:
     one with the lowest ASR, of equals the more helpful. Without helpfulness (text alone) the lowest ASR decides.
     """
     helpful = lines["helpfulness"].astype(float).fillna(-1.0)
-    ranked = lines.assign(helpful=helpful, allowed=lines["asr_high"] <= lines["limit"])
-    best = []
-    for _, rows in groups(ranked, KEYS):
-        allowed = rows[rows["allowed"]]
-        if len(allowed):
-            order = allowed.sort_values(["helpful", "asr"], ascending=[False, True], kind="stable")
-        else:
-            order = rows.sort_values(["asr", "helpful"], ascending=[True, False], kind="stable")
-        best.append(order.index[0])
+    asr, allowed = lines["asr"], lines["asr_high"] <= lines["limit"]
+    order = {"refused": ~allowed, "first": (-helpful).where(allowed, asr), "second": asr.where(allowed, -helpful)}
+    best = lines.assign(**order).sort_values(list(order), kind="stable").drop_duplicates(KEYS).index
     return pd.Series(lines.index.isin(best), index=lines.index)
 
 
@@ -62,7 +54,7 @@ def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 
 def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """F12: every model of a sweep on the panel: rates with intervals, its ratio, and whether it was chosen."""
-    return rates(panel, SWEPT).merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
+    return rates(panel, HEADLINE).merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
 
 
 def barriers(lines: pd.DataFrame) -> pd.DataFrame:

@@ -12,28 +12,14 @@ import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis import stats
-from vlsafe.analysis.measures import MEASURES, UNIT, differences, run_names
+from vlsafe.analysis.measures import DATA, HEADLINE, MEASURES, UNIT, differences, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 REFERENCES = ("adapted", "parent")
-HEADLINE = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness")
-SHOWN = (
-    *HEADLINE, "wildjailbreak_asr", "siuo_asr", "figstep_asr", "wildjailbreak_refusal", "picture_refusal", "siuo_twin_refusal",
-    "figstep_twin_refusal", "contrast_compliance", "text_incoherent", "multimodal_incoherent", "text_asr_strings",
-    "text_asr_guard", "multimodal_asr_strings", "multimodal_asr_guard", "mmbench_circular", "mme_score", "seed_likelihood",
-    "helpfulness_rescaled", "capability_caption-icon", "capability_howto-text", "capability_howto-icon",
-)  # fmt: skip
+SHOWN: tuple[str, ...] = DATA["tuning"]
 THREE_JUDGES = ("text_asr", "text_asr_strings", "text_asr_guard")
 # What over-refusal is measured on: measure, group (None: all), what it is for the eye, text or pictures.
-REFUSALS = (
-    ("exaggerated_refusal", "homonym", "XSTest homonyms", "text"),
-    ("exaggerated_refusal", "safe_context", "XSTest safe contexts", "text"),
-    ("wildjailbreak_refusal", None, "WildJailbreak twins", "text"),
-    ("picture_refusal", None, "XSTest homonyms, pictured", "pictures"),
-    ("twin_refusal", None, "MM-SafetyBench twins", "pictures"),
-    ("siuo_twin_refusal", None, "SIUO twins", "pictures"),
-    ("figstep_twin_refusal", None, "FigStep twins", "pictures"),
-)
+REFUSALS: tuple[tuple[str, str | None, str, str], ...] = DATA["refusals"]
 TAUGHT_ON = {  # by what a recipe's name begins with: its objective, and whether its safety rows have pictures
     "mtl": ("SFT", "pictures"), "mtl-pcgrad": ("SFT", "pictures"), "sl": ("SFT", "pictures"),
     "sl-replay": ("SFT", "pictures"), "sibling": ("SFT", "pictures"),
