@@ -266,7 +266,7 @@ def test_a_number_of_tuning_changes_no_run_that_does_not_read_it(study):
 
 
 def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():
-    """SORRY-Bench has no twins of its own: XSTest asks its harmless verb–object pairs in the same wordings, in text and with pictures."""
+    """SORRY-Bench has no twins: XSTest asks its harmless pairs in the same wordings, in text and with pictures."""
 
     def wordings(name, harmful):
         asked = BENCHMARKS[name].miniature_items(WORLD, "test", 240, WORLD.rng(name))

@@ -241,9 +241,7 @@ class Sweep(NamedTuple):
         """
         start = time.process_time()
         model, processor, multimodal, merged = self.model(point)
-        same = next(
-            (name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(merged, w, SAME)), None
-        )
+        same = next((name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(merged, w, SAME)), None)
         spent = time.process_time() - start if merged else 0.0
         if same is not None:
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
