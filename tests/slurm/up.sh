@@ -72,7 +72,7 @@ sinfo
 PYTHONPATH=tests:. "$PYTHON" - "$D/nano.yaml" <<'PY'
 import sys, yaml
 from conftest import NANO
-from vlsafe.scales import as_plain
+from vlsafe.core.scale import as_plain
 open(sys.argv[1], "w").write(yaml.safe_dump({"extends": "mini", **as_plain(NANO)}))
 PY
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
