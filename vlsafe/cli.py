@@ -32,6 +32,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
+
+
 def _options(*options: tuple[str, dict[str, Any]], of: Sequence[Parser] = ()) -> Parser:
     """Options that several commands share."""
     parser = Parser(add_help=False, parents=of)
@@ -56,12 +63,13 @@ FIGURES = _options(("--figures", dict(type=Path, default=Path("figures/mini"))))
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="vlsafe", description=__doc__)
+    parser = Parser(prog="vlsafe", description="Train, examine, probe and merge models; score results; write tables and figures.")
     commands = parser.add_subparsers(required=True)
 
     def command(run: Callable[[Arguments], Any], text: str, *shared: Parser, name: str = "", of: Any = commands) -> Parser:
         """Add a subcommand that is called as its function is."""
-        added = of.add_parser(name or run.__name__.strip("_"), help=text, description=text, parents=shared)
+        name = name or run.__name__.strip("_")
+        added = of.add_parser(name, help=text, description=text, parents=shared, formatter_class=Formatter)
         added.set_defaults(run=run)
         return added
 
@@ -72,12 +80,13 @@ def _parser() -> Parser:
 
 def _add_runs(command: Callable[..., Parser]) -> None:
     """The runs of one study, and of several."""
+    names: dict[str, Any] = dict(metavar="STAGE", help="such as instruct/filtered-full; `vlsafe status` lists all")
     added = command(_stage, "make stages, and what they need, one after another", STUDY)
-    added.add_argument("names", nargs="+")
+    added.add_argument("names", nargs="+", **names)
     added.add_argument("--gpus", type=int, default=0, help="use this many GPUs that no other stage on this machine uses")
-    command(_fresh, "remove the runs of stages, so that they are made again", STUDY).add_argument("names", nargs="+")
+    command(_fresh, "remove the runs of stages, so that they are made again", STUDY).add_argument("names", nargs="+", **names)
     added = command(_card, "write the model cards of finished runs, beside their folders (all runs without a name)", STUDY)
-    added.add_argument("names", nargs="*")
+    added.add_argument("names", nargs="*", **names)
     added = command(_notebook, "execute one notebook with checked parameters", STUDY)
     added.add_argument("name")
     added.add_argument("--out", type=Path, required=True)
@@ -96,7 +105,7 @@ def _add_runs(command: Callable[..., Parser]) -> None:
 def _add_outside(command: Callable[..., Parser]) -> None:
     """Models, data and responses that others made, and what a scale needs of them."""
     added = command(_score, "score stored responses to a real benchmark by its official metric")
-    added.add_argument("benchmark")
+    added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; README lists those with official files")
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
     added.add_argument("--responses", type=Path, required=True, help='lines of {"id", "response"}; for MME also its folder')
@@ -112,11 +121,13 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--verdicts", type=Path, help="also write every verdict, a line each")
     added = command(_dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine", PLACE)
     added.add_argument("--backbone")
-    added.add_argument("--gpu", default="A100-80G", help="which one to count with")
+    added.add_argument("--gpu", default="A100-80G", help="the card to count with, by name")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
     added = command(_merge, "merge two checkpoints into a new one, on disk and tensor by tensor")
-    added.add_argument("rule", help="linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, …_l1 or model_stock")
+    added.add_argument(
+        "rule", help="linear or slerp; on task vectors, with --base: task_arithmetic, ties, dare_linear, dare_ties, model_stock"
+    )
     added.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
     added.add_argument("b", type=Path, help="another one with the same tensors")
     added.add_argument("--ratio", type=float, help="the weight of B, from 0 to 1")

@@ -33,8 +33,9 @@ def needed(*measures: str) -> set[str]:
 def chosen(lines: pd.DataFrame) -> pd.Series:
     """Which ratio of each rule and partner the validation pairs choose: one truth value per line, one truth per group.
 
-    Of those whose upper bound of ASR is at most the line's `limit` the most helpful, of equals the safer; where none is, the
-    one with the lowest ASR, of equals the more helpful. Without helpfulness (text alone) the lowest ASR decides.
+    `asr` and its upper bound `asr_high` are those of the worse modality. Of lines whose bound is at most their `limit` the
+    most helpful is chosen, of equals the safer; where there is none, the one with the lowest ASR, of equals the more helpful.
+    Without helpfulness (text alone) the lowest ASR decides.
     """
     helpful = lines["helpfulness"].astype(float).fillna(-1.0)
     asr, allowed = lines["asr"], lines["asr_high"] <= lines["limit"]
@@ -53,7 +54,7 @@ def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 
 
 def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """F12: every model of a sweep on the panel: rates with intervals, its ratio, and whether it was chosen."""
+    """F12: every model of a sweep on the panel: rates with intervals (fractions), its ratio, and whether it was chosen."""
     return rates(panel, HEADLINE).merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
 
 

@@ -22,6 +22,8 @@ FRONTS = {"merged": ("merged",), "ensemble": ("ensemble",), "SFT": ("SFT", "DPO"
 def sweep(rates: pd.DataFrame, scale: str) -> Figure:
     """F12: attack success, refusals and helpfulness against the ratio of the linear merge, a column per partner.
 
+    `rates` as `analysis.merging.sweep` gives them, fractions in [0, 1]; drawn in percent.
+
     Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
     """
     columns = {name: title for name, title in PARTNERS.items() if name in set(rates["partner"])}
@@ -68,7 +70,7 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
 
     The title is the beginning of `answer`, that of `analysis.merging`. What lies on a front has its name beside it.
     """
-    note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: 95 % intervals, "
+    note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: means over seeds of 95 % intervals, "
     note += "clustered by verb–object pair"
     caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", "judge: the world's truth")
     marks, title = style.handles(KINDS, points["family"]), answer.partition(" (")[0]
