@@ -70,10 +70,12 @@ def run_of(partner: str) -> str:
 
 
 def inputs_of(partner: str) -> tuple[str, ...]:
+    """The runs that a sweep reads: both members, the bases of their task vectors, the items, the safety band."""
     return tuple(dict.fromkeys((ADAPTED, run_of(partner), PARENT, STAGE_1, "world/corpora", tuning.PROBED)))
 
 
 def params(study: Study) -> Any:
+    """The numbers that a sweep depends on."""
     return [study.scale.merging, study.scale.exam, study.scale.tuning.pairs, study.scale.threads]
 
 
@@ -83,7 +85,7 @@ def names(grid: str) -> list[str]:
 
 
 def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
-    """All models of a sweep, a list for each rule. Which checkpoints there are is known after their training.
+    """All models of a sweep, a list for each rule, and for each draw of a random one. Checkpoints are known after their training.
 
     A parent has no task vector of its own and no tuning, so rules that need them are left out.
     """
@@ -111,7 +113,9 @@ def recipe_of(point: Point, partner: str) -> str:
 
 
 class Members(NamedTuple):
-    """The adapted model, whose weights each merge overwrites, its processor, and the weights that go into merges."""
+    """The adapted model, whose weights each merge overwrites, and its processor; the weights of the adapted model (`a`), of the
+    partner (`b`) and of what both started from (`base`); the partner's model, for ensembles; the number of decoder blocks.
+    """
 
     model: Any
     processor: Any
@@ -148,7 +152,11 @@ def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | N
 
 
 def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, Any]:
-    """Examine every merge of a sweep on the panel, choose one per rule on validation pairs, and examine that one in full."""
+    """Examine every merge of a sweep on the panel, choose one per rule on validation pairs, and examine that one in full.
+
+    Writes validation.parquet (a row per model: ASR, refusals, helpfulness, loss, chosen), panel.parquet and raw.parquet (raw rows
+    on the panel and of the chosen), responses.parquet. Units of the overheads returned: CPU seconds per merge.
+    """
     import numpy as np
     import pandas as pd
 
@@ -238,7 +246,7 @@ class Sweep(NamedTuple):
     def examine(self, point: Point, items: Mapping[str, list[Item]]) -> tuple[Result, float]:
         """Put the panel and the validation items to one model, unless its weights were examined before.
 
-        Units:    seconds of CPU time that merging took, beside the examination
+        Units:    CPU seconds of merging, loading the weights and comparing them with earlier ones; the examination is not in it
         """
         start = time.process_time()
         model, processor, multimodal, merged = self.model(point)
