@@ -118,7 +118,7 @@ class Study:
 
     def summary(self, *names: str) -> pd.DataFrame:
         """What finished stages noted about themselves, one line each."""
-        return pd.DataFrame({name: self.numbers(name) for name in names}).T
+        return pd.DataFrame.from_dict({name: self.numbers(name) for name in names}, orient="index")
 
     def losses(self, *names: str) -> pd.DataFrame:
         """Training losses of stages, a column each, by step. Units: nats per token."""
