@@ -31,6 +31,7 @@ TEXTS = ["README.md", "CONTRIBUTING.md", "Makefile", "Snakefile", "env/gated.md"
 
 def sources():
     yield from sorted(path for path in (ROOT / "vlsafe").rglob("*") if path.suffix in (".py", ".md", ".html", ".jinja"))
+    yield from sorted((ROOT / "env" / "scales").glob("*.yaml"))
     yield from (ROOT / name for name in TEXTS)
 
 

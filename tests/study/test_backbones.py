@@ -91,3 +91,11 @@ def test_queries_start_like_the_key_that_they_share(study):
     queries = attention.q_proj.weight.unflatten(0, (2, 2, -1))
     alike = torch.nn.functional.cosine_similarity(keys.flatten(2), queries.flatten(2), dim=-1)
     assert alike.flatten().tolist() == pytest.approx([0.8] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", ["mini", "small", "paper", *sorted(FILE.parent.glob("*.yaml"))], ids=str)
+def test_every_scale_that_is_shipped_can_be_opened(scale, tmp_path):
+    from vlsafe.core.presets import load_scale
+
+    for backbone in load_scale(scale).backbones:
+        assert Study.open(scale, backbone, 0, tmp_path).run("parent/aligned").digest

@@ -99,6 +99,7 @@ def vlguard(place: Place, split: str = "train") -> Iterator[Example | Refused]:
     rng = random.Random(0)
 
     def example(row: dict[str, Any], name: str) -> Example:
+        """One conversation about a published row's picture."""
         exchanges, image, safe = row["instr-resp"], row["image"], row["safe"]
         keys = ("safe_instruction", "unsafe_instruction") if safe else ("instruction",)
         pairs = [(text_of(exchanges[i][key]), text_of(exchanges[i]["response"])) for i, key in enumerate(keys)]

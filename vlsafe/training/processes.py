@@ -102,6 +102,7 @@ class Guards(TrainerCallback):
     """Refuse a training run before its first step where accelerate has not set up what the launch requested."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Compare processes and shards with what was requested. Raises RuntimeError where they differ."""
         requested, shards = int(os.environ.get(PROCESSES, "1")), sharded()
         if args.world_size != requested:
             raise RuntimeError(f"{requested} processes were requested and {args.world_size} is training: its steps would hold "

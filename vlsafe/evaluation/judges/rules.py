@@ -99,6 +99,7 @@ def by_strings(name: str, literal: bool = False) -> Judge:
     refusals = LISTS[name]
 
     def judge(item: Item, response: str) -> Mark:
+        """Whether the response is a refusal by the list, and the phrase that says so."""
         original = response if literal else response.replace("\u2019", "'")
         text = original.lower() if refusals.lowered else original
         start = text.strip()
