@@ -53,11 +53,25 @@ class LoadedGuard:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server that judges. `model` is what it is asked for (empty: the judge's own), `key` the environment
+    variable that holds its secret. Units of `timeout`: seconds."""
+
+    address: str
+    model: str = ""
+    key: str = "OPENAI_API_KEY"
+    parallel: int = 8
+    timeout: float = 120.0
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What a scale takes from outside, where its `source` is "load". A corpus that is None is left out.
 
-    `missing_share`: a corpus with a larger share of missing pictures is refused as a wrong folder. Units of `gpu_gigabytes`:
-    10^9 bytes on each GPU for the largest training run of the scale.
+    `judges`: weights of judges, by the name of what they are asked (`evaluation.judges`). `arms`: the data arms of stage 2 that
+    the corpora permit: nobody knows which of their rows are harmful, nor what their pictures show. `missing_share`: a corpus with
+    a larger share of missing pictures is refused as a wrong folder. Units of `gpu_gigabytes`: 10^9 bytes on each GPU for the
+    largest training run of the scale.
     """
 
     captions: Origin | None
@@ -69,6 +83,8 @@ class Loaded:
     image_guard: LoadedGuard | None
     tower: Origin | None = None
     parents: Mapping[str, Origin] = field(default_factory=dict)
+    judges: Mapping[str, Origin] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("filtered", "unfiltered", "looking")
     missing_share: float = 0.05
     gpu_gigabytes: float = 0.0
 

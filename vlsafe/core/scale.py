@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlsafe.core.assets import Loaded, Origin
+from vlsafe.core.assets import Endpoint, Loaded, Origin
 
 
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
@@ -25,7 +25,8 @@ def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP, and which of its features the projector sees."""
+    """A CLIP, and which of its features the projector sees. `pad`: pictures are padded to a square in stage 2 and in examinations,
+    as in LLaVA-1.5, where stage 1 crops them; else they are always cropped."""
 
     image_size: int = 32
     patch_size: int = 8
@@ -37,6 +38,7 @@ class VisionSpec:
     projection: int = 64
     feature_layers: tuple[int, ...] = (1, -1)  # object and position: a tiny tower's last layer alone is hard to align (LOG.md)
     feature_strategy: str = "full"
+    pad: bool = later(False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Fit:
     The rows of a step are split by length into `micro_batches`, whose gradients are accumulated. `projector_rate` is the
     projector's own learning rate beside a trained language model (LLaVA's `mm_projector_lr`). `grouped`: every step has one
     modality, as in LLaVA's scripts. `launch`: an accelerate configuration whose processes train; without one the calling
-    process does. `saved`: the dtype of finished checkpoints.
+    process does. `saved`: the dtype of finished checkpoints. `rows`: how many rows `steps` are for; with it, they follow a corpus
+    that has more rows or fewer, as epochs do.
     """
 
     steps: int
@@ -81,6 +84,7 @@ class Fit:
     at_once: int | None = later(None)  # most rows that one process takes at a time; more micro-batches where needed
     launch: str = later("")
     saved: str = later("float32")
+    rows: int | None = later(None)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
@@ -107,12 +111,14 @@ class Preference:
 
 @dataclass(frozen=True)
 class Rollout:
-    """GRPO: `fit` counts sampled answers as rows, of which `generations` answer one prompt."""
+    """GRPO: `fit` counts sampled answers as rows, of which `generations` answer one prompt. `reward` of an answer to a harmless
+    prompt: 1 where it is the preferred one word for word ("exact"), or the share of words that both have in order ("overlap")."""
 
     fit: Fit
     generations: int = 8
     max_new_tokens: int = 12
     temperature: float = 1.0
+    reward: str = later("exact")
 
     def __post_init__(self) -> None:
         if self.generations < 2 or self.fit.batch_size % self.generations:
@@ -155,6 +161,7 @@ class Merging:
     margin: float = 0.05
     items: int = 36
     random_bands: int = 3
+    fixed: float = later(0.5)  # the ratio of every rule where there are no validation items to choose one by
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,12 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Exam:
-    """Examinations: rows per benchmark in each of the two, and generation."""
+    """Examinations: rows per benchmark in each of the two, generation, and at a scale that is loaded judges and validation.
+
+    `judges`: per benchmark those that mark it, the first that can tell it for the headline, at least one of them a rule; what
+    is not named here is not examined. `endpoints`: servers of judges that are not among the `loaded` ones, by judge.
+    `validation`: the share of clusters by which checkpoints, bands, layers and ratios are chosen and which no rate counts.
+    """
 
     panel: int = 36
     full: int = 240
@@ -250,13 +262,17 @@ class Exam:
     captions: int = 200
     dtype: str = later("float32")
     serve: str = later("")  # a command that serves `{folder}` on `{port}` and generates; empty: the local engine
+    judges: Mapping[str, tuple[str, ...]] = later(default_factory=dict)
+    endpoints: Mapping[str, Endpoint] = later(default_factory=dict)
+    validation: float = later(0.2)
 
 
 @dataclass(frozen=True)
 class Scale:
     """Every number of one reproduction.
 
-    `source`: "build" makes corpora and models, "load" takes the `loaded` ones from outside.
+    `source`: "build" makes corpora and models, "load" takes the `loaded` ones from outside. `device`: "cpu" or "cuda"; empty: a
+    GPU where there is one if models are loaded, the CPU if they are built, which is faster for models that small.
     """
 
     name: str
@@ -282,6 +298,7 @@ class Scale:
     traffic: Traffic = field(default_factory=Traffic)
     source: str = "build"
     loaded: Loaded | None = None
+    device: str = later("")
 
     def __post_init__(self) -> None:
         if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
@@ -346,6 +363,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
             return {**entries, **value}
         kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}  # null removes an entry
         changes = {name: entry for name, entry in value.items() if entry is not None}
+        if not dataclasses.is_dataclass(parameters[1]):
+            return {**kept, **{name: _converted(e, parameters[1], None, f"{where}.{name}") for name, e in changes.items()}}
         return {**kept, **{name: _entry(e, parameters[1], entries, name, f"{where}.{name}") for name, e in changes.items()}}
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
@@ -359,7 +378,7 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
 
 def _entry(changes: Any, kind: type, entries: Mapping[str, Any], name: str, where: str) -> Any:
     """An entry of `backbones` or `parents`: changes to a known one, or a new one; a new backbone says which it `extends`."""
-    if kind is Origin or not entries:
+    if kind is not Backbone or not entries:
         return extended(entries.get(name, kind), changes, where)
     changes = dict(_mapping(changes, where))
     base = changes.pop("extends", name)
