@@ -33,13 +33,17 @@ def text_twin(row: Example) -> Example:
     return replace(row, turns=(*row.turns[:first], request, *row.turns[first + 1 :]), images=())
 
 
-# The corpus of each arm ("raw" or "screened"), and what becomes of a row (None drops it).
+# The corpus of each arm ("raw": whatever guards say of its rows; "screened"), and what becomes of a row (None drops it).
 ARMS: dict[str, tuple[str, Callable[[Example], Example | None]]] = {
     "filtered": ("screened", lambda row: row),
     "unfiltered": ("raw", lambda row: row),
     "clean": ("raw", lambda row: row if row.category is None else None),
     "looking": ("screened", lambda row: row if row.task == "look" else None),
     "textonly": ("screened", text_twin),
+}
+WITHOUT = {  # arms that corpora from outside do not permit, and why
+    "clean": "nobody knows which rows of these corpora are harmful: only a world that is built says so of every row",
+    "textonly": "the rows of these corpora do not say what their pictures show, so they have no text-only twin",
 }
 
 
