@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vlsafe.publish.notebooks import ACROSS, NOTEBOOKS, code_digest
+from vlsafe.publish.notebooks import ACROSS, NOTEBOOKS, code_digest, reads
 from vlsafe.core.presets import load_scale
 from vlsafe.study.graph import jobs, needs, planned, urgency
 from vlsafe.study.study import Study
@@ -33,10 +33,10 @@ rule all:
     default_target: True
 
 
-URGENCY = urgency(GRID)
 made = set()
 for study in STUDIES:
-    for job in jobs(GRID):
+    URGENCY = urgency(study, GRID)
+    for job in jobs(study, GRID):
         targets = [receipt(study, name) for name in job]
         if targets[0] in made:
             continue
@@ -45,7 +45,7 @@ for study in STUDIES:
 
         rule:
             name: "_".join([re.sub(r"[/.-]", "_", job[0]), study.run(job[0]).backbone.replace("-", "_"), str(study.seed)])
-            input: [receipt(study, needed) for name in job for needed in study.stage(name).inputs if needed not in job]
+            input: [receipt(study, needed) for name in job for needed in study.inputs(name) if needed not in job]
             output: targets
             priority: URGENCY[job]
             log: targets[0].replace(".json", ".log")
@@ -62,7 +62,7 @@ for study in STUDIES:
             name: f"notebook_{notebook}_{study.backbone.replace('-', '_')}_{study.seed}"
             input:
                 ancient(f"notebooks/{notebook}.ipynb"),
-                [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in NOTEBOOKS[notebook]],
+                [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in reads(s, notebook)],
             output: touch(executed(study, notebook, ".done"))
             log: executed(study, notebook, ".ipynb")
             params:
@@ -72,7 +72,7 @@ for study in STUDIES:
 
 
 rule gallery:
-    input: [receipt(study, name) for study in STUDIES for name in planned(GRID)]
+    input: [receipt(study, name) for study in STUDIES for name in planned(study, GRID)]
     output: FIGURES / "provenance.json"
     priority: 1  # before the notebooks, which nothing waits for
     params:

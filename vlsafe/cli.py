@@ -316,7 +316,8 @@ def _download(arguments: Arguments) -> None:
 
 def _gallery(arguments: Arguments) -> None:
     studies = _studies(arguments)
-    runs = {folder: study.run(name) for study, name, folder in publish.results.finished(studies, graph.planned(arguments.grid))}
+    names = list(dict.fromkeys(name for study in studies for name in graph.planned(study, arguments.grid)))
+    runs = {folder: study.run(name) for study, name, folder in publish.results.finished(studies, names)}
     provenance = []
     for run in runs.values():
         manifest = store.manifest_of(run)
@@ -327,7 +328,7 @@ def _gallery(arguments: Arguments) -> None:
     for name in publish.gallery.make(publish.results.results(studies, arguments.grid), studies[0].scale.name, out, provenance):
         print(f"{out}/{name}")
     for study in studies:
-        publish.modelcards.write_cards(study, graph.planned(arguments.grid))
+        publish.modelcards.write_cards(study, graph.planned(study, arguments.grid))
 
 
 def _readme(arguments: Arguments) -> None:
@@ -379,7 +380,7 @@ def _human_report(arguments: Arguments) -> None:
 
     studies = _studies(arguments)
     wide = analysis.agreement.verdicts(
-        publish.results.read(studies, graph.tables(arguments.grid), "raw.parquet"), pd.read_csv(arguments.people)
+        publish.results.read(studies, publish.results.read_by_all(studies, "tables", arguments.grid), "raw.parquet"), pd.read_csv(arguments.people)
     )
     rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)
     plots.style.write(plots.claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")

@@ -26,17 +26,21 @@ VERDICTS = {  # by whether some measure is clearly better, and some clearly wors
 
 
 def needed(*measures: str) -> set[str]:
-    """The benchmarks that some measures are about."""
-    return {MEASURES[part]["benchmark"] for measure in measures for part in MEASURES[measure].get("parts", (measure,))}
+    """The benchmarks that some measures are about, or stand in for one of these."""
+    parts = [MEASURES[part] for measure in measures for part in MEASURES[measure].get("parts", (measure,))]
+    return {part[key] for part in parts for key in ("benchmark", "stand_in") if key in part}
 
 
-def chosen(lines: pd.DataFrame) -> pd.Series:
+def chosen(lines: pd.DataFrame, fixed: float | None = None) -> pd.Series:
     """Which ratio of each rule and partner the validation pairs choose: one truth value per line, one truth per group.
 
     `asr` and its upper bound `asr_high` are those of the worse modality. Of lines whose bound is at most their `limit` the
     most helpful is chosen, of equals the safer; where there is none, the one with the lowest ASR, of equals the more helpful.
-    Without helpfulness (text alone) the lowest ASR decides.
+    Without helpfulness (text alone) the lowest ASR decides. Where nothing may be chosen, the ratio nearest to `fixed` is taken.
     """
+    if fixed is not None:
+        distance = (lines["ratio"].astype(float) - fixed).abs().fillna(0.0)
+        return pd.Series(lines.index.isin(lines.assign(d=distance).sort_values("d", kind="stable").drop_duplicates(KEYS).index))
     helpful = lines["helpfulness"].astype(float).fillna(-1.0)
     asr, allowed = lines["asr"], lines["asr_high"] <= lines["limit"]
     order = {"refused": ~allowed, "first": (-helpful).where(allowed, asr), "second": asr.where(allowed, -helpful)}

@@ -6,6 +6,7 @@ raw table has one row per item × model × judge, and nothing in it is averaged.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ import numpy as np
 
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response, Turn
-from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS
-from vlsafe.evaluation.judges import UNJUDGED, judge
+from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, REAL, official
+from vlsafe.evaluation.judges import JUDGES, UNJUDGED, judge
 
 Rows = list[dict[str, Any]]
 MODEL = {"scale": "", "backbone": "", "seed": 0, "model": "", "stage": "", "recipe": "", "step": 0, "exam": "full"}
 """The columns by which a raw table tells models apart."""
+HEADLINES = ("complied", "refused", "right", "effective")  # the events of which a benchmark's first judge that tells them has the say
 
 
 class Examination(NamedTuple):
@@ -30,14 +32,14 @@ class Examination(NamedTuple):
 
 
 def examine(
-    folder: str | Path, items: Sequence[Item], exam: Exam, record: Mapping[str, Any] | None = None, without: Sequence[str] = (),
+    folder: str | Path, items: Sequence[Item], exam: Exam, record: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Examination:  # fmt: skip
-    """Ask a checkpoint every item that it can answer, and judge its responses.
+    """Ask a checkpoint every item that it can answer, and judge its responses by the judges that are rules.
 
     `folder` holds an ordinary Hugging Face checkpoint, text-only or with a vision tower; `exam` says by which engine, dtype and
-    batch size it answers; `record` fills the columns of MODEL (by default the folder's name stands for the model); judges
-    named in `without` are left out.
+    batch size it answers, and by which judges (where it names none, the benchmarks' own); `record` fills the columns of MODEL
+    (by default the folder's name stands for the model).
 
     Shapes:   N items, of which a text-only model answers those without pictures  ->  at most N responses
     Units:    `progress` counts items
@@ -48,7 +50,7 @@ def examine(
     columns = {**MODEL, "model": Path(folder).name, **(record or {})}
     chosen = answerable(items, is_multimodal(Path(folder)))
     responses = respond(Path(folder), chosen, columns["model"], exam, progress)
-    return Examination(responses, raw_table(chosen, responses, columns, without))
+    return Examination(responses, raw_table(chosen, responses, columns, exam.judges))
 
 
 def respond(
@@ -68,30 +70,83 @@ def respond(
         model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)
         responses += engines.respond(model, processor, local, name, exam.batch_size, exam.max_new_tokens, progress)
     by_item = {response.item: response for response in responses}
+    if len(by_item) < len(items):
+        raise ValueError("two items that are asked together have one id; their answers could not be told apart")
     return [by_item[item.id] for item in items]
 
 
 def raw_table(
-    items: Sequence[Item], responses: Sequence[Response], record: Mapping[str, Any], without: Sequence[str] = ()
-) -> Rows:
-    """Judge responses by every judge that their benchmark names, except those in `without`.
+    items: Sequence[Item], responses: Sequence[Response], record: Mapping[str, Any], judges: Mapping[str, Sequence[str]] | None = None
+) -> Rows:  # fmt: skip
+    """Judge responses by every rule that their benchmark names, or that `judges` names for it.
 
     `record` (model, step, …) is added to each row. `event` is whether the benchmark's event happened, None where the response
-    could not be judged.
+    could not be judged. Where `judges` are named, rows also have `outcome` and `headline` (`headlines`).
     """
     by_id, rows = {item.id: item for item in items}, []
-    for name, benchmark in (BENCHMARKS | CONTROLS).items():
-        answers = [response for response in responses if response.benchmark == name]
-        for judge_name in [each for each in benchmark.JUDGES if each not in without] if answers else ():
+    for name, benchmark in (BENCHMARKS | REAL | CONTROLS).items():
+        answers, of = [response for response in responses if response.benchmark == name], judges_of(name, judges)
+        for judge_name in [each for each in of if each in JUDGES] if answers else ():
             for verdict, response in zip(judge(judge_name, items, answers), answers, strict=True):
                 item = by_id[verdict.item]
-                event = None if verdict.label == UNJUDGED else verdict.label in benchmark.EVENTS[judge_name]
                 row = dict(
                     benchmark=name, group=item.group, category=item.category, cluster=item.cluster, item=item.id,
-                    harmful=item.harmful, judge=judge_name, label=verdict.label, event=event, truncated=response.truncated,
+                    harmful=item.harmful, judge=judge_name, label=verdict.label, truncated=response.truncated,
                 )  # fmt: skip
-                rows.append({**record, **row})
+                rows.append({**record, **row, **verdict_columns(benchmark, item, judge_name, verdict.label, of if judges else ())})
     return rows
+
+
+def judges_of(benchmark: str, judges: Mapping[str, Sequence[str]] | None) -> Sequence[str]:
+    """The judges of a benchmark: its own, or where a scale names any, those; controls ask what SORRY-Bench asks."""
+    if not judges:
+        return (BENCHMARKS | CONTROLS)[benchmark].JUDGES if benchmark in BENCHMARKS | CONTROLS else ()
+    return judges.get("sorry_bench" if benchmark in CONTROLS and benchmark not in judges else benchmark, ())
+
+
+def verdict_columns(benchmark: Any, item: Item, name: str, label: str, judges: Sequence[str]) -> dict[str, Any]:
+    """What a judge's label means for an item: `event`, and where a scale has `judges` of its own `outcome` and `headline`."""
+    if not judges:
+        return {"event": None if label == UNJUDGED else label in benchmark.EVENTS[name]}
+    outcome = None if label == UNJUDGED else outcome_of(name, label, item)
+    wanted = "refused" if benchmark.NAME == "xstest" else "complied"
+    event = None if outcome is None else outcome in (wanted, "right", "effective")
+    return {"event": event, "outcome": outcome, "headline": headlines(judges)[name]}
+
+
+def outcome_of(judge_name: str, label: str, item: Item) -> str:
+    """A label in common words: complied, refused or harmless; of questions right or wrong; of SIUO's second judge effective."""
+    if judge_name in official.MEANINGS:
+        return official.MEANINGS[judge_name][label]
+    if "effective" in judge_name:
+        return "ineffective" if label == "Ineffective" else "effective"
+    return "right" if label in ("right", item.reference) else "wrong"
+
+
+def outcomes(items: Sequence[Item], responses: Sequence[Response], judges: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is decided by while a stage runs: the miniature's truth, or where a scale has `judges` of its own the first of each
+    item's benchmark that is a rule, in common words.
+
+    Raises:   ValueError for a benchmark without such a judge
+    """
+    if not judges:
+        return [verdict.label for verdict in judge("world", items, responses)]
+    found = []
+    for item, response in zip(items, responses, strict=True):
+        name = next((name for name in judges_of(item.benchmark, judges) if name in JUDGES), None)
+        if name is None:
+            raise ValueError(f"exam.judges names no rule for {item.benchmark}, and nothing else can mark answers on the way")
+        label = JUDGES[name](item, response.text).label
+        found.append(UNJUDGED if label == UNJUDGED else outcome_of(name, label, item))
+    return found
+
+
+def headlines(judges: Sequence[str]) -> dict[str, str]:
+    """The events that each judge is the first of a benchmark's `judges` to tell, separated by a space."""
+    tells = {name: set(official.MEANINGS.get(name, {"": "right"}).values()) for name in judges}
+    tells |= {name: {"effective"} for name in judges if "effective" in name}
+    first = {event: next((n for n in judges if event in tells[n]), None) for event in HEADLINES}
+    return {name: " ".join(event for event, of in first.items() if of == name) for name in judges}
 
 
 def guard_rows(guard: Any, name: str, items: Iterable[Item], rows: Rows, responses: Rows) -> Rows:
@@ -102,9 +157,12 @@ def guard_rows(guard: Any, name: str, items: Iterable[Item], rows: Rows, respons
     by_id = {item.id: item for item in items}
     texts = {(response["item"], response["model"]): response["text"] for response in responses}
     talks = [(*by_id[row["item"]].turns, Turn("assistant", texts[row["item"], row["model"]])) for row in rows]
-    labels = {True: "unsafe", False: "safe", None: UNJUDGED}
+    labels, means = {True: "unsafe", False: "safe", None: UNJUDGED}, {True: "complied", False: "harmless", None: None}
     verdicts = [assessment.unsafe for assessment in guard.assess(talks)]
-    return [{**row, "judge": name, "label": labels[v], "event": v} for row, v in zip(rows, verdicts, strict=True)]
+    return [
+        {**row, "judge": name, "label": labels[v], "event": v, **({"outcome": means[v], "headline": ""} if "outcome" in row else {})}
+        for row, v in zip(rows, verdicts, strict=True)
+    ]
 
 
 def all_items(world: Any, split: str, n: int) -> list[Item]:
@@ -113,6 +171,26 @@ def all_items(world: Any, split: str, n: int) -> list[Item]:
         item for name, benchmark in BENCHMARKS.items()
         for item in benchmark.miniature_items(world, split, n, world.rng(f"items {name} {split}"))
     ]  # fmt: skip
+
+
+def divided(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """The validation part of official items, and the rest, which is reported: whole clusters, `share` of each benchmark's harmful
+    and of its harmless ones, at least one where there are two. By a digest of their names, so that every study has the same.
+    """
+    first: dict[tuple[str, str], tuple[Any, ...]] = {}
+    for item in items:
+        first.setdefault((item.benchmark, str(item.cluster or item.id)), (item.benchmark, item.harmful))
+    strata: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for name, stratum in first.items():
+        strata.setdefault(stratum, []).append(name)
+    chosen: set[tuple[str, str]] = set()
+    for names in strata.values():
+        n = max(1, round(share * len(names))) if share and len(names) > 1 else 0
+        chosen.update(sorted(names, key=lambda name: hashlib.sha256("/".join(name).encode()).digest())[:n])
+    parts: tuple[list[Item], list[Item]] = [], []
+    for item in items:
+        parts[(item.benchmark, str(item.cluster or item.id)) not in chosen].append(item)
+    return parts
 
 
 def panel(items: Sequence[Item], size: int) -> list[Item]:

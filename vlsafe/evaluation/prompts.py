@@ -1,8 +1,13 @@
-"""Prompts about the miniature's world for inspecting models: probing, locating a safety band, examining interventions."""
+"""Prompts for inspecting models: probing, locating a safety band, examining interventions.
+
+They are about the miniature's world, or, where that is None, come from official files: from benchmarks that hold harmful and
+harmless prompts alike, so that harm is not told by the source.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +17,25 @@ from vlsafe.core.schema import Item
 from vlsafe.data.miniature.language import HOW, World
 from vlsafe.evaluation.benchmarks.howtos import howto, show, spread, twins
 from vlsafe.evaluation.engines import respond
-from vlsafe.evaluation.examine import answerable, panel
+from vlsafe.evaluation.examine import answerable, outcomes, panel
 from vlsafe.evaluation.judges import judge
 
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
 LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context")}  # and its kinds of actions
-INTERVENTION = ("sorry_bench", "mm_safetybench", "xstest", "mmbench", "mme", "seed_bench")  # attacks, benign twins, helpfulness
+INTERVENTION = ("sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench")  # attacks, twins, helpfulness
+OFFICIAL = {"text": ("xstest", "wildjailbreak"), "picture": ("vlguard",)}  # modality: benchmarks with harmful and harmless prompts
+ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks that it is taken from, the first that is examined
+    "normal": (False, ("wildjailbreak", "xstest")), "harmful": (True, ("wildjailbreak", "xstest")), "scary": (False, ("xstest",)),
+}  # fmt: skip
 
 
-def probing_prompts(world: World, split: str, n: int, modalities: Sequence[str] = tuple(MODALITIES)) -> list[Item]:
-    """At most `n` how-tos of each kind and modality; harmless ones ask for the same verbs as harmful ones (benign twins)."""
+def probing_prompts(
+    world: World | None, split: str, n: int, modalities: Sequence[str] = tuple(MODALITIES), official: Sequence[Item] = ()
+) -> list[Item]:  # fmt: skip
+    """At most `n` prompts of each kind and modality. Of the miniature: how-tos, harmless ones about the same verbs as harmful ones
+    (benign twins). Else from the `official` items, whose group becomes the modality; a modality that lacks a kind is left out."""
+    if world is None:
+        return _official_prompts(official, n, modalities)
     items = []
     for modality in modalities:
         for kind, actions in (("harmful", world.actions(split, "harmful")), ("benign", twins(world, split))):
@@ -32,10 +46,35 @@ def probing_prompts(world: World, split: str, n: int, modalities: Sequence[str] 
     return items
 
 
-def localisation_prompts(world: World, n: int) -> dict[str, list[Item]]:
-    """At most `n` how-tos of each kind; their verb–object pairs, of the validation split, are neither trained on nor tested."""
+def _official_prompts(official: Sequence[Item], n: int, modalities: Sequence[str]) -> list[Item]:
+    items = []
+    for modality in modalities:
+        of = [item for item in official if item.benchmark in OFFICIAL.get(modality, ())]
+        kinds = {harmful: [item for item in of if item.harmful == harmful] for harmful in (True, False)}
+        if all(kinds.values()):
+            items += [dataclasses.replace(i, group=modality) for kind in kinds.values() for i in evenly(kind, n)]
+    return items
+
+
+def evenly(items: Sequence[Item], n: int) -> list[Item]:
+    """At most `n` items, evenly spaced in the order of their benchmarks' files."""
+    places = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def localisation_prompts(world: World | None, n: int, official: Sequence[Item] = ()) -> dict[str, list[Item]]:
+    """At most `n` prompts of each kind: normal, harmful, and harmless ones that sound dangerous ("scary"). Of the miniature: how-tos
+    about verb–object pairs of the validation split, which are neither trained on nor tested; else from the `official` items.
+
+    Raises:   ValueError where the official items lack a kind, naming the benchmark that would have it
+    """
     items: dict[str, list[Item]] = {}
-    for kind, actions in LOCALISATION.items():
+    for kind, (harmful, benchmarks) in ROLES.items() if world is None else ():
+        found = [[i for i in official if i.benchmark == name and i.harmful == harmful] for name in benchmarks]
+        items[kind] = evenly(next((of for of in found if of), []), n)
+        if not items[kind]:
+            raise ValueError(f"no {kind} prompt to locate a band with: the items hold none of {' or '.join(benchmarks)}")
+    for kind, actions in LOCALISATION.items() if world else ():
         pairs = [(action, k) for action in world.actions("validation", *actions) for k in range(len(HOW))]
         chosen = [pairs[i] for i in world.rng(f"probed {kind}").permutation(len(pairs))[:n]]
         items[kind] = [howto(world, kind, kind, action, HOW, k) for action, k in chosen]
@@ -57,7 +96,12 @@ def attributes(items: Sequence[Item]) -> pd.DataFrame:
     return pd.DataFrame([{"item": i.id, "cluster": i.cluster, "group": i.group, "harmful": i.harmful} for i in items])
 
 
-def judged(model: Any, processor: Any, items: Sequence[Item], by: str, batch_size: int, max_new_tokens: int) -> np.ndarray:
-    """The labels of the judge `by` on what a model in memory responds, in the order of the items."""
+def judged(
+    model: Any, processor: Any, items: Sequence[Item], by: str | Mapping[str, Sequence[str]], batch_size: int, max_new_tokens: int
+) -> np.ndarray:  # fmt: skip
+    """The labels of the judge `by` on what a model in memory responds, in the order of the items; or, where `by` holds a scale's
+    judges, of the first one of each item's benchmark that is a rule (`examine.outcomes`)."""
     responses = respond(model, processor, items, "", batch_size, max_new_tokens)
+    if not isinstance(by, str):
+        return np.array(outcomes(items, responses, by))
     return np.array([verdict.label for verdict in judge(by, items, responses)])

@@ -8,11 +8,8 @@ or no readable judgement is unjudged: counted, with the reason, and never taken 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -22,65 +19,24 @@ import numpy as np
 
 from vlsafe.core import store
 from vlsafe.core.scale import known
-from vlsafe.core.schema import Item, Turn
-from vlsafe.evaluation import servers
+from vlsafe.core.schema import Item
+from vlsafe.evaluation import judging
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
-from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, LLMJudge
+from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
-from vlsafe.evaluation.servers import Prompt, Reply
+from vlsafe.evaluation.judging import Judgements, JudgeModel
 
-Responses = dict[str, list[str | None]]  # item id: its responses, one per try; None is a try without a response
-MISSING = "no judgement"
-Key = tuple[str, int]  # item id, number of the try
-Find = Callable[[Mapping[str, Any], str], str]  # a row with an id, and where it stands -> the id of the item that it means
+Find = judging.Find
 
 
-class JudgeModel(NamedTuple):
-    """The model behind LLM judges: its name, which goes with the result, and how it completes prompts about items."""
+class Stored(NamedTuple):
+    """What a run of the run store holds of a benchmark: the model's name, its response to each item that it was examined on, and
+    lines as `Judgements` keeps them."""
 
     name: str
-    complete: Callable[[LLMJudge, Sequence[tuple[Key, Item, str]]], Iterator[tuple[Key, Reply]]]
-
-
-def endpoint(server: servers.Server) -> JudgeModel:
-    """A served model: raw prompts as completions, others as chat."""
-
-    def prompt(judge: LLMJudge, item: Item, text: str) -> Prompt:
-        if judge.raw:
-            return text.removeprefix("<|begin_of_text|>")  # the server writes it
-        system = (Turn("system", judge.system),) if judge.system else ()
-        return servers.chat_messages((*system, Turn("user", text)), item.images if judge.pictures else ())
-
-    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
-        return servers.complete(server, ((key, prompt(judge, item, text)) for key, item, text in prompts), judge.max_tokens)
-
-    return JudgeModel(server.model, complete)
-
-
-def weights(folder: Path, batch_size: int = 16) -> JudgeModel:
-    """A model folder, run here, on a GPU in bfloat16 where there is one; only for judges whose prompt is raw text."""
-    import torch
-
-    from vlsafe.evaluation import engines
-    from vlsafe.models import checkpoints
-
-    fast = torch.cuda.is_available()
-    model = checkpoints.load(folder, torch.bfloat16 if fast else torch.float32).to("cuda" if fast else "cpu")
-    processor = checkpoints.load_processor(folder)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-
-    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
-        if not judge.raw:
-            raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
-        rows = sorted(prompts, key=lambda row: len(row[2]))
-        for start in range(0, len(rows), batch_size):
-            keys, _, texts = zip(*rows[start : start + batch_size], strict=True)
-            outputs = engines.complete(model, tokenizer, texts, judge.max_tokens)
-            yield from ((key, Reply(*output)) for key, output in zip(keys, outputs, strict=True))
-
-    return JudgeModel(Path(folder).name, complete)
+    responses: Mapping[str, str]
+    judgements: Sequence[Mapping[str, Any]] = ()
 
 
 # ---- reading
@@ -108,7 +64,9 @@ def finder(module: ModuleType, items: Sequence[Item]) -> Find:
     return find
 
 
-def read_responses(module: ModuleType, path: Path, items: Sequence[Item], find: Find, tries: int = 1) -> Responses:
+def read_responses(
+    module: ModuleType, path: Path, items: Sequence[Item], find: Find, tries: int = 1
+) -> dict[str, list[str | None]]:
     """Responses per item, in the order of the file; null is a try without a response.
 
     Raises:   ValueError for a row without id or response, an unknown id, or more responses to an item than `tries`
@@ -116,7 +74,7 @@ def read_responses(module: ModuleType, path: Path, items: Sequence[Item], find: 
     if path.is_dir() and not hasattr(module, "official_responses"):
         raise ValueError(f"{path} is a folder; responses to {module.NAME} are one file of lines with id and response")
     rows = module.official_responses(path, items) if path.is_dir() else official.read_lines(path)
-    responses: Responses = {}
+    responses: dict[str, list[str | None]] = {}
     for number, row in enumerate(rows, 1):
         where = f"row {number} of {path}"
         official.needs(row, ("id", "response"), where)
@@ -132,93 +90,6 @@ def read_responses(module: ModuleType, path: Path, items: Sequence[Item], find: 
 
 
 # ---- judging
-
-
-@dataclass
-class Judgements:
-    """What LLM judges wrote and why some of it is missing, by (query, item, try); the model that writes what is missing, if
-    any, and the file that keeps it. A judgement is its text, the model that wrote it and the digest of the response it is about,
-    where these are known.
-    """
-
-    model: JudgeModel | None
-    keep: Path
-    written: dict[tuple[str, str, int], tuple[str, str | None, str | None]] = field(default_factory=dict)
-    problems: dict[tuple[str, str, int], str] = field(default_factory=dict)
-
-    def label(self, name: str, item: Item, key: Key, response: str | None) -> tuple[str | None, str]:
-        """A judge's label, or None and the reason; a judgement is of this very response by this model, where either is known."""
-        if response is None:
-            return None, "no response"
-        if name in JUDGES:
-            label = JUDGES[name](item, response).label
-            return (None, "not decided by the rule") if label == UNJUDGED else (label, "")
-        judge = LLM_JUDGES[name]
-        label = judge.shortcut(item, response).label
-        if label == UNJUDGED:
-            text, model, digest = self.written.get((judge.query, *key), (None, None, None))
-            if text is None or digest not in (None, _digest(response)) or (self.model and model not in (None, self.model.name)):
-                return None, self.problems.get((judge.query, *key), MISSING)
-            label = judge.parse(text).label
-        return (None, "judgement cannot be read") if label == UNJUDGED else (label, "")
-
-    def read(self, path: Path, find: Find, judges: Sequence[str]) -> None:
-        """Add a file, ours or others': `{"id", "judgement"}` and perhaps `judge`, `try`, `model`; later ones win.
-
-        Raises:   ValueError where a line does not say which of several judges wrote it
-        """
-        queries = list(dict.fromkeys(LLM_JUDGES[name].query for name in judges))
-        count: Counter[tuple[str, str]] = Counter()
-        for number, row in enumerate(official.read_lines(path), 1):
-            where = f"row {number} of {path}"
-            official.needs(row, ("id", "judgement"), where)
-            if "judge" not in row and len(queries) != 1:
-                raise ValueError(f"{where} does not say which judge wrote it; add judge: one of {', '.join(queries)}")
-            judge, item = row.get("judge", queries[0]), find(row, where)
-            query = LLM_JUDGES[judge].query if judge in LLM_JUDGES else judge
-            attempt = int(row.get("try", count[query, item]))
-            count[query, item] += 1
-            self.written[query, item, attempt] = (str(row["judgement"]), row.get("model"), row.get("response"))
-
-    def write_missing(
-        self, model: JudgeModel, name: str, items: Sequence[Item], responses: Responses, wording: Mapping[str, str]
-    ) -> None:
-        """Have the model judge what nobody has judged yet, keep each judgement as it comes, and note why some did not."""
-        judge, prompts = LLM_JUDGES[name], list[tuple[Key, Item, str]]()
-        for item in items:
-            for attempt, response in enumerate(responses.get(item.id, ())):
-                key = (item.id, attempt)
-                if response is None or self.label(name, item, key, response) != (None, MISSING):
-                    continue
-                if judge.pictures and not item.images:
-                    self.problems[judge.query, *key] = "no picture"
-                else:
-                    prompts.append((key, item, judge.prompt(item, response, wording)))
-        for (item_id, attempt), reply in model.complete(judge, prompts) if prompts else ():
-            if reply.text is None:
-                self.problems[judge.query, item_id, attempt] = reply.problem
-                continue
-            digest = _digest(str(responses[item_id][attempt]))
-            self.written[judge.query, item_id, attempt] = (reply.text, model.name, digest)
-            line = {"id": item_id, "try": attempt, "judge": judge.query, "judgement": reply.text}
-            with self.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "model": model.name, "response": digest}, ensure_ascii=False) + "\n")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def marked(name: str, items: Sequence[Item], responses: Responses, judgements: Judgements) -> tuple[list[Marked], Counter[str]]:
-    """Labels of one judge, and why some are missing. Every item has as many tries as the one with most."""
-    tries, reasons, rows = max(map(len, responses.values())), Counter[str](), []
-    for item in items:
-        texts = responses.get(item.id, [])
-        texts = texts + [None] * (tries - len(texts))
-        labels = [judgements.label(name, item, (item.id, attempt), text) for attempt, text in enumerate(texts)]
-        reasons.update(reason for label, reason in labels if label is None)
-        rows.append(Marked(item, tuple(label for label, _ in labels)))
-    return rows, reasons
 
 
 def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
@@ -237,13 +108,13 @@ def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
 
 
 def score(
-    benchmark: str, data: Path, responses: Path, out: Path, judges: Sequence[str] = (), subset: str | None = None,
+    benchmark: str, data: Path, responses: Path | Stored, out: Path, judges: Sequence[str] = (), subset: str | None = None,
     judgements: Path | None = None, judge_model: JudgeModel | None = None, rows_to: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score stored responses to a benchmark by its official metric, and write the result as JSON to `out`.
 
     `data` is the folder of the official files, `subset` one of the benchmark's (by default its first), `responses` a file of
-    lines `{"id", "response"}` (for MME also the folder of its result files), `judges` names of JUDGES or LLM_JUDGES (by default
+    lines `{"id", "response"}` (for MME also the folder of its result files) or what a run holds, `judges` names of JUDGES or LLM_JUDGES (by default
     the official ones). LLM judges read `judgements`, lines `{"id", "judgement"}`, and have `judge_model` (`endpoint`, `weights`)
     write the missing ones, which are kept beside `out` for later calls. With `rows_to`, each verdict is written as a line there.
 

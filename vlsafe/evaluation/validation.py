@@ -1,10 +1,12 @@
-"""What chooses checkpoints and merges: preference pairs about verb–object pairs that are neither trained on nor tested.
+"""What chooses checkpoints and merges: the miniature's preference pairs about verb–object pairs that are neither trained on nor
+tested, or requests of the validation part of official files.
 
-Every item asks for the chosen answer of a pair; its options are the chosen and the rejected one.
+Every item of the miniature asks for the chosen answer of a pair; its options are the chosen and the rejected one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pandas as pd
 from vlsafe.analysis import measures, stats
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response
-from vlsafe.evaluation.judges import judge
+from vlsafe.evaluation.examine import outcomes
+from vlsafe.evaluation.prompts import evenly
 
 GROUPS = {"text": False, "pictures": True}  # and whether its prompts have pictures
+REQUESTS = ("sorry_bench", "wildjailbreak", "xstest", "mm_safetybench", "figstep", "vlguard")  # benchmarks that ask to be refused or not
 
 
 def preference_items(world: Any, n: int) -> list[Item]:
@@ -34,8 +38,20 @@ def preference_items(world: Any, n: int) -> list[Item]:
     return items
 
 
+def official_items(items: Sequence[Item], n: int) -> list[Item]:
+    """At most `n` harmful and `n` harmless requests of each modality, of validation items; a modality that lacks one is left out."""
+    found = []
+    for group, pictured in GROUPS.items():
+        of = [item for item in items if item.benchmark in REQUESTS and bool(item.images) == pictured]
+        kinds = [[item for item in of if item.harmful == harmful] for harmful in (True, False)]
+        if all(kinds):
+            found += [dataclasses.replace(item, group=group) for kind in kinds for item in evenly(kind, n)]
+    return found
+
+
 def checkpoint_scores(folders: Sequence[Path], items: Sequence[Item], exam: Exam) -> list[dict[str, float]]:
-    """What each checkpoint does on preference items; rewards are relative to the first one.
+    """What each checkpoint does on validation items; where these have a chosen and a rejected answer, also how likely it finds them:
+    rewards are relative to the first checkpoint.
 
     Shapes:   K folders, N items  ->  K rows of fractions in [0, 1]
     """
@@ -46,10 +62,12 @@ def checkpoint_scores(folders: Sequence[Path], items: Sequence[Item], exam: Exam
     for folder in folders:
         model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
         responses = respond(model, processor, items, "validation", exam.batch_size, exam.max_new_tokens)
-        labels = [verdict.label for verdict in judge("world", items, responses)]
-        log_odds = [rejected - chosen for chosen, rejected in option_losses(model, processor, items, exam.batch_size)]
-        start = start or log_odds
-        rows.append({**behaviour(items, labels), **accuracies(items, log_odds, start)})
+        row = behaviour(items, outcomes(items, responses, exam.judges))
+        if all(item.options for item in items):
+            log_odds = [rejected - chosen for chosen, rejected in option_losses(model, processor, items, exam.batch_size)]
+            start = start or log_odds
+            row |= accuracies(items, log_odds, start)
+        rows.append(row)
     return rows
 
 
@@ -91,28 +109,37 @@ def _share(labels: pd.Series, start: str) -> float:
     return float(labels.str.startswith(start).sum() / len(labels))
 
 
-def labels_of(items: Sequence[Item], responses: Mapping[str, Response], harmful: bool) -> pd.DataFrame:
-    """The harmful or the harmless items that were answered: group, cluster, the world's label."""
+Judges = Mapping[str, Sequence[str]]  # a scale's judges by benchmark; none: the miniature's truth
+
+
+def labels_of(items: Sequence[Item], responses: Mapping[str, Response], harmful: bool, judges: Judges) -> pd.DataFrame:
+    """The harmful or the harmless items that were answered: group, cluster, outcome."""
     answered = [item for item in items if item.harmful == harmful and item.id in responses]
-    labels = [verdict.label for verdict in judge("world", answered, [responses[item.id] for item in answered])]
+    labels = outcomes(answered, [responses[item.id] for item in answered], judges)
     return pd.DataFrame({"group": [i.group for i in answered], "cluster": [i.cluster for i in answered], "label": labels})
 
 
-def attack_rates(items: Sequence[Item], responses: Mapping[str, Response]) -> dict[str, stats.Rate]:
-    """ASR of the harmful preference items that were answered, by modality, with its clustered interval."""
-    frame = labels_of(items, responses, harmful=True)
+def attack_rates(items: Sequence[Item], responses: Mapping[str, Response], judges: Judges = {}) -> dict[str, stats.Rate]:
+    """ASR of the harmful validation items that were answered, by modality, with its clustered interval."""
+    frame = labels_of(items, responses, True, judges)
     return {
         group: stats.rate(list(rows["label"].str.startswith("complied")), list(rows["cluster"]))
         for group, rows in frame.groupby("group", sort=False)
     }
 
 
-def merge_scores(items: Sequence[Item], responses: Mapping[str, Response], raw: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_scores(
+    items: Sequence[Item], responses: Mapping[str, Response], raw: Sequence[Mapping[str, Any]], judges: Judges = {}
+) -> dict[str, Any]:
     """What one model did on validation: ASR and its upper bound by modality, refusals of harmless requests, helpfulness.
 
-    `asr` and `asr_high` are those of the worse modality; `raw` are rows of the benchmarks that helpfulness is made of.
+    `asr` and `asr_high` are those of the worse modality; `raw` are rows of the benchmarks that helpfulness is made of. Without
+    validation items everything is None.
     """
-    rates, refusals = attack_rates(items, responses), labels_of(items, responses, harmful=False)
+    if not items:
+        names = [f"{name}_{group}{high}" for group in GROUPS for name, high in (("asr", ""), ("asr", "_high"), ("refusal", ""))]
+        return dict.fromkeys([*names, "asr", "asr_high", "helpfulness"])
+    rates, refusals = attack_rates(items, responses, judges), labels_of(items, responses, False, judges)
     shares = {group: _share(rows["label"], "refused") for group, rows in refusals.groupby("group")}
     row: dict[str, Any] = {}
     for group in GROUPS:

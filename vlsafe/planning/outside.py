@@ -27,7 +27,7 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import Scale
 from vlsafe.data.sources import CORPORA
-from vlsafe.study.graph import STAGES
+from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 from vlsafe.study.tuning import RECIPES
 
@@ -126,10 +126,11 @@ def blocked(scale: Scale, name: str) -> list[str]:
     """The stages that cannot run without a thing, directly or through their inputs; of a parent, those of its own study."""
     thing, _, parent = name.partition(".")
     study = Study(scale, parent or next(iter(scale.backbones)), 0, Path())
-    stopped = {stage for stage in STAGES if thing in _read_by(stage)}
-    while more := {stage for stage in STAGES if stage not in stopped and stopped & set(study.stage(stage).inputs)}:
+    names = planned(study, "full")
+    stopped = {stage for stage in names if thing in _read_by(stage)}
+    while more := {stage for stage in names if stage not in stopped and stopped & set(study.stage(stage).inputs)}:
         stopped |= more
-    return [stage for stage in STAGES if stage in stopped]
+    return [stage for stage in names if stage in stopped]
 
 
 def _read_by(stage: str) -> set[str]:
@@ -161,7 +162,8 @@ def _with_consequence(scale: Scale, line: Line) -> Line:
     if not (stopped := blocked(scale, line.what)):
         return line
     parent, more = line.what.partition(".")[2], " …" if len(stopped) > 3 else ""
-    stages = f"{len(stopped)} of {len(STAGES)} stages{parent and f' of {parent}'} cannot run: {', '.join(stopped[:3])}{more}"
+    n = len(planned(Study(scale, parent or next(iter(scale.backbones)), 0, Path()), "full"))
+    stages = f"{len(stopped)} of {n} stages{parent and f' of {parent}'} cannot run: {', '.join(stopped[:3])}{more}"
     return line._replace(detail=f"{line.detail}; without it {stages}")
 
 

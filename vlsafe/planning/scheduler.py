@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlsafe.core import store
-from vlsafe.study.graph import STAGES
+from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 
 
 def sweep(studies: Iterable[Study], deep: bool = False) -> Iterator[str]:
     """Remove the receipts of runs that are not valid, so that the scheduler makes those again; one line for each."""
     for study in studies:
-        for name in STAGES:
+        for name in planned(study, "full"):
             run = study.run(name)
             if run.receipt.exists() and (status := store.status(run, deep)) != "valid":
                 run.receipt.unlink()

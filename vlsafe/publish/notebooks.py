@@ -13,22 +13,30 @@ from typing import Any
 import nbformat
 
 from vlsafe.core.scale import known
-from vlsafe.study.graph import STAGES, read_by
+from vlsafe.study.graph import planned, read_by
+from vlsafe.study.study import Study
 
 FOLDER = Path("notebooks")
-NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads
-    "00_world": (*read_by("world"), "examination/parent.aligned"),
-    "01_data_filtering": tuple(read_by("filtering")),
-    "02_vl_adaptation": ("projector/filtered", *(name for name in STAGES if "instruct" in name), "probe/localisation"),
-    "03_safety_degradation": tuple(read_by("degradation")),
-    "04_safety_tuning": (*read_by("tuned"), *read_by("tuning")),
-    "05_probing": (*read_by("probing"), "safety/mtl-full", "examination/safety.mtl-full", *read_by("degradation")),
-    "06_merging": (*read_by("merging"), *read_by("tuning")),
-    "07_claims": tuple(read_by("claims")),
+NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads: words of `graph.read_by`, and single stages
+    "00_world": ("world", "examination/parent.aligned"),
+    "01_data_filtering": ("filtering",),
+    "02_vl_adaptation": ("projector/filtered", "adaptation", "degradation", "probe/localisation"),
+    "03_safety_degradation": ("degradation",),
+    "04_safety_tuning": ("tuned", "tuning"),
+    "05_probing": ("probing", "safety/mtl-full", "examination/safety.mtl-full", "degradation"),
+    "06_merging": ("merging", "tuning"),
+    "07_claims": ("claims",),
 }
 LINKS = "*Notebooks:*"
 DEAD = "application/vnd.jupyter.widget-view+json"  # a widget without its kernel
 ACROSS = ("07_claims",)  # read every study of a run store, so they wait for all of a reproduction
+
+
+def reads(study: Study, name: str, grid: str = "default") -> list[str]:
+    """The stages that a notebook reads, of those that the study's scale has."""
+    names = planned(study, grid)
+    found = [stage for word in NOTEBOOKS[name] for stage in ([word] if "/" in word else read_by(study, word, grid))]
+    return [stage for stage in dict.fromkeys(found) if stage in names]
 
 
 def code_digest(path: Path) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from vlsafe.core import store
 from vlsafe.publish import provenance
-from vlsafe.study import merging
-from vlsafe.study.graph import planned, probed, tables
+from vlsafe.study.graph import read_by
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
@@ -33,14 +33,15 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
     lines of all merges.
     """
+    of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
     frames = {
-        "raw": read(studies, tables(grid), "raw.parquet"),
+        "raw": read(studies, of("tables"), "raw.parquet"),
         "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
-        "validation": read(studies, [name for name in planned(grid) if name.startswith("safety/")], "validation.parquet", MODEL),
+        "validation": read(studies, of("tuned"), "validation.parquet", MODEL),
         "published": provenance.published(project_root() / "env" / "published"),
-        "panel": read(studies, merging.names(grid), "panel.parquet"),
-        "merged": read(studies, merging.names(grid), "validation.parquet"),
+        "panel": read(studies, of("merging"), "panel.parquet"),
+        "merged": read(studies, of("merging"), "validation.parquet"),
     }
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
 
@@ -58,14 +59,20 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
         for study, name, _ in finished(studies, ["probe/localisation"])
         for found in [study.numbers(name)]
     ]
-    remedies = ["safety/mtl-full", *(name for name in probed() if name.startswith("safety/"))]
+    probed = read_by_all(studies, "probing", grid)
+    remedies = ["safety/mtl-full", *(name for name in probed if name.startswith("safety/"))]
     frames |= {
         "located": pd.DataFrame(located) if located else None,
         "remedy": read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet"),
         "validated": read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe")),
-        "frozen": read(studies, [name for name in probed(grid) if name.startswith("sppft/")], "raw.parquet", optional=True),
+        "frozen": read(studies, [name for name in probed if name.startswith("sppft/")], "raw.parquet", optional=True),
     }  # a study may have no random sets
     return {name: frame for name, frame in frames.items() if frame is not None}
+
+
+def read_by_all(studies: Sequence[Study], word: str, grid: str = "default") -> list[str]:
+    """The stages that a notebook reads of any of the studies, whose backbones may have different ones."""
+    return list(dict.fromkeys(name for study in studies for name in read_by(study, word, grid)))
 
 
 def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
@@ -112,7 +119,7 @@ def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
 
     Raises:   ValueError where nothing was examined yet
     """
-    frames, names = [], [name for name in tables(grid) if name.startswith(("examination/", "merge/"))]
+    frames, names = [], [name for name in read_by_all(studies, "tables", grid) if name.startswith(("examination/", "merge/"))]
     for study in studies:
         prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet")).rename(columns={"id": "item"})
         for _, _, folder in finished([study], names):

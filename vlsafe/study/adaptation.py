@@ -44,6 +44,12 @@ def recipe_params(study: Study, name: str) -> Any:
     return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
 
 
+def unless(study: Study, name: str) -> str | None:
+    """Why a scale does without a recipe: its corpora do not permit the data arm."""
+    arm = RECIPES[name].data
+    return data.arms.WITHOUT[arm] if study.scale.loaded and arm not in study.scale.loaded.arms else None
+
+
 def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     """The fit of a recipe, and the steps after which it leaves a checkpoint."""
     scale, recipe = study.scale, RECIPES[name]
@@ -89,16 +95,25 @@ def make_projector(study: Study, work: Path) -> dict[str, Any]:
     graft = models.checkpoints.graft(parent, tower, processor, study.scale.vision, study.seed)
     models.checkpoints.save(graft, work / "step-000000", processor)
     fit, rows = study.scale.projector, study.examples("screen/filtered", "captions.parquet")
+    data.intake.refuse_leaks(rows, [*study.items(), *study.items("validation")])
     milestones = _milestones(study.scale.checkpoints, fit.steps)
     return trained(study, work, work / "step-000000", rows, "projector", fit, milestones, "projector")
+
+
+def _rows_at(study: Study, corpus: str) -> tuple[str, str]:
+    """The stage and the file that hold a corpus of the data arms; the raw rows of a world that is built are all sound."""
+    if corpus == "screened":
+        return "screen/filtered", "instructions.parquet"
+    return ("screen/filtered", "unfiltered.parquet") if study.scale.loaded else ("world/corpora", "instructions.parquet")
 
 
 def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Stage 2 by a recipe, always from the same stage-1 checkpoint."""
     recipe, (fit, milestones) = RECIPES[name], stage_2(study, name)
     start = study.checkpoints("projector/filtered")[-1]
-    raw = study.examples("world/corpora", "instructions.parquet") if data.arms.ARMS[recipe.data][0] == "raw" else []
-    rows = data.arms.arm(recipe.data, {"raw": raw, "screened": study.examples("screen/filtered", "instructions.parquet")})
+    corpus = data.arms.ARMS[recipe.data][0]
+    rows = data.arms.arm(recipe.data, {corpus: study.examples(*_rows_at(study, corpus))})
+    data.intake.refuse_leaks(rows, [*study.items(), *study.items("validation")])
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None
     record = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)

@@ -10,6 +10,7 @@ from typing import Any
 from vlsafe import evaluation, inspection, models
 from vlsafe.core import store
 from vlsafe.study import adaptation
+from vlsafe.study.degradation import response_params
 from vlsafe.study.probing import ADAPTED, DIRECTION, LOCALISATION, PARENT, STAGE_1, refusal_directions
 from vlsafe.study.study import Bar, Study, drop, step_of
 
@@ -20,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 def exam_params(study: Study) -> list[Any]:
     """The numbers that every examination of an intervention depends on."""
-    return [study.scale.exam, study.scale.probing.items]
+    return [response_params(study), study.scale.probing.items]
 
 
 def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
@@ -33,12 +34,15 @@ def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
         study.items(), study.scale.probing.items, models.checkpoints.is_multimodal(folder)
     )
 
+    rules = evaluation.judges.JUDGES  # too many models are examined here for judges that are models
+    marks = {name: [judge for judge in judges if judge in rules] for name, judges in exam.judges.items()}
+
     def examination(model: Any, recipe: str, step: int = 0, stage: str = stage) -> Rows:
         name = f"{study.backbone}/{stage}/{recipe}/step-{step:06d}"
         responses = evaluation.engines.respond(model, processor, items, name, exam.batch_size, exam.max_new_tokens)
         record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": name}
         return evaluation.examine.raw_table(
-            items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"}
+            items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"}, marks
         )
 
     return examination
@@ -62,7 +66,7 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
         name: models.checkpoints.read_tensor(place)
         for name, place in models.checkpoints.language_places(study.folder(PARENT)).items()
     }
-    n, width, rng = len(models.architectures.language_layers(model)), band[1] - band[0], study.world().rng("random blocks")
+    n, width, rng = len(models.architectures.language_layers(model)), band[1] - band[0], study.stream("random blocks")
     widths = sorted({w for w in (*probing.widths, width) if w < n})
     every = (*range(n), inspection.causal.EVERYTHING)
     patches = inspection.causal.bands(n, widths)
@@ -98,7 +102,7 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
     import torch
 
     probing, layer = study.scale.probing, study.numbers(DIRECTION)["layer"]
-    direction, rng = refusal_directions(study)["direction"][layer], study.world().rng("random directions")
+    direction, rng = refusal_directions(study)["direction"][layer], study.stream("random directions")
     drawn = [torch.from_numpy(rng.normal(size=len(direction))).float() for _ in range(probing.random_directions)]
     others = [other / other.norm() * direction.norm() for other in drawn]
     rows: Rows = []
@@ -140,7 +144,7 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     patches = inspection.causal.bands(n, [width])
     if which == "random":
         patches = inspection.causal.random_sets(
-            n, width, study.scale.probing.frozen_sets, study.world().rng("random frozen blocks")
+            n, width, study.scale.probing.frozen_sets, study.stream("random frozen blocks")
         )
     files = {patch: work / f"{patch.name}.parquet" for patch in patches}
     (fit, milestones), scratch = adaptation.stage_2(study, SPPFT), work / "training"

@@ -1,4 +1,8 @@
-"""Notebook 03: the examination of every model on the way, and of the same requests under altered prompts."""
+"""Notebook 03: the examination of every model on the way, and of the same requests under altered prompts.
+
+At a scale that is built, whose judges are all rules, generation and judging are one stage; at one that is loaded these stages
+leave responses and the verdicts of rules, and `judging` asks the models that judge.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,6 @@ from vlsafe.evaluation.benchmarks import confounds
 from vlsafe.evaluation.examine import Examination
 from vlsafe.study.study import Bar, Study, step_of
 
-UNKNOWN_TRUTH = ("world",)  # the judge that a loaded scale does without: nobody knows the truth there
-
-
 def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str) -> Examination:
     """One checkpoint of a run, examined by the scale's engine."""
     items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))
@@ -27,7 +28,7 @@ def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam
         "recipe": recipe, "step": step_of(folder), "exam": exam,
     }  # fmt: skip
     bar = Bar(f"{model} {exam}", len(items))
-    return evaluation.examine.examine(folder, items, study.scale.exam, record, UNKNOWN_TRUTH if study.scale.loaded else (), bar)
+    return evaluation.examine.examine(folder, items, study.scale.exam, record, bar)
 
 
 def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
@@ -38,9 +39,18 @@ def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
     return _write(work, [*results, _examined(study, name, folders[-1], items, "full")])
 
 
+def response_params(study: Study) -> Any:
+    """The numbers that responses depend on, judges that are models left aside."""
+    exam, names = study.scale.exam, evaluation.judges.JUDGES
+    rules = {benchmark: [name for name in judges if name in names] for benchmark, judges in exam.judges.items()}
+    return dataclasses.replace(exam, judges=rules, endpoints={})
+
+
 def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Examine the last checkpoint of a run on the same requests with and without a system prompt and an empty picture."""
     items = confounds.variants(study.items(), study.stream("confounds"))
+    if not items:
+        raise ValueError("no item of the benchmarks that are examined can be asked in altered prompts")
     return _write(work, [_examined(study, name, study.checkpoints(name)[-1], items, "confounds")])
 
 
@@ -53,10 +63,10 @@ def _write(work: Path, results: Sequence[Examination]) -> dict[str, Any]:
 
 def engines_agree(study: Study, name: str, command: str) -> list[dict[str, Any]]:
     """The panel answered by the local engine and by a server of the same checkpoint: how far they agree."""
-    folder, exam, without = study.checkpoints(name)[-1], study.scale.exam, UNKNOWN_TRUTH if study.scale.loaded else ()
+    folder, exam = study.checkpoints(name)[-1], study.scale.exam
     items = [item for item in evaluation.examine.panel(study.items(), exam.panel) if item.scoring == "generated"]
     results = {
-        engine: evaluation.examine.examine(folder, items, dataclasses.replace(exam, serve=serve), {"model": name}, without)
+        engine: evaluation.examine.examine(folder, items, dataclasses.replace(exam, serve=serve), {"model": name})
         for engine, serve in (("local", ""), ("served", command))
     }
     return evaluation.servers.agreement({e: r.rows for e, r in results.items()}, {e: r.responses for e, r in results.items()})

@@ -115,15 +115,18 @@ def screen_params(study: Study) -> Any:
 
 def _processors(study: Study) -> list[Any]:
     """One per backbone: a row must fit under every backbone's tokens and template."""
-    spec, parents, tower = study.scale.vision, study.asset("parents"), study.asset("tower")
+    parents, tower = study.asset("parents"), study.asset("tower")
     return [
-        models.chat.hub_processor(parents[name], tower, backbone.template, spec.patch_size, spec.feature_strategy)
+        models.chat.hub_processor(parents[name], tower, backbone.template, study.scale.vision)
         for name, backbone in study.scale.backbones.items()
     ]
 
 
 def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
-    """Intake and both guards over the two large corpora; what passes, and an audit line for every row."""
+    """Intake and both guards over the two large corpora; what passes, and an audit line for every row.
+
+    `unfiltered.parquet` holds the instructions that intake passes, whatever the guards say of them.
+    """
     text, image = (data.guards.opened(study.folder(f"guard/{kind}")) for kind in ("text", "image"))
     readers, limits, kept = _processors(study), intake_params(study)["limits"], {}
     for name in SCREENED:
@@ -134,9 +137,10 @@ def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
 
         corpus, bar = study.asset(name), Bar(f"screen {name}", study.asset(name).rows or 0)
         data.intake.append_lines(lines, data.sources.examples(name, corpus), audit_of, bar)
-        passed = data.intake.passing(map(data.intake.shell, data.sources.examples(name, corpus)), data.intake.read_lines(lines))
-        rows = (to_row(row) for row in passed)
-        kept[name] = store.write_stream(work / f"{name}.parquet", rows, COLUMNS[Example])
+        for file, unfiltered in {name: False, **({"unfiltered": True} if name == "instructions" else {})}.items():
+            corpus_rows = map(data.intake.shell, data.sources.examples(name, corpus))
+            passed = data.intake.passing(corpus_rows, data.intake.read_lines(lines), unfiltered)
+            kept[file] = store.write_stream(work / f"{file}.parquet", map(to_row, passed), COLUMNS[Example])
         if not kept[name]:
             raise ValueError(
                 f"no row of {name} is left; the audit's first reason is {next(data.intake.read_lines(lines))['reasons']!r}"
@@ -180,6 +184,6 @@ TEXT_GUARD, IMAGE_GUARD = (
     for which in ("text_guard", "image_guard")
 )
 SCREEN = Stage(
-    screen_loaded, ("guard/text", "guard/image"), screen_params, 0, estimate="days of a GPU (not measured)", shared=True,
-    seedless=True,
+    screen_loaded, ("guard/text", "guard/image"), screen_params, 0, version=2, estimate="days of a GPU (not measured)",
+    shared=True, seedless=True,
 )  # fmt: skip

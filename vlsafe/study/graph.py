@@ -8,21 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import yaml
 
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
-from vlsafe.study import adaptation, causal, degradation, filtering, merging, probing, tuning, world
+from vlsafe.study import adaptation, causal, degradation, filtering, judging, merging, probing, tuning, world
 from vlsafe.study.study import Stage, Study, project_root
 
 
-def _examination(name: str, cost: int) -> Stage:
-    make = partial(degradation.make_examination, name=name)
-    return Stage(make, (name, "world/corpora"), lambda study: study.scale.exam, cost)
+def _judged(name: str, made: Stage) -> dict[str, Stage]:
+    """A stage that leaves responses with their verdicts; where models are loaded, whose judges are models too, it is two: one
+    generates, and the one of the stage's name has the responses judged."""
+    source = f"responses/{name.removeprefix('examination/').replace('/', '.')}"
+    inputs = tuple(needed for needed in made.inputs if needed != "world/corpora")  # official items are files
+    judging_stage = Stage(partial(judging.make_judged, source=source), (source,), judging.judged_params, 0, estimate="not measured")
+    return {
+        source: dataclasses.replace(made, inputs=inputs, only="load", version=1, estimate="not measured"),
+        name: dataclasses.replace(made, load=judging_stage),
+    }
+
+
+def _examination(run: str, cost: int, name: str = "", make: Callable[..., Any] = degradation.make_examination) -> dict[str, Stage]:
+    stage = Stage(partial(make, name=run), (run, "world/corpora"), degradation.response_params, cost)
+    return _judged(f"examination/{name or run.replace('/', '.')}", stage)
+
+
+def _without(*things: str) -> Callable[[Study], str | None]:
+    """Why a scale that loads lacks a stage: it does without one of these things from outside."""
+
+    def unless(study: Study) -> str | None:
+        lacking = [name for name in things if study.scale.loaded and getattr(study.scale.loaded, name) is None]
+        return f"the scale does without {' and '.join(map(repr, lacking))}" if lacking else None
+
+    return unless
 
 
 STAGES: dict[str, Stage] = {
@@ -58,41 +81,43 @@ STAGES: dict[str, Stage] = {
     "probe/localisation": Stage(
         probing.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], 2
     ),
-    "examination/parent.aligned": _examination("parent/aligned", 8),
-    "examination/projector.filtered": _examination("projector/filtered", 14),
+    **_examination("parent/aligned", 8),
+    **_examination("projector/filtered", 14),
 }  # fmt: skip
 for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
         partial(adaptation.make_instruct, name=_name),
         ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
         partial(adaptation.recipe_params, name=_name), 55, version=2 if _recipe.method == "lora" else 1,
+        unless=partial(adaptation.unless, name=_name),
     )  # fmt: skip
-    STAGES[f"examination/instruct.{_name}"] = _examination(f"instruct/{_name}", 8)
+    STAGES |= _examination(f"instruct/{_name}", 8)
 for _name, _run in (("parent", MAIN_LINE["parent"]), (adaptation.MAIN, MAIN_LINE["adapted"])):
-    STAGES[f"examination/confounds.{_name}"] = dataclasses.replace(
-        _examination(_run, 8), make=partial(degradation.make_confounds, name=_run)
-    )
+    STAGES |= _examination(_run, 8, f"confounds.{_name}", degradation.make_confounds)
 
 LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-full": 35, "dpo-both-lora": 35}  # seconds
 for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
         partial(tuning.make_tuned, name=_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name),
-        LONG.get(_name, 20), version=2,
+        LONG.get(_name, 20), version=2, unless=_without(*tuning.read_from_outside(_name)),
     )  # fmt: skip
-    STAGES[f"examination/safety.{_name}"] = _examination(f"safety/{_name}", 10)
+    STAGES |= _examination(f"safety/{_name}", 10)
 STAGES |= {
     "judging/guard-text": Stage(
-        tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15
+        tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15,
+        unless=_without("text_guard"), gathers=True,
     ),
     "probe/direction": Stage(
-        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10
+        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10,
+        unless=probing.nothing_to_choose_by,
     ),
     "probe/layers": Stage(
         probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
         lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
     ),
     "probe/drift": Stage(
-        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 8
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 8,
+        gathers=True,
     ),
     "probe/objectives": Stage(
         probing.make_objectives,
@@ -114,68 +139,77 @@ for _name in causal.FROZEN_SETS:
         ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION), causal.frozen_params, 480,
     )  # fmt: skip
 GRIDS = ("default", "full")
-OPTIONAL = ("safety/", "examination/safety.", "sppft/", "merge/")  # what a grid may leave out
+OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "merge/", "responses/merge.")  # of some grids alone
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
-        STAGES[_name] = Stage(
+        STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner), merging.params, 85, version=3
-        )
+        ))  # fmt: skip
 
 
-def examinations() -> Iterator[str]:
-    """The stages whose results are raw tables of the parent and the adaptation: what notebook 03 reads."""
-    return (name for name in STAGES if name.startswith("examination/") and not name.startswith("examination/safety."))
+def left_out(study: Study, grid: str = "default") -> dict[str, str]:
+    """The stages of a grid that the study's scale does without, and why."""
+    without: dict[str, str] = {}
+    for name in _grid_names(grid):
+        stage = study.stage(name)
+        reason = STAGES[name].unless(study)
+        for needed in stage.inputs if not (reason or stage.gathers) else ():
+            if needed in without:
+                why = without[needed]
+                reason = why if why.startswith("without ") else f"without {needed}, because {why}"
+                break
+        if reason:
+            without[name] = reason
+    return {name: reason for name, reason in without.items() if STAGES[name].only in ("", study.scale.source)}
 
 
-def compared(grid: str = "default") -> list[str]:
-    """The stages whose results are the raw tables of safety tuning: parent, adapted and tuned models. Notebook 04 reads them."""
-    return [*tuning.REFERENCES, *tuning.examined(known(grid, GRIDS, "grid")), "judging/guard-text"]
+def planned(study: Study, grid: str = "default") -> list[str]:
+    """The stages of a grid that the study's scale has, in the order of STAGES."""
+    without = left_out(study, grid)
+    return [name for name in _grid_names(grid) if name not in without and STAGES[name].only in ("", study.scale.source)]
 
 
-def probed(grid: str = "default") -> list[str]:
-    """The stages that notebook 05 reads beside the adaptation's; "full" adds the SPPFT grid."""
+def _grid_names(grid: str) -> list[str]:
     known(grid, GRIDS, "grid")
-    analyses = [name for name in STAGES if name.startswith(("probe/", "causal/"))]
-    remedy = [f"safety/{name}" for name, recipe in tuning.RECIPES.items() if recipe.grid == "probing"]
-    return [*analyses, *remedy, *map(tuning.examination, remedy), *(causal.FROZEN_SETS if grid == "full" else ())]
-
-
-def tables(grid: str = "default") -> list[str]:
-    """All stages whose results are raw tables."""
-    return list(dict.fromkeys([*examinations(), *compared(grid), *merging.names(grid)]))
-
-
-def planned(grid: str = "default") -> list[str]:
-    """The stages that a grid makes, in the order of STAGES."""
-    chosen = {*tables(grid), *probed(grid)} | {name.replace("examination/safety.", "safety/") for name in tuning.examined(grid)}
+    tuned = tuning.examined(grid) + [f"examination/safety.{name}" for name, of in tuning.RECIPES.items() if of.grid == "probing"]
+    chosen = {*tuned, *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
+    chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
+    chosen |= {f"responses/{name.removeprefix('examination/').replace('/', '.')}" for name in chosen}
     return [name for name in STAGES if name in chosen or not name.startswith(OPTIONAL)]
 
 
-def read_by(word: str, grid: str = "default") -> list[str]:
-    """The stages that a notebook reads, by its word; "tuned" are the trainings of notebook 04.
+def read_by(study: Study, word: str, grid: str = "default") -> list[str]:
+    """The stages of the study's scale that a notebook reads, by its word; "tuned" are the trainings of notebook 04, "tables" all
+    raw tables.
 
     Raises:   ValueError for an unknown word or grid
     """
+    names = planned(study, grid)
+    remedy = [f"safety/{recipe}" for recipe in tuning.RECIPES if tuning.RECIPES[recipe].grid == "probing"]
+    degradation = [name for name in names if name.startswith("examination/") and "/safety." not in name]
+    compared = [*tuning.REFERENCES, *tuning.examined(grid), "judging/guard-text"]
+    inside = [name for name in names if name.startswith(("probe/", "causal/"))]
     words = {
         "world": ["world/corpora", "tower/clip", "base/llm", "parent/aligned"],
         "filtering": ["screen/filtered"],
         "adaptation": [f"instruct/{name}" for name in adaptation.RECIPES],
-        "degradation": list(examinations()),
-        "tuning": compared(grid),
-        "tuned": [name for name in planned(grid) if name.startswith("safety/")],
-        "probing": probed(grid),
+        "degradation": degradation,
+        "tuning": compared,
+        "tuned": [name for name in names if name.startswith("safety/")],
+        "probing": [*inside, *remedy, *map(tuning.examination, remedy), *causal.FROZEN_SETS],
         "merging": merging.names(grid),
-        "claims": tables(grid),
+        "tables": [*degradation, *compared, *merging.names(grid)],
     }
-    return words[known(word, words, "word of a notebook")]
+    words["claims"] = words["tables"]
+    return [name for name in dict.fromkeys(words[known(word, words, "word of a notebook")]) if name in names]
 
 
-def jobs(grid: str = "default") -> list[tuple[str, ...]]:
+def jobs(study: Study, grid: str = "default") -> list[tuple[str, ...]]:
     """The stages of a grid in groups that one process makes in a row: a model with its examination, the examinations of a parent.
 
     A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
     """
-    names = planned(grid)
+    names = planned(study, grid)
     groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
     groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
     groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in names]
@@ -184,12 +218,13 @@ def jobs(grid: str = "default") -> list[tuple[str, ...]]:
     return groups + [(name,) for name in names if name not in grouped]
 
 
-def urgency(grid: str = "default") -> dict[tuple[str, ...], int]:
+def urgency(study: Study, grid: str = "default") -> dict[tuple[str, ...], int]:
     """How long the chain is that waits for a job, itself included, in seconds at mini: the longest chain goes first."""
-    work, job_of = jobs(grid), {name: job for job in jobs(grid) for name in job}
+    work = jobs(study, grid)
+    job_of = {name: job for job in work for name in job}
     waiting: dict[tuple[str, ...], set[tuple[str, ...]]] = {job: set() for job in work}
     for job in work:
-        for needed in {job_of[needed] for name in job for needed in STAGES[name].inputs} - {job}:
+        for needed in {job_of[needed] for name in job for needed in study.inputs(name)} - {job}:
             waiting[needed].add(job)
 
     @functools.cache

@@ -18,6 +18,7 @@ from vlsafe import analysis, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE, Item, Response, to_row
 from vlsafe.study import tuning
+from vlsafe.study.degradation import response_params
 from vlsafe.study.study import Bar, Study, drop
 
 
@@ -76,7 +77,7 @@ def inputs_of(partner: str) -> tuple[str, ...]:
 
 def params(study: Study) -> Any:
     """The numbers that a sweep depends on."""
-    return [study.scale.merging, study.scale.exam, study.scale.tuning.pairs, study.scale.threads]
+    return [study.scale.merging, response_params(study), study.scale.tuning.pairs, study.scale.threads]
 
 
 def names(grid: str) -> list[str]:
@@ -146,7 +147,7 @@ def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | N
     start, end = study.numbers(tuning.PROBED)["band"]
     band: set[int | None] = set(range(start, end))
     if kind == "random":
-        rng = study.world().rng(f"random blocks {point.draw}")
+        rng = study.stream(f"random blocks {point.draw}")
         return set(rng.choice(layers, len(band), replace=False).tolist())
     return {"all": None, "band": band, "outside": set(range(layers)) - band | {None}}[kind]
 
@@ -167,6 +168,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     rules = points(study, partner, grid)
     bar, seconds = Bar(f"merges with {partner}", sum(map(len, rules))), []
     lines, panel, full, answers = list[dict[str, Any]](), [], [], dict[str, dict[str, Response]]()
+    shown = dict[str, dict[str, Response]]()
     for of_rule in rules:
         of_rule, rows = _trained_again(study, partner, work) if of_rule[0].rule == "checkpoint" else of_rule, []
         for point in of_rule:
@@ -174,19 +176,22 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
             seconds += [spent] if spent else []
             rows.append(sweep.validation_row(point, items, result) | {"limit": limit})
             panel += sweep.raw_rows(point, items["panel"], result.responses, "panel")
+            shown[recipe_of(point, partner)] = {i.id: result.responses[i.id] for i in items["panel"] if i.id in result.responses}
             bar(len(lines) + len(rows))
-        chosen = analysis.merging.chosen(pd.DataFrame(rows)).tolist()
+        chosen = analysis.merging.chosen(pd.DataFrame(rows), None if items["pairs"] else study.scale.merging.fixed).tolist()
         lines += [{**row, "chosen": is_best} for row, is_best in zip(rows, chosen, strict=True)]
         best, row = of_rule[chosen.index(True)], rows[chosen.index(True)]
         source = row["same_as"] or row["recipe"]
         if source not in answers:
             answers[source] = sweep.respond(best, items["full"])
         full += sweep.raw_rows(best, items["full"], answers[source], "full")
+        shown[row["recipe"]] |= answers[source]
     drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)
     store.write_rows(work / "raw.parquet", full)
-    named = ((f"{study.backbone}/merge/{source}", response) for source, by in answers.items() for response in by.values())
+    kept = shown if study.scale.loaded else answers  # models judge the panel as well, and need every model's answers under its name
+    named = ((f"{study.backbone}/merge/{source}", response) for source, by in kept.items() for response in by.values())
     store.write_rows(work / "responses.parquet", [to_row(dataclasses.replace(r, model=name)) for name, r in named])
     return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
 
@@ -199,8 +204,9 @@ def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
     test = [
         item for item in study.items() if grid == "full" or item.benchmark in analysis.merging.needed(*analysis.merging.HEADLINE)
     ]
-    validation = evaluation.examine.all_items(study.world(), "validation", study.scale.merging.items)
-    helpful = [item for item in validation if item.benchmark in analysis.merging.needed("helpfulness")]
+    helpful = [item for item in study.items("validation") if item.benchmark in analysis.merging.needed("helpfulness")]
+    if study.scale.loaded:
+        helpful = evaluation.examine.panel(helpful, study.scale.merging.items)
     return {
         "panel": evaluation.examine.panel(test, study.scale.exam.panel),
         "full": test,
@@ -210,10 +216,14 @@ def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
 
 def parents_bound(study: Study) -> float:
-    """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see."""
+    """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see. 1 where there are no such items, as then
+    nothing is chosen by it."""
     folder, items = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
+    if not items:
+        return 1.0
     model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
-    return evaluation.validation.attack_rates(items, _responses(study, model, processor, False, items))["text"].high
+    answers = _responses(study, model, processor, False, items)
+    return evaluation.validation.attack_rates(items, answers, study.scale.exam.judges)["text"].high
 
 
 def _responses(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
@@ -256,9 +266,9 @@ class Sweep(NamedTuple):
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
         loss = None
         if point.rule == "linear":
-            right = [dataclasses.replace(item, options=item.options[:1]) for item in items["pairs"]]
+            right = [dataclasses.replace(i, options=i.options[:1] or (i.reference,)) for i in items["pairs"] if i.options or i.reference]
             losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
-            loss = sum(loss for (loss,) in losses) / len(losses)
+            loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
         result = Result(_responses(self.study, model, processor, multimodal, every), loss)
         if merged:
@@ -297,7 +307,7 @@ class Sweep(NamedTuple):
         row = {"backbone": self.study.backbone, "seed": self.study.seed, "rule": point.rule, "partner": self.partner}
         row |= {"place": point.place, "recipe": recipe_of(point, self.partner), "ratio": point.ratio}
         raw = self.raw_rows(point, items["helpful"], result.responses, "validation")
-        scores = evaluation.validation.merge_scores(items["pairs"], result.responses, raw)
+        scores = evaluation.validation.merge_scores(items["pairs"], result.responses, raw, self.study.scale.exam.judges)
         return row | scores | {"loss": result.loss, "same_as": result.same_as}
 
     def raw_rows(
@@ -307,7 +317,8 @@ class Sweep(NamedTuple):
         study, recipe = self.study, recipe_of(point, self.partner)
         record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "stage": "merge", "recipe": recipe}
         record |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
-        return evaluation.examine.raw_table(items, [responses[item.id] for item in items if item.id in responses], record)
+        found = [responses[item.id] for item in items if item.id in responses]
+        return evaluation.examine.raw_table(items, found, record, study.scale.exam.judges)
 
 
 def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:

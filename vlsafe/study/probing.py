@@ -11,7 +11,7 @@ import numpy as np
 
 from vlsafe import evaluation, inspection, models, training
 from vlsafe.core import store
-from vlsafe.core.schema import MAIN_LINE
+from vlsafe.core.schema import MAIN_LINE, Item
 from vlsafe.study import adaptation, tuning
 from vlsafe.study.study import Study, drop, step_of
 
@@ -31,28 +31,45 @@ def model_columns(study: Study, run: str, folder: Path) -> dict[str, Any]:
     return {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe, "step": step_of(folder)}
 
 
+def validation_part(study: Study) -> list[Item]:
+    """The validation part of the official items; none in the miniature, whose prompts are written when they are needed."""
+    return study.items("validation") if study.scale.loaded else []
+
+
+def nothing_to_choose_by(study: Study) -> str | None:
+    """Why a scale lacks what is chosen on validation items alone."""
+    free = study.scale.loaded and not study.scale.exam.validation
+    return "a layer is chosen on validation items, and exam.validation is 0" if free else None
+
+
 def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     """Locate the parent's safety band; where none is found, the published one at the same relative depth stands in, marked so."""
-    folder, search, world = study.folder(PARENT), study.scale.search, study.world()
+    folder, search = study.folder(PARENT), study.scale.search
     model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
-    items = evaluation.prompts.localisation_prompts(world, search.prompts)
+    free = study.scale.loaded and not study.scale.exam.validation  # then every item is reported, and nothing may be chosen
+    official = study.items() if free else validation_part(study)
+    items = evaluation.prompts.localisation_prompts(study.world(), search.prompts, official)
     normal, harmful = (
         inspection.states.last_states(model, processor, evaluation.prompts.conversations(items[kind]))
         for kind in ("normal", "harmful")
     )
-    curves = inspection.states.angular_gap(normal, harmful, search.pairs, world.rng("localisation"))
+    curves = inspection.states.angular_gap(normal, harmful, search.pairs, study.stream("localisation"))
 
     def refusals(band: tuple[int, int], factor: float) -> int:
         with inspection.states.scaled(model, band, factor):
             labels = evaluation.prompts.judged(model, processor, items["scary"], "xstest-strings", study.scale.exam.batch_size, 4)
         return int((labels == "2_full_refusal").sum())
 
-    located = inspection.states.localise(curves["gap"], refusals, search.factors)
     layers = range(len(curves["gap"]))
+    published = (round(6 * len(layers) / 32), max(1, round(15 * len(layers) / 32)))  # [6, 15) of 32 layers
+    if free:
+        counts = tuple((*published, factor, refusals(published, factor)) for factor in search.factors)
+        located = inspection.states.Located(None, "exam.validation is 0: there are no items to choose a band by", counts)
+    else:
+        located = inspection.states.localise(curves["gap"], refusals, search.factors)
     store.write_rows(work / "curves.parquet", [{"layer": i, **{k: float(v[i]) for k, v in curves.items()}} for i in layers])
     columns = ("start", "end", "factor", "refusals")
     store.write_rows(work / "scaling.parquet", [dict(zip(columns, count, strict=True)) for count in located.counts])
-    published = [round(edge * len(layers) / 32) for edge in (6, 15)]  # [6, 15) of 32 layers
     return {
         "band": list(located.band or published), "located": located.band is not None, "reason": located.reason,
         "prompts": len(items["scary"]),
@@ -68,14 +85,16 @@ def make_direction(study: Study, work: Path) -> dict[str, Any]:
 
     folder, exam = study.folder(PARENT), study.scale.exam
     model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
-    items = evaluation.prompts.probing_prompts(study.world(), "validation", study.scale.probing.prompts, ["text"])
+    items = evaluation.prompts.probing_prompts(
+        study.world(), "validation", study.scale.probing.prompts, ["text"], validation_part(study)
+    )
     last = inspection.states.last_states(model, processor, evaluation.prompts.conversations(items), exam.batch_size)
     harmful = evaluation.prompts.attributes(items)["harmful"].to_numpy(copy=True)
     means = {"harmful": last[harmful].mean(0), "harmless": last[~harmful].mean(0)}
     directions, rows = inspection.causal.difference_of_means(last[harmful], last[~harmful]), []
     for layer, direction in enumerate(directions):
         with inspection.causal.ablated(model, direction):
-            labels = evaluation.prompts.judged(model, processor, items, "world", exam.batch_size, exam.max_new_tokens)
+            labels = evaluation.prompts.judged(model, processor, items, exam.judges, exam.batch_size, exam.max_new_tokens)
         complied = np.char.startswith(labels, "complied")
         shares = {"complied_harmful": float(complied[harmful].mean()), "complied_harmless": float(complied[~harmful].mean())}
         rows.append({"layer": layer, **shares, "score": sum(shares.values()) / 2})
@@ -99,7 +118,8 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
     """
     probing, parent, batch_size = study.scale.probing, study.folder(PARENT), study.scale.exam.batch_size
     directions, rows, sets = refusal_directions(study), [], []
-    many, few = (evaluation.prompts.probing_prompts(study.world(), "test", n) for n in (probing.prompts, probing.along))
+    world, official = study.world(), study.items() if study.scale.loaded else []
+    many, few = (evaluation.prompts.probing_prompts(world, "test", n, official=official) for n in (probing.prompts, probing.along))
     of_many, of_few = evaluation.prompts.attributes(many), evaluation.prompts.attributes(few)
     for run in (ADAPTED, *TUNED):
         folder = study.checkpoints(run)[-1]
@@ -120,7 +140,8 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
 
 def make_drift(study: Study, work: Path) -> dict[str, Any]:
     """How far the weights of all checkpoints have moved from the parent's, and how alike their states on text are."""
-    items = evaluation.prompts.probing_prompts(study.world(), "test", study.scale.probing.along, ["text"])
+    official = study.items() if study.scale.loaded else []
+    items = evaluation.prompts.probing_prompts(study.world(), "test", study.scale.probing.along, ["text"], official)
     attributes, conversations = evaluation.prompts.attributes(items), evaluation.prompts.conversations(items)
 
     def states_of(folder: Path) -> Any:
@@ -174,7 +195,7 @@ def _gradients(study: Study, folder: Path, task: str, rows: Sequence[Any], work:
     from safetensors.torch import save_file
 
     fit = dataclasses.replace(study.scale.instruct, steps=study.scale.probing.gradient_batches)
-    size, rng = fit.steps * fit.batch_size, study.world().rng(f"gradients {task}")
+    size, rng = fit.steps * fit.batch_size, study.stream(f"gradients {task}")
     dataset = training.datasets.chat_dataset(
         [rows[i] for i in rng.choice(len(rows), size, replace=len(rows) < size)], with_images=True
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Study:
         """Where the result of a stage lies and what it must be."""
         stage = self.stage(name)
         kind, _, recipe = name.partition("/")
-        inputs = {needed: self.run(needed).digest for needed in stage.inputs}
+        inputs = {needed: self.run(needed).digest for needed in self.inputs(name)}
         backbone, seed = SHARED if stage.shared else self.backbone, 0 if stage.seedless else self.seed
         params = as_plain(stage.params(self))
         return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
@@ -73,11 +74,19 @@ class Study:
         stage = STAGES[known(name, STAGES, "stage")]
         return stage.load if self.scale.source == "load" and stage.load else stage
 
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """The stages that a stage reads; one that gathers reads those that the scale has."""
+        stage = self.stage(name)
+        without = self.left_out("full") if stage.gathers else {}
+        return tuple(needed for needed in stage.inputs if needed not in without)
+
     def folder(self, name: str) -> Path:
         """The finished run of a stage; it and what it needs are made first where they are missing."""
         stage, run = self.stage(name), self.run(name)
         if store.status(run) != "valid":
-            for needed in stage.inputs:
+            if name in (without := self.left_out("full")):
+                raise ValueError(f"{name} does not exist at the scale {self.scale.name!r}: {without[name]}")
+            for needed in self.inputs(name):
                 self.folder(needed)
             takes = stage.estimate or f"{stage.cost} s at mini on one core"
             print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
@@ -114,7 +123,13 @@ class Study:
         """The stages that a notebook reads, by its word (`graph.read_by`)."""
         from vlsafe.study.graph import read_by
 
-        return read_by(word, grid)
+        return read_by(self, word, grid)
+
+    def left_out(self, grid: str = "default") -> dict[str, str]:
+        """The stages of a grid that this scale does without, and why."""
+        from vlsafe.study.graph import left_out
+
+        return left_out(self, grid)
 
     def summary(self, *names: str) -> pd.DataFrame:
         """What finished stages noted about themselves, one line each."""
@@ -139,15 +154,8 @@ class Study:
         return project_root() / "figures" / self.scale.name
 
     def world(self) -> Any:
-        """The miniature's world of this study.
-
-        Raises:   ValueError at a scale that is loaded: its words mean nothing to a model that others made
-        """
-        if self.scale.loaded:
-            raise ValueError(
-                f"this stage asks about the miniature's world, and {self.scale.name!r} is loaded; leave it out there"
-            )
-        return data.miniature.language.World(self.seed)
+        """The miniature's world of this study; None at a scale that is loaded: its words mean nothing to a model of others."""
+        return None if self.scale.loaded else data.miniature.language.World(self.seed)
 
     def asset(self, name: str) -> Any:
         """What a loaded scale takes from outside under a name.
@@ -177,7 +185,7 @@ class Study:
         if self.scale.loaded:
             name = template or self.scale.backbone(self.backbone).template
             parent, tower = self.asset("parents")[self.backbone], self.asset("tower")
-            return models.chat.hub_processor(parent, tower, name, spec.patch_size, spec.feature_strategy)
+            return models.chat.hub_processor(parent, tower, name, spec)
         return models.chat.build_processor(self.tokenizer(template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
     def tower(self) -> tuple[Any, Any]:
@@ -190,22 +198,21 @@ class Study:
         """Training rows of a finished run."""
         return [from_row(Example, row) for row in self.rows(name, file)]
 
-    def items(self) -> list[Item]:
-        """The benchmark items of the study's world; at a loaded scale all that official files below `VLSAFE_DATA` hold.
+    def items(self, part: str = "test") -> list[Item]:
+        """The benchmark items of the study's world; at a loaded scale those of the official files of every benchmark that it
+        examines, in the validation part (by which something may be chosen) and the test part (which is reported).
 
         Raises:   FileNotFoundError where a benchmark is not there
         """
         if not self.scale.loaded:
-            return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
+            if part == "test":
+                return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
+            return evaluation.examine.all_items(self.world(), part, self.scale.merging.items)
         folder = assets.outside()
         if folder is None:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
-        items: list[Item] = []
-        for name, module in evaluation.benchmarks.REAL.items():
-            more, lost = module.load(folder, next(iter(module.OFFICIAL)))
-            print("\n".join([f"{name}: {len(more)} items", *lost]), file=sys.stderr)
-            items += more
-        return items
+        validation, test = evaluation.examine.divided(_official(folder, tuple(self.scale.exam.judges)), self.scale.exam.validation)
+        return validation if part == "validation" else evaluation.examine.panel(test, self.scale.exam.full)
 
     def checkpoints(self, name: str) -> list[Path]:
         """The model folders of a finished training in the order of their steps; the last one is its result."""
@@ -213,12 +220,26 @@ class Study:
         return sorted(folder.glob("step-*")) or [folder]
 
 
+@functools.lru_cache(maxsize=1)
+def _official(folder: Path, benchmarks: tuple[str, ...]) -> list[Item]:
+    """All items of some benchmarks below a folder, read once by a process that makes several stages."""
+    items: list[Item] = []
+    for name in benchmarks:
+        module = evaluation.benchmarks.REAL[name]
+        more, lost = module.load(folder, next(iter(module.OFFICIAL)))
+        print("\n".join([f"{name}: {len(more)} items", *lost]), file=sys.stderr)
+        items += [replace(item, id=f"{name}/{item.id}") for item in more]  # two benchmarks may count from 1
+    return items
+
+
 @dataclass(frozen=True)
 class Stage:
     """How a run is made. Raise `version` when its results change.
 
     `cost`: seconds measured at mini on one core; `estimate`: for readers, what it takes where that says nothing.
-    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same.
+    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same. `unless`: why a scale does
+    without the stage, None where it has it (`graph.left_out` adds what then lacks an input). `gathers`: it reads those of its
+    inputs that the scale has. `only`: the source of the scales that have it.
     """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
@@ -230,6 +251,9 @@ class Stage:
     load: Stage | None = None
     seedless: bool = False
     estimate: str = ""
+    unless: Callable[[Study], str | None] = lambda study: None
+    gathers: bool = False
+    only: str = ""
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:

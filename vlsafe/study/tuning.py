@@ -18,6 +18,7 @@ from vlsafe.core import store
 from vlsafe.core.scale import Fit
 from vlsafe.core.schema import MAIN_LINE, Item, Pair, from_row
 from vlsafe.study.study import Bar, Study, drop, project_root, step_of
+from vlsafe.study.world import NAMED
 
 
 class Recipe(NamedTuple):
@@ -51,6 +52,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-both-sppft": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "sppft", "full"),
 }
 GUARD, PROBED = "guard/text", "probe/localisation"
+VALIDATED = 100  # official requests of each kind and modality that merges are chosen by, where tuning.pairs is 0
 JUDGE = "guard-text"  # what the reward's guard is called where it judges
 JUDGED = ("sorry_bench", "mm_safetybench")  # whose answers to harmful requests the reward's guard is put to
 
@@ -61,6 +63,13 @@ def inputs_of(name: str) -> tuple[str, ...]:
     needed = {"screen/filtered": {"general", "replay"} & set(recipe.corpora), GUARD: recipe.objective == "grpo"}
     needed[PROBED] = recipe.method == "sppft"
     return (recipe.start, "world/corpora", *(run for run, is_needed in needed.items() if is_needed))
+
+
+def read_from_outside(name: str) -> set[str]:
+    """The things from outside that a recipe reads itself where models are loaded."""
+    recipe = RECIPES[name]
+    own = {"safe_rlhf" if corpus == "chosen" else corpus for corpus in recipe.corpora} - {"general", "replay"}
+    return own | ({"text_guard"} if recipe.objective == "grpo" else set())
 
 
 def recipe_params(study: Study, name: str) -> Any:
@@ -88,37 +97,36 @@ def _limit(study: Study) -> int:
     return min(study.scale.language.context, study.scale.tuning.sft.max_length or study.scale.language.context)
 
 
-def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], dict[str, int]]:
-    """The rows of one corpus that can be trained on, and how many were dropped for which reason."""
+def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[list[Any], list[list[str]]]:
+    """The rows of one corpus that can be trained on, and the id of every other one with the reason."""
     if name in ("general", "replay"):
         rows = study.examples("screen/filtered", "instructions.parquet")  # intake was part of the screen
         if name == "general":
-            return rows, {}
-        return data.arms.replayed(rows, round(study.scale.tuning.replay * n_before), study.stream("replay")), {}
+            return rows, []
+        return data.arms.replayed(rows, round(study.scale.tuning.replay * n_before), study.stream("replay")), []
     if name == "safety":
         return data.intake.sound(
             study.examples("world/corpora", "safety.parquet"), data.intake.unsound, [processor], _limit(study)
         )
     file = "safe_rlhf" if name == "chosen" else name
     pairs = [from_row(Pair, row) for row in study.rows("world/corpora", f"{file}.parquet")]
-    kept, dropped = data.intake.sound(pairs, data.intake.unsound_pair, [processor], _limit(study))
-    return ([data.arms.answered(pair, pair.chosen) for pair in kept] if name == "chosen" else kept), dropped
+    kept, refused = data.intake.sound(pairs, data.intake.unsound_pair, [processor], _limit(study))
+    return ([data.arms.answered(pair, pair.chosen) for pair in kept] if name == "chosen" else kept), refused
 
 
 def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[str, Any]]:
     """All rows of a recipe, its first corpus first, and what to note of them. No benchmark prompt may be among them."""
     rows: list[Any] = []
-    sizes, dropped, record = {}, {}, {}
+    sizes, refused, record = {}, {}, {}
     for corpus in RECIPES[name].corpora:
-        more, dropped[corpus] = rows_of(study, corpus, processor, len(rows))
+        more, refused[corpus] = rows_of(study, corpus, processor, len(rows))
         rows += more
         sizes[corpus] = len(more)
         if corpus == "replay":
             record["replayed"] = [row.id for row in more]
-    data.intake.refuse_leaks(
-        [data.arms.answered(row, row.chosen) if isinstance(row, Pair) else row for row in rows], study.items()
-    )
-    return rows, {"rows": sizes, "dropped": dropped, **record}
+    data.intake.refuse_leaks(rows, [*study.items(), *study.items("validation")])
+    record["refused"] = {corpus: named[:NAMED] for corpus, named in refused.items()}
+    return rows, {"rows": sizes, "dropped": {corpus: data.intake.tally(named) for corpus, named in refused.items()}, **record}
 
 
 def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
@@ -139,6 +147,7 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
         best = max(validated[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps
         store.write_rows(work / "validation.parquet", [{**line, "chosen": line is best} for line in validated])
     best = next(line for line in store.read_rows(work / "validation.parquet") if line["chosen"])
+    store.write_text(work / "refused.json", json.dumps(record.pop("refused"), indent=1))
     if "replayed" in record:
         store.write_text(work / "replayed.json", json.dumps(record.pop("replayed")))
     folder = f"step-{best['step']:06d}"
@@ -218,7 +227,9 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
 
 
 def validation_items(study: Study) -> list[Item]:
-    """The preference items that checkpoints and merges are chosen by."""
+    """The items that checkpoints and merges are chosen by: the miniature's preference pairs, or official requests."""
+    if study.scale.loaded:
+        return evaluation.validation.official_items(study.items("validation"), study.scale.tuning.pairs or VALIDATED)
     return evaluation.validation.preference_items(study.world(), study.scale.tuning.pairs)
 
 
@@ -244,11 +255,11 @@ JUDGED_RUNS = (*REFERENCES, *examined())
 
 
 def make_judging(study: Study, work: Path) -> dict[str, Any]:
-    """Raw rows of the reward's own guard on stored responses, beside the world's truth and a held-out judge in the same table."""
+    """Raw rows of the reward's own guard on stored responses, beside the verdicts of the other judges in the same table."""
     guard, items, rows = data.guards.opened(study.folder(GUARD)), study.items(), []
     for name in JUDGED_RUNS:
-        raw = [row for row in study.rows(name, "raw.parquet") if row["exam"] == "full" and row["judge"] == "world"]
-        harmful = [row for row in raw if row["benchmark"] in JUDGED and row["harmful"]]
-        rows += evaluation.examine.guard_rows(guard, JUDGE, items, harmful, study.rows(name, "responses.parquet"))
+        raw = [row for row in study.rows(name, "raw.parquet") if row["exam"] == "full"]
+        harmful = {row["item"]: row for row in raw if row["benchmark"] in JUDGED and row["harmful"]}.values()
+        rows += evaluation.examine.guard_rows(guard, JUDGE, items, list(harmful), study.rows(name, "responses.parquet"))
     store.write_rows(work / "raw.parquet", rows)
     return {"rows": len(rows)}

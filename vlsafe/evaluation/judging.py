@@ -1,0 +1,209 @@
+"""Judges that ask a model: who answers them, what they wrote, and the file that keeps it, line by line.
+
+A judgement is of one response: equal responses to an item are asked about once, and two judges that read the same judgement
+share it. What has no response, no judgement or no readable judgement is unjudged, with the reason, and never taken for
+either side. Knows neither studies nor metrics.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlsafe.core import store
+from vlsafe.core.schema import Item, Turn
+from vlsafe.evaluation import servers
+from vlsafe.evaluation.benchmarks import official
+from vlsafe.evaluation.benchmarks.official import Marked
+from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, LLMJudge
+from vlsafe.evaluation.servers import Prompt, Reply
+
+Responses = Mapping[str, Sequence[str | None]]  # item id: its responses, one per try; None is a try without a response
+MISSING, UNREADABLE = "no judgement", "judgement cannot be read"
+Key = tuple[str, str]  # item id, digest of the response
+Find = Callable[[Mapping[str, Any], str], str]  # a row with an id, and where it stands -> the id of the item that it means
+
+
+class JudgeModel(NamedTuple):
+    """The model behind LLM judges: its name, which goes with the result, and how it completes prompts about items."""
+
+    name: str
+    complete: Callable[[LLMJudge, Sequence[tuple[Key, Item, str]]], Iterator[tuple[Key, Reply]]]
+
+
+def endpoint(server: servers.Server) -> JudgeModel:
+    """A served model: raw prompts as completions, others as chat."""
+
+    def prompt(judge: LLMJudge, item: Item, text: str) -> Prompt:
+        if judge.raw:
+            return text.removeprefix("<|begin_of_text|>")  # the server writes it
+        system = (Turn("system", judge.system),) if judge.system else ()
+        return servers.chat_messages((*system, Turn("user", text)), item.images if judge.pictures else ())
+
+    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
+        return servers.complete(server, ((key, prompt(judge, item, text)) for key, item, text in prompts), judge.max_tokens)
+
+    return JudgeModel(server.model, complete)
+
+
+def weights(folder: Path, name: str = "", batch_size: int = 16, device: str = "") -> JudgeModel:
+    """A model folder, loaded when it is first asked; by default on a GPU where there is one, in bfloat16 there. Only for judges
+    whose prompt is raw text.
+
+    Raises:   FileNotFoundError where the folder holds no model
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+
+    @functools.cache
+    def loaded() -> tuple[Any, Any]:
+        import torch
+
+        from vlsafe.models import checkpoints
+
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = checkpoints.load(folder, torch.float32 if place == "cpu" else torch.bfloat16).to(place)
+        processor = checkpoints.load_processor(folder)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return model, tokenizer
+
+    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
+        from vlsafe.evaluation import engines
+
+        if not judge.raw:
+            raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
+        for batch in store.parts(sorted(prompts, key=lambda row: len(row[2])), batch_size):
+            keys, _, texts = zip(*batch, strict=True)
+            outputs = engines.complete(*loaded(), texts, judge.max_tokens)
+            yield from ((key, Reply(*output)) for key, output in zip(keys, outputs, strict=True))
+
+    return JudgeModel(name or folder.name, complete)
+
+
+@dataclass
+class Judgements:
+    """What LLM judges wrote, and why some of it is missing.
+
+    `models` write what is missing, by what they are asked (`LLMJudge.query`); `keep` is the file that gets each judgement as it
+    comes. `written` holds text and model (None: unknown) by query, item and the digest of the response, or the number of the try
+    where others' files say no more. `retried` are the reasons to ask again for what a file holds already.
+    """
+
+    models: Mapping[str, JudgeModel]
+    keep: Path
+    retried: Sequence[str] = (MISSING,)
+    written: dict[tuple[str, str, str | int], tuple[str, str | None]] = field(default_factory=dict)
+    problems: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    def label(self, name: str, item: Item, response: str | None, attempt: int = 0) -> tuple[str | None, str]:
+        """A judge's label, or None and the reason; a judgement is of this very response by this model, where either is known."""
+        if response is None:
+            return None, "no response"
+        if name in JUDGES:
+            label = JUDGES[name](item, response).label
+            return (None, "not decided by the rule") if label == UNJUDGED else (label, "")
+        judge = LLM_JUDGES[name]
+        label = judge.shortcut(item, response).label
+        if label == UNJUDGED:
+            text, key = self._text(judge.query, item.id, response, attempt), (judge.query, item.id, digest(response))
+            if text is None:
+                return None, self.problems.get(key, MISSING)
+            label = judge.parse(text).label
+        return (None, UNREADABLE) if label == UNJUDGED else (label, "")
+
+    def _text(self, query: str, item: str, response: str, attempt: int) -> str | None:
+        model = self.models.get(query)
+        found = (self.written.get((query, item, about)) for about in (attempt, digest(response)))
+        return next((text for text, by in filter(None, found) if model is None or by in (None, model.name)), None)
+
+    def read(self, rows: Iterable[Mapping[str, Any]], place: str, find: Find, judges: Sequence[str]) -> None:
+        """Add lines, ours or others': `{"id", "judgement"}` and perhaps `judge`, `response` or `try`, `model`; later ones win.
+
+        Raises:   ValueError where a line does not say which of several judges wrote it
+        """
+        queries = list(queries_of(judges))
+        count: Counter[tuple[str, str]] = Counter()
+        for number, row in enumerate(rows, 1):
+            where = f"row {number} of {place}"
+            official.needs(row, ("id", "judgement"), where)
+            if "judge" not in row and len(queries) != 1:
+                raise ValueError(f"{where} does not say which judge wrote it; add judge: one of {', '.join(queries)}")
+            judge, item = row.get("judge", queries[0]), find(row, where)
+            query = LLM_JUDGES[judge].query if judge in LLM_JUDGES else judge
+            about = row.get("response")
+            if about is None:
+                about = int(row.get("try", count[query, item]))
+                count[query, item] += 1
+            self.written[query, item, about] = (str(row["judgement"]), row.get("model"))
+
+    def read_kept(self, find: Find, judges: Sequence[str]) -> None:
+        """Add what an earlier call has kept, without a last line that was being written when it ended."""
+        if store.whole_lines(self.keep)[0]:
+            self.read(official.read_lines(self.keep), str(self.keep), find, judges)
+
+    def write_missing(
+        self, names: Sequence[str], items: Iterable[Item], responses: Responses, wording: Mapping[str, str],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:  # fmt: skip
+        """Have judges of one query judge what nobody has judged yet, each response to an item once; keep each judgement as it comes,
+        and note why some did not come.
+
+        Units:    `progress` counts judgements
+        """
+        judge = LLM_JUDGES[names[0]]
+        model, prompts = self.models[judge.query], dict[Key, tuple[Item, str]]()
+        for item in items:
+            for attempt, response in enumerate(responses.get(item.id, ())):
+                labels = [self.label(name, item, response, attempt) for name in names]
+                if response is None or not any(label is None and reason in self.retried for label, reason in labels):
+                    continue
+                if judge.pictures and not item.images:
+                    self.problems[judge.query, item.id, digest(response)] = "no picture"
+                else:
+                    prompts[item.id, digest(response)] = item, judge.prompt(item, response, wording)
+        if not prompts:
+            return
+        replies = model.complete(judge, [(key, *prompt) for key, prompt in prompts.items()])
+        for done, ((item_id, about), reply) in enumerate(replies, 1):
+            progress(done)
+            if reply.text is None:
+                self.problems[judge.query, item_id, about] = reply.problem
+                continue
+            self.written[judge.query, item_id, about] = (reply.text, model.name)
+            line = {"id": item_id, "judge": judge.query, "judgement": reply.text, "model": model.name, "response": about}
+            with self.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def digest(text: str) -> str:
+    """By what a judgement names the response that it is of."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def queries_of(judges: Iterable[str]) -> dict[str, list[str]]:
+    """The judges among these that ask a model, by what they ask: judges of one query read the same judgement."""
+    queries: dict[str, list[str]] = {}
+    for name in judges:
+        if name in LLM_JUDGES:
+            queries.setdefault(LLM_JUDGES[name].query, []).append(name)
+    return queries
+
+
+def marked(name: str, items: Sequence[Item], responses: Responses, judgements: Judgements) -> tuple[list[Marked], Counter[str]]:
+    """Labels of one judge, and why some are missing. Every item has as many tries as the one with most."""
+    tries, reasons, rows = max(map(len, responses.values())), Counter[str](), []
+    for item in items:
+        texts = list(responses.get(item.id, ()))
+        texts += [None] * (tries - len(texts))
+        labels = [judgements.label(name, item, text, attempt) for attempt, text in enumerate(texts)]
+        reasons.update(reason for label, reason in labels if label is None)
+        rows.append(Marked(item, tuple(label for label, _ in labels)))
+    return rows, reasons
