@@ -16,6 +16,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,14 +110,19 @@ def unsound_pair(pair: Pair, processors: Sequence[Any], limit: int) -> str | Non
 
 def sound(
     rows: Sequence[Row], check: Callable[[Row, Sequence[Any], int], str | None], processors: Sequence[Any], limit: int
-) -> tuple[list[Row], dict[str, int]]:
-    """The rows that can be trained on (ValueError where none is left), and how many were dropped for each reason."""
+) -> tuple[list[Row], list[list[str]]]:
+    """The rows that can be trained on (ValueError where none is left), and the id of every other one with the reason."""
     reasons = [check(row, processors, limit) for row in rows]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     if not kept:
         first = f", the first, {rows[0].id!r}, because: {reasons[0]}" if rows else ""
         raise ValueError(f"none of {len(rows)} rows can be trained on{first}")
-    return kept, dict(Counter(reason.split(" (")[0] for reason in reasons if reason))
+    return kept, [[row.id, reason] for row, reason in zip(rows, reasons, strict=True) if reason]
+
+
+def tally(refused: Iterable[Sequence[str]]) -> dict[str, int]:
+    """How many rows were refused for each reason; sizes that a reason ends with, in brackets, are not told apart."""
+    return dict(Counter(reason.split(" (")[0] for _, reason in refused))
 
 
 def _line(row: Example, reasons: Sequence[str], **measured: Any) -> dict[str, Any]:
@@ -145,24 +151,34 @@ def audit(rows: Sequence[Example], text: Sequence[Any], image: Sequence[Any | No
     return lines
 
 
-def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]]) -> Iterator[Example]:
-    """The rows that the audit keeps, in order; ValueError when the audit is about other rows."""
+def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]], unfiltered: bool = False) -> Iterator[Example]:
+    """The rows that the audit keeps, in order, or all that intake has not skipped, whatever guards say of them.
+
+    Raises:   ValueError where the audit is about other rows
+    """
     for row, line in zip(rows, lines, strict=True):
         if row.id != line["id"]:
             raise ValueError(f"the audit has {line['id']!r} where the corpus has {row.id!r}")
-        if line["kept"]:
+        if line["kept"] or (unfiltered and not line["skipped"]):
             yield row
 
 
-def refuse_leaks(training: Iterable[Example], items: Iterable[Item]) -> None:
-    """Raise ValueError where a training row begins with a benchmark prompt, pictures included."""
-    prompts = set()
+def refuse_leaks(training: Iterable[Example | Pair], items: Iterable[Item]) -> None:
+    """Raise ValueError where a training row begins with a benchmark prompt, pictures included.
+
+    Only pictures of rows whose request is that of an item are read: those of half a million rows take hours.
+    """
+    by_text: dict[str, list[Item]] = {}
+    for item in items:
+        by_text.setdefault(content_digest(replace(item, images=())), []).append(item)
+    leaked: dict[str, None] = {}
     for row in training:
-        opening = [turn for turn in row.turns if turn.role != "system"][:1]
-        prompts.add(content_digest(Example(row.id, row.source, tuple(opening), row.images)))
-    leaked = [item.id for item in items if content_digest(item) in prompts]
+        opening = Example(row.id, row.source, tuple(turn for turn in row.turns if turn.role != "system")[:1], row.images)
+        if same := by_text.get(content_digest(replace(opening, images=()))):
+            prompt = content_digest(opening)
+            leaked.update(dict.fromkeys(item.id for item in same if content_digest(item) == prompt))
     if leaked:
-        raise ValueError(f"{len(leaked)} benchmark prompts are also in training rows, first {leaked[0]!r}")
+        raise ValueError(f"{len(leaked)} benchmark prompts are also in training rows, first {next(iter(leaked))!r}")
 
 
 def screen(rows: Sequence[Example], processors: Sequence[Any], limit: int, text: Any, image: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ corpora: a row with a missing or corrupt picture is skipped, counted and named.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,15 @@ FOLDERS = {  # LLaVA-Instruct's folders of pictures, and the archive that holds 
     "vg/VG_100K_2/": "vg/images2.zip!VG_100K_2/",
     "ocr_vqa/images/": "ocr_vqa/images.zip!images/",
 }
+# The forms of LLaVA-1.5's task data: RefCOCO's and Visual Genome's regions, TextCaps' captions, short answers of five VQA sets.
+# Source: Liu et al. 2024 ("Improved baselines with visual instruction tuning"), appendix: data and their prompts.
+LOOKING = re.compile(
+    r"provide a short description for this region: ?\[|provide the bounding box coordinate of the region this sentence describes"
+    r"|provide a one-sentence caption for the provided image|answer the question using a single word or phrase"
+    r"|answer with the option's letter from the given choices directly",
+    re.IGNORECASE,
+)
+PHRASE = 20  # words of an answer in such a form, where the request does not say it again; assumed, long book titles included
 SAFE_RLHF_COLUMNS = {
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"
 }  # fmt: skip
@@ -84,9 +94,22 @@ def _llava(
         if not image:
             return Example(name, text_source, turns) if text_source else Refused(name, "no picture")
         turns = tuple(Turn(turn.role, turn.text.replace(IMAGE, "").strip()) for turn in turns)
-        return Example(name, source, turns, (picture(place, candidates(image)),), cluster=image)
+        task = "look" if _looking(turns) else None
+        return Example(name, source, turns, (picture(place, candidates(image)),), cluster=image, task=task)
 
     return converted(rows_of(place, file), example, "LLaVA")
+
+
+def _looking(turns: Sequence[Turn]) -> bool:
+    """Whether all requests of a conversation about a picture are for a region, a caption, or a short answer.
+
+    Only the first request of most rows names the form, as LLaVA-1.5 merged a set's questions about one picture: later ones count
+    as of that form where their answers are as short.
+    """
+    requests, answers = ([turn.text for turn in turns if turn.role == role] for role in ("user", "assistant"))
+    later = zip(requests[1:], answers[1:], strict=False)
+    named = bool(requests and LOOKING.search(requests[0]))
+    return named and all(LOOKING.search(request) or len(answer.split()) <= PHRASE for request, answer in later)
 
 
 def vlguard(place: Place, split: str = "train") -> Iterator[Example | Refused]:
