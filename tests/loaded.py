@@ -1,0 +1,106 @@
+"""A tiny scale that loads: official-shaped folders with invented harmless rows, random tiny models in hub layout, as a YAML file.
+
+`python -m loaded FOLDER` (with `tests` on the path) writes it for a run outside pytest; `tests/loaded.sh` does that in CI.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import official
+import official_files
+import yaml
+from conftest import NANO
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlsafe.core import assets
+from vlsafe.core.presets import PAPER
+from vlsafe.core.scale import as_plain
+from vlsafe.data.miniature.language import vocabulary
+from vlsafe.data.sources import CORPORA
+from vlsafe.models import chat, checkpoints
+
+PARENTS = {"tiny-a": "llama2", "tiny-b": "tulu"}  # and its chat template
+STRINGS = "xstest-strings"
+JUDGES = {  # those of the headline first
+    "sorry_bench": ["sorry-bench", STRINGS], "wildjailbreak": ["wildguard", "wildguard-refusal", STRINGS],
+    "mm_safetybench": ["mm-safetybench-criteria", "llama-guard-3", STRINGS], "siuo": ["llama-guard-3", STRINGS],
+    "figstep": ["llama-guard-3", STRINGS], "vlguard": ["llama-guard-3", "vlguard-strings"], "xstest": [STRINGS],
+    "mmbench": ["letters"], "mme": ["mme-yes-no"], "seed_bench": ["seed-letter"],
+}  # fmt: skip
+WEIGHTS = {"llama-guard-3": "llama-guard", "wildguard": "wildguard", "sorry-bench": "sorry-judge"}
+
+
+def models(home):
+    """Parents, tower, guards and judges as folders in the hub's layout."""
+    spec = NANO.vision
+    tokenizer = chat.build_tokenizer(vocabulary(), NANO.language.context)
+    for seed, name in enumerate(PARENTS):
+        checkpoints.save(checkpoints.build_llm(NANO.language, tokenizer, seed), home / name, tokenizer)
+    checkpoints.save(checkpoints.build_clip(spec, tokenizer, 0), home / "tower")
+    side = {"height": spec.image_size, "width": spec.image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": spec.image_size}, crop_size=side).save_pretrained(home / "tower")
+    official.tiny_llama_guard(home / "llama-guard")
+    official.tiny_wildguard(home / "wildguard")
+    official.tiny_sorry_judge(home / "sorry-judge")
+    official.tiny_nsfw(home / "nsfw")
+
+
+def _origin(path, kind="model"):
+    return {"repo": str(path), "revision": "main", "kind": kind, "files": [], "gigabytes": 0.0, "terms": None}
+
+
+def scale(home, endpoint):
+    """The scale file's content: the paper's graph with NANO's numbers."""
+    plain = as_plain(NANO)
+    grouped = {"steps": 2, "grouped": True, "at_once": 2, "saved": "bfloat16", "launch": "", "micro_batches": 1, "max_length": None}
+    fits = {name: plain[name] | grouped for name in ("projector", "instruct")}
+    tuning = plain["tuning"] | {"sft": plain["tuning"]["sft"] | grouped, "pairs": 4}
+    tuning["preference"]["fit"] |= {"launch": "", "saved": "bfloat16", "at_once": 1, "grouped": True}
+    tuning["rollout"]["fit"] |= {"launch": ""}
+    tuning["rollout"] |= {"reward": "overlap"}
+    loaded = {name: {"rows": None, "gigabytes": 0.0, "archives": [], "by_hand": None} for name in CORPORA}
+    loaded |= {
+        "text_guard": {"origin": _origin(home / "llama-guard")}, "tower": _origin(home / "tower"), "missing_share": 0.2,
+        "image_guard": {"origin": _origin(home / "nsfw"), "labels": ["nsfw"]}, "gpu_gigabytes": 0.0,
+        "parents": dict.fromkeys(PAPER.loaded.parents) | {name: _origin(home / name) for name in PARENTS},
+        "judges": dict.fromkeys(PAPER.loaded.judges) | {name: _origin(home / folder) for name, folder in WEIGHTS.items()},
+    }  # fmt: skip
+    backbones = dict.fromkeys(PAPER.backbones) | {
+        name: {"extends": "llama2-chat", "template": template} for name, template in PARENTS.items()
+    }
+    exam = plain["exam"] | {
+        "judges": JUDGES, "validation": 0.5, "dtype": "float32", "full": 1000,
+        "endpoints": {"mm-safetybench-criteria": {"address": endpoint, "model": "scripted"}},
+    }  # fmt: skip
+    return {
+        "extends": "paper", "loaded": loaded, "backbones": backbones, "exam": exam, "tuning": tuning, "threads": 1,
+        "vision": plain["vision"] | {"pad": True}, **fits, **{name: plain[name] for name in PLAIN},
+    }  # fmt: skip
+
+
+PLAIN = ("language", "search", "probing", "merging", "checkpoints", "arm_checkpoints", "lora")
+
+
+def written(home, endpoint="http://127.0.0.1:9/v1"):
+    """Write everything below a folder; the path of the scale file, whose corpora and benchmarks lie in `data` beside it."""
+    home = Path(home)
+    official_files.everything(official.corpora(home / "data"))
+    models(home / "hub")
+    path = home / "tiny.yaml"
+    path.write_text(yaml.safe_dump(scale(home / "hub", endpoint), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def opened(path):
+    """Let this process find the files of a scale that `written` wrote."""
+    os.environ["VLSAFE_DATA"] = str(Path(path).parent / "data")
+    assets._archive.cache_clear()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--endpoint", default="http://127.0.0.1:9/v1")
+    arguments = parser.parse_args()
+    print(written(arguments.folder, arguments.endpoint))
