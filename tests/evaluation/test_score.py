@@ -22,7 +22,7 @@ from official_files import everything, lines, write
 from vlsafe import cli
 from vlsafe.core.schema import Item, Turn
 from vlsafe.data.miniature.language import vocabulary
-from vlsafe.evaluation import engines, score, servers
+from vlsafe.evaluation import engines, judging, score, servers
 from vlsafe.evaluation.benchmarks import REAL
 from vlsafe.evaluation.judges.llm import LLM_JUDGES
 from vlsafe.models import chat, checkpoints
@@ -371,7 +371,7 @@ def test_a_real_server_answers_as_the_local_engine_and_can_be_a_judge(served, ti
     assert remote == local and len(local) == 6
     responses = answered(root, tmp_path, "siuo")[1]
     found = score.score(
-        "siuo", root, responses, tmp_path / "o.json", ["siuo-safe-criteria"], judge_model=score.endpoint(served)
+        "siuo", root, responses, tmp_path / "o.json", ["siuo-safe-criteria"], judge_model=judging.endpoint(served)
     )  # fmt: skip
     assert found["judges"][0]["unjudged"] == {"judgement cannot be read": 9}
     assert len((tmp_path / "o.judgements.jsonl").read_text().splitlines()) == 9

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.evaluation import benchmarks, engines, examine, human, judges, prompts, score, servers, validation
+    from vlsafe.evaluation import benchmarks, engines, examine, human, judges, judging, prompts, score, servers, validation
 
 __getattr__ = lazily(__name__)

@@ -52,9 +52,9 @@ def endpoint(server: servers.Server) -> JudgeModel:
     return JudgeModel(server.model, complete)
 
 
-def weights(folder: Path, name: str = "", batch_size: int = 16, device: str = "") -> JudgeModel:
-    """A model folder, loaded when it is first asked; by default on a GPU where there is one, in bfloat16 there. Only for judges
-    whose prompt is raw text.
+def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
+    """A model folder, loaded when it is first asked, in bfloat16 where models compute on a GPU. Only for judges whose prompt is
+    raw text.
 
     Raises:   FileNotFoundError where the folder holds no model
     """
@@ -66,9 +66,9 @@ def weights(folder: Path, name: str = "", batch_size: int = 16, device: str = ""
     def loaded() -> tuple[Any, Any]:
         import torch
 
-        from vlsafe.models import checkpoints
+        from vlsafe.models import checkpoints, devices
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = devices.device()
         model = checkpoints.load(folder, torch.float32 if place == "cpu" else torch.bfloat16).to(place)
         processor = checkpoints.load_processor(folder)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -153,8 +153,8 @@ class Judgements:
         self, names: Sequence[str], items: Iterable[Item], responses: Responses, wording: Mapping[str, str],
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:  # fmt: skip
-        """Have judges of one query judge what nobody has judged yet, each response to an item once; keep each judgement as it comes,
-        and note why some did not come.
+        """Have judges of one query judge what nobody has judged yet, each response to an item once; keep each judgement as it
+        comes, and note why some did not.
 
         Units:    `progress` counts judgements
         """

@@ -25,9 +25,7 @@ from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
-from vlsafe.evaluation.judging import Judgements, JudgeModel
-
-Find = judging.Find
+from vlsafe.evaluation.judging import Find, Judgements, JudgeModel
 
 
 class Stored(NamedTuple):
@@ -114,9 +112,10 @@ def score(
     """Score stored responses to a benchmark by its official metric, and write the result as JSON to `out`.
 
     `data` is the folder of the official files, `subset` one of the benchmark's (by default its first), `responses` a file of
-    lines `{"id", "response"}` (for MME also the folder of its result files) or what a run holds, `judges` names of JUDGES or LLM_JUDGES (by default
-    the official ones). LLM judges read `judgements`, lines `{"id", "judgement"}`, and have `judge_model` (`endpoint`, `weights`)
-    write the missing ones, which are kept beside `out` for later calls. With `rows_to`, each verdict is written as a line there.
+    lines `{"id", "response"}` (for MME also the folder of its result files) or what a run holds, `judges`
+    names of JUDGES or LLM_JUDGES (by default the official ones). LLM judges read `judgements`, lines `{"id", "judgement"}`, and
+    have `judge_model` (`judging.endpoint`, `judging.weights`) write the missing ones, which are kept beside `out` for later
+    calls. With `rows_to`, each verdict is written as a line there.
 
     Shapes:   N items × up to K tries × J judges  ->  `scores`, one entry per judge × metric × part of the benchmark
     Units:    shares are fractions in [0, 1], points where `full` is not 1; `value` counts the unjudged as no event,
@@ -128,10 +127,17 @@ def score(
     subset = known(subset, module.OFFICIAL, f"subset of {benchmark}") if subset else next(iter(module.OFFICIAL))
     names = [known(name, JUDGES | LLM_JUDGES, "judge") for name in judges or module.OFFICIAL[subset]]
     llm = [name for name in names if name in LLM_JUDGES]
-    _require_judgements(llm, judgements, judge_model)
+    of_run = responses.judgements if isinstance(responses, Stored) else ()
+    lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
+    _require_judgements(lacking, judgements, judge_model)
     items, notes = module.load(data, subset, pictures=False)
-    find = finder(module, items)
-    texts = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
+    find, left_out, texts = finder(module, items), list[str](), dict[str, list[str | None]]()
+    if isinstance(responses, Stored):
+        left_out = _not_in_run(responses, module, items)
+        texts = {name: [text] for name, text in responses.responses.items()}
+        items = [item for item in items if item.id in texts]
+    else:
+        texts = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
     part = official.own(module, "part")
     parts = {part(item) for item in items if item.id in texts}  # parts (kinds, styles) without any response are not examined
     left = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
@@ -140,18 +146,19 @@ def score(
         pictured, notes = module.load(data, subset, pictures=True)
         by_id = {item.id: item for item in pictured}
         items = [by_id.get(item.id, item) for item in items]
-    written = Judgements(judge_model, out.with_suffix(".judgements.jsonl"))
-    _collect(written, llm, items, texts, find, judgements, official.places(data, module.FOLDER))
+    models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
+    written = Judgements(models, out.with_suffix(".judgements.jsonl"))
+    _collect(written, llm, items, texts, find, of_run, judgements, official.places(data, module.FOLDER))
     marks, about = {}, {}
     for name in names:
-        marks[name], reasons = marked(name, items, texts, written)
+        marks[name], reasons = judging.marked(name, items, texts, written)
         model = judge_model.name if judge_model and name in llm else None
         about[name] = dict(judge=name, model=model, official=name in module.OFFICIAL[subset], unjudged=dict(reasons))
     scores = [{**row._asdict(), "model": about[row.judge.split(" + ")[0]]["model"]} for row in module.scores(marks)]
     if not scores:
         raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
     result = {
-        "benchmark": benchmark, "subset": subset, "files": notes, "responses": responses.name, "n_items": len(items),
+        "benchmark": benchmark, "subset": subset, "files": notes + left_out, "responses": responses.name, "n_items": len(items),
         "n_without_response": sum(item.id not in texts for item in items), "parts_without_responses": left,
         "judges": list(about.values()), "scores": scores, "agreement": _agreement(marks),
         "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
@@ -174,20 +181,34 @@ def _require_judgements(llm: Sequence[str], judgements: Path | None, judge_model
         )
 
 
+def _not_in_run(stored: Stored, module: ModuleType, items: Sequence[Item]) -> list[str]:
+    """A line where the official files have more items than a run has examined.
+
+    Raises:   ValueError where the run was examined on others
+    """
+    if unknown := set(stored.responses) - {item.id for item in items}:
+        raise ValueError(f"{stored.name} was examined on {min(unknown)!r}, which is no item of these files of {module.NAME}")
+    n = len(items) - len(stored.responses)
+    return (
+        [f"{n:,} items are left out: the run's examination does not have them (validation, a smaller examination)"] if n else []
+    )
+
+
 def _collect(
-    written: Judgements, llm: Sequence[str], items: Sequence[Item], responses: Responses, find: Find, path: Path | None,
-    folders: Sequence[Path],
+    written: Judgements, llm: Sequence[str], items: Sequence[Item], responses: judging.Responses, find: Find,
+    of_run: Sequence[Mapping[str, Any]], path: Path | None, folders: Sequence[Path],
 ) -> None:  # fmt: skip
-    """Add the judgements kept by an earlier call, then those of a file, then those that the model still has to write."""
+    """Add the judgements of a run, those kept by an earlier call, those of a file, then those that the model has yet to write."""
     written.keep.parent.mkdir(parents=True, exist_ok=True)
-    if written.keep.exists() and not (data := written.keep.read_bytes()).endswith(b"\n"):
-        written.keep.write_bytes(data[: data.rfind(b"\n") + 1])  # without a last line that was being written when a run ended
-    for source in (written.keep if written.model else None, path):
-        if llm and source is not None and source.exists():
-            written.read(source, find, llm)
-    if written.model is not None:
-        for name in {LLM_JUDGES[name].query: name for name in llm}.values():
-            written.write_missing(written.model, name, items, responses, wordings(name, folders))
+    if llm:
+        written.read(of_run, "the run's judgements", find, llm)
+    if written.models:
+        written.read_kept(find, llm)
+    if llm and path is not None:
+        written.read(official.read_lines(path), str(path), find, llm)
+    for query in written.models:
+        names = judging.queries_of(llm)[query]
+        written.write_missing(names, items, responses, wordings(names[0], folders))
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
