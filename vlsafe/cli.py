@@ -251,14 +251,14 @@ def _score(arguments: Arguments) -> None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
     if arguments.endpoint and arguments.weights:
         raise ValueError("a judge is asked either at an --endpoint or by --weights")
-    judge_model = evaluation.score.weights(arguments.weights) if arguments.weights else None
+    judge_model = evaluation.judging.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
         llms = evaluation.judges.LLM_JUDGES
         own = [llms[name].model for name in arguments.judges if name in llms]
         model = arguments.judge_model or (own[0] if own else "")
         if not model:
             raise ValueError("say which model the endpoint is to be asked for: --judge-model")
-        judge_model = evaluation.score.endpoint(
+        judge_model = evaluation.judging.endpoint(
             evaluation.servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
         )
     result = evaluation.score.score(
