@@ -21,10 +21,15 @@ from vlsafe.study import adaptation, causal, degradation, filtering, judging, me
 from vlsafe.study.study import Stage, Study, project_root
 
 
+def responses_of(name: str) -> str:
+    """The stage that generates what the stage of this name has judged, where that is another one."""
+    return f"responses/{name.removeprefix('examination/').replace('/', '.')}"
+
+
 def _judged(name: str, made: Stage) -> dict[str, Stage]:
     """A stage that leaves responses with their verdicts; where models are loaded, whose judges are models too, it is two: one
     generates, and the one of the stage's name has the responses judged."""
-    source = f"responses/{name.removeprefix('examination/').replace('/', '.')}"
+    source = responses_of(name)
     inputs = tuple(needed for needed in made.inputs if needed != "world/corpora")  # official items are files
     judging_stage = Stage(partial(judging.make_judged, source=source), (source,), judging.judged_params, 0, estimate="not measured")
     return {
@@ -174,7 +179,7 @@ def _grid_names(grid: str) -> list[str]:
     tuned = tuning.examined(grid) + [f"examination/safety.{name}" for name, of in tuning.RECIPES.items() if of.grid == "probing"]
     chosen = {*tuned, *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
     chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
-    chosen |= {f"responses/{name.removeprefix('examination/').replace('/', '.')}" for name in chosen}
+    chosen |= set(map(responses_of, chosen))
     return [name for name in STAGES if name in chosen or not name.startswith(OPTIONAL)]
 
 
@@ -207,13 +212,17 @@ def read_by(study: Study, word: str, grid: str = "default") -> list[str]:
 def jobs(study: Study, grid: str = "default") -> list[tuple[str, ...]]:
     """The stages of a grid in groups that one process makes in a row: a model with its examination, the examinations of a parent.
 
-    A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone.
+    A process takes six seconds to start, which is what a small stage takes. What a long chain waits for stands alone. So does
+    every stage of a group with one that needs a GPU: it takes far longer than a start, none may hold GPUs that another one of
+    its group needs, and one that fails takes nothing else with it.
     """
     names = planned(study, grid)
     groups = [("tower/clip", "guard/image"), ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation")]
     groups += [(f"instruct/{name}", f"examination/instruct.{name}") for name in adaptation.RECIPES]
-    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES if f"safety/{name}" in names]
-    groups += [("probe/direction", "probe/layers")]
+    groups += [(f"safety/{name}", f"examination/safety.{name}") for name in tuning.RECIPES]
+    groups += [("probe/direction", "probe/layers"), *((name,) for name in merging.names(grid))]
+    groups = [tuple(stage for name in group for stage in (responses_of(name), name) if stage in names) for group in groups]
+    groups = [group for group in groups if group and not any(gpus(study, name) for name in group)]
     grouped = {name for group in groups for name in group}
     return groups + [(name,) for name in names if name not in grouped]
 
@@ -237,6 +246,7 @@ def urgency(study: Study, grid: str = "default") -> dict[tuple[str, ...], int]:
 # What a job requests from the scheduler at loaded scales, all assumed: minutes, after which it is queued again and goes on from
 # its last checkpoint, and megabytes; the first process of a launched training gathers weights and optimiser state.
 REQUESTS = {0: {"runtime": 240, "mem_mb": 16_000}, 1: {"runtime": 720, "mem_mb": 64_000}, 8: {"runtime": 1440, "mem_mb": 400_000}}
+READERS = ("world/corpora", "base/llm", "tower/clip", "guard/text", "guard/image")  # at loaded scales they compute nothing
 
 
 def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
@@ -244,19 +254,24 @@ def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
 
     `tasks` is 0 with GPUs: Slurm's plugin would start the job once for every GPU otherwise.
     """
-    if study.scale.source == "build":
-        return {}
     many = max(gpus(study, name) for name in job)
-    request = REQUESTS[8 if many > 1 else many]
-    return {**request, **({"gpu": many, "tasks": 0, "threads": many * study.scale.threads} if many else {})}
+    given = {"gpu": many, "tasks": 0} if many else {}
+    if study.scale.source == "build":
+        return given
+    return {**REQUESTS[8 if many > 1 else many], "threads": max(many, 1) * study.scale.threads, **given}
 
 
 def gpus(study: Study, name: str) -> int:
-    """How many GPUs a stage of a loaded scale is given: one, or those of the configuration by which it is trained."""
+    """How many GPUs a stage needs at most: one, or those of the configuration by which it is trained. None on the CPU, where
+    models that are built stay unless the scale's `device` says otherwise."""
     kind, _, recipe = name.partition("/")
-    if name in ("world/corpora", "guard/text", "guard/image"):
+    if study.scale.loaded is None:
+        return int(study.scale.device == "cuda")
+    judged_elsewhere = responses_of(name) in STAGES and not study.scale.loaded.judges
+    if study.scale.device == "cpu" or judged_elsewhere or name in READERS:
         return 0
     fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
-            "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
+            "sppft": lambda: study.scale.instruct, "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
     launch = fits[kind]().launch if kind in fits else ""
-    return int(yaml.safe_load((project_root() / launch).read_text(encoding="utf-8"))["num_processes"]) if launch else 1
+    configuration = yaml.safe_load((project_root() / launch).read_text(encoding="utf-8")) if launch else {"num_processes": 1}
+    return 0 if configuration.get("use_cpu") else int(configuration["num_processes"])
