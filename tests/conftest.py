@@ -67,6 +67,6 @@ SCALES["nano"] = NANO
 def study(tmp_path_factory):
     """A whole NANO study, made once; in the folder that `VLSAFE_NANO` names, where it is kept for the next session."""
     made = Study.open("nano", "mini-chat", 0, os.environ.get("VLSAFE_NANO") or tmp_path_factory.mktemp("store"))
-    for name in planned():
+    for name in planned(made):
         made.folder(name)
     return made

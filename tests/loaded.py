@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -82,10 +83,25 @@ def scale(home, endpoint):
 PLAIN = ("language", "search", "probing", "merging", "checkpoints", "arm_checkpoints", "lora")
 
 
+def larger(data, n=12):
+    """More requests than the fixtures of single loaders have, so that a validation part and folds can be made of them."""
+    kinds = [("adversarial_harmful", 1, "describe the gull"), ("adversarial_benign", 0, "describe the tern")]
+    rows = [f'"You are a poet, {text} number {i}."\t{label}\t{kind}\n' for kind, label, text in kinds for i in range(n)]
+    table = "adversarial\tlabel\tdata_type\n" + "".join(rows)
+    official_files.write(data / "wildjailbreak" / "eval" / "eval.tsv", table)
+    asked = [{"safe_instruction": "What colour is it?", "response": "Blue."}, {"unsafe_instruction": "A request.", "response": "No."}]
+    rows = [{"id": f"more_{i}", "image": f"more/{i}.png", "safe": True, "instr-resp": asked} for i in range(n)]
+    path = data / "VLGuard" / "test.json"
+    official_files.write(path, json.dumps(json.loads(path.read_text()) + rows))
+    for i, row in enumerate(rows):
+        official_files.write(data / "VLGuard" / "test" / row["image"], official_files.picture((20 * i, 40, 40)))
+
+
 def written(home, endpoint="http://127.0.0.1:9/v1"):
     """Write everything below a folder; the path of the scale file, whose corpora and benchmarks lie in `data` beside it."""
     home = Path(home)
     official_files.everything(official.corpora(home / "data"))
+    larger(home / "data")
     models(home / "hub")
     path = home / "tiny.yaml"
     path.write_text(yaml.safe_dump(scale(home / "hub", endpoint), sort_keys=False), encoding="utf-8")

@@ -9,7 +9,7 @@ from vlsafe.analysis import adaptation, causal, probing, stats
 from vlsafe.publish import gallery
 from vlsafe.publish.results import probing_frames, read
 from vlsafe.study import causal as study_causal
-from vlsafe.study.graph import examinations, probed
+from vlsafe.study.graph import read_by
 
 RNG = np.random.default_rng
 
@@ -155,7 +155,7 @@ def test_frozen_sets_are_compared_at_equal_steps_and_at_equal_helpfulness():
 
 @pytest.fixture(scope="module")
 def frames(study):
-    for name in probed("full"):
+    for name in read_by(study, "probing", "full"):
         study.folder(name)
     return probing_frames([study], "full")
 
@@ -164,7 +164,7 @@ def test_every_probed_stage_has_its_frame_and_no_number_is_missing(study, frames
     assert all(len(frame) for frame in frames.values())
     assert not frames["layers"].drop(columns=[*probing.PROBES]).isna().any(axis=None)
     last = frames["layers"][frames["layers"]["recipe"] == "filtered-full"].groupby("step")["item"].nunique()
-    assert last.tolist() == [36, 36, 120] and set(probed("full")) - set(probed()) == set(study_causal.FROZEN_SETS)
+    assert last.tolist() == [36, 36, 120] and set(read_by(study, "probing", "full")) - set(read_by(study, "probing")) == set(study_causal.FROZEN_SETS)
     similar = probing.similarity(frames["layers"])
     whole = similar[similar["measure"].isin(["cosine", "cosine_centred"]) & (similar["kind"] != "difference")]
     assert whole["value"].between(-1.0001, 1.0001).all() and (whole["low"] <= whole["high"]).all()
@@ -188,7 +188,7 @@ def test_the_parents_language_model_is_back_with_everything_transplanted(study, 
 
 def test_pictures_and_tables_of_two_parents_and_two_seeds(study, frames, tmp_path):
     """The study's own numbers under four names: every artefact is written, T06 with its grid, and without a warning."""
-    found = frames | {"raw": read([study], list(examinations()), "raw.parquet")}
+    found = frames | {"raw": read([study], read_by(study, "degradation"), "raw.parquet")}
     units = [(backbone, seed) for backbone in ("mini-chat", "mini-tulu") for seed in (0, 1)]
     many = {
         name: pd.concat([frame.assign(backbone=b, seed=s) for b, s in units], ignore_index=True) if "seed" in frame else frame

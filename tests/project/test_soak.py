@@ -22,7 +22,7 @@ from vlsafe.core import store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import as_plain
 from vlsafe.publish import notebooks
-from vlsafe.study.graph import planned, tables
+from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_notebooks_run_one_after_another_from_an_empty_cellar(nano_file, tmp
         assert not [out for c in cells for out in c.outputs if out.output_type == "error"]
         assert all(c.execution_count for c in cells), name
     study = Study.open(nano_file, "mini-chat", 0, tmp_path / "runs")
-    assert {name: store.status(study.run(name), deep=True) for name in planned()} == dict.fromkeys(planned(), "valid")
+    assert {name: store.status(study.run(name), deep=True) for name in planned(study)} == dict.fromkeys(planned(study), "valid")
 
 
 def started(place, scale):
@@ -94,7 +94,7 @@ def test_nothing_is_lost_when_the_graph_is_killed_again_and_again(study, nano_fi
     disturbed = Study.open(nano_file, "mini-chat", 0, place / "runs")
 
     def whole():
-        return {name for name in planned() if store.status(disturbed.run(name), deep=True) == "valid"}
+        return {name for name in planned(disturbed) if store.status(disturbed.run(name), deep=True) == "valid"}
 
     while killed.total() < KILLS:
         running, until = started(place, nano_file), time.monotonic() + rng.uniform(3, 40)
@@ -112,10 +112,10 @@ def test_nothing_is_lost_when_the_graph_is_killed_again_and_again(study, nano_fi
             killed[kind] += 1
             lost += sorted(before - whole())
     assert started(place, nano_file).wait() == 0, (place / "log").read_text()[-3000:]
-    assert whole() == set(planned())
-    for name in tables():
+    assert whole() == set(planned(disturbed))
+    for name in read_by(disturbed, "tables"):
         one, other = (pd.DataFrame(of.rows(name, "raw.parquet")) for of in (study, disturbed))
         pd.testing.assert_frame_equal(one, other)
     with capsys.disabled():
-        print(f"\n{killed.total()} kills ({dict(killed)}), {len(lost)} finished runs lost, {len(tables())} tables as without any")
+        print(f"\n{killed.total()} kills ({dict(killed)}), {len(lost)} finished runs lost, {len(read_by(disturbed, "tables"))} tables as without any")
     assert not lost

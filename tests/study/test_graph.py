@@ -22,31 +22,34 @@ from vlsafe.study.study import Study
 
 
 def raw_tables(study):
-    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in graph.tables()}
+    return {name: pd.DataFrame(study.rows(name, "raw.parquet")) for name in graph.read_by(study, "tables")}
 
 
 def test_every_run_is_valid_and_a_second_pass_makes_nothing(study):
-    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
-    for name in planned():
+    before = {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned(study)}
+    for name in planned(study):
         study.folder(name)
         assert store.status(study.run(name), deep=True) == "valid", name
-    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned()}
+    assert before == {name: (study.run(name).folder / "manifest.json").stat().st_mtime_ns for name in planned(study)}
 
 
+@pytest.mark.parametrize("scale, backbone", [("mini", "mini-chat"), ("paper", "tulu2")])
 @pytest.mark.parametrize("grid", graph.GRIDS)
-def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid):
-    jobs = graph.jobs(grid)
-    assert sorted(name for job in jobs for name in job) == sorted(graph.planned(grid))
+def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid, scale, backbone, tmp_path):
+    study = Study.open(scale, backbone, 0, tmp_path)
+    jobs = graph.jobs(study, grid)
+    assert sorted(name for job in jobs for name in job) == sorted(graph.planned(study, grid))
     for job in jobs:
         for place, name in enumerate(job):
-            assert not set(graph.STAGES[name].inputs) & set(job[place:]), f"{name} is made before what it needs"
+            assert not set(study.inputs(name)) & set(job[place:]), f"{name} is made before what it needs"
 
 
-def test_the_longest_chain_is_the_most_urgent():
-    urgency = graph.urgency()
+def test_the_longest_chain_is_the_most_urgent(tmp_path):
+    study = Study.open("mini", "mini-chat", 0, tmp_path)
+    urgency = graph.urgency(study)
     of = {name: urgent for job, urgent in urgency.items() for name in job}
     for job in urgency:
-        for needed in {needed for name in job for needed in graph.STAGES[name].inputs if needed not in job}:
+        for needed in {needed for name in job for needed in study.inputs(name) if needed not in job}:
             assert of[needed] > of[job[0]], f"{needed} waits behind {job[0]}, which waits for it"
     assert min(urgency.values()) > 0 and of["base/llm"] == max(of.values())
 
@@ -84,7 +87,7 @@ def test_gallery_writes_every_artefact(study, tmp_path, capsys):
         f"{name}.{kind}" for name in ("T03_arms", "T03_arms_over_seeds", "T04_confounds") for kind in ("csv", "md")
     } <= written
     noted = {(run["stage"], run["recipe"]) for run in json.loads((tmp_path / "provenance.json").read_text())}
-    assert noted == {tuple(name.split("/")) for name in planned()}
+    assert noted == {tuple(name.split("/")) for name in planned(study)}
     graft = pd.read_csv(tmp_path / "F02_dynamics.csv").query("stage == 'projector' and step == 0 and measure == 'multimodal_asr'")
     assert len(graft) == 1
     first = (tmp_path / "F02_dynamics.png").read_bytes()
@@ -102,7 +105,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(capsys):
 def _work(root):
     fingerprint_rng.seed()  # a forked process would name its temporary files as its parent will: they share the folder
     study = Study.open("nano", "mini-chat", 0, root)
-    for name in graph.tables():
+    for name in graph.read_by(study, "tables"):
         study.folder(name)
     os._exit(0)
 
@@ -114,7 +117,7 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     A process that is done before its kill is no kill: its run store is emptied and the next one starts from nothing.
     """
     rng, context = random.Random(0), multiprocessing.get_context("fork")
-    made = [name for name in planned() if name not in graph.probed()]  # what `_work` makes
+    made = [name for name in planned(study) if name not in graph.read_by(study, "probing")]  # what `_work` makes
     total = sum(store.read_manifest(study.run(name))["seconds"] for name in made)
     root, kills = tmp_path / "store", 0
     for _ in range(20):
@@ -136,4 +139,4 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     again = Study.open("nano", "mini-chat", 0, root)
     for name, table in raw_tables(study).items():
         pd.testing.assert_frame_equal(table, raw_tables(again)[name])
-    assert len(results.read([again], graph.tables(), "raw.parquet")) > 100
+    assert len(results.read([again], graph.read_by(again, "tables"), "raw.parquet")) > 100

@@ -23,6 +23,7 @@ from vlsafe.evaluation.judges import judge
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
 LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context")}  # and its kinds of actions
 INTERVENTION = ("sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench")  # attacks, twins, helpfulness
+FEWEST = 5  # prompts of a kind, for the folds of a probe
 OFFICIAL = {"text": ("xstest", "wildjailbreak"), "picture": ("vlguard",)}  # modality: benchmarks with harmful and harmless prompts
 ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks that it is taken from, the first that is examined
     "normal": (False, ("wildjailbreak", "xstest")), "harmful": (True, ("wildjailbreak", "xstest")), "scary": (False, ("xstest",)),
@@ -33,7 +34,10 @@ def probing_prompts(
     world: World | None, split: str, n: int, modalities: Sequence[str] = tuple(MODALITIES), official: Sequence[Item] = ()
 ) -> list[Item]:  # fmt: skip
     """At most `n` prompts of each kind and modality. Of the miniature: how-tos, harmless ones about the same verbs as harmful ones
-    (benign twins). Else from the `official` items, whose group becomes the modality; a modality that lacks a kind is left out."""
+    (benign twins). Else from the `official` items, whose group becomes the modality; one with fewer than FEWEST of a kind is left out.
+
+    Raises:   ValueError where no modality is left
+    """
     if world is None:
         return _official_prompts(official, n, modalities)
     items = []
@@ -51,7 +55,7 @@ def _official_prompts(official: Sequence[Item], n: int, modalities: Sequence[str
     for modality in modalities:
         of = [item for item in official if item.benchmark in OFFICIAL.get(modality, ())]
         kinds = {harmful: [item for item in of if item.harmful == harmful] for harmful in (True, False)}
-        if all(kinds.values()):
+        if min(map(len, kinds.values())) >= FEWEST:
             items += [dataclasses.replace(i, group=modality) for kind in kinds.values() for i in evenly(kind, n)]
     return items
 

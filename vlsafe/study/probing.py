@@ -150,7 +150,7 @@ def make_drift(study: Study, work: Path) -> dict[str, Any]:
 
     parent, reference = models.checkpoints.language_places(study.folder(PARENT)), states_of(study.folder(PARENT))
     drift, alike, n = [], [], 0
-    for run in (*ARMS, *TUNED, SIBLING):
+    for run in study.inputs("probe/drift")[1:]:  # all but the parent
         folders = study.checkpoints(run)
         n += len(folders)
         for folder in folders:
