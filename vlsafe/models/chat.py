@@ -16,8 +16,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlsafe.core.assets import Origin, pinned
+from vlsafe.core.scale import VisionSpec
 from vlsafe.core.schema import Picture, Turn, messages
 from vlsafe.models.templates import template
 
@@ -62,10 +64,11 @@ def _llava_processor(pixels: Any, tokenizer: Any, patch_size: int, strategy: str
     )  # fmt: skip
 
 
-def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, strategy: str) -> LlavaProcessor:
+def hub_processor(language: Origin, tower: Origin, name: str, spec: VisionSpec) -> LlavaProcessor:
     """The processor of a model that will be grafted from a hub's language model and tower, with our chat template.
 
-    The picture's placeholder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on padding.
+    Where `spec.pad`, pictures are padded to a square with the mean colour; else the tower's own processor crops them. The
+    picture's placeholder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on padding.
     """
     tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=pinned(language.repo, language.revision))
     if getattr(tokenizer, "image_token", None) is None:
@@ -73,7 +76,18 @@ def hub_processor(language: Origin, tower: Origin, name: str, patch_size: int, s
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = template(name)
     pixels = AutoImageProcessor.from_pretrained(tower.repo, revision=pinned(tower.repo, tower.revision), backend="pil")
-    return _llava_processor(pixels, tokenizer, patch_size, strategy)
+    if spec.pad:
+        pixels = LlavaImageProcessorPil.from_dict(pixels.to_dict(), do_pad=True)
+    return _llava_processor(pixels, tokenizer, spec.patch_size, spec.feature_strategy)
+
+
+def cropping(processor: Any) -> Any:
+    """The same processor, which from now on crops pictures to a square instead of padding them: LLaVA-1.5's stage 1.
+
+    Source:   LLaVA-1.5, pretrain.sh, which leaves out finetune.sh's `--image_aspect_ratio pad`
+    """
+    processor.image_processor.do_pad = False
+    return processor
 
 
 def open_picture(data: Picture) -> Image.Image:

@@ -22,7 +22,7 @@ from datasets import Dataset, load_from_disk
 
 from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
-from vlsafe.models import architectures, checkpoints, trainable
+from vlsafe.models import architectures, chat, checkpoints, trainable
 from vlsafe.training import processes, trainers
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
@@ -71,6 +71,8 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # accelerate shards by these
     model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
     moving, processor = model.num_parameters(only_trainable=True), checkpoints.load_processor(start)
+    if job.method == "projector":  # what is saved with the checkpoints still pads, as every later stage does
+        processor = chat.cropping(processor)
     if job.preference is not None:
         return trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, *rest), moving
     if job.objective == "pcgrad":
