@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
+from vlsafe.core.scale import Fit
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import World
 from vlsafe.models import architectures, checkpoints, trainable
-from vlsafe.training import datasets, trainers
+from vlsafe.training import datasets, processes, trainers
 
 WORLD = World(0)
 
@@ -31,7 +33,7 @@ def test_the_rule_by_hand():
 def test_rows_are_seen_in_proportion_and_none_again_before_all():
     leading = trainers.task_shares(5905, 1200, 361, 8)
     assert set(leading) == {1, 2} and sum(leading) / (361 * 8) == pytest.approx(1200 / 7105, abs=0.001)
-    rows = trainers.task_order(40, 8, trainers.task_shares(40, 8, 30, 4), 4, 2, np.random.default_rng(0))
+    rows = trainers.task_order(40, [False] * 48, trainers.task_shares(40, 8, 30, 4), 4, 2, np.random.default_rng(0))
     assert len(rows) == 30 * 8 and set(rows) == set(range(48))
     seen = collections.Counter(rows)
     assert max(seen[i] for i in range(40)) - min(seen[i] for i in range(40)) <= 1
@@ -40,6 +42,24 @@ def test_rows_are_seen_in_proportion_and_none_again_before_all():
         assert tasks == sorted(tasks, reverse=True) and 2 <= sum(tasks) < 8 and sum(tasks) % 2 == 0
     with pytest.raises(ValueError, match="at least two micro-batches"):
         trainers.task_shares(5, 5, 3, 1)
+
+
+@pytest.mark.parametrize("many, at_once, taken", [(1, 4, 32), (1, None, 8), (8, 4, 8), (8, 1, 16)])
+def test_micro_batches_hold_one_task_and_where_grouped_one_modality(many, at_once, taken):
+    """Counted on the rows as the processes take them, also where `at_once` splits a step further than the fit says."""
+    rng, first = np.random.default_rng(1), 300
+    data = Dataset.from_dict({"task": [i >= first for i in range(420)], "pictures": rng.integers(0, 2, 420).tolist()})
+    fit = Fit(steps=30, batch_size=128, learning_rate=1e-3, micro_batches=8, at_once=at_once, grouped=True)
+    ordered, leading = trainers.without_mixed_tasks(data, first, fit, many, np.random.default_rng(0))
+    size = processes.per_process(fit, many) * many
+    assert len(ordered) == 30 * 128 and processes.micro_batches(fit, many) == taken and size * taken == 128
+    tasks, pictured = list(ordered["task"]), list(ordered["pictures"])
+    parts = [slice(at, at + size) for at in range(0, len(tasks), size)]
+    assert sum(len(set(tasks[part])) == 1 for part in parts) / len(parts) == 1.0
+    assert sum(len(set(pictured[part])) == 1 for part in parts) / len(parts) == 1.0
+    assert [sum(tasks[step * 128 : step * 128 + 128]) // size for step in range(30)] == leading
+    assert all(tasks[step * 128] and not tasks[step * 128 + 127] for step in range(30)), "the second task's come first"
+    assert {(task, bool(n)) for task, n in zip(tasks, pictured, strict=True)} == {(a, b) for a in (0, 1) for b in (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +88,7 @@ def test_without_a_conflict_a_step_is_plain_multitask_tunings(study, setting, tm
     monkeypatch.setattr(trainers, "without_conflict", lambda a, b: ([x + y for x, y in zip(a, b, strict=True)], 0.0))
     _, mine = trained(study, setting, tmp_path / "mine")
     model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
-    order = trainers.task_order(24, 8, trainers.task_shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
+    order = trainers.task_order(24, [False] * 32, trainers.task_shares(24, 8, 4, 4), 4, 2, np.random.default_rng(0))
     own = {"max_length": None, "assistant_only_loss": True, "train_sampling_strategy": "sequential"}
     processor, folder = checkpoints.load_processor(start), tmp_path / "plain"
     trainers._run(trainers.SFT, own, model, processor, data.select(order), fit, folder, 0, (), lambda step: None)

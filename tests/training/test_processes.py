@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from vlsafe.core.scale import Fit, LoraSpec, as_plain
+from vlsafe.core.schema import Turn
 from vlsafe.models import checkpoints, trainable
 from vlsafe.study.study import Study
 from vlsafe.training import checkpoints as training_checkpoints
@@ -99,6 +100,26 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
     os.rename(folder, again / "checkpoint-3")
     resumed, ended = trained(job(begun, again, launch=configuration), rows)
     assert resumed == losses and all(torch.equal(whole[key], ended[key]) for key in whole)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_path, monkeypatch, kind):
+    """The two gradients that are compared are those of all processes, whole or sharded: without a sum at every micro-batch
+    a process would compare its own rows' gradient (DDP) or none at all (FSDP2)."""
+    monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
+    examples = begun.examples("screen/filtered", "instructions.parquet")
+    against = [dataclasses.replace(row, turns=(*row.turns[:-1], Turn("assistant", "sorry " * 12))) for row in examples[:30]]
+    data, cosines, ended = datasets.chat_dataset([*examples[:50], *against], with_images=True), {}, {}
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        where = {"launch": written(tmp_path, FSDP if kind == "fsdp2" else DDP)} if name == "two" else {}
+        of = dataclasses.replace(job(begun, folder, micro_batches=4, **where), objective="pcgrad", first=50)
+        history, _ = launch.trained(of, data, lambda step: None, Path("/"))
+        cosines[name] = [record["task_cosine"] for record in history]
+        ended[name] = load_file(folder / "checkpoint-6" / "model.safetensors")
+    assert min(cosines["one"]) < 0 and len(cosines["one"]) == 6, "a step has a conflict"
+    assert cosines["two"] == pytest.approx(cosines["one"], abs=1e-4)
+    assert apart(ended["one"], ended["two"]) < 1e-4
 
 
 def test_one_process_where_two_were_asked_for_is_stopped(begun, rows, tmp_path, capfd):

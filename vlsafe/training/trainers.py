@@ -17,10 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from vlsafe.core.scale import Fit, Preference, Rollout
+from vlsafe.models import devices
 from vlsafe.models.architectures import within
 from vlsafe.models.checkpoints import in_memory_layout
 from vlsafe.training import processes
@@ -62,11 +64,24 @@ def sft_without_conflict(model: PreTrainedModel, processor: Any, data: Dataset, 
 
     Units:    -> records that also hold `task_cosine`, of the two gradients before the projection
     """
-    second, batches, rng = len(data) - first, fit.micro_batches, np.random.default_rng(seed)
-    leading = task_shares(first, second, fit.steps, batches)
-    data = data.select(task_order(first, second, leading, batches, fit.batch_size // batches, rng))
-    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "max_grad_norm": 0.0}  # the callback clips
+    data, leading = without_mixed_tasks(data, first, fit, processes.world_size(), np.random.default_rng(seed))
+    synced = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}  # else a process sees its own rows' gradient, or none
+    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "accelerator_config": synced,
+           "max_grad_norm": 0.0}  # the callback clips
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[ConflictFree(leading)])
+
+
+def without_mixed_tasks(data: Dataset, first: int, fit: Fit, many: int, rng: np.random.Generator) -> tuple[Dataset, list[int]]:
+    """The rows of a run of `many` processes in order, and how many micro-batches of each step hold the second task.
+
+    All rows that are worked on at one time are of one task and, where the fit is grouped, of one modality.
+    """
+    batches, size = processes.micro_batches(fit, many), processes.per_process(fit, many) * many
+    leading = task_shares(first, len(data) - first, fit.steps, batches)
+    pictured = _pictured(data) if fit.grouped else [False] * len(data)
+    order = task_order(first, pictured, leading, batches, size, rng)
+    processes.refuse_mixed([pictured[i] for i in order], size)
+    return data.select(order), leading
 
 
 def task_shares(first: int, second: int, steps: int, batches: int) -> list[int]:
@@ -80,18 +95,27 @@ def task_shares(first: int, second: int, steps: int, batches: int) -> list[int]:
     return [int(n) for n in np.clip(np.diff(due), 1, batches - 1)]
 
 
-def task_order(first: int, second: int, leading: Sequence[int], batches: int, size: int, rng: np.random.Generator) -> list[int]:
+def task_order(first: int, pictured: Sequence[bool], leading: Sequence[int], batches: int, size: int,
+               rng: np.random.Generator) -> list[int]:  # fmt: skip
     """Row numbers in training order, from `rng`: in every step the micro-batches of the second task, then those of the first.
 
-    Rows 0 … first - 1 are the first task's, the others the second's. No row is seen again before all of its task have been.
+    Rows 0 … first - 1 are the first task's, the others the second's. The `size` rows of a micro-batch are `pictured` or are not;
+    rows that do not fill one wait for the next epoch. Else no row is seen again before all of its task have been.
     """
 
-    def endless(start: int, n: int) -> Iterator[int]:
+    def endless(start: int, n: int) -> Iterator[list[int]]:
+        waiting: dict[bool, list[int]] = {False: [], True: []}
         while True:
-            yield from (start + rng.permutation(n)).tolist()
+            for row in (start + rng.permutation(n)).tolist():
+                rows = waiting[bool(pictured[row])]
+                rows.append(row)
+                if len(rows) == size:
+                    yield rows
+                    rows.clear()
 
-    rows = {True: endless(first, second), False: endless(0, first)}
-    return [next(rows[batch < n]) for n in leading for batch in range(batches) for _ in range(size)]
+    second = len(pictured) - first
+    parts = {True: endless(first, second), False: endless(0, first)}
+    return [row for n in leading for batch in range(batches) for row in next(parts[batch < n])]
 
 
 def without_conflict(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
@@ -100,11 +124,16 @@ def without_conflict(first: Sequence[torch.Tensor], second: Sequence[torch.Tenso
     Source:   Yu et al. 2020, "Gradient Surgery for Multi-Task Learning" (PCGrad), algorithm 1: over all weights at once
     """
     pairs = ((first, second), (first, first), (second, second))
-    inner, a, b = (sum(float((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in pairs)
+    inner, a, b = (sum(_number((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in pairs)
     cosine = inner / (a * b) ** 0.5 if a > 0 and b > 0 else 0.0
     if cosine >= 0:
         return [x + y for x, y in zip(first, second, strict=True)], cosine
     return [(1 - inner / a) * x + (1 - inner / b) * y for x, y in zip(first, second, strict=True)], cosine
+
+
+def _number(value: torch.Tensor) -> float:
+    """A scalar as a number. Of sharded gradients each process has its own part, and `float` would return that part alone."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 class ConflictFree(TrainerCallback):
@@ -201,7 +230,7 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     arguments = _arguments(kind[1], fit, folder, seed, own)
     [last] = broadcast_object_list([last_complete(folder) if PartialState().is_main_process else None])
     if fit.grouped:
-        data = _grouped(data, fit, seed)
+        data = data if IN_ORDER.items() <= own.items() else _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
     with warnings.catch_warnings(), processes.head_with_norm(model):
@@ -222,11 +251,15 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
 
 def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
     """The rows of the whole run in the order of its steps."""
-    pictured = [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
-    many, rng = processes.world_size(), np.random.default_rng([seed, *b"order"])
-    order = processes.grouped_order(data["length"], pictured, fit, many, rng)
+    pictured, many, rng = _pictured(data), processes.world_size(), np.random.default_rng([seed, *b"order"])
+    order = processes.grouped_order(list(data["length"]), pictured, fit, many, rng)
     processes.refuse_mixed([pictured[i] for i in order], many * processes.per_process(fit, many))
     return data.select(order)
+
+
+def _pictured(data: Dataset) -> list[bool]:
+    """Whether each row has a picture."""
+    return [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
 
 
 def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
@@ -240,7 +273,7 @@ def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
 
 def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
     """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
-    gpu, own = torch.cuda.is_available(), {**own, **(IN_ORDER if fit.grouped else {})}
+    gpu, own = devices.device() == "cuda", {**own, **(IN_ORDER if fit.grouped else {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
         return kind(
