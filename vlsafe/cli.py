@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsafe import analysis, evaluation, models, planning, plots, publish, training
-from vlsafe.core import store
+from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
 from vlsafe.study import graph
@@ -83,7 +83,8 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     names: dict[str, Any] = dict(metavar="STAGE", help="such as instruct/filtered-full; `vlsafe status` lists all")
     added = command(_stage, "make stages, and what they need, one after another", STUDY)
     added.add_argument("names", nargs="+", **names)
-    added.add_argument("--gpus", type=int, default=0, help="use this many GPUs that no other stage on this machine uses")
+    added.add_argument("--gpus", type=int, default=0, help="use up to this many GPUs that no other stage on this machine uses")
+    added.add_argument("--attempt", type=int, default=1, help="how often a scheduler has tried this, the present try included")
     command(_fresh, "remove the runs of stages, so that they are made again", STUDY).add_argument("names", nargs="+", **names)
     added = command(_card, "write the model cards of finished runs, beside their folders (all runs without a name)", STUDY)
     added.add_argument("names", nargs="*", **names)
@@ -184,9 +185,10 @@ def _stages(arguments: Arguments) -> list[str]:
 
 
 def _stage(arguments: Arguments) -> None:
-    study = _study(arguments)
-    with training.processes.claimed(arguments.gpus, study.root):
-        for name in _stages(arguments):
+    study, names = _study(arguments), _stages(arguments)
+    runs = [study.run(name) for name in names]
+    with failures.lasting(runs, arguments.attempt), training.processes.claimed(arguments.gpus, study.root):
+        for name in names:
             study.folder(name)
 
 

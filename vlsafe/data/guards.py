@@ -31,7 +31,7 @@ from vlsafe.core.schema import Pair, Picture, Turn
 from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, exchange, pick
 from vlsafe.data.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
 from vlsafe.data.miniature.pictures import draw_scene
-from vlsafe.models import checkpoints, towers
+from vlsafe.models import checkpoints, devices, towers
 from vlsafe.models.chat import open_picture
 
 ROWS = {"harmful": 0.45, "refused": 0.05, "borderline": 0.1, "plain": 0.25, "looking": 0.15}  # shares of the training rows
@@ -352,11 +352,11 @@ def opened(folder: Path) -> Any:
 
 
 def load_guard(pointer: dict[str, Any]) -> LlamaGuard | ImageClassifier:
-    """Load the guard of a pointer, on the GPU in bf16 where there is one. An image guard is one that names classes."""
+    """Load the guard of a pointer, on a GPU in bf16. An image guard is one that names classes."""
     origin, labels, size = pointer["origin"], pointer["labels"], pointer["batch_size"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device()
     where = dict(pretrained_model_name_or_path=origin["repo"], revision=origin["revision"])
-    weights = dict(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True)
+    weights = dict(dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True)
     kind, prepare = (AutoModelForImageClassification, AutoImageProcessor) if labels else (AutoModelForCausalLM, AutoTokenizer)
     try:
         model = kind.from_pretrained(**where, **weights).eval().to(device)

@@ -20,7 +20,7 @@ from transformers import CLIPModel, LlavaConfig, PreTrainedConfig, PreTrainedMod
 from transformers.utils import logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
-from vlsafe.models import architectures
+from vlsafe.models import architectures, devices
 from vlsafe.models.architectures import is_multimodal, language_part, projector_part, vision_part
 
 
@@ -236,8 +236,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    """A checkpoint for inference, on a GPU where there is one."""
-    return load(folder, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    """A checkpoint for inference, where models compute now."""
+    return load(folder, getattr(torch, dtype)).to(devices.device())
 
 
 def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

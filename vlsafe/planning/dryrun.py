@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from vlsafe.core.scale import Fit, Scale
-from vlsafe.models import checkpoints
+from vlsafe.models import checkpoints, devices
 from vlsafe.study import adaptation, tuning
 
 MEASURED = "from measured steps"
@@ -192,12 +192,17 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
 
     Units:    tokens_per_second without padding; mfu a fraction of the GPU's dense bf16 peak (None where that is not known)
     """
+    with devices.chosen_by(scale):
+        return _measured(scale, backbone, steps)
+
+
+def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
     from vlsafe.core.schema import Example, Turn
     from vlsafe.data.miniature.pictures import to_png
     from vlsafe.models import chat, trainable
     from vlsafe.training import datasets, trainers
 
-    where, spec, vision = "cuda" if torch.cuda.is_available() else "cpu", scale.decoder(backbone), scale.vision
+    where, spec, vision = devices.device(), scale.decoder(backbone), scale.vision
     model = checkpoints.random_graft(spec, vision, scale.source == "load", where)
     tokenizer = chat.build_tokenizer(["word"], scale.language.context)
     tokenizer.chat_template = chat.template("tulu")

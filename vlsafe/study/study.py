@@ -51,6 +51,7 @@ class Study:
         """
         loaded = load_scale(scale)
         loaded.backbone(backbone)
+        known(loaded.device, models.devices.DEVICES, "device")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
         known(loaded.backbone(backbone).template, templates.NAMES, f"chat template of {backbone}")
@@ -257,12 +258,13 @@ class Stage:
 
 
 def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | None:
-    """Make a run on the scale's number of threads: the bits of a training depend on it."""
+    """Make a run on the scale's device and number of threads: the bits of a training depend on them."""
     import torch
 
     keep_freed_memory()
     torch.set_num_threads(study.scale.threads)
-    return stage.make(study, work)
+    with models.devices.chosen_by(study.scale):
+        return stage.make(study, work)
 
 
 def keep_freed_memory() -> None:

@@ -20,9 +20,10 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 
+from vlsafe.core import failures
 from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
-from vlsafe.models import architectures, chat, checkpoints, trainable
+from vlsafe.models import architectures, chat, checkpoints, devices, trainable
 from vlsafe.training import processes, trainers
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
@@ -58,7 +59,8 @@ class Job:
 def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) -> tuple[trainers.History, int]:
     """Train: the log history, and how many weights were trainable. `fit.launch` is a path below the folder `home`.
 
-    Raises:   ChildProcessError when launched processes fail; the same call resumes from the last complete checkpoint
+    Raises:   ChildProcessError when launched processes are lost; the same call resumes from the last complete checkpoint.
+              ValueError, in their words, when one of them ends in an error that no other try can mend
     """
     return _launched(job, data, progress, home / job.fit.launch) if job.fit.launch else _work(job, data, progress)
 
@@ -90,6 +92,7 @@ def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) 
     write_text(folder / "job.json", json.dumps(as_plain(job)))
     sharded = str(int(configuration["distributed_type"] == "FSDP"))
     environment = {**os.environ, processes.PROCESSES: str(count), processes.SHARDED: sharded}
+    environment |= {devices.VARIABLE: "cpu"} if configuration.get("use_cpu") else {}
     line = command(path, folder / "job.json", count, os.environ)
     with subprocess.Popen(line, env=environment, preexec_fn=processes.die_with_parent) as launched:
         try:
@@ -100,6 +103,8 @@ def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) 
         except BaseException:
             launched.send_signal(signal.SIGTERM)  # its agent stops the workers
             raise
+    if errors := sorted(folder.glob("error-*")):
+        raise ValueError(f"a training process of {path.name} ended in an error: {errors[0].read_text(encoding='utf-8')}")
     if launched.returncode:
         raise ChildProcessError(f"{count} training processes of {path.name} ended with code {launched.returncode}; the reason "
                                 "stands above. The same command resumes from the last complete checkpoint")  # fmt: skip
@@ -116,10 +121,10 @@ def process_count(configuration: Mapping[str, Any], environment: Mapping[str, st
     count = int(configuration["num_processes"])
     if configuration.get("use_cpu"):
         return count
-    if not torch.cuda.device_count():
-        raise ValueError("this fit is trained on GPUs and there are none here; `vlsafe dryrun` says what it costs, scale `mini` "
-                         "needs none")  # fmt: skip
-    return min(count, torch.cuda.device_count()) * int(environment.get(NODES, "1"))
+    if not (here := devices.gpus()):
+        raise ValueError("this fit is trained on GPUs and there are none here, or the scale says `device: cpu`; `vlsafe dryrun` "
+                         "says what it costs, scale `mini` needs none")  # fmt: skip
+    return min(count, here) * int(environment.get(NODES, "1"))
 
 
 def command(configuration: Path, job: Path, count: int, environment: Mapping[str, str]) -> list[str]:
@@ -142,14 +147,19 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
 def main(argv: list[str]) -> None:
     """One process of a launched training run."""
     processes.die_with_parent()
-    path, first = Path(argv[0]), os.environ.get("RANK", "0") == "0"
+    path, rank = Path(argv[0]), os.environ.get("RANK", "0")
 
     def progress(step: int) -> None:
-        if first:
+        if rank == "0":
             (path.parent / "step").write_text(str(step), encoding="utf-8")
 
-    result = _work(Job.read(path), load_from_disk(path.parent / "data"), progress)
-    if first:
+    try:
+        result = _work(Job.read(path), load_from_disk(path.parent / "data"), progress)
+    except Exception as error:
+        if not failures.passing(error):
+            write_text(path.parent / f"error-{rank}", f"{type(error).__name__}: {error}")
+        raise
+    if rank == "0":
         write_text(path.parent / "result.json", json.dumps(result))
 
 
