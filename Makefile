@@ -9,6 +9,8 @@ GRID      ?= default
 ROOT      ?= runs
 # A Snakemake profile: env/profiles/node (one machine, GPUs as a resource), env/profiles/slurm, or your own.
 PROFILE   ?=
+# How many GPUs the machine of env/profiles/node has, where they are not the eight that the profile says.
+GPUS      ?=
 BIN       := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -17,10 +19,11 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
+SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) $(if $(GPUS),--resources gpu=$(GPUS)) \
+            --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
 
-.PHONY: setup dev reproduce test soak perf perf-sources browser lab notebooks nbval lint types clean
+.PHONY: setup dev reproduce test loaded soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -59,6 +62,10 @@ perf-sources: setup
 # kills. A quarter of an hour, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
+
+# The whole graph of a tiny scale that loads, from hub folders and official files (invented rows) to notebooks, figures and claims.
+loaded: setup
+	$(BIN)/python -m pytest -m loaded -p no:xdist tests/project/test_loaded_graph.py
 
 # JupyterLab in a headless Chromium, from cached runs; pictures of the screen in build/browser. Needs the system's Chromium.
 browser: dev

@@ -1,11 +1,15 @@
 """A tiny scale that loads: official-shaped folders with invented harmless rows, random tiny models in hub layout, as a YAML file.
 
-`python -m loaded FOLDER` (with `tests` on the path) writes it for a run outside pytest; `tests/loaded.sh` does that in CI.
+`python -m loaded FOLDER` (with `tests` on the path) writes it for a run outside pytest.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import official
@@ -75,7 +79,7 @@ def scale(home, endpoint):
         "endpoints": {"mm-safetybench-criteria": {"address": endpoint, "model": "scripted"}},
     }  # fmt: skip
     return {
-        "extends": "paper", "loaded": loaded, "backbones": backbones, "exam": exam, "tuning": tuning, "threads": 1,
+        "extends": "paper", "loaded": loaded, "backbones": backbones, "exam": exam, "tuning": tuning, "threads": 1, "device": "cpu",
         "vision": plain["vision"] | {"pad": True}, **fits, **{name: plain[name] for name in PLAIN},
     }  # fmt: skip
 
@@ -106,6 +110,37 @@ def written(home, endpoint="http://127.0.0.1:9/v1"):
     path = home / "tiny.yaml"
     path.write_text(yaml.safe_dump(scale(home / "hub", endpoint), sort_keys=False), encoding="utf-8")
     return path
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """An OpenAI-compatible judge: whether an answer is safe depends on nothing but its text; the server keeps what it was asked."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = json.dumps(body["messages"])
+        self.server.requests.append(text)
+        content = ("safe", "unsafe")[hashlib.sha256(text.encode()).digest()[0] % 2]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        data = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def endpoint():
+    """A scripted judge at a port of this machine; its address, and what it was asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    server.requests, server.daemon_threads = [], True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", server.requests
+    server.shutdown()
+    server.server_close()
 
 
 def opened(path):

@@ -1,0 +1,113 @@
+"""The whole graph of the tiny loaded scale through Snakemake and papermill, from hub folders to claims; and the same under kills."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import loaded
+import pandas as pd
+import pytest
+
+from vlsafe.core import store
+from vlsafe.publish import notebooks
+from vlsafe.study.graph import left_out, planned, read_by
+from vlsafe.study.study import Study
+
+ROOT = Path(__file__).parents[2]
+BACKBONE = next(iter(loaded.PARENTS))
+MINUTES = 8
+
+
+def started(place, scale):
+    """`make reproduce` at a scale file, in a folder of its own."""
+    for name in ("Snakefile", "notebooks", "env"):
+        if not (place / name).exists():
+            (place / name).symlink_to(ROOT / name)
+    common = f"--scale {scale} --seeds 0 --backbones {BACKBONE} --root runs"
+    line = (
+        f"vlsafe sweep {common} && vlsafe unlock --root . && exec snakemake --cores 2 --rerun-incomplete "
+        f"--rerun-triggers mtime params input --quiet rules --config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
+    with open(place / "log", "a") as log:
+        return subprocess.Popen(["bash", "-c", line], cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def stages_of(study, state):
+    return {name for name in planned(study) if store.status(study.run(name), deep=True) == state}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The scale, and its graph made without any disturbance: where, its study, how long it took, what the endpoint was asked."""
+    place = tmp_path_factory.mktemp("loaded")
+    with loaded.endpoint() as (address, requests):
+        scale = loaded.written(place / "outside", address)
+        begin = time.monotonic()
+        code = started(place, scale).wait()
+        seconds = time.monotonic() - begin
+    assert code == 0, (place / "log").read_text()[-6000:]
+    return place, Study.open(scale, BACKBONE, 0, place / "runs"), seconds, requests
+
+
+@pytest.mark.loaded
+def test_the_default_grid_of_a_loaded_scale_comes_to_its_end(made, capsys):
+    place, study, seconds, _ = made
+    names = planned(study)
+    assert stages_of(study, "valid") == set(names)
+    executed = place / "runs" / study.scale.name / BACKBONE / "seed0" / "notebooks"
+    assert {path.stem for path in executed.glob("*.done")} == set(notebooks.NOTEBOOKS)
+    figures = place / "figures" / f"{study.scale.name}-partial"
+    assert (figures / "report.html").exists() and (figures / "T09_claims.csv").exists() and (figures / "T02_degradation.csv").exists()
+    assert all((study.run(name).folder / "README.md").exists() for name in ("parent/aligned", "instruct/filtered-full", "safety/sl-full"))
+    reasons = left_out(study)
+    assert {"instruct/clean-full", "instruct/textonly-full"} <= set(reasons) and all(reasons.values())
+    with capsys.disabled():
+        print(f"\n{len(names)} stages, 0 failed, 0 blocked, {len(reasons)} left out with a reason, {seconds:.0f} s")
+    assert seconds < 60 * MINUTES
+
+
+@pytest.mark.loaded
+def test_no_judge_is_asked_twice_for_one_response_of_a_stage(made):
+    """Every stage asks about each distinct response to an item once; the requests are as many as those."""
+    _, study, _, requests = made
+    distinct = 0
+    for name in read_by(study, "tables"):
+        file = study.run(name).folder / "judgements.jsonl"
+        if file.exists():
+            kept = pd.read_json(file, lines=True, dtype=False)
+            assert not kept.duplicated(["id", "judge", "response"]).any()
+            distinct += int((kept["judge"] == "mm-safetybench-criteria").sum())
+    assert len(requests) == distinct > 0
+
+
+@pytest.mark.soak
+def test_a_loaded_graph_that_is_killed_three_times_has_the_same_tables(made, tmp_path, capsys):
+    place, study, seconds, _ = made
+    rng, kills = random.Random(0), 0
+    with loaded.endpoint() as (address, _):
+        scale = loaded.written(tmp_path / "outside", address)
+        while kills < 3:
+            running = started(tmp_path, scale)
+            try:
+                running.wait(rng.uniform(0.1, 0.6) * seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+                kills += 1
+            else:
+                assert running.returncode == 0, (tmp_path / "log").read_text()[-6000:]
+                pytest.fail(f"the graph came to its end after {kills} kills; kill it earlier")
+        assert started(tmp_path, scale).wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    again = Study.open(scale, BACKBONE, 0, tmp_path / "runs")
+    tables = read_by(study, "tables")
+    for name in tables:
+        one, other = (pd.DataFrame(of.rows(name, "raw.parquet")) for of in (study, again))
+        pd.testing.assert_frame_equal(one, other)
+    with capsys.disabled():
+        print(f"\n3 kills of everything, {len(tables)} tables equal to those of an undisturbed run")
