@@ -58,7 +58,8 @@ def _origin(path, kind="model"):
 def scale(home, endpoint):
     """The scale file's content: the paper's graph with NANO's numbers."""
     plain = as_plain(NANO)
-    grouped = {"steps": 2, "grouped": True, "at_once": 2, "saved": "bfloat16", "launch": "", "micro_batches": 1, "max_length": None}
+    grouped = {"steps": 2, "grouped": True, "at_once": 2, "saved": "bfloat16", "launch": "", "micro_batches": 1}
+    grouped |= {"max_length": None, "rows": None}
     fits = {name: plain[name] | grouped for name in ("projector", "instruct")}
     tuning = plain["tuning"] | {"sft": plain["tuning"]["sft"] | grouped, "pairs": 4}
     tuning["preference"]["fit"] |= {"launch": "", "saved": "bfloat16", "at_once": 1, "grouped": True}
@@ -79,7 +80,8 @@ def scale(home, endpoint):
         "endpoints": {"mm-safetybench-criteria": {"address": endpoint, "model": "scripted"}},
     }  # fmt: skip
     return {
-        "extends": "paper", "loaded": loaded, "backbones": backbones, "exam": exam, "tuning": tuning, "threads": 1, "device": "cpu",
+        "extends": "paper", "loaded": loaded, "backbones": backbones, "exam": exam, "tuning": tuning, "threads": 1,
+        "device": "cpu",
         "vision": plain["vision"] | {"pad": True}, **fits, **{name: plain[name] for name in PLAIN},
     }  # fmt: skip
 
@@ -93,8 +95,9 @@ def larger(data, n=12):
     rows = [f'"You are a poet, {text} number {i}."\t{label}\t{kind}\n' for kind, label, text in kinds for i in range(n)]
     table = "adversarial\tlabel\tdata_type\n" + "".join(rows)
     official_files.write(data / "wildjailbreak" / "eval" / "eval.tsv", table)
-    asked = [{"safe_instruction": "What colour is it?", "response": "Blue."}, {"unsafe_instruction": "A request.", "response": "No."}]
-    rows = [{"id": f"more_{i}", "image": f"more/{i}.png", "safe": True, "instr-resp": asked} for i in range(n)]
+    exchanges = [{"safe_instruction": "What colour is it?", "response": "Blue."}]
+    exchanges.append({"unsafe_instruction": "A request.", "response": "No."})
+    rows = [{"id": f"more_{i}", "image": f"more/{i}.png", "safe": True, "instr-resp": exchanges} for i in range(n)]
     path = data / "VLGuard" / "test.json"
     official_files.write(path, json.dumps(json.loads(path.read_text()) + rows))
     for i, row in enumerate(rows):
@@ -113,7 +116,7 @@ def written(home, endpoint="http://127.0.0.1:9/v1"):
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """An OpenAI-compatible judge: whether an answer is safe depends on nothing but its text; the server keeps what it was asked."""
+    """An OpenAI-compatible judge: its verdict depends on nothing but the text; the server keeps the requests."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -121,7 +124,8 @@ class Scripted(BaseHTTPRequestHandler):
         self.server.requests.append(text)
         content = ("safe", "unsafe")[hashlib.sha256(text.encode()).digest()[0] % 2]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        data = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}).encode()
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        data = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))

@@ -113,9 +113,10 @@ def test_nothing_is_lost_when_the_graph_is_killed_again_and_again(study, nano_fi
             lost += sorted(before - whole())
     assert started(place, nano_file).wait() == 0, (place / "log").read_text()[-3000:]
     assert whole() == set(planned(disturbed))
-    for name in read_by(disturbed, "tables"):
+    tables = read_by(disturbed, "tables")
+    for name in tables:
         one, other = (pd.DataFrame(of.rows(name, "raw.parquet")) for of in (study, disturbed))
         pd.testing.assert_frame_equal(one, other)
     with capsys.disabled():
-        print(f"\n{killed.total()} kills ({dict(killed)}), {len(lost)} finished runs lost, {len(read_by(disturbed, "tables"))} tables as without any")
+        print(f"\n{killed.total()} kills ({dict(killed)}), {len(lost)} finished runs lost, {len(tables)} tables as without any")
     assert not lost

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlsafe.core.assets import Endpoint, Loaded, Origin
+from vlsafe.core.assets import Endpoint, Loaded
 
 
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
@@ -25,8 +25,8 @@ def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP, and which of its features the projector sees. `pad`: pictures are padded to a square in stage 2 and in examinations,
-    as in LLaVA-1.5, where stage 1 crops them; else they are always cropped."""
+    """A CLIP, and which of its features the projector sees. `pad`: pictures are padded to a square in stage 2 and in
+    examinations, as in LLaVA-1.5, where stage 1 crops them; else they are always cropped."""
 
     image_size: int = 32
     patch_size: int = 8

@@ -21,7 +21,7 @@ from vlsafe.evaluation.judges import JUDGES, UNJUDGED, judge
 Rows = list[dict[str, Any]]
 MODEL = {"scale": "", "backbone": "", "seed": 0, "model": "", "stage": "", "recipe": "", "step": 0, "exam": "full"}
 """The columns by which a raw table tells models apart."""
-HEADLINES = ("complied", "refused", "right", "effective")  # the events of which a benchmark's first judge that tells them has the say
+HEADLINES = ("complied", "refused", "right", "effective")  # events; the first judge of a benchmark that tells one has the say
 
 
 class Examination(NamedTuple):
@@ -76,7 +76,8 @@ def respond(
 
 
 def raw_table(
-    items: Sequence[Item], responses: Sequence[Response], record: Mapping[str, Any], judges: Mapping[str, Sequence[str]] | None = None
+    items: Sequence[Item], responses: Sequence[Response], record: Mapping[str, Any],
+    judges: Mapping[str, Sequence[str]] | None = None,
 ) -> Rows:  # fmt: skip
     """Judge responses by every rule that their benchmark names, or that `judges` names for it.
 
@@ -93,7 +94,8 @@ def raw_table(
                     benchmark=name, group=item.group, category=item.category, cluster=item.cluster, item=item.id,
                     harmful=item.harmful, judge=judge_name, label=verdict.label, truncated=response.truncated,
                 )  # fmt: skip
-                rows.append({**record, **row, **verdict_columns(benchmark, item, judge_name, verdict.label, of if judges else ())})
+                columns = verdict_columns(benchmark, item, judge_name, verdict.label, of if judges else ())
+                rows.append({**record, **row, **columns})
     return rows
 
 
@@ -159,10 +161,9 @@ def guard_rows(guard: Any, name: str, items: Iterable[Item], rows: Rows, respons
     talks = [(*by_id[row["item"]].turns, Turn("assistant", texts[row["item"], row["model"]])) for row in rows]
     labels, means = {True: "unsafe", False: "safe", None: UNJUDGED}, {True: "complied", False: "harmless", None: None}
     verdicts = [assessment.unsafe for assessment in guard.assess(talks)]
-    return [
-        {**row, "judge": name, "label": labels[v], "event": v, **({"outcome": means[v], "headline": ""} if "outcome" in row else {})}
-        for row, v in zip(rows, verdicts, strict=True)
-    ]
+    own = [{"outcome": means[v], "headline": ""} if "outcome" in row else {} for row, v in zip(rows, verdicts, strict=True)]
+    columns = [{"judge": name, "label": labels[v], "event": v} for v in verdicts]
+    return [row | of | more for row, of, more in zip(rows, columns, own, strict=True)]
 
 
 def all_items(world: Any, split: str, n: int) -> list[Item]:

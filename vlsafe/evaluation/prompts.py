@@ -22,9 +22,10 @@ from vlsafe.evaluation.judges import judge
 
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
 LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context")}  # and its kinds of actions
-INTERVENTION = ("sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench")  # attacks, twins, helpfulness
+# attacks, harmless requests like them, helpfulness
+INTERVENTION = ("sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench")
 FEWEST = 5  # prompts of a kind, for the folds of a probe
-OFFICIAL = {"text": ("xstest", "wildjailbreak"), "picture": ("vlguard",)}  # modality: benchmarks with harmful and harmless prompts
+OFFICIAL = {"text": ("xstest", "wildjailbreak"), "picture": ("vlguard",)}  # modality: benchmarks that have both kinds
 ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks that it is taken from, the first that is examined
     "normal": (False, ("wildjailbreak", "xstest")), "harmful": (True, ("wildjailbreak", "xstest")), "scary": (False, ("xstest",)),
 }  # fmt: skip
@@ -33,8 +34,10 @@ ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks th
 def probing_prompts(
     world: World | None, split: str, n: int, modalities: Sequence[str] = tuple(MODALITIES), official: Sequence[Item] = ()
 ) -> list[Item]:  # fmt: skip
-    """At most `n` prompts of each kind and modality. Of the miniature: how-tos, harmless ones about the same verbs as harmful ones
-    (benign twins). Else from the `official` items, whose group becomes the modality; one with fewer than FEWEST of a kind is left out.
+    """At most `n` prompts of each kind and modality.
+
+    Of the miniature: how-tos, harmless ones about the same verbs as harmful ones (benign twins). Else from the `official` items,
+    whose group becomes the modality; one with fewer than FEWEST of a kind is left out.
 
     Raises:   ValueError where no modality is left
     """
@@ -67,8 +70,10 @@ def evenly(items: Sequence[Item], n: int) -> list[Item]:
 
 
 def localisation_prompts(world: World | None, n: int, official: Sequence[Item] = ()) -> dict[str, list[Item]]:
-    """At most `n` prompts of each kind: normal, harmful, and harmless ones that sound dangerous ("scary"). Of the miniature: how-tos
-    about verb–object pairs of the validation split, which are neither trained on nor tested; else from the `official` items.
+    """At most `n` prompts of each kind: normal, harmful, and harmless ones that sound dangerous ("scary").
+
+    Of the miniature: how-tos about verb–object pairs of the validation split, which are neither trained on nor tested; else from
+    the `official` items.
 
     Raises:   ValueError where the official items lack a kind, naming the benchmark that would have it
     """

@@ -20,7 +20,7 @@ from vlsafe.evaluation.examine import outcomes
 from vlsafe.evaluation.prompts import evenly
 
 GROUPS = {"text": False, "pictures": True}  # and whether its prompts have pictures
-REQUESTS = ("sorry_bench", "wildjailbreak", "xstest", "mm_safetybench", "figstep", "vlguard")  # benchmarks that ask to be refused or not
+REQUESTS = ("sorry_bench", "wildjailbreak", "xstest", "mm_safetybench", "figstep", "vlguard")  # to be refused or not
 
 
 def preference_items(world: Any, n: int) -> list[Item]:
@@ -39,7 +39,7 @@ def preference_items(world: Any, n: int) -> list[Item]:
 
 
 def official_items(items: Sequence[Item], n: int) -> list[Item]:
-    """At most `n` harmful and `n` harmless requests of each modality, of validation items; a modality that lacks one is left out."""
+    """At most `n` harmful and `n` harmless requests of each modality, of validation items; one that lacks either is left out."""
     found = []
     for group, pictured in GROUPS.items():
         of = [item for item in items if item.benchmark in REQUESTS and bool(item.images) == pictured]
@@ -50,8 +50,8 @@ def official_items(items: Sequence[Item], n: int) -> list[Item]:
 
 
 def checkpoint_scores(folders: Sequence[Path], items: Sequence[Item], exam: Exam) -> list[dict[str, float]]:
-    """What each checkpoint does on validation items; where these have a chosen and a rejected answer, also how likely it finds them:
-    rewards are relative to the first checkpoint.
+    """What each checkpoint does on validation items, and where these have a chosen and a rejected answer how likely it finds
+    them; rewards are relative to the first checkpoint.
 
     Shapes:   K folders, N items  ->  K rows of fractions in [0, 1]
     """
@@ -119,7 +119,7 @@ def labels_of(items: Sequence[Item], responses: Mapping[str, Response], harmful:
     return pd.DataFrame({"group": [i.group for i in answered], "cluster": [i.cluster for i in answered], "label": labels})
 
 
-def attack_rates(items: Sequence[Item], responses: Mapping[str, Response], judges: Judges = {}) -> dict[str, stats.Rate]:
+def attack_rates(items: Sequence[Item], responses: Mapping[str, Response], judges: Judges) -> dict[str, stats.Rate]:
     """ASR of the harmful validation items that were answered, by modality, with its clustered interval."""
     frame = labels_of(items, responses, True, judges)
     return {
@@ -129,7 +129,7 @@ def attack_rates(items: Sequence[Item], responses: Mapping[str, Response], judge
 
 
 def merge_scores(
-    items: Sequence[Item], responses: Mapping[str, Response], raw: Sequence[Mapping[str, Any]], judges: Judges = {}
+    items: Sequence[Item], responses: Mapping[str, Response], raw: Sequence[Mapping[str, Any]], judges: Judges
 ) -> dict[str, Any]:
     """What one model did on validation: ASR and its upper bound by modality, refusals of harmless requests, helpfulness.
 

@@ -18,6 +18,7 @@ from vlsafe.evaluation.benchmarks import confounds
 from vlsafe.evaluation.examine import Examination
 from vlsafe.study.study import Bar, Study, step_of
 
+
 def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str) -> Examination:
     """One checkpoint of a run, examined by the scale's engine."""
     items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))

@@ -31,14 +31,17 @@ def _judged(name: str, made: Stage) -> dict[str, Stage]:
     generates, and the one of the stage's name has the responses judged."""
     source = responses_of(name)
     inputs = tuple(needed for needed in made.inputs if needed != "world/corpora")  # official items are files
-    judging_stage = Stage(partial(judging.make_judged, source=source), (source,), judging.judged_params, 0, estimate="not measured")
+    make = partial(judging.make_judged, source=source)
+    judging_stage = Stage(make, (source,), judging.judged_params, 0, estimate="not measured")
     return {
         source: dataclasses.replace(made, inputs=inputs, only="load", version=1, estimate="not measured"),
         name: dataclasses.replace(made, load=judging_stage),
     }
 
 
-def _examination(run: str, cost: int, name: str = "", make: Callable[..., Any] = degradation.make_examination) -> dict[str, Stage]:
+def _examination(
+    run: str, cost: int, name: str = "", make: Callable[..., Any] = degradation.make_examination
+) -> dict[str, Stage]:  # fmt: skip
     stage = Stage(partial(make, name=run), (run, "world/corpora"), degradation.response_params, cost)
     return _judged(f"examination/{name or run.replace('/', '.')}", stage)
 
@@ -121,8 +124,8 @@ STAGES |= {
         lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
     ),
     "probe/drift": Stage(
-        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING), lambda s: s.scale.probing.along, 8,
-        gathers=True,
+        probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
+        lambda s: s.scale.probing.along, 8, gathers=True,
     ),
     "probe/objectives": Stage(
         probing.make_objectives,

@@ -190,7 +190,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)
     store.write_rows(work / "raw.parquet", full)
-    kept = shown if study.scale.loaded else answers  # models judge the panel as well, and need every model's answers under its name
+    kept = shown if study.scale.loaded else answers  # models judge every merge's answers, to the panel as well
     named = ((f"{study.backbone}/merge/{source}", response) for source, by in kept.items() for response in by.values())
     store.write_rows(work / "responses.parquet", [to_row(dataclasses.replace(r, model=name)) for name, r in named])
     return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
@@ -216,7 +216,7 @@ def items_of(study: Study, grid: str) -> dict[str, list[Item]]:
 
 
 def parents_bound(study: Study) -> float:
-    """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see. 1 where there are no such items, as then
+    """The upper bound of the parent's ASR on the validation pairs, in text: it cannot see. 1 where there are no such items and
     nothing is chosen by it."""
     folder, items = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
     if not items:
@@ -266,7 +266,8 @@ class Sweep(NamedTuple):
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
         loss = None
         if point.rule == "linear":
-            right = [dataclasses.replace(i, options=i.options[:1] or (i.reference,)) for i in items["pairs"] if i.options or i.reference]
+            answered = [item for item in items["pairs"] if item.options or item.reference]
+            right = [dataclasses.replace(item, options=item.options[:1] or (item.reference,)) for item in answered]
             losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
             loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]

@@ -119,7 +119,8 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
     probing, parent, batch_size = study.scale.probing, study.folder(PARENT), study.scale.exam.batch_size
     directions, rows, sets = refusal_directions(study), [], []
     world, official = study.world(), study.items() if study.scale.loaded else []
-    many, few = (evaluation.prompts.probing_prompts(world, "test", n, official=official) for n in (probing.prompts, probing.along))
+    sizes = (probing.prompts, probing.along)
+    many, few = (evaluation.prompts.probing_prompts(world, "test", n, official=official) for n in sizes)
     of_many, of_few = evaluation.prompts.attributes(many), evaluation.prompts.attributes(few)
     for run in (ADAPTED, *TUNED):
         folder = study.checkpoints(run)[-1]

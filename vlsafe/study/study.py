@@ -212,8 +212,9 @@ class Study:
         folder = assets.outside()
         if folder is None:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
-        validation, test = evaluation.examine.divided(_official(folder, tuple(self.scale.exam.judges)), self.scale.exam.validation)
-        return validation if part == "validation" else evaluation.examine.panel(test, self.scale.exam.full)
+        exam = self.scale.exam
+        validation, test = evaluation.examine.divided(_official(folder, tuple(exam.judges)), exam.validation)
+        return validation if part == "validation" else evaluation.examine.panel(test, exam.full)
 
     def checkpoints(self, name: str) -> list[Path]:
         """The model folders of a finished training in the order of their steps; the last one is its result."""
