@@ -1,6 +1,6 @@
-"""What a scale needs from outside: whether it is here and complete, which stages cannot run without it, and how it is downloaded.
+"""What a scale needs from outside: whether it is here and complete, and how it is downloaded.
 
-`needs` finds every `Origin` in `Scale.loaded`: new fields need no edit here. Of a token `doctor` only says whether there is one.
+`needs` finds every `Origin` in `Scale.loaded`: new fields need no edit here. A corpus is here where its own reader accepts it.
 Downloads resume, are checked and pinned; what is gated is named with what to accept.
 """
 
@@ -14,7 +14,9 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,24 +28,31 @@ from huggingface_hub.file_download import repo_folder_name
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import Scale
-from vlsafe.data.sources import CORPORA
-from vlsafe.study.graph import planned
-from vlsafe.study.study import Study
-from vlsafe.study.tuning import RECIPES
+from vlsafe.core.schema import Stored
+from vlsafe.data import files as data_files
+from vlsafe.data.files import Refused
+from vlsafe.data.sources import CORPORA, FOLDERS, place_of
 
 CHECKSUMS = "checksums.json"
+ROWS = 2000  # of a corpus that are read to see whether it is here; assumed; all of them where the doctor looks deep
+SHOWN = 5  # missing files that are named
 SMALL = 0.5  # below this share of its expected size a download counts as incomplete; assumed
 GIGA = 10**9
 UNPACKED = {"captions": {"images.zip": "images"}}  # where an archive's members belong; elsewhere beside the archive
+BESIDE = {  # files that weights are of no use without, by the field of the scale; patterns
+    **dict.fromkeys(("tower", "image_guard"), "preprocessor_config.json"),
+    **dict.fromkeys(("parents", "text_guard", "judges"), "tokenizer.[jm]*"),  # tokenizer.json, tokenizer.model
+}
 Say = Callable[[str], None]
-SECRETS = {"the hub's token": huggingface_hub.get_token, "OPENAI_API_KEY": lambda: os.environ.get("OPENAI_API_KEY")}
 
 
 class Need(NamedTuple):
-    """Something from outside. `name` is its place in the scale ("safety", "parents.tulu2")."""
+    """Something from outside. `name` is its place in the scale ("safety", "parents.tulu2"), `share` that of its pictures that may
+    be missing."""
 
     name: str
     origin: Origin
+    share: float = 0.0
 
     @property
     def folder(self) -> str | None:
@@ -61,7 +70,7 @@ class Line(NamedTuple):
 
 def needs(scale: Scale) -> list[Need]:
     """Everything that a scale takes from outside."""
-    return list(_needs(scale.loaded, ""))
+    return [need._replace(share=scale.loaded.missing_share) for need in _needs(scale.loaded, "")] if scale.loaded else []
 
 
 def _needs(value: Any, where: str) -> Iterator[Need]:
@@ -76,20 +85,51 @@ def _needs(value: Any, where: str) -> Iterator[Need]:
 
 
 def state(need: Need, deep: bool = False) -> Line:
-    """Whether a thing is here, and complete as far as its size (or, `deep`, its checksums) can show."""
+    """Whether a thing is here, and complete as far as its first rows and its size (`deep`: all rows and checksums) can show."""
     origin, files = need.origin, _files(need)
-    if lacking := _lacking(need, files):
-        if files:
-            return Line(need.name, "missing", f"lacks {', '.join(lacking[:4])}")
-        terms = f"; {origin.terms}" if origin.terms else ""
-        return Line(need.name, "gated" if terms else "missing", f"{origin.gigabytes:g} GB from {origin.repo}{terms}")
+    if not files:
+        terms, wanted = f"; {origin.terms}" if origin.terms else "", f" ({', '.join(origin.files)})" if origin.files else ""
+        detail = f"{origin.gigabytes:g} GB from {origin.repo}{wanted}{terms}"
+        return Line(need.name, "gated" if terms else "missing", detail)
+    lacking, lost = _lacking(need, files), ""
+    if _is_local(need):
+        packed = [name for name in lacking if name in origin.files and name.endswith(".zip")]  # or unpacked: the reader knows
+        lacking = [name for name in lacking if name not in packed]
+        problem, lost, too_many = ("", "", False) if lacking else _read(need, deep)
+        if problem:
+            return Line(need.name, "missing", problem)
+        lacking += [*packed, lost] if too_many else []
+    if lacking:
+        return Line(need.name, "missing", f"lacks {', '.join(lacking[:SHOWN])}")
     size = sum(path.stat().st_size for path in files.values()) / GIGA
     if size < SMALL * origin.gigabytes:
         return Line(need.name, "too small", f"{size:.2f} of {origin.gigabytes:g} GB")
-    sums = recorded(CHECKSUMS).get(origin.repo, {}) if deep else {}
-    if changed := [name for name, digest in sums.items() if name not in files or store.file_digest(files[name]) != digest]:
-        return Line(need.name, "too small", f"not as downloaded: {', '.join(changed[:4])}")
-    return Line(need.name, "present", f"{size:.2f} GB")
+    sums = {name: digest for name, digest in recorded(CHECKSUMS).get(origin.repo, {}).items() if name in files} if deep else {}
+    if changed := [name for name, digest in sums.items() if store.file_digest(files[name]) != digest]:
+        return Line(need.name, "too small", f"not as downloaded: {', '.join(changed[:SHOWN])}")
+    return Line(need.name, "present", f"{size:.2f} GB" + (f"; {lost}" if lost else ""))
+
+
+def _is_local(need: Need) -> bool:
+    """Whether a corpus is read from a folder below `VLSAFE_DATA`, and not from the hub."""
+    return need.name in CORPORA and place_of(need.name, need.origin).folder is not None
+
+
+def _read(need: Need, deep: bool) -> tuple[str, str, bool]:
+    """What a corpus's own reader finds: why it refuses it ("" if it does not), missing pictures, whether these are too many."""
+    counts, lost = Counter[str](), dict[str, None]()
+    try:
+        for row in islice(CORPORA[need.name].rows(place_of(need.name, need.origin)), None if deep else ROWS):
+            pictures = [] if isinstance(row, Refused) else [one for one in row.images if isinstance(one, Stored)]
+            absent = [one.place for one in pictures if data_files.missing(one)]
+            counts.update({"refused" if isinstance(row, Refused) else "rows": 1, "all": len(pictures), "lost": len(absent)})
+            lost.update(dict.fromkeys(absent))
+    except (OSError, ValueError) as error:
+        return str(error), "", False
+    if not counts["rows"]:
+        return f"no row of {need.folder} can be read ({counts['refused']} refused); is this its file?", "", False
+    named = f"{counts['lost']:,} of {counts['all']:,} pictures are missing, first: {', '.join(list(lost)[:SHOWN])}"
+    return "", named if lost else "", counts["lost"] > need.share * counts["all"]
 
 
 def _files(need: Need) -> dict[str, Path]:
@@ -106,83 +146,52 @@ def _files(need: Need) -> dict[str, Path]:
 
 
 def _lacking(need: Need, files: Mapping[str, Path]) -> list[str]:
-    """What is not among the files: named ones (of weights the config), archives, what is fetched by hand, shards of weights."""
+    """What is not among the files of a thing that should be: by name, by what was downloaded, archives, shards of weights."""
     origin = need.origin
-    expected = ["config.json"] if origin.kind == "model" else [p for p in origin.files if "*" not in p] or ["*"]
+    expected = [BESIDE.get(need.name.partition(".")[0], "*"), "config.json"] if need.folder is None else []
+    expected += [name for name in origin.files if "*" not in name and need.folder is not None]
     lacking = [pattern for pattern in expected if not fnmatch.filter(files, pattern)]
-    if need.folder is not None:
-        unpacked = {name.partition("/")[0] for name in files if "/" in name and not name.endswith(".zip")}
-        lacking += [file for file, _ in origin.archives if file not in files and file.partition("/")[0] not in unpacked]
-    if origin.by_hand and not any(name.startswith(f"{origin.by_hand[0]}/") for name in files):
-        lacking.append(f"by hand: {origin.by_hand[1]}")
-    if need.folder is None:
-        safe = any(".safetensors" in name for name in files)  # pickled weights are not downloaded where there are others
-        for index in sorted(fnmatch.filter(files, f"*.{'safetensors' if safe else 'bin'}.index.json"))[-1:]:  # the last by name
-            lacking += sorted(set(json.loads(files[index].read_text(encoding="utf-8"))["weight_map"].values()) - set(files))
+    downloaded = (name for name in recorded(CHECKSUMS).get(origin.repo, {}) if not name.endswith(".zip"))  # these may be unpacked
+    lacking += [name for name in downloaded if name not in files and name not in lacking]
+    return lacking + (_lacking_weights(files) if need.folder is None else _lacking_archives(origin, files))
+
+
+def _lacking_archives(origin: Origin, files: Mapping[str, Path]) -> list[str]:
+    """The archives of pictures, and what is fetched by hand, that are neither here nor unpacked where the reader looks."""
+    packed = {folder: archive.partition(assets.MEMBER)[0] for folder, archive in FOLDERS.items()}
+    wanted, hand, what = {file for file, _ in origin.archives}, *(origin.by_hand or ("", ""))
+    lacking = sorted(file for file in wanted - set(packed.values()) if file not in files)
+    for folder, archive in packed.items():
+        by_hand = bool(hand) and folder.startswith(f"{hand}/")
+        if (archive in wanted or by_hand) and archive not in files and not any(name.startswith(folder) for name in files):
+            lacking.append(f"by hand: {what}" if by_hand else archive)
     return lacking
 
 
-def blocked(scale: Scale, name: str) -> list[str]:
-    """The stages that cannot run without a thing, directly or through their inputs; of a parent, those of its own study."""
-    thing, _, parent = name.partition(".")
-    study = Study(scale, parent or next(iter(scale.backbones)), 0, Path())
-    names = planned(study, "full")
-    stopped = {stage for stage in names if thing in _read_by(stage)}
-    while more := {stage for stage in names if stage not in stopped and stopped & set(study.stage(stage).inputs)}:
-        stopped |= more
-    return [stage for stage in names if stage in stopped]
+def _lacking_weights(files: Mapping[str, Path]) -> list[str]:
+    """The shards that weights are in; pickled ones are not downloaded where there are others."""
+    kind = "safetensors" if any(".safetensors" in name for name in files) else "bin"
+    if indices := sorted(fnmatch.filter(files, f"*.{kind}.index.json")):
+        shards = set(json.loads(files[indices[-1]].read_text(encoding="utf-8"))["weight_map"].values())  # the last one by name
+        return sorted(shards - set(files))
+    return [] if fnmatch.filter(files, f"*.{kind}") else ["model.safetensors"]
 
 
-def _read_by(stage: str) -> set[str]:
-    """The things from outside that a stage reads itself."""
-    direct = {
-        "screen/filtered": {"captions", "instructions", "tower", "parents"},
-        "guard/text": {"text_guard"}, "guard/image": {"image_guard"}, "tower/clip": {"tower"}, "parent/aligned": {"parents"},
-    }  # fmt: skip
-    kind, _, recipe = stage.partition("/")
-    if kind == "safety":
-        return {"safe_rlhf" if corpus == "chosen" else corpus for corpus in RECIPES[recipe].corpora}
-    return direct.get(stage, set())
-
-
-def doctor(scale: Scale, deep: bool = False) -> list[Line]:
-    """Everything that a scale needs, in the order in which one would see to it."""
-    root = assets.outside()
-    things = [(need, state(need, deep)) for need in needs(scale)]
-    return [
-        *(Line(f"secret: {name}", "yes" if read() else "no") for name, read in SECRETS.items()),
-        Line("VLSAFE_DATA", "yes" if root and root.is_dir() else "no", "" if root else "names no folder"),
-        *(line if line.state == "present" else _with_consequence(scale, line) for _, line in things),
-        disk(sum(need.origin.gigabytes for need, line in things if line.state != "present")),
-        _gpu(scale.loaded.gpu_gigabytes if scale.loaded else 0.0),
-    ]
-
-
-def _with_consequence(scale: Scale, line: Line) -> Line:
-    if not (stopped := blocked(scale, line.what)):
-        return line
-    parent, more = line.what.partition(".")[2], " …" if len(stopped) > 3 else ""
-    n = len(planned(Study(scale, parent or next(iter(scale.backbones)), 0, Path()), "full"))
-    stages = f"{len(stopped)} of {n} stages{parent and f' of {parent}'} cannot run: {', '.join(stopped[:3])}{more}"
-    return line._replace(detail=f"{line.detail}; without it {stages}")
-
-
-def disk(gigabytes: float) -> Line:
-    """Whether there is room for so much more."""
-    path = (assets.outside() or Path.cwd()).absolute()
-    free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free / GIGA
-    detail = f"{free:.0f} GB are free, {gigabytes:.0f} GB are still to come"
-    return Line("disk", "too small" if free < gigabytes else "present", detail)
-
-
-def _gpu(gigabytes: float) -> Line:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Line("GPU", *(("missing", f"{gigabytes:g} GB would be needed") if gigabytes else ("no", "none is needed")))
-    memory = torch.cuda.get_device_properties(0).total_memory / GIGA
-    detail = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {memory:.0f} GB each, {gigabytes:g} GB are needed"
-    return Line("GPU", "too small" if memory < gigabytes else "present", detail)
+def disks(missing: Sequence[Need]) -> list[Line]:
+    """Whether there is room for what is missing on the file systems of VLSAFE_DATA and HF_HOME, which may be one."""
+    wanted = {"VLSAFE_DATA": assets.outside() or Path.cwd(), "HF_HOME": Path(constants.HF_HUB_CACHE)}
+    folders = {name: next(one for one in (path, *path.parents) if one.is_dir()) for name, path in wanted.items()}
+    by_disk: dict[int, list[str]] = {}
+    for name, folder in folders.items():
+        by_disk.setdefault(folder.stat().st_dev, []).append(name)
+    lines = []
+    for names in by_disk.values():
+        gigabytes = sum(need.origin.gigabytes for need in missing if ("VLSAFE_DATA" if need.folder else "HF_HOME") in names)
+        free = shutil.disk_usage(folders[names[0]]).free / GIGA
+        what = "disk" if len(names) == len(wanted) else f"disk of {names[0]}"
+        detail = f"{free:.0f} GB are free, {gigabytes:.0f} GB are still to come"
+        lines.append(Line(what, "too small" if free < gigabytes else "present", detail))
+    return lines
 
 
 def recorded(file: str) -> dict[str, Any]:
@@ -203,9 +212,8 @@ def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = Fa
         raise ValueError(f"set VLSAFE_DATA to the folder that {', '.join(corpora)} shall go to")
     if missing and constants.HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE is set: nothing can be downloaded; unset it for this command")
-    room = disk(sum(need.origin.gigabytes for need in missing))
-    if room.state != "present":
-        raise ValueError(f"{room.detail}; make room, or let VLSAFE_DATA and HF_HOME lead elsewhere")
+    if short := [line.detail for line in disks(missing) if line.state != "present"]:
+        raise ValueError(f"{short[0]}; make room, or let VLSAFE_DATA and HF_HOME lead elsewhere")
     failed = []
     for need in missing:
         say(f"{need.name}: {need.origin.repo}, {need.origin.gigabytes:g} GB")
