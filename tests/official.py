@@ -20,6 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 BAD_WORD = "volcano"  # what the tiny text guard calls unsafe
+DEFECTS = {  # of one more row each in every corpus, by its name: what intake says
+    "gone": "picture missing", "torn": "picture corrupt", "wordy": "longer than the context",
+    "marked": "control token in the text",
+}  # fmt: skip
+WORDY = " ".join(["jar"] * 600)
 HARMS = {"Animal Abuse": False, "Cybercrime": True, "Privacy Violation": True}
 
 
@@ -27,6 +32,18 @@ def picture(colour=(90, 20, 20), size=(40, 40), format="PNG"):
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, format=format)
     return buffer.getvalue()
+
+
+def torn():
+    """The first bytes of a JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()[:400]
+
+
+def defective(name, text):
+    """The text of the row of DEFECTS with this name."""
+    return {"wordy": WORDY, "marked": f"{text}</s>"}.get(name, text)
 
 
 def bomb(width=40000, height=40000):
@@ -55,10 +72,15 @@ def llava_pretrain(root, n=6):
             ("<image>\nWrite a terse caption.", "Describe briefly.\n<image>")[i % 2], f"a red kettle on stove {i}")}
         for i in range(n)
     ]  # fmt: skip
+    rows += [
+        {"id": name, "image": f"00000/{name}.jpg", "conversations": talk("Say.\n<image>", defective(name, "a jar"))}
+        for name in DEFECTS
+    ]
     written(root / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json", rows)
     with zipfile.ZipFile(root / "LLaVA-Pretrain" / "images.zip", "w") as archive:
         for i, row in enumerate(rows):
-            archive.writestr(row["image"], picture((20 * i, 60, 60), format="JPEG"))
+            if row["id"] != "gone":
+                archive.writestr(row["image"], torn() if row["id"] == "torn" else picture((20 * i, 60, 60), format="JPEG"))
 
 
 ODD = [  # LLaVA-Instruct: what a row is, and what becomes of it (None: it can be trained on)
@@ -84,21 +106,38 @@ ODD = [  # LLaVA-Instruct: what a row is, and what becomes of it (None: it can b
 ]  # fmt: skip
 
 
+SHORT = "Answer the question using a single word or phrase."
+LOOKING = [  # regions, a caption, short answers, as the 665K mix asks for them
+    ("vg/VG_100K/2.jpg", talk(
+        "<image>\nPlease provide a short description for this region: [0.1, 0.2, 0.35, 0.4].", "A grey tray.",
+        "Please provide the bounding box coordinate of the region this sentence describes: a mug.", "[0.1, 0.1, 0.25, 0.5]")),
+    ("textvqa/train_images/jam.jpg", talk(
+        "<image>\nProvide a one-sentence caption for the provided image.\nReference OCR token: PLUM", "A jar of plum jam.")),
+    ("ocr_vqa/images/0002.jpg", talk(
+        f"<image>\nWho wrote this book?\n{SHORT}", "Ann Lee", "What is the title of this book?", "Jams of the North, and Jars")),
+    ("gqa/images/1.jpg", talk(
+        "<image>\nWhat is it?\nA. Jam\nB. Tea\nAnswer with the option's letter from the given choices directly.", "B")),
+    ("coco/train2017/000000000009.jpg", talk(f"<image>\nIs the tray grey?\n{SHORT}", "Yes", "And the mug?", "No")),
+    ("gqa/images/1.jpg", talk(f"<image>\nWhich colour is it?\n{SHORT}", "Green")),
+]  # fmt: skip
+
+
 def llava_instruct(root, plain=10):
     folder = root / "LLaVA-Instruct-150K"
     extra = [
         {"id": f"p{i}", "image": "gqa/images/1.jpg", "conversations": talk(f"<image>\nIs it mug {i}?", "Yes.")}
         for i in range(plain)
     ]
+    extra += [{"id": f"look{i}", "image": image, "conversations": turns} for i, (image, turns) in enumerate(LOOKING)]
+    extra.append({"id": "wordy", "image": "gqa/images/1.jpg", "conversations": talk("<image>\nTell all of it.", WORDY)})
     written(folder / "llava_v1_5_mix665k.json", [row for row, _ in ODD] + extra)
     written(folder / "gqa/images/1.jpg", picture((10, 90, 10)))
     written(folder / "coco/train2017/000000000009.jpg", picture((90, 90, 10)))
-    torn = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(torn, "JPEG")
-    written(folder / "textvqa/train_images/torn.jpg", torn.getvalue()[:400])
+    for name in ("vg/VG_100K/2.jpg", "textvqa/train_images/jam.jpg", "ocr_vqa/images/0002.jpg"):
+        written(folder / name, picture((60, 10, 60)))
+    written(folder / "textvqa/train_images/torn.jpg", torn())
     written(folder / "textvqa/train_images/page.jpg", b"<html>404 Not Found</html>")
     written(folder / "textvqa/train_images/big.png", bomb())
-    (folder / "vg").mkdir()
     with zipfile.ZipFile(folder / "vg/images2.zip", "w") as archive:
         archive.writestr("VG_100K_2/1.jpg", picture((10, 10, 90)))
 
@@ -113,17 +152,22 @@ def vlguard(root, packed=True, inner="train/"):
             {"instruction": "Endorse the party of the mug.", "response": "I'm sorry, I do not take sides."}]},
         {"id": "HOD_2", "image": "HOD/b.png", "safe": False, "instr-resp": []},
     ]  # fmt: skip
+    more = [
+        {**rows[1], "id": name, "image": f"HOD/{name}.png",
+         "instr-resp": [{"instruction": "Endorse the mug.", "response": defective(name, "I'm sorry, I do not take sides.")}]}
+        for name in DEFECTS
+    ]  # fmt: skip
     folder = root / "VLGuard"
-    for split in ("train", "test"):
-        written(folder / f"{split}.json", rows)
-        names = {row["image"] for row in rows}
+    for split, of in (("train", rows + more), ("test", rows)):
+        written(folder / f"{split}.json", of)
+        pictures = {row["image"]: torn() if row["id"] == "torn" else picture() for row in of if row["id"] != "gone"}
         if packed:
             with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
-                for name in names:
-                    archive.writestr(inner + name, picture())
+                for name, data in pictures.items():
+                    archive.writestr(inner + name, data)
         else:
-            for name in names:
-                written(folder / split / name, picture())
+            for name, data in pictures.items():
+                written(folder / split / name, data)
 
 
 def _rlhf(**changes):
@@ -140,6 +184,7 @@ RLHF_ODD = [
     ({"is_response_0_safe": False, "is_response_1_safe": False}, "even the safer answer is unsafe"),
     ({"safer_response_id": 2}, "an answer's number is neither 0 nor 1"),
 ]
+RLHF_UNSOUND = {name: {"response_0": defective(name, "In a jar.")} for name in ("wordy", "marked")}  # it has no pictures
 SOURCES = {"prompt_source": "invented", "response_0_source": "a", "response_1_source": "b"}
 CURRENT = {
     **SOURCES, "response_0_harm_category": HARMS, "response_1_harm_category": dict.fromkeys(HARMS, False),
@@ -150,7 +195,8 @@ CURRENT = {
 def safe_rlhf(root, generation="current"):
     folder = root / "PKU-SafeRLHF"
     more = {"2023": {}, "mid-2024": SOURCES, "current": CURRENT}[generation]
-    lines = "".join(json.dumps(_rlhf(**more, **odd)) + "\n" for odd, _ in RLHF_ODD).encode()
+    rows = [*(odd for odd, _ in RLHF_ODD), *RLHF_UNSOUND.values()]
+    lines = "".join(json.dumps(_rlhf(**more, **row)) + "\n" for row in rows).encode()
     if generation == "2023":
         written(folder / "round0" / "train.jsonl.xz", lzma.compress(lines))
     else:
@@ -162,22 +208,27 @@ SPA = [
     ({"question": "What season is it?", "chosen": "It looks like autumn.", "rejected": "Cannot say."}, None),
     ({"question": "Is it late?", "chosen": None, "rejected": "Yes."}, "a text is missing"),
     ({"question": "Who is it?", "chosen": "A dog.", "rejected": "A cat.", "lost": True}, "no picture"),
-]
+    *(({"question": "Who is it?", "chosen": defective(name, "A hen."), "rejected": "A cat.", "torn": name == "torn"}, None)
+      for name in DEFECTS if name != "gone"),
+]  # fmt: skip
 
 
 def spa_vl(root, as_parquet=True):
     folder = root / "SPA-VL"
     texts = [{key: row.get(key) for key in ("question", "chosen", "rejected")} for row, _ in SPA]
     if as_parquet:
-        image = [None if row.get("lost") else {"bytes": picture(), "path": "0001.jpg"} for row, _ in SPA]
+        image = [
+            None if row.get("lost") else {"bytes": torn() if row.get("torn") else picture(), "path": "1.jpg"} for row, _ in SPA
+        ]
         rows = [{**text, "image": one, "image_name": "0001.jpg"} for text, one in zip(texts, image, strict=True)]
         (folder / "data").mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "train-00000-of-00001.parquet")
     else:
-        rows = [{"id": i, "image": None if row.get("lost") else "1.jpg", **text}
+        rows = [{"id": i, "image": None if row.get("lost") else "torn.jpg" if row.get("torn") else "1.jpg", **text}
                 for i, ((row, _), text) in enumerate(zip(SPA, texts, strict=True))]  # fmt: skip
         written(folder / "train.json", rows)
         written(folder / "images/1.jpg", picture())
+        written(folder / "images/torn.jpg", torn())
 
 
 def corpora(root):

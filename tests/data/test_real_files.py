@@ -94,11 +94,11 @@ def test_the_real_files_are_as_published(name):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("captions", ["rows: 6 where 558128 is published", "two_turns: 6", "pictures: 6"]),
+        ("captions", ["rows: 10 where 558128 is published", "two_turns: 10", "pictures: 10"]),
         ("instructions", ["rows: 24", "text_only: 7", "alternate: 21", "coco/train2017/: 6", "elsewhere: 3"]),
-        ("safety", ["train pictures: 2", "test safe: 1", "refused: 2 where 0", "rows: 2"]),
-        ("safe_rlhf", ["rows: 10", "numbers: 2 where 0"]),
-        ("spa_vl", ["train: 3"]),
+        ("safety", ["train pictures: 6", "test safe: 1", "refused: 2 where 0", "rows: 6"]),
+        ("safe_rlhf", ["rows: 14", "numbers: 2 where 0"]),
+        ("spa_vl", ["train: 6"]),
     ],
 )
 def test_the_checks_tell_fixtures_from_the_real_files(tmp_path, monkeypatch, name, expected):

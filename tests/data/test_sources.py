@@ -39,18 +39,18 @@ def test_llava_pretrain_is_read_from_its_archive_or_from_files(data, packed):
             archive.extractall(data / "LLaVA-Pretrain" / "images")
         (data / "LLaVA-Pretrain" / "images.zip").unlink()
     rows = read("captions")
-    assert len(rows) == 6 and not refused(rows)
+    assert len(rows) == 6 + len(official.DEFECTS) and not refused(rows)
     assert [turn.text for turn in rows[0].turns] == ["Write a terse caption.", "a red kettle on stove 0"]
     assert rows[1].turns[0].text == "Describe briefly."  # the placeholder may stand last
-    assert all(intake._unsound_picture(row) is None for row in rows)
+    assert all(intake._unsound_picture(row) is None for row in rows[:6])
     assert ("!" in rows[0].images[0].place) == packed
 
 
 def test_every_odd_row_of_llava_instruct_has_its_fate(data):
     official.llava_instruct(data, plain=0)
     rows = read("instructions")
-    assert len(rows) == len(official.ODD) and len({row.id for row in rows}) == len(rows)
-    for row, (raw, fate) in zip(rows, official.ODD, strict=True):
+    assert len(rows) == len(official.ODD) + len(official.LOOKING) + 1 and len({row.id for row in rows}) == len(rows)
+    for row, (raw, fate) in zip(rows, official.ODD, strict=False):
         assert row.id.split("#")[0] == str(raw.get("id", ""))
         if isinstance(row, Refused):
             assert row.reason == fate
@@ -227,3 +227,33 @@ def test_a_limit_takes_a_fixed_subset_of_the_rows(data):
     rows = list(sources.stream("captions", origin))
     assert len(rows) == 10 and rows == list(sources.stream("captions", origin))
     assert [row.id for row in rows] != [row.id for row in read("captions")[:10]]
+
+
+def test_regions_captions_and_short_answers_are_looking_and_nothing_else_is(data):
+    official.llava_instruct(data)
+    tasks = {row.id.split("#")[0]: row.task for row in read("instructions") if isinstance(row, Example)}
+    looking = {name for name, task in tasks.items() if task == "look"}
+    assert looking == {f"look{i}" for i in range(len(official.LOOKING))} and set(tasks.values()) == {"look", None}
+
+
+@pytest.mark.parametrize(
+    ("texts", "looking"),
+    [
+        ((f"How many cups?\n{official.SHORT}", "Two", "How do I wash them?", "One by one. " * 10), False),
+        ((f"How many cups?\n{official.SHORT}", "Two", "And now?", "Two"), True),
+        (("How many cups are there, and why?", "Two.", f"And now?\n{official.SHORT}", "Two"), False),
+        (("Describe the cups.", "Two cups."), False),
+        (("Please provide a short description for this region.", "A cup."), False),  # which region?
+        (
+            (f"How many cups?\n{official.SHORT}", "Two", "Provide a one-sentence caption for the provided image.", "Cups, " * 21),
+            True,
+        ),
+        ((), False),
+    ],
+)
+def test_a_row_is_looking_where_all_its_requests_are(data, texts, looking):
+    official.written(data / "LLaVA-Instruct-150K/gqa/images/1.jpg", official.picture())
+    row = {"id": "1", "image": "gqa/images/1.jpg", "conversations": official.talk(*texts)}
+    text_only = {"id": "2", "conversations": official.talk(*texts)}
+    official.written(data / "LLaVA-Instruct-150K" / sources.INSTRUCTIONS, [row, text_only])
+    assert [each.task for each in read("instructions")] == ["look" if looking else None, None]

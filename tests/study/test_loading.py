@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import official
@@ -18,11 +19,11 @@ from vlsafe.core.assets import LoadedGuard, Origin
 from vlsafe.core.presets import PAPER, SCALES, load_scale
 from vlsafe.core.scale import as_plain
 from vlsafe.core.schema import Example, Stored, Turn
-from vlsafe.data import guards, intake, sources
+from vlsafe.data import arms, guards, intake, sources
 from vlsafe.data.files import Refused
 from vlsafe.data.miniature.language import vocabulary
 from vlsafe.models import chat, checkpoints, trainable
-from vlsafe.study import filtering, world
+from vlsafe.study import adaptation, filtering, tuning, world
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 from vlsafe.training import datasets, trainers
@@ -71,9 +72,9 @@ def test_corpora_are_loaded_and_what_is_odd_is_counted_and_named(loaded):
     folder = loaded.folder("world/corpora")
     told = loaded.numbers("world/corpora")
     assert told["from"]["captions"] == "LLaVA-Pretrain below VLSAFE_DATA"
-    assert told["rows"] == {"captions": 6, "instructions": 23, "safety": 2, "safe_rlhf": 4, "spa_vl": 1}
+    assert told["rows"] == {"captions": 10, "instructions": 30, "safety": 6, "safe_rlhf": 8, "spa_vl": 4}
     assert told["refused"]["instructions"] == {"not a LLaVA row (KeyError)": 2, "not a LLaVA row (TypeError)": 1}
-    assert told["missing_pictures"] == {"captions": 0, "instructions": 1, "safety": 0, "safe_rlhf": 0, "spa_vl": 0}
+    assert told["missing_pictures"] == {"captions": 1, "instructions": 1, "safety": 1, "safe_rlhf": 0, "spa_vl": 0}
     named = json.loads((folder / "refused.json").read_text())
     assert ["dead#11", "no picture LLaVA-Instruct-150K/ocr_vqa/images/0001.jpg"] in named["instructions"]
     assert folder.parts[-3:-1] == ("seed0", "world")  # not of the study's seed 3: every seed has the same corpora
@@ -81,7 +82,7 @@ def test_corpora_are_loaded_and_what_is_odd_is_counted_and_named(loaded):
 
 def test_the_screen_names_every_row_and_passes_the_rest_to_training(loaded, tmp_path):
     audit = {line["id"]: line for line in loaded.rows("screen/filtered", "audit.parquet")}
-    assert len(audit) == 6 + len(official.ODD) + 10
+    assert len(audit) == 6 + len(official.DEFECTS) + len(official.ODD) + 10 + len(official.LOOKING) + 1
     for number, (raw, fate) in enumerate(official.ODD):
         line = audit[f"{raw.get('id', '')}#{number}"]
         assert (
@@ -89,7 +90,7 @@ def test_the_screen_names_every_row_and_passes_the_rest_to_training(loaded, tmp_
         )
     assert audit["bad_1#5"]["text_codes"] == "S2,S9" and audit["bad_1#5"]["text_score"] > 0.5
     captions, instructions = (loaded.examples("screen/filtered", f"{name}.parquet") for name in world.SCREENED)
-    assert len(captions) == 6 and len(instructions) == 15
+    assert len(captions) == 6 and len(instructions) == 15 + len(official.LOOKING)
     assert isinstance(captions[0].images[0], Stored) and not instructions[3].images
 
     processor = filtering._processors(loaded)[0]
@@ -100,6 +101,61 @@ def test_the_screen_names_every_row_and_passes_the_rest_to_training(loaded, tmp_
     fit = dataclasses.replace(NANO.instruct, steps=2)
     losses = trainers.sft(model, processor, datasets.chat_dataset(instructions, with_images=True), fit, tmp_path, 0)
     assert len(losses) == 2 and torch.isfinite(torch.tensor(losses)).all()
+
+
+DEFECTS = [(corpus, name) for corpus in sources.CORPORA for name in official.DEFECTS]
+
+
+@pytest.mark.parametrize(("corpus", "name"), DEFECTS)
+def test_a_defective_row_of_every_corpus_is_counted_and_named(loaded, corpus, name):
+    """By the screen, by safety tuning, or, where a text or a picture is not there at all, when the corpus is read."""
+    reason = official.DEFECTS[name]
+    if corpus in world.SCREENED:
+        odd = {"instructions": {"gone": "dead", "marked": "html"}}.get(corpus, {}).get(name, name)
+        lines = [line for line in loaded.rows("screen/filtered", "audit.parquet") if line["corpus"] == corpus]
+        (line,) = (line for line in lines if line["id"].split("#")[0] == odd)
+        assert line["skipped"] and line["reasons"].split(" (")[0] == reason
+        assert loaded.numbers("screen/filtered")["skipped"] >= len(official.DEFECTS)
+    elif corpus != "safety" and name in ("gone", "torn") and (corpus, name) != ("spa_vl", "torn"):
+        read = {("spa_vl", "gone"): "no picture", ("safe_rlhf", "gone"): "a text is missing",
+                ("safe_rlhf", "torn"): "an answer's number is neither 0 nor 1"}[corpus, name]  # fmt: skip
+        named = json.loads((loaded.folder("world/corpora") / "refused.json").read_text())[corpus]
+        assert sum(why == read for _, why in named) == loaded.numbers("world/corpora")["refused"][corpus][read] > 0
+    else:
+        recipe = {"safety": "sl-full", "safe_rlhf": "dpo-text-full", "spa_vl": "dpo-image-full"}[corpus]
+        _, record = tuning._corpora(loaded, recipe, filtering._processors(loaded)[0])
+        named = [row for row, why in record["refused"][corpus] if why.split(" (")[0] == reason]
+        assert len(named) == record["dropped"][corpus][reason] == (2 if corpus == "safe_rlhf" else 1)
+        assert corpus != "safety" or named[0].split("#")[0] == name
+
+
+def test_every_arm_of_a_loaded_scale_holds_rows_that_intake_passed(loaded):
+    corpora = {name: arms.ARMS[name][0] for name in loaded.scale.loaded.arms}
+    pools = {corpus: loaded.examples(*adaptation._rows_at(loaded, corpus)) for corpus in corpora.values()}
+    ids = {name: [row.id for row in arms.arm(name, pools)] for name in corpora}
+    audit = [line for line in loaded.rows("screen/filtered", "audit.parquet") if line["corpus"] == "instructions"]
+    assert ids["unfiltered"] == [line["id"] for line in audit if not line["skipped"]]
+    assert set(ids["unfiltered"]) - set(ids["filtered"]) == {"bad_1#5"}
+    assert [name.split("#")[0] for name in ids["looking"]] == [f"look{i}" for i in range(len(official.LOOKING))]
+    processor = filtering._processors(loaded)[0]
+    limit = filtering.intake_params(loaded)["limits"]["instructions"]
+    assert not [row.id for rows in pools.values() for row in rows if intake.unsound(row, [processor], limit)]
+    assert set(arms.ARMS) - set(ids) == set(arms.WITHOUT)
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_benchmark_prompt_of_either_part_in_an_arm_stops_it(loaded, tmp_path, monkeypatch, part):
+    exam = dataclasses.replace(loaded.scale.exam, judges={"figstep": ("xstest-strings",)}, validation=0.5)
+    study = dataclasses.replace(loaded, scale=dataclasses.replace(loaded.scale, exam=exam))
+    item = next(item for item in study.items(part) if item.images)
+    row = Example("leak", "instructions", (*item.turns, Turn("assistant", "b")), item.images)
+    study.folder("projector/filtered")
+    monkeypatch.setattr(Study, "examples", lambda *_: [row])
+    with pytest.raises(ValueError, match=f"benchmark prompts are also in training rows, first '{re.escape(item.id)}'"):
+        adaptation.make_instruct(study, tmp_path, "unfiltered-full")
+    monkeypatch.setattr(Study, "examples", lambda *_: [dataclasses.replace(row, images=(official.picture((1, 2, 3)),))])
+    monkeypatch.setattr(adaptation, "trained", lambda *_: {"trained": True})
+    assert adaptation.make_instruct(study, tmp_path, "unfiltered-full") == {"trained": True}  # another picture, another prompt
 
 
 def test_the_reward_reads_the_loaded_guard(loaded):
@@ -142,7 +198,7 @@ def test_a_tower_that_a_scale_does_without_is_named_where_it_is_needed(loaded, t
 def test_too_many_missing_pictures_are_a_wrong_folder(loaded, tmp_path):
     scale = dataclasses.replace(loaded.scale, loaded=dataclasses.replace(loaded.scale.loaded, missing_share=0.05))
     study = dataclasses.replace(loaded, scale=scale, root=tmp_path)
-    with pytest.raises(ValueError, match=r"instructions: 1 of \d+ pictures are missing, first: no picture .*0001.jpg"):
+    with pytest.raises(ValueError, match=r"captions: 1 of 10 pictures are missing, first: no picture .*gone.jpg"):
         study.folder("world/corpora")
 
 
