@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from vlsafe import training
+from vlsafe.core.presets import MINI, PAPER, SMALL
 from vlsafe.core.scale import Fit, LoraSpec, Rollout
 from vlsafe.core.schema import Item, Pair, Turn
 from vlsafe.data import arms, guards, intake
@@ -18,7 +20,7 @@ from vlsafe.evaluation import validation
 from vlsafe.evaluation.benchmarks import BENCHMARKS
 from vlsafe.evaluation.engines import option_losses
 from vlsafe.models import chat, checkpoints, trainable
-from vlsafe.study import tuning
+from vlsafe.study import adaptation, tuning
 from vlsafe.study.graph import planned
 from vlsafe.training import datasets, trainers
 
@@ -159,8 +161,9 @@ def test_every_odd_preference_row_has_a_stated_outcome(study):
     assert why(long).startswith("longer than the context")
     with pytest.raises(ValueError, match="'safe-rlhf-00000' lacks its prompt"):
         why(change(plain, turns=()))
-    kept, dropped = intake.sound([plain, long, change(long, id="b"), pictured], intake.unsound_pair, [processor], 200)
-    assert kept == [plain, pictured] and dropped == {"longer than the context": 2}
+    kept, refused = intake.sound([plain, long, change(long, id="b"), pictured], intake.unsound_pair, [processor], 200)
+    assert kept == [plain, pictured] and intake.tally(refused) == {"longer than the context": 2}
+    assert [row for row, _ in refused] == [long.id, "b"]
     with pytest.raises(ValueError, match="none of 1 rows can be trained on, the first, 'safe-rlhf-00000', because: longer"):
         intake.sound([long], intake.unsound_pair, [processor], 200)
 
@@ -193,6 +196,88 @@ def test_the_reward_is_the_guards_on_harmful_prompts_and_the_right_answer_on_oth
     assert guard.read == ["sorry.", "x", "use it.", "sorry."]
     with pytest.raises(ValueError, match="whole groups"):
         Rollout(fit=dataclasses.replace(Fit(1, 6, 1e-3)), generations=4)
+
+
+def test_a_paraphrase_earns_the_words_that_it_shares_in_order_where_the_guard_finds_it_safe():
+    """By hand: "use the blue cup" and "please use a blue cup" share use … blue cup, 3 of 4 and 5 words: 2 · 3 / 9."""
+    assert guards.overlap("Use the blue cup.", "please use a blue cup") == pytest.approx(6 / 9)
+    assert guards.overlap("use it.", "Use it") == 1.0 and guards.overlap("cup blue", "blue cup") == pytest.approx(2 / 4)
+    assert guards.overlap("", "use it") == guards.overlap("?!", "use it") == guards.overlap("no", "use it") == 0.0
+    assert guards.overlap("use " * 300, "use it") < 0.01, "saying a right word often does not help"
+
+    class Guard:
+        def assess(self, talks):
+            return [guards.Assessment(None if "odd" in t[-1].text else "bad" in t[-1].text, (), 0.2) for t in talks]
+
+    good, bad = (Pair(c or "g", "s", (Turn("user", "q"),), "use a blue cup", "no.", category=c) for c in (None, "theft"))
+    said = [[{"role": "assistant", "content": text}] for text in ("use the blue cup", "use a bad cup", "use a odd cup", " ", "x")]
+    reward = guards.reward_by(Guard(), [good, bad], "overlap")
+    assert reward(completions=said, number=[0, 0, 0, 0, 1]) == [0.75, 0.0, 0.0, 0.0, 0.8]
+    with pytest.raises(ValueError, match="unknown reward 'overlop'; did you mean 'overlap'"):
+        guards.reward_by(Guard(), [good], "overlop")
+    assert [(s.tuning.rollout.reward, s.tuning.rollout.max_new_tokens) for s in (MINI, SMALL, PAPER)] == [
+        ("exact", 12), ("overlap", 128), ("overlap", 256)
+    ]  # fmt: skip
+
+
+def test_steps_follow_the_rows_where_a_fit_says_for_how_many_its_own_are(study, tmp_path, monkeypatch):
+    fit = PAPER.tuning.preference.fit
+    assert [adaptation.following(fit, n, 1).steps for n in (93258, 73907, 73907 + 93258, 3)] == [11657, 9238, 20895, 1]
+    assert adaptation.following(PAPER.instruct, 640_000, 1).steps == round(5197 * 640_000 / 665_298) == 4999
+    assert adaptation.following(dataclasses.replace(fit, rows=None), 30, 10).steps == 3 * 11657
+    assert {s.name: [f.rows for f in (s.projector, s.instruct, s.tuning.sft, s.tuning.preference.fit, s.tuning.rollout.fit)]
+            for s in (MINI, SMALL, PAPER)} == {
+        "mini": [None] * 5, "small": [64000, 64000, 2000, 93258, None], "paper": [558128, 665298, 2000, 93258, None]
+    }  # fmt: skip
+    jobs, rows = [], study.examples("screen/filtered", "instructions.parquet")[:30]
+    monkeypatch.setattr(training.launch, "trained", lambda job, *_: jobs.append(job) or ([{"loss": 1.0}], 1))
+    monkeypatch.setattr(training.checkpoints, "settle", lambda *_: None)
+    start = study.checkpoints("projector/filtered")[-1]
+    for number, n in enumerate((None, 60, 120, 15)):
+        fit = dataclasses.replace(study.scale.instruct, steps=20, rows=n)
+        (tmp_path / str(number)).mkdir()
+        adaptation.trained(study, tmp_path / str(number), start, rows, "full", fit, [4, 8, 16, 20], "x")
+    assert [(job.fit.steps, job.milestones) for job in jobs] == [
+        (20, (4, 8, 16, 20)), (10, (4, 8, 10)), (5, (4, 5)), (40, (4, 8, 16, 40))
+    ]  # fmt: skip
+
+
+def test_steps_of_safety_tuning_follow_its_own_corpora(study):
+    processor, dpo = checkpoints.load_processor(study.checkpoints("projector/filtered")[-1]), study.scale.tuning.preference
+
+    def steps(name, rows):
+        fit = dataclasses.replace(dpo.fit, steps=8, rows=rows)
+        tuned = dataclasses.replace(study.scale.tuning, preference=dataclasses.replace(dpo, fit=fit))
+        changed = dataclasses.replace(study, scale=dataclasses.replace(study.scale, tuning=tuned))
+        return tuning.prepared(changed, name, processor)[1].steps
+
+    n = study.scale.corpora.pairs
+    assert [steps(name, None) for name in ("dpo-text-full", "dpo-both-full")] == [8, 16]
+    assert [steps(name, 2 * n) for name in ("dpo-text-full", "dpo-both-full")] == [4, 8]
+
+
+def test_adapters_learn_at_ten_times_the_rate_and_the_projector_at_the_full_methods(study):
+    """LLaVA-1.5's finetune_lora.sh, at every scale; and the optimiser has it so."""
+    for scale in (MINI, SMALL, PAPER, study.scale):
+        of = dataclasses.replace(study, scale=scale)
+        fits = {name: tuning.base_fit(of, name) for name in ("sl-full", "sl-lora", "dpo-both-full", "dpo-both-lora")}
+        fits |= {f"instruct-{m}": adaptation.stage_2(of, f"filtered-{m}")[0] for m in ("full", "lora")}
+        for kind in ("sl", "dpo-both", "instruct"):
+            full, lora = fits[f"{kind}-full"], fits[f"{kind}-lora"]
+            assert lora.learning_rate == pytest.approx(10 * full.learning_rate)
+            assert lora.projector_rate == (full.projector_rate or full.learning_rate)
+    rates = {"adapters": fits["sl-lora"].learning_rate, "projector": fits["sl-full"].learning_rate}
+    assert lora_rates(study, fits["sl-lora"]) == rates
+
+
+def lora_rates(study, fit):
+    """The rates of what LoRA trains, by what it is, as the optimiser is built."""
+    model = trainable.choose(checkpoints.load(study.checkpoints("projector/filtered")[-1]), "lora", study.scale.lora)
+    names = {id(weight): "adapters" if "lora_" in name else "projector" for name, weight in model.named_parameters()}
+    groups = trainers._optimizer(model, fit)["params"]
+    rates = {(names[id(weight)], group["lr"]) for group in groups for weight in group["params"]}
+    assert len(rates) == 2
+    return dict(rates)
 
 
 def test_a_checkpoint_is_chosen_by_refusing_the_right_half():
@@ -261,7 +346,7 @@ def test_a_number_of_tuning_changes_no_run_that_does_not_read_it(study):
     other = dataclasses.replace(
         study, scale=dataclasses.replace(study.scale, tuning=dataclasses.replace(study.scale.tuning, replay=1))
     )
-    changed = {name for name in planned() if study.run(name).digest != other.run(name).digest}
+    changed = {name for name in planned(study) if study.run(name).digest != other.run(name).digest}
     assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", "judging/guard-text"}
 
 

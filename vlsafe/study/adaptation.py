@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vlsafe import data, models, training
 from vlsafe.core import store
-from vlsafe.core.scale import Fit
+from vlsafe.core.scale import Fit, LoraSpec
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.study.study import Bar, Study, project_root
 
@@ -54,9 +54,26 @@ def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     """The fit of a recipe, and the steps after which it leaves a checkpoint."""
     scale, recipe = study.scale, RECIPES[name]
     rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
-    rate *= scale.lora.rate if recipe.method == "lora" else 1.0
-    fit = dataclasses.replace(scale.instruct, learning_rate=scale.instruct.learning_rate * rate)
+    fit = by_method(scale.instruct, recipe.method, scale.lora)
+    fit = dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
     return fit, _milestones(scale.checkpoints if name == MAIN else scale.arm_checkpoints, fit.steps)
+
+
+def by_method(fit: Fit, method: str, lora: LoraSpec) -> Fit:
+    """A fit as a method needs it: adapters are trained at a multiple of the rate, the whole projector beside them is not.
+
+    Source:   LLaVA-1.5, finetune_lora.sh: learning_rate 2e-4, mm_projector_lr 2e-5
+    """
+    if method != "lora":
+        return fit
+    return dataclasses.replace(
+        fit, learning_rate=fit.learning_rate * lora.rate, projector_rate=fit.projector_rate or fit.learning_rate
+    )
+
+
+def following(fit: Fit, n: int, otherwise: int) -> Fit:
+    """A fit with the steps that `n` rows take: its own are for `fit.rows`, where it says so, else for `otherwise`."""
+    return dataclasses.replace(fit, steps=max(1, round(fit.steps * n / (fit.rows or otherwise))))
 
 
 def _milestones(checkpoints: Sequence[int], steps: int) -> list[int]:
@@ -70,10 +87,13 @@ def trained(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
 
-    A kill after the training, while digests of what it left are taken, costs no training.
+    Steps follow the rows where the fit says for how many its own are; milestones beyond the end are dropped. A kill after the
+    training, while digests of what it left are taken, costs no training.
     """
     if (done := work / "trained.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
+    fit = following(fit, len(rows), len(rows))
+    milestones = _milestones(milestones[:-1], fit.steps)
     dataset = training.datasets.chat_dataset(rows, with_images=True)
     job = training.launch.Job(
         "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)

@@ -17,6 +17,7 @@ from vlsafe import data, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.scale import Fit
 from vlsafe.core.schema import MAIN_LINE, Item, Pair, from_row
+from vlsafe.study.adaptation import by_method, following
 from vlsafe.study.study import Bar, Study, drop, project_root, step_of
 from vlsafe.study.world import NAMED
 
@@ -89,8 +90,7 @@ def base_fit(study: Study, name: str) -> Fit:
     fit = scale.instruct if "general" in recipe.corpora else fits[recipe.objective]
     if recipe.objective == "pcgrad":
         fit = dataclasses.replace(fit, micro_batches=scale.tuning.task_batches)
-    rate = scale.lora.rate if recipe.method == "lora" else 1.0
-    return dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
+    return by_method(fit, recipe.method, scale.lora)
 
 
 def _limit(study: Study) -> int:
@@ -117,7 +117,8 @@ def rows_of(study: Study, name: str, processor: Any, n_before: int) -> tuple[lis
 def _corpora(study: Study, name: str, processor: Any) -> tuple[list[Any], dict[str, Any]]:
     """All rows of a recipe, its first corpus first, and what to note of them. No benchmark prompt may be among them."""
     rows: list[Any] = []
-    sizes, refused, record = {}, {}, {}
+    record: dict[str, Any] = {}
+    sizes, refused = {}, {}
     for corpus in RECIPES[name].corpora:
         more, refused[corpus] = rows_of(study, corpus, processor, len(rows))
         rows += more
@@ -167,10 +168,11 @@ def _band(study: Study, name: str) -> dict[str, Any]:
 
 
 def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, dict[str, Any]]:
-    """The rows of a recipe, its fit with the steps that they ask for, and what to note of them."""
+    """The rows of a recipe, its fit with the steps that they take (its own are for its first corpus alone, or for as many rows as
+    it says), and what to note of them."""
     rows, record = _corpora(study, name, processor)
     first, fit = record["rows"][RECIPES[name].corpora[0]], base_fit(study, name)
-    return rows, dataclasses.replace(fit, steps=max(1, round(fit.steps * len(rows) / first))), record
+    return rows, following(fit, len(rows), first), record
 
 
 def train_by(
@@ -205,7 +207,7 @@ def _rewarded(
     if fit.launch:
         raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
     model = models.trainable.choose(models.checkpoints.load(start), "full", study.scale.lora)
-    reward = data.guards.reward_by(data.guards.opened(study.folder(GUARD)), rows)
+    reward = data.guards.reward_by(data.guards.opened(study.folder(GUARD)), rows, study.scale.tuning.rollout.reward)
     spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
     how = (folder, study.seed, milestones, bar)
     return training.trainers.grpo(
@@ -257,7 +259,7 @@ JUDGED_RUNS = (*REFERENCES, *examined())
 def make_judging(study: Study, work: Path) -> dict[str, Any]:
     """Raw rows of the reward's own guard on stored responses, beside the verdicts of the other judges in the same table."""
     guard, items, rows = data.guards.opened(study.folder(GUARD)), study.items(), []
-    for name in JUDGED_RUNS:
+    for name in (needed for needed in study.inputs("judging/guard-text") if needed.startswith("examination/")):
         raw = [row for row in study.rows(name, "raw.parquet") if row["exam"] == "full"]
         harmful = {row["item"]: row for row in raw if row["benchmark"] in JUDGED and row["harmful"]}.values()
         rows += evaluation.examine.guard_rows(guard, JUDGE, items, list(harmful), study.rows(name, "responses.parquet"))
