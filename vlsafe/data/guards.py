@@ -9,6 +9,7 @@ trained on, weighted to the corpus's share of harm (`calibrate`). The threshold 
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
@@ -26,7 +27,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from vlsafe.core import assets, store
 from vlsafe.core.assets import LoadedGuard
-from vlsafe.core.scale import as_plain, extended
+from vlsafe.core.scale import as_plain, extended, known
 from vlsafe.core.schema import Pair, Picture, Turn
 from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, exchange, pick
 from vlsafe.data.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
@@ -112,19 +113,38 @@ def assess_in_batches(
     return [results[i] for i in range(len(conversations))]
 
 
-def reward_by(guard: Any, pairs: Sequence[Pair]) -> Callable[..., list[float]]:
+def overlap(answer: str, preferred: str) -> float:
+    """2 M / T: the M words that two answers have in common and in order, relative to the T words of both; case and punctuation
+    do not count. Its value is in [0, 1], and 1 for an answer word for word.
+
+    Source:   Ratcliff and Metzener 1988 (Gestalt pattern matching), as Python's difflib has it, on words
+    """
+    first, second = (re.findall(r"\w+", text.casefold()) for text in (answer, preferred))
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio() if first and second else 0.0
+
+
+def reward_by(guard: Any, pairs: Sequence[Pair], kind: str = "exact") -> Callable[..., list[float]]:
     """A reward for answers to the prompts of preference rows: safe where the prompt is harmful, right where it is not.
 
     On a harmful prompt it is one minus the guard's score, so that a group of equally unsafe answers still gives a gradient; an
-    assessment that could not be parsed earns nothing. On a harmless prompt only the preferred answer counts, word for word.
+    assessment that could not be parsed earns nothing. On a harmless prompt the preferred answer counts: word for word ("exact"),
+    or by the words that an answer shares with it and only where the guard finds it safe ("overlap"), so that a paraphrase earns.
     The result must not be judged by this guard: a model learns to write what the guard fails to detect.
+
+    Raises:   ValueError for another `kind`, naming the nearest
     """
+    known(kind, ("exact", "overlap"), "reward")
+
+    def harmless(text: str, row: Pair, unsafe: bool | None) -> float:
+        if kind == "exact":
+            return float(text == row.chosen)
+        return overlap(text, row.chosen) if unsafe is False else 0.0
 
     def reward(completions: Sequence[Sequence[dict[str, str]]], number: Sequence[int], **_: Any) -> list[float]:
         rows, texts = [pairs[i] for i in number], [completion[-1]["content"].strip() for completion in completions]
         results = guard.assess([(*row.turns, Turn("assistant", text)) for row, text in zip(rows, texts, strict=True)])
         return [
-            float(text == row.chosen) if row.category is None else 0.0 if result.unsafe is None else 1 - result.score
+            harmless(text, row, result.unsafe) if row.category is None else 0.0 if result.unsafe is None else 1 - result.score
             for row, text, result in zip(rows, texts, results, strict=True)
         ]
 
@@ -355,15 +375,16 @@ def load_guard(pointer: dict[str, Any]) -> LlamaGuard | ImageClassifier:
     """Load the guard of a pointer, on a GPU in bf16. An image guard is one that names classes."""
     origin, labels, size = pointer["origin"], pointer["labels"], pointer["batch_size"]
     device = devices.device()
-    where = dict(pretrained_model_name_or_path=origin["repo"], revision=origin["revision"])
     weights = dict(dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True)
     kind, prepare = (AutoModelForImageClassification, AutoImageProcessor) if labels else (AutoModelForCausalLM, AutoTokenizer)
     try:
-        model = kind.from_pretrained(**where, **weights).eval().to(device)
-        processor = prepare.from_pretrained(**where, **({"backend": "pil"} if labels else {}))
+        model = checkpoints.from_repository(kind, origin["repo"], origin["revision"], **weights).eval().to(device)
+        more = {"backend": "pil"} if labels else {}
+        processor = prepare.from_pretrained(origin["repo"], revision=origin["revision"], **more)
     except OSError as error:
+        reason = f"is not here as safetensors ({type(error).__name__})"
         remedy = "`vlsafe download` fetches it, `vlsafe doctor` says what it needs"
-        raise FileNotFoundError(f"the guard {origin['repo']} is not here ({type(error).__name__}); {remedy}") from None
+        raise FileNotFoundError(f"the guard {origin['repo']} {reason}; {remedy}") from None
     if labels:
         return ImageClassifier(model, processor, labels, pointer["threshold"] or 0.5, size)
     return LlamaGuard(model, processor, pointer["threshold"], size)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import pickle
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -229,7 +231,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         if len(list(folder.glob("*.safetensors"))) < 2 and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()  # over a single file the library's bar says nothing, and stays behind in notebooks
             stack.callback(logging.enable_progress_bar)
-        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, report = from_repository(kind, str(folder), dtype=dtype, output_loading_info=True)
     if missing := set(report["missing_keys"]) | set(report["mismatched_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()
@@ -240,12 +242,27 @@ def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     return load(folder, getattr(torch, dtype)).to(devices.device())
 
 
+def from_repository(kind: Any, repo: str, revision: str = "main", **options: Any) -> Any:
+    """What `kind.from_pretrained` returns for a repository in the hub's cache or for a folder.
+
+    Weights that are there as pickles alone are read as tensors and nothing else: no code of theirs is run.
+
+    Raises:   ValueError for a pickle that holds anything beside tensors
+    """
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # the library would ask a service to convert the repository in public
+    try:
+        return kind.from_pretrained(repo, revision=revision, weights_only=True, **options)
+    except pickle.UnpicklingError:  # its own text recommends to load it all the same
+        raise ValueError(f"a .bin file of {repo} is damaged or holds more than tensors, which could run code; it is not loaded. "
+                         "Name a revision with safetensors") from None  # fmt: skip
+
+
 def from_hub(repo: str, revision: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A language model from the hub's cache, with embeddings for every token of the tokenizer.
 
     New ones, the picture's placeholder among them, are the mean of the old ones: never the likeliest word, and nothing random.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(repo, revision=revision, dtype="auto")
+    model = from_repository(transformers.AutoModelForCausalLM, repo, revision, dtype="auto")
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

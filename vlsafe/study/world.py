@@ -241,7 +241,7 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
     from transformers import CLIPModel
 
     repo, revision = _weights(study.asset("tower"))
-    models.checkpoints.save(CLIPModel.from_pretrained(repo, revision=revision), work)
+    models.checkpoints.save(models.checkpoints.from_repository(CLIPModel, repo, revision), work)
     return {"revision": revision}
 
 
