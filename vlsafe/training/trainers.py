@@ -66,8 +66,8 @@ def sft_without_conflict(model: PreTrainedModel, processor: Any, data: Dataset, 
     """
     data, leading = without_mixed_tasks(data, first, fit, processes.world_size(), np.random.default_rng(seed))
     synced = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}  # else a process sees its own rows' gradient, or none
-    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "accelerator_config": synced,
-           "max_grad_norm": 0.0}  # the callback clips
+    clipped = {"max_grad_norm": 0.0}  # by the callback
+    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "accelerator_config": synced, **clipped}
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[ConflictFree(leading)])
 
 
