@@ -300,7 +300,7 @@ def _merge(arguments: Arguments) -> None:
 
 
 def _doctor(arguments: Arguments) -> None:
-    lines = planning.outside.doctor(load_scale(arguments.scale), arguments.deep)
+    lines = planning.doctor.doctor(load_scale(arguments.scale), arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
