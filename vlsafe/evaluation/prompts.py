@@ -54,13 +54,29 @@ def probing_prompts(
 
 
 def _official_prompts(official: Sequence[Item], n: int, modalities: Sequence[str]) -> list[Item]:
-    items = []
+    """As many harmful as harmless prompts of each benchmark, so that the source does not tell them apart."""
+    found = []
     for modality in modalities:
-        of = [item for item in official if item.benchmark in OFFICIAL.get(modality, ())]
-        kinds = {harmful: [item for item in of if item.harmful == harmful] for harmful in (True, False)}
-        if min(map(len, kinds.values())) >= FEWEST:
-            items += [dataclasses.replace(i, group=modality) for kind in kinds.values() for i in evenly(kind, n)]
-    return items
+        pairs = []
+        for name in OFFICIAL.get(modality, ()):
+            of = [dataclasses.replace(item, group=modality) for item in official if item.benchmark == name]
+            pairs.append([[item for item in of if item.harmful == harmful] for harmful in (True, False)])
+        sizes = shares(n, [min(map(len, pair)) for pair in pairs])
+        if sum(sizes) >= FEWEST:
+            found += [
+                item for kind in (0, 1) for pair, size in zip(pairs, sizes, strict=True) for item in evenly(pair[kind], size)
+            ]
+    if not found:
+        raise ValueError(f"no modality has {FEWEST} harmful and {FEWEST} harmless prompts of one source; sources are {OFFICIAL}")
+    return found
+
+
+def shares(n: int, available: Sequence[int]) -> list[int]:
+    """`n` dealt out as evenly as what is available allows."""
+    sizes = [0] * len(available)
+    while sum(sizes) < min(n, sum(available)):
+        sizes[min((i for i in range(len(sizes)) if sizes[i] < available[i]), key=sizes.__getitem__)] += 1
+    return sizes
 
 
 def evenly(items: Sequence[Item], n: int) -> list[Item]:
