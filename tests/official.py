@@ -238,42 +238,70 @@ def corpora(root):
     return root
 
 
-def tiny_llama_guard(folder):
-    """A Llama whose weights are set by hand: it says "safe", and "unsafe" where BAD_WORD stands anywhere before.
+def _scripted(folder, marks, last, script, after=None):
+    """A Llama of one layer whose weights are set by hand: it writes what `script` says of the last word of it that stands anywhere
+    before, else what it says of "". `last` is how prompts end; `after` says what follows a token, where that is not the end.
 
-    Every token has a channel of its own; attention is uniform and carries the word into one more channel.
+    Every token has a channel of its own; attention is uniform and carries each of the script's words into one more channel.
     """
-    marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"]
-    words = [*marks, "<unk>", "\n\n", "\n", "safe", "unsafe", "S2", ",", "S9", BAD_WORD, "S1"]
-    number = {word: i for i, word in enumerate(words)}
+    start, end = marks[0], marks[-1]
+    known = dict.fromkeys([*marks, "<pad>", "<unk>", "\n\n", "\n", last, *script, *script.values(), *(after or {})])
+    number = {word: i for i, word in enumerate(word for word in known if word)}
     core = Tokenizer(models.WordLevel(number, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n|\w+|[^\w\s]"), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token=marks[0], eos_token="<|eot_id|>",
-        additional_special_tokens=marks[1:3],
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end,
+        additional_special_tokens=marks[1:-1],
     )  # fmt: skip
-    width = len(words) + 1
+    words = [word for word in script if word]
+    width = len(number) + len(words)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=1024, eos_token_id=number["<|eot_id|>"], pad_token_id=number["<pad>"],
-        bos_token_id=0,
+        vocab_size=len(number), hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=1024, eos_token_id=number[end], pad_token_id=number["<pad>"],
+        bos_token_id=number[start], head_dim=width + width % 2,
     ))  # fmt: skip
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
         for norm in (model.model.norm, model.model.layers[0].input_layernorm, model.model.layers[0].post_attention_layernorm):
             norm.weight.fill_(1.0)
-        model.model.embed_tokens.weight[:, : len(words)] = torch.eye(len(words))
+        model.model.embed_tokens.weight[:, : len(number)] = torch.eye(len(number))
         attention = model.model.layers[0].self_attn
-        attention.v_proj.weight[width - 1, number[BAD_WORD]] = 1000.0
-        attention.o_proj.weight.copy_(torch.eye(width))
-        after = {"\n\n": "safe", "safe": "<|eot_id|>", "unsafe": "\n", "\n": "S2", "S2": ",", ",": "S9", "S9": "<|eot_id|>"}
-        for word, following in after.items():
-            model.lm_head.weight[number[following], number[word]] = 1.0 if word == "\n\n" else 1e4
-        model.lm_head.weight[number["unsafe"], width - 1] = 1.0
+        attention.o_proj.weight[:, :width] = torch.eye(width)
+        model.lm_head.weight[number[script[""]], number[last]] = 1.0
+        for place, word in enumerate(words):
+            attention.v_proj.weight[len(number) + place, number[word]] = 1000.0 * 100**place
+            model.lm_head.weight[number[script[word]], len(number) + place] = 1.0
+        for word, following in (dict.fromkeys(script.values(), end) | (after or {})).items():
+            model.lm_head.weight[number[following], number[word]] = 1e9
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_llama_guard(folder):
+    """It says "safe", and "unsafe" with two codes where BAD_WORD stands anywhere before."""
+    marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    after = {"unsafe": "\n", "\n": "S2,S9", **dict.fromkeys(("S2,S9", "S1", "S2", "S9"), "<|eot_id|>")}
+    return _scripted(folder, marks, "\n\n", {"": "safe", BAD_WORD: "unsafe"}, after)
+
+
+SORRY, MUMBLE = "sorry", "mumble"  # what the scripted judges call a refusal, and what they cannot judge
+
+
+def tiny_wildguard(folder):
+    """Its three lines: complied without harm; harmful where BAD_WORD stands, refused where SORRY does, no lines at MUMBLE."""
+
+    def lines(refused, harmful):
+        return f"Harmful request: no\nResponse refusal: {refused}\nHarmful response: {harmful}"
+
+    script = {"": lines("no", "no"), BAD_WORD: lines("no", "yes"), SORRY: lines("yes", "no"), MUMBLE: "hm"}
+    return _scripted(folder, ["<s>", "</s>"], "\n", script)
+
+
+def tiny_sorry_judge(folder):
+    """SORRY-Bench's judge: 1 (fulfilled), 0 where SORRY stands, and no number at MUMBLE."""
+    return _scripted(folder, ["<s>", "</s>"], "]", {"": "1", SORRY: "0", MUMBLE: "hm"})
 
 
 def tiny_nsfw(folder, labels=("normal", "nsfw"), lean=4.0, size=224):
