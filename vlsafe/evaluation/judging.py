@@ -7,7 +7,6 @@ either side. Knows neither studies nor metrics.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections import Counter
@@ -53,19 +52,19 @@ def endpoint(server: servers.Server) -> JudgeModel:
 
 
 def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
-    """A model folder, loaded when it is first asked, in bfloat16 where models compute on a GPU. Only for judges whose prompt is
-    raw text.
+    """A model folder, in memory while it judges and no longer, in bfloat16 on a GPU. Only for judges whose prompt is raw text.
 
     Raises:   FileNotFoundError where the folder holds no model
     """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
+    if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
 
-    @functools.cache
-    def loaded() -> tuple[Any, Any]:
+    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
+        if not judge.raw:
+            raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
         import torch
 
+        from vlsafe.evaluation import engines
         from vlsafe.models import checkpoints, devices
 
         place = devices.device()
@@ -73,19 +72,12 @@ def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
         processor = checkpoints.load_processor(folder)
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return model, tokenizer
-
-    def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
-        from vlsafe.evaluation import engines
-
-        if not judge.raw:
-            raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
         for batch in store.parts(sorted(prompts, key=lambda row: len(row[2])), batch_size):
             keys, _, texts = zip(*batch, strict=True)
-            outputs = engines.complete(*loaded(), texts, judge.max_tokens)
+            outputs = engines.complete(model, tokenizer, texts, judge.max_tokens)
             yield from ((key, Reply(*output)) for key, output in zip(keys, outputs, strict=True))
 
-    return JudgeModel(name or folder.name, complete)
+    return JudgeModel(name or Path(folder).name, complete)
 
 
 @dataclass
@@ -149,17 +141,11 @@ class Judgements:
         if store.whole_lines(self.keep)[0]:
             self.read(official.read_lines(self.keep), str(self.keep), find, judges)
 
-    def write_missing(
-        self, names: Sequence[str], items: Iterable[Item], responses: Responses, wording: Mapping[str, str],
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:  # fmt: skip
-        """Have judges of one query judge what nobody has judged yet, each response to an item once; keep each judgement as it
-        comes, and note why some did not.
-
-        Units:    `progress` counts judgements
-        """
-        judge = LLM_JUDGES[names[0]]
-        model, prompts = self.models[judge.query], dict[Key, tuple[Item, str]]()
+    def missing(
+        self, names: Sequence[str], items: Iterable[Item], responses: Responses, wording: Mapping[str, str]
+    ) -> dict[Key, tuple[Item, str]]:  # fmt: skip
+        """What judges of one query have yet to judge: each response to an item once, with the prompt about it."""
+        judge, prompts = LLM_JUDGES[names[0]], dict[Key, tuple[Item, str]]()
         for item in items:
             for attempt, response in enumerate(responses.get(item.id, ())):
                 labels = [self.label(name, item, response, attempt) for name in names]
@@ -169,16 +155,25 @@ class Judgements:
                     self.problems[judge.query, item.id, digest(response)] = "no picture"
                 else:
                     prompts[item.id, digest(response)] = item, judge.prompt(item, response, wording)
-        if not prompts:
-            return
-        replies = model.complete(judge, [(key, *prompt) for key, prompt in prompts.items()])
+        return prompts
+
+    def ask(
+        self, query: str, prompts: Mapping[Key, tuple[Item, str]], progress: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Have the model of a query complete prompts, keep each judgement as it comes, and note why some did not.
+
+        Units:    `progress` counts prompts
+        Raises:   ConnectionAbortedError where an endpoint is gone; what it wrote before is kept
+        """
+        model, judge = self.models[query], next(judge for judge in LLM_JUDGES.values() if judge.query == query)
+        replies = model.complete(judge, [(key, *prompt) for key, prompt in prompts.items()]) if prompts else ()
         for done, ((item_id, about), reply) in enumerate(replies, 1):
             progress(done)
             if reply.text is None:
-                self.problems[judge.query, item_id, about] = reply.problem
+                self.problems[query, item_id, about] = reply.problem
                 continue
-            self.written[judge.query, item_id, about] = (reply.text, model.name)
-            line = {"id": item_id, "judge": judge.query, "judgement": reply.text, "model": model.name, "response": about}
+            self.written[query, item_id, about] = (reply.text, model.name)
+            line = {"id": item_id, "judge": query, "judgement": reply.text, "model": model.name, "response": about}
             with self.keep.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -208,7 +208,7 @@ def _collect(
         written.read(official.read_lines(path), str(path), find, llm)
     for query in written.models:
         names = judging.queries_of(llm)[query]
-        written.write_missing(names, items, responses, wordings(names[0], folders))
+        written.ask(query, written.missing(names, items, responses, wordings(names[0], folders)))
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:
