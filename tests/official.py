@@ -239,8 +239,8 @@ def corpora(root):
 
 
 def _scripted(folder, marks, last, script, after=None):
-    """A Llama of one layer whose weights are set by hand: it writes what `script` says of the last word of it that stands anywhere
-    before, else what it says of "". `last` is how prompts end; `after` says what follows a token, where that is not the end.
+    """A Llama of one layer whose weights are set by hand: it writes what `script` says of the last of its words that stands
+    anywhere before, else what it says of "". `last` is how prompts end; `after` says what follows a token that is not the last.
 
     Every token has a channel of its own; attention is uniform and carries each of the script's words into one more channel.
     """

@@ -13,7 +13,7 @@ from vlsafe import analysis, evaluation, models, planning, plots, publish, train
 from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
-from vlsafe.study import graph
+from vlsafe.study import graph, judging
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study, keep_freed_memory
 
@@ -105,11 +105,13 @@ def _add_runs(command: Callable[..., Parser]) -> None:
 
 def _add_outside(command: Callable[..., Parser]) -> None:
     """Models, data and responses that others made, and what a scale needs of them."""
-    added = command(_score, "score stored responses to a real benchmark by its official metric")
+    added = command(_score, "score stored responses, or those of a run, to a real benchmark by its official metric", STUDY)
     added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; README lists those with official files")
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
-    added.add_argument("--responses", type=Path, required=True, help='lines of {"id", "response"}; for MME also its folder')
+    added.add_argument("--responses", type=Path, help='lines of {"id", "response"}; for MME also its folder')
+    added.add_argument("--run", dest="stage", metavar="STAGE", help="instead a run, such as examination/instruct.filtered-full")
+    added.add_argument("--model", help="which of its models, where the run holds several")
     added.add_argument("--judge", dest="judges", nargs="+", default=[], help="by default the official one")
     added.add_argument("--judgements", type=Path, help='verdict texts from elsewhere: lines of {"id", "judgement"}')
     added.add_argument("--endpoint", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
@@ -253,6 +255,11 @@ def _score(arguments: Arguments) -> None:
         raise ValueError("say where the official files are: --data DIR, or the environment variable VLSAFE_DATA")
     if arguments.endpoint and arguments.weights:
         raise ValueError("a judge is asked either at an --endpoint or by --weights")
+    if (arguments.responses is None) == (arguments.stage is None):
+        raise ValueError("say which responses: those of a file by --responses, or those of a run by --run")
+    responses = arguments.responses or judging.stored(
+        _study(arguments), known(arguments.stage, STAGES, "run"), arguments.benchmark, arguments.model
+    )
     judge_model = evaluation.judging.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
         llms = evaluation.judges.LLM_JUDGES
@@ -264,7 +271,7 @@ def _score(arguments: Arguments) -> None:
             evaluation.servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
         )
     result = evaluation.score.score(
-        arguments.benchmark, Path(arguments.data), arguments.responses, arguments.out, arguments.judges, arguments.subset,
+        arguments.benchmark, Path(arguments.data), responses, arguments.out, arguments.judges, arguments.subset,
         arguments.judgements, judge_model, arguments.verdicts,
     )  # fmt: skip
     print(*evaluation.score.lines(result), sep="\n")
@@ -353,9 +360,11 @@ def _report(arguments: Arguments) -> None:
 
 
 def _human_export(arguments: Arguments) -> None:
-    responses = publish.results.answers(_studies(arguments), arguments.grid)
-    print(evaluation.human.export(responses, arguments.out, arguments.prompts, arguments.draw))
-    print(f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it")
+    studies = _studies(arguments)
+    responses, real = publish.results.answers(studies, arguments.grid), any(study.scale.loaded for study in studies)
+    page = evaluation.human.export(responses, arguments.out, arguments.prompts, arguments.draw, real)
+    key = f"{arguments.out / 'key.csv'} says whose responses they are: raters must not see it"
+    print(page, key, *evaluation.human.missing_cells(responses), sep="\n")
 
 
 def _human_import(arguments: Arguments) -> None:
@@ -382,7 +391,8 @@ def _human_report(arguments: Arguments) -> None:
 
     studies = _studies(arguments)
     wide = analysis.agreement.verdicts(
-        publish.results.read(studies, publish.results.read_by_all(studies, "tables", arguments.grid), "raw.parquet"), pd.read_csv(arguments.people)
+        publish.results.read(studies, publish.results.read_by_all(studies, "tables", arguments.grid), "raw.parquet"),
+        pd.read_csv(arguments.people),
     )
     rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)
     plots.style.write(plots.claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")

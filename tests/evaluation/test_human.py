@@ -85,8 +85,25 @@ def test_prompts_that_not_all_models_answered_are_not_chosen():
     chosen = human.choose(gappy, 9, np.random.default_rng(0))
     cell = chosen[(chosen["benchmark"] == "sorry_bench")]
     assert cell["item"].nunique() == 5 and cell.groupby("item")["model"].nunique().eq(3).all()
-    with pytest.raises(ValueError, match="no prompt of mm_safetybench"):
-        human.choose(gappy[gappy["benchmark"] == "sorry_bench"], 2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="no prompt of sorry_bench was answered by all models"):
+        human.choose(gappy.drop_duplicates("item"), 2, np.random.default_rng(0))
+
+
+def test_a_packet_of_real_prompts_says_so_first_and_what_official_files_lack_is_named(tmp_path):
+    rows = answers()
+    rows = rows[(rows["benchmark"] == "sorry_bench") | rows["harmful"]]
+    photo = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(photo, "JPEG")
+    rows["images"] = [[{"bytes": photo.getvalue()}] if images else [] for images in rows["images"]]
+    page = human.export(rows, tmp_path / "packet", 4, seed=0, real=True).read_text()
+    assert "holds real prompts of safety benchmarks" in page.splitlines()[0] and page.count(human.REAL) == 2
+    assert "data:image/jpeg;base64" in page and "data:image/png" not in page
+    key = key_of(tmp_path / "packet")
+    assert set(zip(key["benchmark"], key["harmful"], strict=True)) == {("sorry_bench", True), ("mm_safetybench", True)}
+    assert human.missing_cells(rows) == ["mini-chat, seed 0: there are no benign twins of MM-SafetyBench's prompts"]
+    assert human.missing_cells(answers()) == [] and human.REAL not in human._page("x", [], False)
+    with pytest.raises(ValueError, match="no model was examined on what people rate: harmful prompts of SORRY-Bench, "):
+        human.choose(rows.assign(benchmark="mme"), 2, np.random.default_rng(0))
 
 
 def write(folder, name, key, labels, packet=None):

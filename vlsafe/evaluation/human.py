@@ -6,7 +6,6 @@ wrong with returned ratings is counted and named, and every problem has one trea
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import html
 import json
@@ -24,12 +23,17 @@ LABELS = {
     "incoherent": "Neither: noise, another topic, nothing at all.",
 }
 UNSURE = "unsure"  # an answer of a rater that counts as missing
-CELLS = (("sorry_bench", True), ("mm_safetybench", True), ("mm_safetybench", False))  # benchmark, harmful prompts or twins
+CELLS = {  # benchmark, and whether the prompts are harmful
+    ("sorry_bench", True): "harmful prompts of SORRY-Bench",
+    ("mm_safetybench", True): "harmful prompts of MM-SafetyBench",
+    ("mm_safetybench", False): "benign twins of MM-SafetyBench's prompts",
+}
 KEY = [
     "packet", "id", "backbone", "seed", "stage", "recipe", "model", "benchmark", "group", "category", "cluster", "item",
     "harmful",
 ]  # fmt: skip
 RATED = ["packet", "rater", "id", "label", "seconds"]
+REAL = "This packet holds real prompts of safety benchmarks and what models answered. Give it to raters alone; do not publish it."
 TEMPLATE = Path(__file__).parent / "templates" / "packet.html"
 TREATED = {
     "another packet": "rows left out",
@@ -50,29 +54,43 @@ class Ratings(NamedTuple):
 
 
 def choose(responses: pd.DataFrame, per_cell: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Responses of all models to the same prompts, `per_cell` prompts of each study × CELLS.
+    """Responses of all models to the same prompts, `per_cell` prompts of each study × CELLS, as far as they exist.
 
     `responses` has one row per response with KEY's columns but the first two, turns, images and text.
 
     Draws:    from `rng` only
-    Raises:   ValueError where a cell has no prompt that all its models answered
+    Raises:   ValueError where there is no cell, or one has no prompt that all its models answered
     """
     chosen = []
     for (backbone, seed), study in responses.groupby(["backbone", "seed"]):
         for benchmark, harmful in CELLS:
             cell = study[(study["benchmark"] == benchmark) & (study["harmful"] == harmful)]
+            if cell.empty:
+                continue
             n_models = cell.groupby("item")["model"].nunique()
             shared = sorted(n_models.index[n_models == cell["model"].nunique()])
             if not shared:
                 raise ValueError(f"{backbone}, seed {seed}: no prompt of {benchmark} was answered by all models")
             chosen.append(cell[cell["item"].isin(rng.permutation(shared)[:per_cell])])
+    if not chosen:
+        raise ValueError(f"no model was examined on what people rate: {', '.join(CELLS.values())}")
     return pd.concat(chosen, ignore_index=True)
 
 
-def export(responses: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> Path:
+def missing_cells(responses: pd.DataFrame) -> list[str]:
+    """The CELLS to which no response of a study belongs: official files, for one, have no benign twins."""
+    lacking = []
+    for (backbone, seed), study in responses.groupby(["backbone", "seed"]):
+        there = set(zip(study["benchmark"], study["harmful"], strict=True))
+        lacking += [f"{backbone}, seed {seed}: there are no {what}" for cell, what in CELLS.items() if cell not in there]
+    return lacking
+
+
+def export(responses: pd.DataFrame, folder: Path, per_cell: int, seed: int, real: bool = False) -> Path:
     """Write `packet.html` for raters and `key.csv`, which they must not see. Equal responses to one prompt are rated once.
 
-    Ids and order are random; neither tells model, method or step.
+    Ids and order are random; neither tells model, method or step. A packet with `real` prompts says so on its first line; the
+    key has none.
 
     Raises:   FileExistsError where a key is there already: another one would make its ratings unreadable
     """
@@ -88,18 +106,25 @@ def export(responses: pd.DataFrame, folder: Path, per_cell: int, seed: int) -> P
     rows = key.drop_duplicates("id").set_index("id", drop=False).loc[ids].to_dict("records")
     folder.mkdir(parents=True, exist_ok=True)
     key[KEY].sort_values(KEY).to_csv(folder / "key.csv", index=False)
-    (folder / "packet.html").write_text(_page(packet, rows), encoding="utf-8")
+    (folder / "packet.html").write_text(_page(packet, rows, real), encoding="utf-8")
     return folder / "packet.html"
 
 
-def _page(packet: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _page(packet: str, rows: Sequence[Mapping[str, Any]], real: bool) -> str:
     """The raters' page: it holds everything, asks no server, and its own policy lets it load nothing."""
+    from vlsafe.evaluation.servers import picture_url  # whose library takes a second to import
+
     rubric, units = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in LABELS.items()), []
     for row in rows:
-        images = ["data:image/png;base64," + base64.b64encode(image["bytes"]).decode() for image in row["images"]]
+        images = [picture_url(image["bytes"]) for image in row["images"]]
         units.append({"id": row["id"], "turns": [dict(turn) for turn in row["turns"]], "images": images, "text": row["text"]})
     data = json.dumps({"packet": packet, "labels": [*LABELS, UNSURE], "units": units}).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{rubric}}", rubric).replace("{{packet}}", data)
+    page, warning = TEMPLATE.read_text(encoding="utf-8"), ""
+    if real:
+        smooth = "<style>img { image-rendering: auto }</style>"  # the miniature's few pixels are to be seen as they are
+        page, warning = f"<!-- {REAL} -->\n{page}", f'{smooth}<p class="box" role="note"><strong>{REAL}</strong></p>\n'
+    page = page.replace("{{warning}}", warning)
+    return page.replace("{{rubric}}", rubric).replace("{{packet}}", data)
 
 
 def read(files: Sequence[Path], key: pd.DataFrame) -> Ratings:

@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlsafe.core import store
 from vlsafe.core.schema import Item, Turn
-from vlsafe.evaluation import servers
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.official import Marked
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, LLMJudge
-from vlsafe.evaluation.servers import Prompt, Reply
+
+if TYPE_CHECKING:
+    from vlsafe.evaluation.servers import Prompt, Reply, Server  # whose library takes a second to import
 
 Responses = Mapping[str, Sequence[str | None]]  # item id: its responses, one per try; None is a try without a response
 MISSING, UNREADABLE = "no judgement", "judgement cannot be read"
@@ -36,8 +37,9 @@ class JudgeModel(NamedTuple):
     complete: Callable[[LLMJudge, Sequence[tuple[Key, Item, str]]], Iterator[tuple[Key, Reply]]]
 
 
-def endpoint(server: servers.Server) -> JudgeModel:
+def endpoint(server: Server) -> JudgeModel:
     """A served model: raw prompts as completions, others as chat."""
+    from vlsafe.evaluation import servers
 
     def prompt(judge: LLMJudge, item: Item, text: str) -> Prompt:
         if judge.raw:
@@ -65,6 +67,7 @@ def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
         import torch
 
         from vlsafe.evaluation import engines
+        from vlsafe.evaluation.servers import Reply
         from vlsafe.models import checkpoints, devices
 
         place = devices.device()

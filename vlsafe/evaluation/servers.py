@@ -76,13 +76,15 @@ class Reply(NamedTuple):
     problem: str = ""
 
 
+def picture_url(data: bytes) -> str:
+    """A picture file as an address that holds it."""
+    kind = "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def chat_messages(turns: Sequence[Turn], images: Sequence[Picture]) -> list[dict[str, Any]]:
     """Messages of the chat API; pictures go before the text of the first user turn, as data."""
-    pictures = []
-    for data in map(bytes, images):
-        kind = "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
-        url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        pictures.append({"type": "image_url", "image_url": {"url": url}})
+    pictures = [{"type": "image_url", "image_url": {"url": picture_url(bytes(image))}} for image in images]
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
     first = next((message for message in messages if message["role"] == "user"), None)
     if first and pictures:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from vlsafe.core import store
+from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
 from vlsafe.study.graph import read_by
 from vlsafe.study.study import Study, project_root
@@ -24,6 +25,13 @@ INSIDE = {
     "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
     "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
 }  # fmt: skip
+
+FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
+    "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
+    "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid (sppft/*)",
+    "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",
+}  # fmt: skip
+"""Name of a frame that the gallery reads -> the stages that it is of."""
 
 
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
@@ -119,14 +127,16 @@ def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
 
     Raises:   ValueError where nothing was examined yet
     """
+    from vlsafe.evaluation import human  # its statistics take a while to import
+
     frames, names = [], [name for name in read_by_all(studies, "tables", grid) if name.startswith(("examination/", "merge/"))]
     for study in studies:
-        prompts = pd.DataFrame(study.rows("world/corpora", "items.parquet")).rename(columns={"id": "item"})
+        prompts = pd.DataFrame(map(to_row, study.items())).rename(columns={"id": "item"})
         for _, _, folder in finished([study], names):
             raw, responses = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))
-            judged = raw[(raw["exam"] == "full") & (raw["judge"] == "world")]
-            judged = judged.merge(responses[["item", "model", "text"]], on=["item", "model"])
-            frames.append(judged.merge(prompts[["item", "turns", "images"]], on="item"))
+            answered = raw.loc[raw["exam"] == "full", human.KEY[2:]].drop_duplicates(["item", "model"])  # one row per response
+            answered = answered.merge(responses[["item", "model", "text"]].drop_duplicates(), on=["item", "model"])
+            frames.append(answered.merge(prompts[["item", "turns", "images"]], on="item"))
     if not frames:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
     return pd.concat(frames, ignore_index=True)

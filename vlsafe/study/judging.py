@@ -144,7 +144,9 @@ def _responses(rows: Rows, texts: Mapping[tuple[str, str], str]) -> dict[str, di
     """The distinct responses to each item, by benchmark."""
     found: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
-        found.setdefault(row["benchmark"], {}).setdefault(row["item"], {})[texts[row["model"], row["item"]]] = None
+        if (key := (row["model"], row["item"])) not in texts:
+            raise ValueError(f"{RESPONSES} holds no response of {key[0]} to {key[1]}, which {TABLES[0]} has a verdict on")
+        found.setdefault(row["benchmark"], {}).setdefault(row["item"], {})[texts[key]] = None
     return {benchmark: {item: list(distinct) for item, distinct in of.items()} for benchmark, of in found.items()}
 
 
@@ -199,6 +201,7 @@ def stored(study: Study, name: str, benchmark: str, model: str | None = None) ->
     Raises:   FileNotFoundError where the run is not made; ValueError where it has no such responses, or those of several models
               of which none is named
     """
+    known(benchmark, REAL, "benchmark")
     if not study.scale.loaded:
         raise ValueError(
             f"{study.scale.name!r} has benchmarks in miniature, which have no official metric; name a scale that is loaded"
