@@ -21,7 +21,8 @@ from vlsafe import cli
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
 from vlsafe.core.presets import PAPER, SCALES
-from vlsafe.planning import outside
+from vlsafe.planning import doctor, outside
+from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -143,7 +144,8 @@ def wanted(hub, tmp_path):
     folder = official.tiny_nsfw(tmp_path / "nsfw", size=32)
     hub.repos["Falconsai/nsfw_image_detection"] = {p.name: p.read_bytes() for p in folder.iterdir()} | {"pytorch_model.bin": b"p"}
     hub.archives["vg.zip"] = packed(["VG_100K/1.jpg"])
-    hub.repos["liuhaotian/LLaVA-Instruct-150K"] = {"llava_v1_5_mix665k.json": b"[]"}
+    said = [{"id": "1", "conversations": official.talk("Name a fruit.", "Plum.")}]
+    hub.repos["liuhaotian/LLaVA-Instruct-150K"] = {"llava_v1_5_mix665k.json": json.dumps(said).encode()}
     path = tmp_path / "three.yaml"
     path.write_text(
         "extends: paper\nloaded:\n"
@@ -189,12 +191,12 @@ def test_download_then_doctor(hub, wanted, tmp_path):
     assert state == {"captions": "present", "instructions": "present", "safety": "gated", "image_guard": "present",
                      "parents.llama2-chat": "gated", "disk": "present"}, report.stdout  # fmt: skip
     assert "yes        secret: the hub's token" in report.stdout and "no         secret: OPENAI_API_KEY" in report.stdout
-    assert re.search(r"gated +safety .*without it \d+ of \d+ stages cannot run: safety/mtl-full", report.stdout)
+    assert re.search(r"gated +safety .*without it \d+ of \d+ stages cannot run: world/corpora, safety/mtl-full", report.stdout)
     for run in (first, report):
         assert "secret-token" not in run.stdout + run.stderr
     assert any(authorised == "Bearer secret-token" for *_, authorised in hub.requests)
 
-    (data / "LLaVA-Pretrain/images.zip").write_bytes(packed(["0/b.png"]))
+    (data / "LLaVA-Pretrain/images.zip").write_bytes(packed(["0/a.png", "0/b.png"]))
     changed = vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted), "--deep")
     assert re.search(r"too small +captions +not as downloaded: images.zip", changed.stdout)
 
@@ -280,7 +282,8 @@ def test_every_origin_of_a_scale_is_found_and_named(capsys, monkeypatch, tmp_pat
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
     names = [need.name for need in outside.needs(PAPER)]
     assert names == ["captions", "instructions", "safety", "safe_rlhf", "spa_vl", "text_guard", "image_guard", "tower",
-                     "parents.llama2-chat", "parents.tulu2"]  # fmt: skip
+                     "parents.llama2-chat", "parents.tulu2", "judges.sorry-bench", "judges.wildguard",
+                     "judges.llama-guard-3"]  # fmt: skip
     assert outside.needs(SCALES["mini"]) == []
     assert cli.main(["download", "--only", "savety"]) == 2
     assert "unknown thing from outside 'savety'; did you mean 'safety'" in capsys.readouterr().err
@@ -294,17 +297,23 @@ def test_every_origin_has_its_line_in_the_list_of_licences():
 
 
 def test_what_cannot_be_made_without_a_thing_follows_the_graph():
-    assert "parent/aligned" not in outside.blocked(PAPER, "text_guard") and "screen/filtered" in outside.blocked(
-        PAPER, "text_guard"
-    )
-    without_pairs = outside.blocked(PAPER, "spa_vl")
-    assert "safety/dpo-image-full" in without_pairs and "safety/dpo-text-full" not in without_pairs
-    assert {name.split("/")[0] for name in without_pairs} <= {"safety", "examination", "judging", "probe", "merge"}
+    assert "parent/aligned" not in doctor.blocked(PAPER, "text_guard")
+    assert "screen/filtered" in doctor.blocked(PAPER, "text_guard")
+    names = planned(Study(PAPER, "tulu2", 0, Path()), "full")
+    unread = {"tower/clip", "base/llm", "guard/text", "guard/image", "screen/filtered", "parent/aligned"}
+    without_pairs = set(doctor.blocked(PAPER, "spa_vl"))  # a corpus that the scale wants stops the reading of all
+    assert {"world/corpora", "safety/dpo-image-full", "safety/dpo-text-full", "examination/safety.sl-full"} <= without_pairs
+    assert not without_pairs & unread and "examination/parent.aligned" not in without_pairs
+    assert set(doctor.blocked(PAPER, "benchmarks.mme")) == set(names) - unread - {"world/corpora"}
+    without_judges = set(doctor.blocked(PAPER, "judges.wildguard"))
+    assert {"examination/parent.aligned", "merge/sl-full.full"} <= without_judges
+    assert not {name for name in without_judges if name.startswith(("responses/", "safety/", "instruct/"))}
 
 
 def test_weights_of_which_a_shard_is_missing_are_not_present(tmp_path):
     folder = tmp_path / "model"
-    official.written(folder / "config.json", {})
+    for name in ("config.json", "preprocessor_config.json"):
+        official.written(folder / name, {})
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     official.written(folder / "model.safetensors.index.json", index)
     official.written(folder / "model-1.safetensors", b"x" * 100)
@@ -317,10 +326,14 @@ def test_weights_of_which_a_shard_is_missing_are_not_present(tmp_path):
 
 def test_the_index_of_pickled_weights_counts_only_where_there_are_no_others(tmp_path):
     folder = tmp_path / "model"
-    official.written(folder / "config.json", {})
+    for name in ("config.json", "preprocessor_config.json"):
+        official.written(folder / name, {})
+    need = outside.Need("tower", Origin(str(folder), kind="model"))
+    assert outside.state(need) == outside.Line("tower", "missing", "lacks model.safetensors")
     official.written(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": "pytorch_model-1.bin"}})
     need = outside.Need("tower", Origin(str(folder), kind="model"))
     assert outside.state(need) == outside.Line("tower", "missing", "lacks pytorch_model-1.bin")
+    assert outside.state(need._replace(name="parents.x")).detail == "lacks tokenizer.[jm]*, pytorch_model-1.bin"
     official.written(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
     assert outside.state(need) == outside.Line("tower", "missing", "lacks model-1.safetensors")
     official.written(folder / "model-1.safetensors", b"x" * 100)
@@ -331,11 +344,11 @@ def test_the_index_of_pickled_weights_counts_only_where_there_are_no_others(tmp_
 
 def test_a_missing_parent_stops_the_stages_of_its_own_backbone(monkeypatch):
     opened = []
-    monkeypatch.setattr(outside, "Study", lambda *fields: opened.append(fields[1]) or Study(*fields))
-    line = outside._with_consequence(PAPER, outside.Line("parents.tulu2", "missing", "13 GB"))
-    assert opened == ["tulu2"] and "parent/aligned" in outside.blocked(PAPER, "parents.tulu2")
+    monkeypatch.setattr(doctor, "Study", lambda *fields: opened.append(fields[1]) or Study(*fields))
+    line = doctor._with_consequence(PAPER, outside.Line("parents.tulu2", "missing", "13 GB"))
+    assert set(opened) == {"tulu2"} and "parent/aligned" in doctor.blocked(PAPER, "parents.tulu2")
     assert re.fullmatch(
         r"13 GB; without it \d+ of \d+ stages of tulu2 cannot run: screen/filtered, parent/aligned, .* …", line.detail
     )
-    assert outside._with_consequence(PAPER, outside.Line("tower", "missing")).detail.count(" of ") == 1
-    assert opened[2:] == ["llama2-chat"]
+    assert doctor._with_consequence(PAPER, outside.Line("tower", "missing")).detail.count(" of ") == 1
+    assert opened[-1] == "llama2-chat"

@@ -95,12 +95,12 @@ def state(need: Need, deep: bool = False) -> Line:
     if _is_local(need):
         packed = [name for name in lacking if name in origin.files and name.endswith(".zip")]  # or unpacked: the reader knows
         lacking = [name for name in lacking if name not in packed]
-        problem, lost, too_many = ("", "", False) if lacking else _read(need, deep)
-        if problem:
-            return Line(need.name, "missing", problem)
-        lacking += [*packed, lost] if too_many else []
+        problem, lost, too_many = _read(need, deep)
+        lacking += packed if too_many else []
+        if (problem or too_many) and not lacking:
+            return Line(need.name, "missing", problem or lost)
     if lacking:
-        return Line(need.name, "missing", f"lacks {', '.join(lacking[:SHOWN])}")
+        return Line(need.name, "missing", f"lacks {', '.join(lacking[:SHOWN])}" + (f"; {lost}" if lost else ""))
     size = sum(path.stat().st_size for path in files.values()) / GIGA
     if size < SMALL * origin.gigabytes:
         return Line(need.name, "too small", f"{size:.2f} of {origin.gigabytes:g} GB")
