@@ -49,15 +49,15 @@ for study in STUDIES:
             output: targets
             priority: URGENCY[job]
             log: targets[0].replace(".json", ".log")
-            resources: attempt=lambda wildcards, attempt: attempt, **{key: value for key, value in asked.items() if key != "threads"}
+            resources:
+                attempt=lambda wildcards, attempt: attempt,
+                **{key: value for key, value in {"gpu": 0, **asked}.items() if key != "threads"},
             threads: asked.get("threads", 1)
             params:
                 digest=[study.run(name).digest for name in job],
                 call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
-            shell:
-                "vlsafe stage {params.call} --attempt {resources.attempt}"
-                + (" --gpus {resources.gpu}" if "gpu" in asked else "")  # how many it has been granted, at most those it needs
-                + " > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+            # The same text in all rules (it is put together when a job runs); of GPUs those that were granted, at most what it can use.
+            shell: "vlsafe stage {params.call} --gpus {resources.gpu} --attempt {resources.attempt} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
     for notebook in NOTEBOOKS:
 

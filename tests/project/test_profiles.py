@@ -130,11 +130,11 @@ def scheduler(tmp_path):
 def test_the_profile_of_one_machine_grants_what_there_is(scheduler):
     """The same recipes with one GPU and with eight; the command is handed what was granted."""
     for have, granted in ((["--resources", "gpu=1"], {"1"}), ([], {"1", "8"})):
-        ran, study = scheduler("--profile", "env/profiles/node", *have, "-n", "-p", stages=["examination/instruct.filtered-full"])
+        ran, _ = scheduler("--profile", "env/profiles/node", *have, "-n", "-p", stages=["examination/instruct.filtered-full"])
         assert not ran.returncode, ran.stderr[-2000:]
-        lines = dict(re.findall(r"vlsafe stage (\S+) .*? --attempt 1(?: --gpus (\d+))? > ", ran.stdout + ran.stderr))
-        assert set(lines.values()) - {""} == granted
-        assert lines["world/corpora"] == "" and lines["responses/instruct.filtered-full"] == "1"
+        lines = dict(re.findall(r"vlsafe stage (\S+) .*? --gpus (\d+) --attempt 1 > ", ran.stdout + ran.stderr))
+        assert set(lines.values()) - {"0"} == granted
+        assert lines["guard/text"] == "0" and lines["responses/instruct.filtered-full"] == "1"
         assert lines["instruct/filtered-full"] == max(granted)
 
 
@@ -144,8 +144,8 @@ def test_a_lasting_error_is_not_tried_again_and_takes_nothing_with_it(scheduler)
     assert ran.returncode and store.status(base) == "valid" and base.receipt.exists() and not corpora.receipt.exists()
     assert ran.stderr.count("world/corpora: making it") == 1, ran.stderr[-3000:]
     words = corpora.receipt.with_suffix(".log").read_text()
-    assert words.startswith("vlsafe: not tried again") and "VLSAFE_DATA" in words and "make_corpora" in words
-    assert ran.stderr.count("vlsafe: not tried again") == 2, "the second and the third attempt"
+    assert words.startswith("vlsafe: the first attempt ended so") and "`vlsafe download`" in words and "make_corpora" in words
+    assert ran.stderr.count("It is not tried again") == 2, "the second and the third attempt"
 
 
 CHATML = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na</e>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"

@@ -1,5 +1,6 @@
 """The thin thread end to end at NANO, killed at random and run again."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from datasets.fingerprint import fingerprint_rng
 
 from vlsafe import cli
 from vlsafe.core import store
+from vlsafe.core.presets import load_scale
 from vlsafe.evaluation.benchmarks import BENCHMARKS
 from vlsafe.publish import results
 from vlsafe.study import graph
@@ -42,6 +44,32 @@ def test_jobs_make_every_stage_once_and_in_an_order_that_can_be_made(grid, scale
     for job in jobs:
         for place, name in enumerate(job):
             assert not set(study.inputs(name)) & set(job[place:]), f"{name} is made before what it needs"
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+@pytest.mark.parametrize("grid", graph.GRIDS)
+def test_stages_of_one_gpu_are_never_inside_a_job_of_eight(grid, scale, tmp_path):
+    study = Study.open(scale, next(iter(load_scale(scale).backbones)), 0, tmp_path)
+    jobs = graph.jobs(study, grid)
+    many = {name: graph.gpus(study, name) for name in graph.planned(study, grid)}
+    assert set(many.values()) == ({0, 1, 8} if scale == "paper" else {0, 1})
+    for job in jobs:
+        assert len({many[name] for name in job}) == 1, f"{job} would hold GPUs that it does not use"
+        assert many[job[0]] == 0 or len(job) == 1, f"one stage of {job} that fails would take the others with it"
+        assert graph.needs(study, job).get("gpu", 0) == many[job[0]]
+
+
+def test_stages_without_gpus_keep_together(tmp_path):
+    """A start costs as much as a small stage. With verdicts apart, a model, its responses and their verdicts are one job."""
+    mini, paper = Study.open("mini", "mini-chat", 0, tmp_path), Study.open("paper", "tulu2", 0, tmp_path)
+    cpu = dataclasses.replace(paper, scale=dataclasses.replace(paper.scale, device="cpu"))
+    cuda = dataclasses.replace(mini, scale=dataclasses.replace(mini.scale, device="cuda"))
+    assert ("instruct/filtered-full", "examination/instruct.filtered-full") in graph.jobs(mini)
+    assert ("examination/parent.aligned", "examination/confounds.parent", "probe/localisation") in graph.jobs(mini)
+    model, merge = "instruct.filtered-full", ("responses/merge.sl-full", "merge/sl-full")
+    assert ("instruct/filtered-full", f"responses/{model}", f"examination/{model}") in graph.jobs(cpu)
+    assert merge in graph.jobs(cpu) and merge not in graph.jobs(paper)
+    assert all(len(job) == 1 for job in graph.jobs(cuda))
 
 
 def test_the_longest_chain_is_the_most_urgent(tmp_path):

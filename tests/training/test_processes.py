@@ -198,7 +198,7 @@ def test_the_command_of_several_nodes_starts_once_on_each(monkeypatch):
 
 def test_a_fit_for_gpus_says_so_where_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"trained on GPUs and there are none here; `vlsafe dryrun`"):
+    with pytest.raises(ValueError, match=r"trained on GPUs and there are none here, .*`vlsafe dryrun`"):
         launch.process_count(yaml.safe_load((HERE.parent / "env/accelerate/fsdp2.yaml").read_text()), {})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name in ("ddp", "fsdp2"):

@@ -42,7 +42,8 @@ def lasting(runs: Sequence[Run], attempt: int) -> Iterator[None]:
     if attempt <= 1:
         note.unlink(missing_ok=True)
     elif note.exists() and (text := note.read_text(encoding="utf-8")).startswith(identity):
-        raise ValueError(f"not tried again, since another try would end like the first one:\n{text.removeprefix(identity)}")
+        text = text.removeprefix(identity)
+        raise ValueError(f"the first attempt ended so:\n{text}\nIt is not tried again, since another try would end the same")
     try:
         yield
     except Exception as error:

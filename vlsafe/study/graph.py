@@ -22,8 +22,9 @@ from vlsafe.study.study import Stage, Study, project_root
 
 
 def responses_of(name: str) -> str:
-    """The stage that generates what the stage of this name has judged, where that is another one."""
-    return f"responses/{name.removeprefix('examination/').replace('/', '.')}"
+    """The stage that generates what the stage of this name, an examination or a merge, has judged; empty for any other."""
+    found = name.startswith(("examination/", "merge/"))
+    return f"responses/{name.removeprefix('examination/').replace('/', '.')}" if found else ""
 
 
 def _judged(name: str, made: Stage) -> dict[str, Stage]:

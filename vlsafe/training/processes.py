@@ -114,6 +114,9 @@ class Guards(TrainerCallback):
             raise RuntimeError(f"{requested} processes were requested and {args.world_size} is training: its steps would hold "
                                "another number of rows. On CPUs use distributed_type MULTI_GPU with use_cpu; `accelerate launch "
                                "--cpu` starts one process")  # fmt: skip
+        if args.n_gpu > 1:
+            raise RuntimeError(f"one process sees {args.n_gpu} GPUs and would put as many times the rows into a step; let it see "
+                               "one: `vlsafe stage --gpus 1`, or CUDA_VISIBLE_DEVICES")  # fmt: skip
         if shards != any(isinstance(weight, DTensor) for weight in model.parameters()):
             state, switched, expected = ("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights")
             raise RuntimeError(f"the weights are {state}: accelerate has silently turned FSDP {switched}. Its configuration "
@@ -149,15 +152,14 @@ def claimed(many: int, folder: Path) -> Iterator[None]:
     if not many:
         yield
         return
-    before, here = os.environ.get(VISIBLE), _visible()
+    here = _visible()
     if not here:
         raise ValueError(f"{many} GPUs are needed and none is here; `device: cpu` in the scale computes without")
     with contextlib.ExitStack() as held:
-        mine = here if before is not None and len(here) <= many else _free(here, many, folder, held)
+        mine = here if VISIBLE in os.environ and len(here) <= many else _free(here, many, folder, held)
         if len(mine) < min(many, len(here)):
             raise TimeoutError(f"{many} GPUs are needed and only {len(mine)} of {len(here)} are free in this run store")
-        os.environ[VISIBLE] = ",".join(mine)
-        held.callback(os.environ.pop if before is None else os.environ.__setitem__, VISIBLE, before)
+        held.enter_context(mock.patch.dict(os.environ, {VISIBLE: ",".join(mine)}))
         yield
 
 
