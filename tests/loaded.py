@@ -65,7 +65,7 @@ def scale(home, endpoint):
     tuning["preference"]["fit"] |= {"launch": "", "saved": "bfloat16", "at_once": 1, "grouped": True}
     tuning["rollout"]["fit"] |= {"launch": ""}
     tuning["rollout"] |= {"reward": "overlap"}
-    loaded = {name: {"rows": None, "gigabytes": 0.0, "archives": [], "by_hand": None} for name in CORPORA}
+    loaded = {name: {"rows": None, "gigabytes": 0.0} for name in CORPORA}
     loaded |= {
         "text_guard": {"origin": _origin(home / "llama-guard")}, "tower": _origin(home / "tower"), "missing_share": 0.2,
         "image_guard": {"origin": _origin(home / "nsfw"), "labels": ["nsfw"]}, "gpu_gigabytes": 0.0,
