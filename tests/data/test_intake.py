@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsafe.core.schema import Example, Turn, messages
+from vlsafe.core.schema import Example, Item, Pair, Stored, Turn, messages
 from vlsafe.data import intake
 from vlsafe.data.guards import Assessment
 from vlsafe.data.miniature import corpora
@@ -133,3 +133,14 @@ def test_a_screened_study_says_what_intake_did(study):
     assert numbers["skipped"] == numbers["converted"] == 0
     audit = study.rows("screen/filtered", "audit.parquet")
     assert {"skipped", "converted"} <= set(audit[0]) and len(audit) == numbers["screened"]
+
+
+def test_a_benchmark_prompt_is_a_leak_with_its_own_picture_alone_and_no_other_picture_is_read():
+    item = Item("i", "b", (Turn("user", "what is it?"),), (picture(),))
+    unread = [row("other text", Stored("nowhere/a.png"), question="who is it?"), row("other", picture("L")), row("none")]
+    intake.refuse_leaks(unread, [item])
+    system = Example("s", "x", (Turn("system", "be brief."), *row("same", picture()).turns), (picture(),))
+    pair = Pair("p", "x", item.turns, "apple.", "pear.", item.images)
+    for leak in (row("same", picture()), system, pair):
+        with pytest.raises(ValueError, match="1 benchmark prompts are also in training rows, first 'i'"):
+            intake.refuse_leaks([*unread, leak], [item])

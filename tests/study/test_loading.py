@@ -145,17 +145,17 @@ def test_every_arm_of_a_loaded_scale_holds_rows_that_intake_passed(loaded):
 
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_a_benchmark_prompt_of_either_part_in_an_arm_stops_it(loaded, tmp_path, monkeypatch, part):
-    exam = dataclasses.replace(loaded.scale.exam, judges={"figstep": ("xstest-strings",)}, validation=0.5)
+    exam = dataclasses.replace(loaded.scale.exam, judges={"xstest": ("xstest-strings",)}, validation=0.5)
     study = dataclasses.replace(loaded, scale=dataclasses.replace(loaded.scale, exam=exam))
-    item = next(item for item in study.items(part) if item.images)
-    row = Example("leak", "instructions", (*item.turns, Turn("assistant", "b")), item.images)
+    item = study.items(part)[0]
+    row = Example("leak", "instructions", (*item.turns, Turn("assistant", "b")))
     study.folder("projector/filtered")
     monkeypatch.setattr(Study, "examples", lambda *_: [row])
     with pytest.raises(ValueError, match=f"benchmark prompts are also in training rows, first '{re.escape(item.id)}'"):
         adaptation.make_instruct(study, tmp_path, "unfiltered-full")
-    monkeypatch.setattr(Study, "examples", lambda *_: [dataclasses.replace(row, images=(official.picture((1, 2, 3)),))])
+    monkeypatch.setattr(Study, "examples", lambda *_: [dataclasses.replace(row, images=(official.picture(),))])
     monkeypatch.setattr(adaptation, "trained", lambda *_: {"trained": True})
-    assert adaptation.make_instruct(study, tmp_path, "unfiltered-full") == {"trained": True}  # another picture, another prompt
+    assert adaptation.make_instruct(study, tmp_path, "unfiltered-full") == {"trained": True}  # with a picture, another prompt
 
 
 def test_the_reward_reads_the_loaded_guard(loaded):
@@ -254,7 +254,7 @@ def test_a_stage_killed_in_the_middle_of_the_screen_ends_as_if_undisturbed(loade
 
         def dying(*given):
             calls.append(given)
-            if len(calls) == 5:
+            if len(calls) == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
 
