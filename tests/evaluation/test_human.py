@@ -89,6 +89,15 @@ def test_prompts_that_not_all_models_answered_are_not_chosen():
         human.choose(gappy.drop_duplicates("item"), 2, np.random.default_rng(0))
 
 
+def test_where_prompts_come_with_a_picture_and_as_text_those_with_a_picture_are_rated():
+    """Official requests of MM-SafetyBench also come as text, which is all of them that a parent can answer."""
+    rows = answers()
+    texts = rows[rows["benchmark"] == "sorry_bench"].assign(benchmark="mm_safetybench")
+    chosen = human.choose(pd.concat([rows, texts], ignore_index=True), 9, np.random.default_rng(0))
+    cell = chosen[(chosen["benchmark"] == "mm_safetybench") & chosen["harmful"]]
+    assert cell["images"].map(len).eq(1).all() and cell["item"].nunique() == 6 and cell["model"].nunique() == 2
+
+
 def test_a_packet_of_real_prompts_says_so_first_and_what_official_files_lack_is_named(tmp_path):
     rows = answers()
     rows = rows[(rows["benchmark"] == "sorry_bench") | rows["harmful"]]

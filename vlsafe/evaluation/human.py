@@ -67,6 +67,8 @@ def choose(responses: pd.DataFrame, per_cell: int, rng: np.random.Generator) -> 
             cell = study[(study["benchmark"] == benchmark) & (study["harmful"] == harmful)]
             if cell.empty:
                 continue
+            pictured = cell["images"].map(len) > 0
+            cell = cell[pictured] if pictured.any() else cell  # official requests also come as text, which parents answer too
             n_models = cell.groupby("item")["model"].nunique()
             shared = sorted(n_models.index[n_models == cell["model"].nunique()])
             if not shared:

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.study import adaptation, causal, degradation, filtering, graph, merging, probing, study, tuning, world
+    from vlsafe.study import adaptation, causal, degradation, filtering, graph, judging, merging, probing, study, tuning, world
 
 __getattr__ = lazily(__name__)
