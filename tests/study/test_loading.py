@@ -29,6 +29,9 @@ from vlsafe.study.study import Study
 from vlsafe.training import datasets, trainers
 
 
+JUDGES = {"xstest": ("xstest-strings",), "wildjailbreak": ("xstest-strings",), "mmbench": ("letters",), "mme": ("mme-yes-no",)}
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A study of a scale that loads: fixture corpora, hand-made guards, tiny parents."""
@@ -51,6 +54,7 @@ def loaded(tmp_path_factory):
     scale = dataclasses.replace(
         NANO, name="nano-load", source="load", projector=grouped(NANO.projector), instruct=grouped(NANO.instruct),
         tuning=dataclasses.replace(NANO.tuning, sft=grouped(NANO.tuning.sft), pairs=0),
+        exam=dataclasses.replace(NANO.exam, judges=JUDGES, full=1000),
         loaded=dataclasses.replace(
             PAPER.loaded,
             **{name: dataclasses.replace(getattr(PAPER.loaded, name), rows=None) for name in sources.CORPORA},
@@ -307,8 +311,8 @@ def test_a_loaded_parent_and_tower_go_through_both_stages_and_safety_tuning(load
     assert {row["judge"] for row in sat} >= {"xstest-strings", "letters", "mme-yes-no"} and "world" not in {
         row["judge"] for row in sat
     }
-    with pytest.raises(ValueError, match="asks about the miniature's world, and 'nano-load' is loaded"):
-        loaded.folder("probe/localisation")
+    with pytest.raises(ValueError, match="instruct/clean-full does not exist at the scale 'nano-load': nobody knows which rows"):
+        loaded.folder("instruct/clean-full")
 
 
 def test_a_parent_that_is_another_one_than_the_scale_says_is_refused(loaded):

@@ -99,7 +99,9 @@ def localisation_prompts(world: World | None, n: int, official: Sequence[Item] =
         items[kind] = evenly(next((of for of in found if of), []), n)
         if not items[kind]:
             raise ValueError(f"no {kind} prompt to locate a band with: the items hold none of {' or '.join(benchmarks)}")
-    for kind, actions in LOCALISATION.items() if world else ():
+    if world is None:
+        return items
+    for kind, actions in LOCALISATION.items():
         pairs = [(action, k) for action in world.actions("validation", *actions) for k in range(len(HOW))]
         chosen = [pairs[i] for i in world.rng(f"probed {kind}").permutation(len(pairs))[:n]]
         items[kind] = [howto(world, kind, kind, action, HOW, k) for action, k in chosen]

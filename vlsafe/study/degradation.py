@@ -43,7 +43,7 @@ def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
 def response_params(study: Study) -> Any:
     """The numbers that responses depend on, judges that are models left aside."""
     exam, names = study.scale.exam, evaluation.judges.JUDGES
-    rules = {benchmark: [name for name in judges if name in names] for benchmark, judges in exam.judges.items()}
+    rules = {benchmark: tuple(name for name in judges if name in names) for benchmark, judges in exam.judges.items()}
     return dataclasses.replace(exam, judges=rules, endpoints={})
 
 

@@ -267,7 +267,7 @@ class Sweep(NamedTuple):
         loss = None
         if point.rule == "linear":
             answered = [item for item in items["pairs"] if item.options or item.reference]
-            right = [dataclasses.replace(item, options=item.options[:1] or (item.reference,)) for item in answered]
+            right = [dataclasses.replace(item, options=item.options[:1] or (str(item.reference),)) for item in answered]
             losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
             loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
