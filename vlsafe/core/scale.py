@@ -358,7 +358,8 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and (isinstance(value, Mapping) or len(allowed) == 1):
         return extended(kind if current is None else current, value, where)
     if kind is Mapping:
-        entries, value, of = current or {}, _mapping(value, where), typing.cast(Any, parameters[1])
+        of: Any = parameters[1]
+        entries, value = current or {}, _mapping(value, where)
         if of is Any:
             return {**entries, **value}
         kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}  # null removes an entry

@@ -27,16 +27,16 @@ def responses_of(name: str) -> str:
     return f"responses/{name.removeprefix('examination/').replace('/', '.')}" if found else ""
 
 
-def _judged(name: str, made: Stage) -> dict[str, Stage]:
+def _judged(name: str, stage: Stage) -> dict[str, Stage]:
     """A stage that leaves responses with their verdicts; where models are loaded, whose judges are models too, it is two: one
     generates, and the one of the stage's name has the responses judged."""
     source = responses_of(name)
-    inputs = tuple(needed for needed in made.inputs if needed != "world/corpora")  # official items are files
+    inputs = tuple(needed for needed in stage.inputs if needed != "world/corpora")  # official items are files
     make = partial(judging.make_judged, source=source)
     judging_stage = Stage(make, (source,), judging.judged_params, 0, estimate="not measured")
     return {
-        source: dataclasses.replace(made, inputs=inputs, only="load", version=1, estimate="not measured"),
-        name: dataclasses.replace(made, load=judging_stage),
+        source: dataclasses.replace(stage, inputs=inputs, only="load", version=1, estimate="not measured"),
+        name: dataclasses.replace(stage, load=judging_stage),
     }
 
 
@@ -259,10 +259,10 @@ def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
     `tasks` is 0 with GPUs: Slurm's plugin would start the job once for every GPU otherwise.
     """
     many = max(gpus(study, name) for name in job)
-    given = {"gpu": many, "tasks": 0} if many else {}
+    granted = {"gpu": many, "tasks": 0} if many else {}
     if study.scale.source == "build":
-        return given
-    return {**REQUESTS[8 if many > 1 else many], "threads": max(many, 1) * study.scale.threads, **given}
+        return granted
+    return {**REQUESTS[8 if many > 1 else many], "threads": max(many, 1) * study.scale.threads, **granted}
 
 
 def gpus(study: Study, name: str) -> int:
