@@ -364,9 +364,9 @@ def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
             return {**entries, **value}
         kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}  # null removes an entry
         changes = {name: entry for name, entry in value.items() if entry is not None}
-        if not dataclasses.is_dataclass(of):
-            return {**kept, **{name: _converted(e, of, None, f"{where}.{name}") for name, e in changes.items()}}
-        return {**kept, **{name: _entry(e, of, entries, name, f"{where}.{name}") for name, e in changes.items()}}
+        if dataclasses.is_dataclass(parameters[1]):
+            return {**kept, **{name: _entry(e, of, entries, name, f"{where}.{name}") for name, e in changes.items()}}
+        return {**kept, **{name: _converted(e, of, None, f"{where}.{name}") for name, e in changes.items()}}
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
     text = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)  # YAML reads 1e-4 as text
