@@ -182,10 +182,11 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
         lines += [{**row, "chosen": is_best} for row, is_best in zip(rows, chosen, strict=True)]
         best, row = of_rule[chosen.index(True)], rows[chosen.index(True)]
         source = row["same_as"] or row["recipe"]
-        if source not in answers:
-            answers[source] = sweep.respond(best, items["full"])
+        if source not in answers:  # the panel's answers are there already
+            rest = [item for item in items["full"] if item.id not in shown[row["recipe"]]]
+            answers[source] = shown[row["recipe"]] | sweep.respond(best, rest)
         full += sweep.raw_rows(best, items["full"], answers[source], "full")
-        shown[row["recipe"]] |= answers[source]
+        shown[row["recipe"]] = answers[source]
     drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)

@@ -49,8 +49,11 @@ class Study:
 
         Raises:   ValueError or FileNotFoundError naming the argument and the nearest known value
         """
+        from vlsafe.study.judging import refuse_unanswered
+
         loaded = load_scale(scale)
         loaded.backbone(backbone)
+        refuse_unanswered(loaded)
         known(loaded.device, models.devices.DEVICES, "device")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
