@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vlsafe.evaluation import judging
 from vlsafe.models import checkpoints, devices
 from vlsafe.study import graph
 from vlsafe.study.study import Stage, Study, _prepared
-from vlsafe.training import launch, trainers
+from vlsafe.training import launch, processes, trainers
 
 
 @pytest.fixture
@@ -96,6 +97,13 @@ def test_a_launched_training_goes_by_the_same(gpu):
         with pytest.raises(ValueError, match="or the scale says `device: cpu`"):
             launch.process_count(configuration, {})
         assert launch.process_count({**configuration, "use_cpu": True}, {}) == 8
+
+
+def test_one_process_that_sees_several_gpus_is_stopped():
+    """The library would copy the model to all of them and put as many times the rows into a step, without a word."""
+    with pytest.raises(RuntimeError, match="one process sees 8 GPUs .* `vlsafe stage --gpus 1`"):
+        processes.Guards().on_train_begin(SimpleNamespace(world_size=1, n_gpu=8), None, None, torch.nn.Linear(1, 1))
+    processes.Guards().on_train_begin(SimpleNamespace(world_size=1, n_gpu=1), None, None, torch.nn.Linear(1, 1))
 
 
 def test_an_unknown_device_is_refused_before_any_work(tmp_path):
