@@ -101,7 +101,7 @@ def test_a_launched_training_goes_by_the_same(gpu):
 
 def test_one_process_that_sees_several_gpus_is_stopped():
     """The library would copy the model to all of them and put as many times the rows into a step, without a word."""
-    with pytest.raises(RuntimeError, match="one process sees 8 GPUs .* `vlsafe stage --gpus 1`"):
+    with pytest.raises(RuntimeError, match=r"one process sees 8 GPUs .* `vlsafe stage --gpus 1`"):
         processes.Guards().on_train_begin(SimpleNamespace(world_size=1, n_gpu=8), None, None, torch.nn.Linear(1, 1))
     processes.Guards().on_train_begin(SimpleNamespace(world_size=1, n_gpu=1), None, None, torch.nn.Linear(1, 1))
 
