@@ -246,8 +246,11 @@ def _sweep(arguments: Arguments) -> None:
 
 def _status(arguments: Arguments) -> None:
     for study in _studies(arguments):
-        for name in STAGES:
-            print(f"{store.status(study.run(name), arguments.deep):9s} {study.backbone} seed {study.seed} {name}")
+        reasons = study.left_out() | study.left_out("full")
+        own = {*reasons, *graph.planned(study), *graph.planned(study, "full")}
+        for name in (name for name in STAGES if name in own):
+            state = "left out" if name in reasons else store.status(study.run(name), arguments.deep)
+            print(f"{state:9s} {study.backbone} seed {study.seed} {name}{f': {reasons[name]}' if name in reasons else ''}")
 
 
 def _score(arguments: Arguments) -> None:
@@ -334,8 +337,14 @@ def _gallery(arguments: Arguments) -> None:
             {k: manifest[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
         )
     out = arguments.out or Path("figures") / studies[0].scale.name
-    for name in publish.gallery.make(publish.results.results(studies, arguments.grid), studies[0].scale.name, out, provenance):
+    frames, missing = publish.results.results(studies, arguments.grid), publish.results.missing(studies, arguments.grid)
+    gallery = publish.gallery.make(frames, studies[0].scale.name, out, provenance, missing)
+    for name in gallery.written:
         print(f"{out}/{name}")
+    for line in gallery.left_out[~gallery.left_out["what"].isin(list(missing))].itertuples():
+        print(f"left out: {line.what}: {line.reason}{f' (missing: {line.missing})' if line.missing else ''}")
+    if missing:
+        print(f"{len(missing)} stages are not there; {out}/{publish.gallery.LEFT_OUT}.md says why")
     for study in studies:
         publish.modelcards.write_cards(study, graph.planned(study, arguments.grid))
 

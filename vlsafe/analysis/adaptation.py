@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe.analysis import measures, stats
-from vlsafe.analysis.measures import HEADLINE, UNIT, Draws, compact, events, groups, run_names
+from vlsafe.analysis.measures import HEADLINE, UNIT, Draws, Lacking, compact, events, groups, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
@@ -28,11 +28,17 @@ def arms(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_steps(raw: pd.DataFrame) -> pd.DataFrame:
-    """Every recipe of stage 2 after its last step, and the paired difference of its full examination from the main one's."""
+    """Every recipe of stage 2 after its last step, and the paired difference of its full examination from the main one's.
+
+    Raises:   Lacking where none was examined
+    """
     final = raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")]
+    lines = measures.rates(final, HEADLINE, [*UNIT, "recipe", "step"])
+    if lines.empty:
+        raise Lacking("there is no full examination of a model of stage 2")
     others = [f"instruct/{recipe}" for recipe in final["recipe"].unique() if recipe != MAIN]
     change = measures.differences(final, MAIN_LINE["adapted"], others, HEADLINE)
-    return measures.with_changes(measures.rates(final, HEADLINE, [*UNIT, "recipe", "step"]), change)
+    return measures.with_changes(lines, change)
 
 
 def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
@@ -43,13 +49,14 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated. A recipe that gains less
     than half of what the main one gains over stage 1 has no say in the level and no value at it: "never". As with any
     bootstrap, an interval has no width where all clusters agree at all points, as at no success or nothing but successes.
+    A study without panels, or without the end of stage 1, has no line.
 
     Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes; the level is found again in each
     """
     lines = []
     for unit, of in groups(raw, UNIT, sort=True):
         rows = panel(of)
-        if rows.empty:
+        if not {START[0]} < set(rows["recipe"]):
             continue
         rng = np.random.default_rng(unit["seed"])
         drawn = {measure: measures.bootstrap(rows, measure, rng, draws) for measure in ("helpfulness", *LEVELLED)}
@@ -65,6 +72,7 @@ def panel(raw: pd.DataFrame) -> pd.DataFrame:
     `raw` is of one backbone and seed. Recipe and step of the end of stage 1 become those of START.
     """
     arms = raw[(raw["stage"] == "instruct") & raw["exam"].isin(["panel", "full"])]
+    arms = arms[arms["recipe"].isin(arms.loc[arms["exam"] == "panel", "recipe"])]
     shared = [set(steps) for _, steps in arms.groupby("recipe")["step"]]
     start = raw[(run_names(raw) == MAIN_LINE["stage 1"]) & (raw["exam"] == "full")].assign(recipe=START[0], step=START[1])
     rows = pd.concat([start, arms[arms["step"].isin(set.intersection(*shared) if shared else ())]])
@@ -140,6 +148,8 @@ def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     """T03 for the eye: one line per backbone × seed × recipe with both comparisons."""
     index = [*UNIT, "recipe"]
     level = compact(lines, index, LEVEL).rename(columns=lambda name: name if name in index else f"{name}, {LEVEL}")
-    reached = lines.dropna(subset=["reached"]).drop_duplicates(index)[[*index, "reached"]]
     steps = compact(lines, [*index, "step"], STEPS).astype({"step": int})
+    if "reached" not in lines:
+        return steps
+    reached = lines.dropna(subset=["reached"]).drop_duplicates(index)[[*index, "reached"]]
     return steps.merge(level, on=index, how="left").merge(reached, on=index, how="left")

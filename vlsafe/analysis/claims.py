@@ -20,6 +20,7 @@ from scipy.stats import t as student
 
 from vlsafe.analysis import comparisons, stats
 from vlsafe.analysis.comparisons import ADAPTED, METHODS, Changes, Frames, Part, Unit, changes
+from vlsafe.analysis.measures import Lacking
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
@@ -128,13 +129,24 @@ Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
 
 
 def ledger(frames: Frames, seeds: Sequence[int] | None = None) -> pd.DataFrame:
-    """T09: one line per claim × backbone with both verdicts and the comparison that decides; `seeds` restricts the studies.
+    """T09: one line per claim × backbone with both verdicts, the comparison that decides and its judges, or why nothing was
+    measured; `seeds` restricts the studies.
 
     `frames` are as `prepared` lays them out.
 
     Units:    fractions; p-values are two-sided
     """
-    return judged(results(frames, seeds))
+    frame = judged(results(frames, seeds))
+    units = {name: [u for u in of if seeds is None or u[1] in seeds] for name, of in units_of(frames).items()}
+    pairs = zip(frame["claim"], frame["backbone"], frame["item_level"] == NOT, strict=True)
+    return frame.assign(reason=[unmeasured(claim, frames, units.get(b, [])) if empty else "" for claim, b, empty in pairs])
+
+
+def unmeasured(name: str, frames: Frames, units: Sequence[Unit]) -> str:
+    """Why none of some studies has measured a claim: the first thing that its comparisons lack."""
+    parts = next(leaves(claim.decided_by) for claim in CLAIMS if claim.name == name)
+    lacking = (comparisons.lacking(part, frames, unit) for unit in units for part in parts if not changes(part, frames, unit))
+    return next(lacking, "no study of this backbone")
 
 
 def units_of(frames: Frames) -> dict[str, list[Unit]]:
@@ -154,7 +166,10 @@ def results(frames: Frames, seeds: Sequence[int] | None = None) -> Lines:
             whole = {unit: each for unit, each in found.items() if len(each) == len(parts)}
             each = [compared(part, {u: whole[u][i] for u in whole}) for i, part in enumerate(parts) if whole]
             if of or claim.only:
-                lines[claim.name, backbone] = {line["part"]: line for line in each}
+                judges = [comparisons.judge(part, frames) for part in parts]
+                lines[claim.name, backbone] = {
+                    line["part"]: line | {"judge": judge} for line, judge in zip(each, judges, strict=False)
+                }
     return lines
 
 
@@ -185,6 +200,7 @@ def judged(lines: Lines) -> pd.DataFrame:
 COLUMNS = [
     "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
     "seeds", "detectable", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items", "sd_seeds",
+    "judge",
 ]  # fmt: skip
 
 
@@ -195,8 +211,13 @@ def every_part(frames: Frames) -> pd.DataFrame:
 
 
 def by_seed(frames: Frames) -> pd.DataFrame:
-    """The ledger of every seed by itself, whose verdicts are item-level alone."""
+    """The ledger of every seed by itself, whose verdicts are item-level alone.
+
+    Raises:   Lacking where no seed has measured anything
+    """
     seeds = sorted({key[1] for key in frames["answers"]})
+    if not seeds:
+        raise Lacking("nothing that a claim is about was measured")
     return pd.concat([ledger(frames, [seed]).assign(seed=seed) for seed in seeds], ignore_index=True)
 
 
@@ -224,7 +245,9 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
         return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
 
     shown = ledger[["claim", "statement", "backbone", "item_level", "seed_level"]].copy()
-    shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": ledger["part"]})
+    shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(
+        **{"decided by": ledger["part"].fillna(ledger["reason"])}
+    )
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
     shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger["p_holm"]]
@@ -242,6 +265,7 @@ def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
         known(name, [claim.name for claim in CLAIMS], "claim")
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
+    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote neither judges nor reasons
     return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
 
 

@@ -137,6 +137,29 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
 
 METHODS = {"trend": trend, "band_similarity": band_similarity, "frozen": frozen, "gradients": gradients}
+NEEDS: dict[Any, str] = {  # what each needs of a study
+    trend: "three checkpoints of the adapted model", band_similarity: "its layers, and a located band that leaves some out",
+    frozen: "the SPPFT grid and a located band", gradients: "gradients of both tasks",
+}  # fmt: skip
+
+
+def lacking(part: Part, frames: Frames, unit: Unit) -> str:
+    """What a comparison lacks in one study: runs that nobody examined, with the reason where `frames["without"]` has one."""
+    if part.method:
+        return f"needs {NEEDS[part.method]}"
+    for measure in part.measures:
+        runs = list(frames["answers"].get((*unit, measure), ()))
+        for wanted in (part.before, part.after):
+            if not any(fnmatchcase(run, wanted) for run in runs):
+                without, examined = frames.get("without", {}), f"examination/{wanted.replace('/', '.')}"
+                reason = next((without[stage] for stage in (wanted, examined) if stage in without), "not examined")
+                return f"no {measure} of {wanted}: {reason}"
+    return "no item was judged for all of its runs"
+
+
+def judge(part: Part, frames: Frames) -> str:
+    """Who marked the answers that a comparison is about; nothing for one of states or gradients."""
+    return analysis_measures.named(name for measure in part.measures for name in frames["judges"].get(measure, ()))
 
 
 def _of(frames: Frames, name: str, unit: Unit) -> pd.DataFrame | None:
@@ -152,8 +175,9 @@ def _stratum(values: pd.Series, clusters: Iterable[Any], weight: float = 1.0) ->
 
 
 def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
-    """The frames with answers to some measures laid out by study: item × run at the end, item × checkpoint on the panel."""
-    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}}
+    """The frames with answers to some measures laid out by study: item × run at the end, item × checkpoint on the panel; and the
+    judges of each measure."""
+    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}}
     for unit, raw in frames["raw"].groupby(UNIT):
         final, line = raw[raw["exam"] == "full"], raw[(run_names(raw) == ADAPTED) & raw["exam"].isin(["panel", "full"])]
         line = line[line["item"].isin(line.loc[line["exam"] == "panel", "item"])]
@@ -161,6 +185,7 @@ def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
             for name, rows, column in (("answers", final, "run"), ("panels", line, "step")):
                 counted = events(rows, measure)
                 if len(counted):
+                    result["judges"].setdefault(measure, {}).update(dict.fromkeys(counted["judge"]))
                     counted = counted.assign(run=run_names(counted), event=pd.to_numeric(counted["event"].astype("Float64")))
                     result[name][(*unit, measure)] = counted.pivot(index=SAME, columns=column, values="event").astype(float)
     return result

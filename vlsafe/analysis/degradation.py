@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vlsafe.analysis.measures import DATA, MEASURES, UNIT, differences, main_line, rates, run_names
+from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 
@@ -15,11 +15,16 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
 
     A parent was examined without pictures: its multimodal cells are empty, and the graft with its random projector stands in
     the table of the dynamics (F02), not here.
+
+    Raises:   Lacking where neither was examined
     """
     raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["stage"].isin(["parent", "instruct"])]
     change = differences(raw, MAIN_LINE["parent"], [MAIN_LINE["adapted"]], list(MEASURES)).drop(columns=["stage", "recipe"])
-    wide = rates(final, list(MEASURES), [*UNIT, "stage"]).pivot_table(
+    lines = rates(final, list(MEASURES), [*UNIT, "stage"])
+    if lines.empty:
+        raise Lacking("there is no full examination of the parent or of the adapted model")
+    wide = lines.pivot_table(
         index=[*UNIT, "measure"], columns="stage", values=["value", "low", "high", "n", "n_unjudged"], sort=False
     )
     wide.columns = [f"{stage}_{value}" for value, stage in wide.columns]
@@ -59,6 +64,8 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
 
     Before means the parent for text. For pictures it is the end of stage 1: the same language model, just connected to a
     vision tower. One verb–object pair in two seeds is two clusters, for it is a verb–object pair of two worlds.
+
+    Raises:   Lacking where none of the three was asked
     """
     raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["harmful"].astype(bool)]
@@ -69,6 +76,11 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
         rows = final[final["kind"].isin([before, "adapted"])]
         by = ["backbone", "kind", "category"]
         frames += [rates(rows, [measure], by).assign(seed="all"), rates(rows, [measure], ["seed", *by])]
-    lines = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    measured = [frame for frame in frames if len(frame)]
+    if not measured:
+        raise Lacking("there is no full examination of the parent, of stage 1 or of the adapted model on harmful prompts")
+    lines = pd.concat(measured, ignore_index=True)
     lines["before"] = lines["kind"] != "adapted"
-    return lines[["backbone", "seed", "measure", "category", "kind", "before", "value", "low", "high", "n", "n_clusters"]]
+    return lines[
+        ["backbone", "seed", "measure", "category", "kind", "before", "value", "low", "high", "n", "n_clusters", "judge"]
+    ]

@@ -6,7 +6,7 @@ tasks, helpfulness over MMBench, MME and SEED-Bench. `measures.yaml` says what e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from vlsafe.core.schema import MAIN_LINE
 UNIT = ["backbone", "seed"]  # one study
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
 Draws = dict[tuple[str, int], np.ndarray]  # (recipe, step) -> a measure as it is, then in each bootstrap sample: [1 + draws]
+
+
+class Lacking(ValueError):
+    """What a table or a figure is made of is not there; the message says what."""
 
 
 def run_names(raw: pd.DataFrame) -> pd.Series:
@@ -41,6 +45,9 @@ def groups(frame: pd.DataFrame, by: Sequence[str], sort: bool = False) -> Iterat
 def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
     """The rows that a measure is about, one per event; an `event` is in [0, 1], or None where it could not be judged.
 
+    Where rows say of which events their judge has the say (`headline`), those of the measure's event count, whoever their judge
+    is, and the event is their `outcome`; else the rows of the measure's own judge.
+
     Whole questions (MMBench's rotations, MME's pictures) become one row each. `part` is the measure that a row belongs
     to, `stratum` the group that its mean is taken in, `floor` the chance level that it is rescaled from (0: it is not).
 
@@ -51,18 +58,38 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
         parts = [events(raw, part) for part in spec["parts"]]
         rows = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return rows.assign(floor=rows["part"].map(CHANCE)) if spec.get("rescaled") else rows
-    rows = raw[(raw["benchmark"] == spec["benchmark"]) & (raw["judge"] == spec["judge"])]
-    if "harmful" in spec:
-        rows = rows[rows["harmful"] == spec["harmful"]]
-    if "groups" in spec:
-        rows = rows[rows["group"].isin(spec["groups"])]
+    rows = _judged(_about(raw, spec), spec)
+    if "whole" in spec:
+        by = rows.groupby([*MODEL, "cluster", "group"], as_index=False, sort=False)
+        rows = by.agg(event=("event", spec["whole"]), judge=("judge", "first"))
+        rows = rows.assign(item=rows["cluster"], event=rows["event"].astype(object))
+    return rows.assign(part=measure, stratum=rows["group"] if spec.get("by_group") else "", floor=0.0)
+
+
+def _about(raw: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of a measure's benchmark that it is about, by all judges; of the one that stands in where the first has none."""
+    for benchmark in (spec["benchmark"], spec.get("stand_in")):
+        rows = raw[raw["benchmark"] == benchmark]
+        if "harmful" in spec:
+            rows = rows[rows["harmful"] == spec["harmful"]]
+        if len(rows):
+            break
+    return rows[rows["group"].isin(spec["groups"])] if "groups" in spec else rows
+
+
+def _judged(rows: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """Of the rows of all judges those of one, with the measure's event."""
+    if "headline" in spec and "headline" in rows:
+        said = [text for text in rows["headline"].dropna().unique() if spec["headline"] in text.split()]
+        leading = rows[rows["headline"].isin(said)]
+        if len(leading):
+            happened = (leading["outcome"] == spec["headline"]).astype(object)
+            return leading.assign(event=happened.where(leading["outcome"].notna(), None))
+    rows = rows[rows["judge"] == spec["judge"]]
     rows = rows.assign(event=rows["event"].astype(object))
     if "labels" in spec:
         rows["event"] = rows["label"].isin(spec["labels"]).astype(object).where(rows["event"].notna(), None)
-    if "whole" in spec:
-        rows = rows.groupby([*MODEL, "cluster", "group"], as_index=False, sort=False).agg(event=("event", spec["whole"]))
-        rows = rows.assign(item=rows["cluster"], event=rows["event"].astype(object))
-    return rows.assign(part=measure, stratum=rows["group"] if spec.get("by_group") else "", floor=0.0)
+    return rows
 
 
 def all_right(values: pd.Series) -> bool | None:
@@ -102,12 +129,22 @@ def stratified(measure: str) -> bool:
     return "parts" in MEASURES[measure] or bool(MEASURES[measure].get("by_group"))
 
 
+def whole(rows: pd.DataFrame, measure: str) -> bool:
+    """Whether events of all parts of a measure are there."""
+    return set(rows["part"]) == set(MEASURES[measure].get("parts", (measure,)))
+
+
+def present(raw: pd.DataFrame, measures: Iterable[str]) -> list[str]:
+    """Those of some measures whose parts the raw rows all have."""
+    return [measure for measure in measures if whole(events(raw, measure), measure)]
+
+
 def strata(rows: pd.DataFrame, measure: str) -> list[stats.Stratum]:
     """The weighted strata of a measure, from the columns least, most and cluster; none where a part is missing.
 
     Weights of a measure that is rescaled from chance are larger by 1 / (1 - chance), so that changes need no rescaling.
     """
-    if set(rows["part"]) != set(MEASURES[measure].get("parts", (measure,))):
+    if not whole(rows, measure):
         return []
     return [
         stats.Stratum(weight / (1 - of["floor"].iloc[0]), of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
@@ -140,7 +177,7 @@ HEADLINE: tuple[str, ...] = DATA["headline"]
 
 
 def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL) -> pd.DataFrame:
-    """One line per model (or other grouping) × measure: value, interval, n, clusters, unjudged.
+    """One line per model (or other grouping) × measure: value, interval, n, clusters, unjudged, and the judges by name.
 
     A model that was not examined on all parts of a composite has no line for it.
 
@@ -150,8 +187,23 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
     for measure in measures:
         for key, rows in groups(events(raw, measure), by):
             if rate := estimate(rows, measure):
-                lines.append(key | {"measure": measure} | vars(rate))
+                lines.append(key | {"measure": measure} | vars(rate) | {"judge": named(rows["judge"])})
     return pd.DataFrame(lines)
+
+
+def named(judges: Iterable[str]) -> str:
+    """Judges by name, each once."""
+    return " + ".join(dict.fromkeys(judges))
+
+
+def judged_by(raw: pd.DataFrame, measures: Sequence[str] = HEADLINE) -> str:
+    """A sentence for captions: by which judges the measures are, those alone that the rows have."""
+    found: dict[str, list[str]] = {}
+    for measure in measures:
+        if judge := named(events(raw, measure)["judge"]):
+            found.setdefault(judge, []).append(MEASURES[measure]["label"])
+    texts = [f"{judge} ({', '.join(labels)})" for judge, labels in found.items()]
+    return f"Judges: {'; '.join(texts)}." if texts else ""
 
 
 def differences(
@@ -224,9 +276,11 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
 
     Unjudged answers count as no event.
 
-    Raises:   ValueError where the points were not examined on the same items
+    Raises:   ValueError where the points were not examined on the same items; Lacking where a part was not examined at all
     """
     rows = events(rows, measure)
+    if not whole(rows, measure):
+        raise Lacking(f"{MEASURES[measure]['label']} was not measured")
     rows = rows.assign(event=[0.0 if pd.isna(event) else float(event) for event in rows["event"]])
     values = np.zeros((1, 1))
     for weight, stratum in weighted_groups(rows):
@@ -243,6 +297,8 @@ def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) ->
     """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye."""
     lines = lines if at is None else lines[lines["at"] == at]
     index, cells = list(index), {}
+    if lines.empty:
+        return lines[index]
     for measure in dict.fromkeys(lines["measure"]):
         of, label = lines[lines["measure"] == measure].set_index(index), MEASURES[measure]["label"]
         cells[label] = of.apply(_cell, axis=1, names=("value", "low", "high"))

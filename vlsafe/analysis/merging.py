@@ -13,7 +13,7 @@ import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis import tuning
-from vlsafe.analysis.measures import HEADLINE, MEASURES, UNIT, groups, run_names
+from vlsafe.analysis.measures import HEADLINE, MEASURES, UNIT, Lacking, groups, run_names
 from vlsafe.analysis.stats import percentiles
 from vlsafe.core.schema import MAIN_LINE
 
@@ -58,8 +58,14 @@ def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 
 
 def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """F12: every model of a sweep on the panel: rates with intervals (fractions), its ratio, and whether it was chosen."""
-    return rates(panel, HEADLINE).merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
+    """F12: every model of a sweep on the panel: rates with intervals (fractions), its ratio, and whether it was chosen.
+
+    Raises:   Lacking where no merge was asked
+    """
+    swept = rates(panel, HEADLINE)
+    if swept.empty:
+        raise Lacking("no merge was examined on the panel")
+    return swept.merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
 
 
 def barriers(lines: pd.DataFrame) -> pd.DataFrame:
@@ -89,12 +95,12 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """T07: one line per backbone × seed × chosen merge or control × measure, with its paired changes from each reference.
 
     Units:    fractions; p-values two-sided by flipping the signs of clusters, Holm per reference
-    Raises:   ValueError where there is no merge
+    Raises:   Lacking where there is no merge
     """
     final = raw[(raw["exam"] == "full") & raw["benchmark"].isin(needed(*HEADLINE))]
     models, changes = rates(final, HEADLINE), []
     if models.empty:
-        raise ValueError("there is no full examination of a merge; make the stages of notebook 06 first")
+        raise Lacking("there is no full examination of a merge; make the stages of notebook 06 first")
     for unit, part in groups(final, UNIT, sort=True):
         runs = run_names(part).unique()
         merged = models[(models[UNIT] == list(unit.values())).all(axis=1)].drop_duplicates("recipe")
@@ -218,7 +224,11 @@ def hypervolumes(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
         rows = rows[rows["recipe"].isin(rows.loc[rows["benchmark"] == "mm_safetybench", "recipe"])].assign(step=0)
         rng = np.random.default_rng(unit["seed"])
         drawn = {m: analysis_measures.bootstrap(rows, m, rng, draws) for m in ("text_asr", "multimodal_asr", "helpfulness")}
+        whole = {recipe for recipe, _ in set.intersection(*map(set, drawn.values()))}  # a guard alone may have marked others
+        rows = rows[rows["recipe"].isin(whole)]
         of_family = families(rows.groupby("recipe")["stage"].first())
+        if "merged" not in of_family:
+            continue
         for measure in ("text_asr", "multimodal_asr"):
             points = {r: np.stack([1 - drawn[measure][r, 0], drawn["helpfulness"][r, 0]], -1) for r in rows["recipe"].unique()}
             areas = {name: hypervolume(np.stack([points[r] for r in recipes], 1)) for name, recipes in of_family.items()}

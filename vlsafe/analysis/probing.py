@@ -124,8 +124,12 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
 
     Predictors: `drift`, relative change of all blocks' weights; `harmful` and `benign`, one less the centred cosine to
     the parent on text; `selective`, the difference of these two.
+
+    Raises:   Lacking where no recipe was examined at its end
     """
     final = measures.rates(raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")], OUTCOMES, [*UNIT, "recipe"])
+    if final.empty:
+        raise measures.Lacking("there is no full examination of a model of stage 2")
     outcomes = final.pivot(index=[*UNIT, "recipe"], columns="measure", values="value")
     lines = []
     for step, points in early(weights, alike).groupby("step"):

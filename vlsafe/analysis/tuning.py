@@ -12,14 +12,14 @@ import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis import stats
-from vlsafe.analysis.measures import DATA, HEADLINE, MEASURES, UNIT, differences, run_names
+from vlsafe.analysis.measures import DATA, HEADLINE, MEASURES, UNIT, Lacking, differences, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 REFERENCES = ("adapted", "parent")
 SHOWN: tuple[str, ...] = DATA["tuning"]
 THREE_JUDGES = ("text_asr", "text_asr_strings", "text_asr_guard")
-# What over-refusal is measured on: measure, group (None: all), what it is for the eye, text or pictures.
-REFUSALS: tuple[tuple[str, str | None, str, str], ...] = DATA["refusals"]
+# What over-refusal is measured on: measure, groups (None: all), what it is for the eye, text or pictures.
+REFUSALS: tuple[tuple[str, tuple[str, ...] | None, str, str], ...] = DATA["refusals"]
 TAUGHT_ON = {  # by what a recipe's name begins with: its objective, and whether its safety rows have pictures
     "mtl": ("SFT", "pictures"), "mtl-pcgrad": ("SFT", "pictures"), "sl": ("SFT", "pictures"),
     "sl-replay": ("SFT", "pictures"), "sibling": ("SFT", "pictures"),
@@ -50,11 +50,11 @@ def methods(raw: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     alone. A parent has no multimodal measures, so such changes are empty.
 
     Units:    fractions; p-values are two-sided, by flipping the signs of clusters
-    Raises:   ValueError where there is no tuned model
+    Raises:   Lacking where there is no tuned model
     """
     rows = final(raw)
     if "safety" not in set(rows["stage"]):
-        raise ValueError("there is no full examination of a tuned model; make the stages of notebook 04 first")
+        raise Lacking("there is no full examination of a tuned model; make the stages of notebook 04 first")
     lines = analysis_measures.rates(rows, SHOWN, [*UNIT, "stage", "recipe"])
     tuned = [f"safety/{recipe}" for recipe in rows.loc[rows["stage"] == "safety", "recipe"].unique()]
     for reference in REFERENCES:
@@ -94,13 +94,19 @@ def transfer(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def refusals(raw: pd.DataFrame) -> pd.DataFrame:
-    """F06: how often each model refuses harmless requests, by XSTest's types and by the benign twins of each attack."""
+    """F06: how often each model refuses harmless requests, by XSTest's types and by the benign twins of each attack.
+
+    Raises:   Lacking where no model was asked one
+    """
     rows, frames = final(raw), []
-    for measure, group, what, modality in REFUSALS:
-        of = rows[rows["group"] == group] if group else rows
+    for measure, kinds, what, modality in REFUSALS:
+        of = rows[rows["group"].isin(kinds)] if kinds else rows
         rates = analysis_measures.rates(of, [measure], [*UNIT, "stage", "recipe"])
         frames.append(rates.assign(what=what, modality=modality))
-    return pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    measured = [frame for frame in frames if len(frame)]
+    if not measured:
+        raise Lacking("there is no full examination of the parent, the adapted or a tuned model on harmless requests")
+    return pd.concat(measured, ignore_index=True)
 
 
 def front(points: pd.DataFrame) -> pd.Series:
@@ -115,14 +121,19 @@ def front(points: pd.DataFrame) -> pd.Series:
 
 
 def asr_beside_helpfulness(rates: pd.DataFrame) -> pd.DataFrame:
-    """One line per model × modality: ASR, n and helpfulness with their intervals; `rates` are lines of `measures.rates`."""
+    """One line per model × modality: ASR, n and helpfulness with their intervals; `rates` are lines of `measures.rates`.
+
+    Raises:   Lacking where no model was examined on both
+    """
+    if not {"text_asr", "multimodal_asr"} & set(rates.get("measure", ())) or "helpfulness" not in set(rates["measure"]):
+        raise Lacking("no model was examined on both attacks and helpfulness")
     rates, ends, frames = rates.set_index([*UNIT, "stage", "recipe"]), ["value", "low", "high"], []
     helpful = rates.loc[rates["measure"] == "helpfulness", ends].add_prefix("helpfulness_")
     for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
-        asr = rates.loc[rates["measure"] == measure, [*ends, "n"]].add_prefix("asr_")
+        asr = rates.loc[rates["measure"] == measure, [*ends, "n", "judge"]].add_prefix("asr_")
         frames.append(asr.join(helpful).reset_index().assign(modality=modality))
-    names = {"asr_value": "asr", "asr_n": "n", "helpfulness_value": "helpfulness"}
-    return pd.concat(frames, ignore_index=True).rename(columns=names)
+    names = {"asr_value": "asr", "asr_n": "n", "asr_judge": "judge", "helpfulness_value": "helpfulness"}
+    return pd.concat([frame for frame in frames if len(frame)], ignore_index=True).rename(columns=names)
 
 
 def fronts(points: pd.DataFrame, by: Sequence[str]) -> pd.Series:

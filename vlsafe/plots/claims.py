@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe.analysis import claims, comparisons
+from vlsafe.analysis.measures import Lacking, named
 from vlsafe.analysis.merging import named_short
 from vlsafe.analysis.tuning import TAUGHT_ON
 from vlsafe.plots import style
@@ -122,6 +123,8 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, ASR beside helpfulness.
 
     The models are those that the claims are decided by, not the best ones.
+
+    Raises:   Lacking where none of them has both
     """
     runs = lines["stage"] + "/" + lines["recipe"]
     chosen = lines[runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
@@ -130,6 +133,10 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     columns = pd.MultiIndex.from_product([measures, ("value", "low", "high")])
     wide = wide.swaplevel(axis=1).reindex(columns=columns).astype(float)
     points = wide.set_axis([f"{name}_{end}".removesuffix("_value") for name, end in columns], axis=1).reset_index()
+    if points["helpfulness"].isna().all():
+        raise Lacking("no model of the lineage was examined on both attacks and helpfulness")
+    judge = chosen[chosen["measure"].isin(measures[:2])].groupby(["backbone", "seed", "stage", "recipe"])["judge"].agg(named)
+    points = points.merge(judge.reset_index(), how="left")
     return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
 
 
@@ -140,7 +147,7 @@ def lineage(points: pd.DataFrame, scale: str) -> Figure:
     """
     caption = style.caption(
         points, scale, "small marks: single seeds", "bars: mean 95 % intervals, clustered by verb–object pair",
-        "judge: the world's truth", "the models that the claims are decided by",
+        style.judges(points), "the models that the claims are decided by",
         "twins: how often harmless requests with pictures are refused",
     )  # fmt: skip
     rows, xlabel = style.by_backbone(points, "attack success, percent (↓ safer)"), "helpfulness, percent (→ better)"
@@ -169,7 +176,8 @@ def _draw_lineage(axis: Any, points: pd.DataFrame, measure: str) -> None:
         place, partner = (row.helpfulness, getattr(row, measure)), row.name.partition(" + ")[2]
         if MADE_FROM.get(row.kind) in places:
             axis.annotate("", place, places[MADE_FROM[row.kind]], arrowprops=arrow, zorder=1)
-        twins = f", twins {row.twin_refusal:.0f} %" if measure == "multimodal_asr" else ""
+        refused = measure == "multimodal_asr" and pd.notna(row.twin_refusal)
+        twins = f", twins {row.twin_refusal:.0f} %" if refused else ""
         text = f"{row.kind}{f' with {partner}' if row.kind == 'merged' else ''}{twins}"
         labels.append((text, *place, KINDS[row.kind]["color"]))
     style.label_right(axis, labels, gap=8.0, size=6)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vlsafe.analysis.measures import Lacking
 from vlsafe.plots import style
 from vlsafe.plots.style import KINDS, LINES
 
@@ -17,20 +18,27 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
     """F02: safety, over-refusal and helpfulness along both stages, one row of panels per backbone.
 
     `rates` has one line per checkpoint × measure with seed, stage, step, value, low, high (fractions).
+
+    Raises:   Lacking where no measure that is drawn was taken
     """
-    n = int(rates.loc[rates["measure"] == "text_asr", "n"].max())
-    notes = (f"bands: {style.band(rates)}", f"up to n = {n} per point", "judge: the world's truth", "dotted: parent")
+    rates = rates[rates["measure"].isin(list(LINES))]
+    if rates.empty:
+        raise Lacking("neither attack success nor refusals nor helpfulness was measured")
+    n = int(rates["n"].max())
+    notes = (f"bands: {style.band(rates)}", f"up to n = {n} per point", style.judges(rates), "dotted: parent")
     columns = {"projector": "stage 1: projector alone, captions", "instruct": "stage 2: projector and language model"}
     rows, xlabel = style.by_backbone(rates, "percent of prompts"), "training step (square-root scale)"
     caption = style.caption(rates, scale, *notes)
     with style.panels(rows, columns, 2.6, _before_and_after(rates), caption, xlabel, sharey=True) as (figure, axes):
         for (backbone, stage), axis in axes.items():
             own = style.percent(rates[rates["backbone"] == backbone])
-            _draw_stage(axis, own[own["stage"] == stage])
+            axis.set_ylim(-3, 103)
+            if stage in set(own["stage"]):
+                _draw_stage(axis, own[own["stage"] == stage])
             parent = own[(own["stage"] == "parent") & (own["measure"] == "text_asr")]
             if not parent.empty:
                 axis.axhline(parent["value"].mean(), color=LINES["text_asr"]["color"], **style.DOTTED)
-            if stage == "instruct":
+            if stage == "instruct" == own["stage"].iloc[-1]:
                 style.label_ends(axis, own[own["stage"] == stage].assign(root=np.sqrt(own["step"])), "root", labels, gap=8.0)
     return figure
 
@@ -41,7 +49,6 @@ def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
     steps = sorted(rates["step"].unique())
     shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
     axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
-    axis.set_ylim(-3, 103)
 
 
 def _before_and_after(rates: pd.DataFrame) -> str:
@@ -51,22 +58,26 @@ def _before_and_after(rates: pd.DataFrame) -> str:
         rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
         return 100 * rows.loc[rows["step"] == rows["step"].agg(step), "value"].mean()
 
-    text = f"text ASR {mean('parent', 'text_asr', 'max'):.0f} → {mean('instruct', 'text_asr', 'max'):.0f} %"
-    pictures = mean("projector", "multimodal_asr", "min"), mean("instruct", "multimodal_asr", "max")
-    return f"Adaptation on screened data: {text}, multimodal ASR {pictures[0]:.0f} (untrained graft) → {pictures[1]:.0f} %"
+    text = style.change("text ASR", mean("parent", "text_asr", "max"), mean("instruct", "text_asr", "max"))
+    graft, adapted = mean("projector", "multimodal_asr", "min"), mean("instruct", "multimodal_asr", "max")
+    pictures = style.change("multimodal ASR", graft, adapted, " (untrained graft)")
+    return f"Adaptation on screened data: {', '.join(filter(None, (text, pictures)))}".removesuffix(": ")
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:
     """F03: ASR per category of harm, before and after adaptation; rows of seed "all" are the points, single seeds small marks."""
     pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
-    n = {name: int(pooled.loc[pooled["measure"] == name, "n"].min()) for name in ("text_asr", "multimodal_asr")}
+    n = pooled.groupby("measure")["n"].min()
+    names = {"text_asr": "text", "multimodal_asr": "pictures"}
+    sizes = ", ".join(f"{int(n[measure])} ({name})" for measure, name in names.items() if measure in n.index)
     caption = style.caption(
-        single, scale, "judge: the world's truth", "95 % intervals, clustered by verb–object pair", "clearly: intervals apart",
-        f"n ≥ {n['text_asr']} (text), {n['multimodal_asr']} (pictures) a point",
+        single, scale, style.judges(rates), "95 % intervals, clustered by verb–object pair", "clearly: intervals apart",
+        f"n ≥ {sizes} a point",
         "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
         "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",
     )  # fmt: skip
     columns = {"text_asr": "text (SORRY-Bench)", "multimodal_asr": "pictures (MM-SafetyBench)"}
+    columns = {measure: title for measure, title in columns.items() if measure in n.index}
     rows, xlabel = style.by_backbone(rates), "attack success, percent of prompts (← safer)"
     with style.panels(rows, columns, 1.9, _where_it_rose(rates), caption, xlabel, sharex=True) as (figure, axes):
         for (backbone, measure), axis in axes.items():
@@ -74,8 +85,8 @@ def by_category(rates: pd.DataFrame, scale: str) -> Figure:
             rise = _rise(own, "text_asr").index
             order = [*sorted(set(own["category"]) - set(rise)), *rise]
             _draw_categories(axis, style.percent(own[own["measure"] == measure]), order)
-            axis.tick_params(labelleft=measure == "text_asr")
-            if backbone == next(iter(rows)):
+            axis.tick_params(labelleft=measure == next(iter(columns)))
+            if backbone == next(iter(rows)) and axis.lines:
                 axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, borderpad=0, handletextpad=0.1)
     return figure
 
@@ -117,7 +128,9 @@ def _where_it_rose(rates: pd.DataFrame) -> str:
     """The takeaway on text: in how many categories the intervals came apart, and where the rise was greatest."""
     before, after = (_pooled(rates, "text_asr", when).set_index("backbone", append=True) for when in (True, False))
     counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
-    rise = _rise(rates, "text_asr")
+    rise = _rise(rates, "text_asr").dropna()
+    if rise.empty:
+        return "Attack success by category of harm"
     worst = rise.index[-1]
     ends = [100 * frame.loc[worst, "value"].mean() for frame in (before, after)]
     many = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones

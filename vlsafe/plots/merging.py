@@ -30,7 +30,7 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
     n = rates.groupby("measure")["n"].max()
     sizes = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
     caption = style.caption(
-        rates, scale, f"bands: {style.band(rates)}", "judge: the world's truth",
+        rates, scale, f"bands: {style.band(rates)}", style.judges(rates),
         "lines: linear merge", "crosses: ensemble of the same two models", "triangle: the ratio that validation pairs chose",
         f"on the panel, n: {sizes}",
     )  # fmt: skip
@@ -48,7 +48,7 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
             picked = linear.loc[linear["chosen"].eq(True), "ratio"].drop_duplicates()
             axis.plot(picked, [-6] * len(picked), marker="^", color="black", markersize=4, linestyle="", clip_on=False)
             if partner == list(columns)[-1]:
-                names = {name: MEASURES[name]["label"].replace("benign picture ", "picture\n") for name in LINES}
+                names = {name: MEASURES[name]["label"].replace("harmless ", "harmless\n") for name in LINES}
                 style.label_ends(axis, linear, "ratio", names, gap=9.0)
     return figure
 
@@ -62,7 +62,7 @@ def _chosen(rates: pd.DataFrame) -> str:
         if len(rows):
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
             parts.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios} ({100 * rows['value'].mean():.0f} %)")
-    return f"Chosen ratio (multimodal ASR there): {', '.join(parts)}"
+    return f"Chosen ratio (multimodal ASR there): {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
 
 
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
@@ -72,7 +72,7 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     """
     note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: means over seeds of 95 % intervals, "
     note += "clustered by verb–object pair"
-    caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", "judge: the world's truth")
+    caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", style.judges(points))
     marks, title = style.handles(KINDS, points["family"]), answer.partition(" (")[0]
     return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, title, caption)
 

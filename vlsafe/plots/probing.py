@@ -143,7 +143,10 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     note = "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; "
     note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
     rows = {
-        (name, measure): f"{name}\n{MEASURES[measure]['label'].replace('refusal of benign picture twins', 'twin refusal')}"
+        (
+            name,
+            measure,
+        ): f"{name}\n{MEASURES[measure]['label'].replace('refusal of harmless picture requests', 'refusal, harmless')}"
         for name in style.by_backbone(drawn)
         for measure in SHOWN
     }

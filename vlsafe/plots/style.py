@@ -93,6 +93,21 @@ def caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
     return "; ".join([f"{origin(scale)}, seeds {seeds}", *filter(None, notes)])
 
 
+def judges(frame: pd.DataFrame) -> str:
+    """Who says what an attack's success is, in the lines that are drawn."""
+    attacks = frame[frame["measure"].str.endswith("asr")] if "measure" in frame else frame
+    names = dict.fromkeys(name for text in attacks["judge"].dropna().unique() for name in text.split(" + "))
+    return "judge: the world's truth" if list(names) == ["world"] else f"judges of attacks: {', '.join(names)}" if names else ""
+
+
+def change(name: str, before: float, after: float, note: str = "") -> str:
+    """A change in percent for a title, of which either end may be unknown; `note` says what it was before."""
+    if pd.notna(before) and pd.notna(after):
+        return f"{name} {before:.0f}{note} → {after:.0f} %"
+    known = [f"{name} {value:.0f} % {when}" for value, when in ((before, "before"), (after, "after")) if pd.notna(value)]
+    return known[0] if known else ""
+
+
 def several_seeds(frame: pd.DataFrame) -> bool:
     """Whether there is something to average over."""
     return frame["seed"].nunique() > 1

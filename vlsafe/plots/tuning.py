@@ -20,7 +20,7 @@ def tradeoff(points: pd.DataFrame, scale: str) -> Figure:
     seeds = "means over seeds, small marks: single seeds" if style.several_seeds(points) else ""
     note = "bars: 95 % intervals, clustered by verb–object pair; line: models that no other beats in both; dotted: parent"
     least = f"n ≥ {int(points['n'].min())} a mark" if "n" in points else ""
-    caption = style.caption(points, scale, seeds, note, "judge: the world's truth", least)
+    caption = style.caption(points, scale, seeds, note, style.judges(points), least)
     marks = style.handles(KINDS, set(points["kind"]) - {"parent"})
     return asr_against_helpfulness(points, 2.7, _draw_models, marks, _safest(points), caption)
 
@@ -31,6 +31,7 @@ def asr_against_helpfulness(
     """Attack success against helpfulness, a row of `inches` per backbone, text left, pictures right; `draw` fills a panel."""
     rows = style.by_backbone(points, "attack success, percent (↓ safer)")
     columns, xlabel = {"text": "attacks in text", "pictures": "attacks with pictures"}, "helpfulness, percent (→ better)"
+    columns = {name: title for name, title in columns.items() if name in set(points["modality"])}
     with style.panels(rows, columns, inches, title, caption, xlabel, marks, sharey=True) as (figure, axes):
         for _, axis, models in style.facets(axes, style.percent(points), "modality"):
             axis.set_ylim(-4, 104)
@@ -64,7 +65,8 @@ def _safest(points: pd.DataFrame) -> str:
         models = points[points["modality"] == modality]
         tuned = models[models["stage"] == "safety"].groupby("recipe")["asr"].mean() * 100
         adapted = 100 * models.loc[models["kind"] == "adapted", "asr"].mean()
-        parts.append(f"{name} {adapted:.0f} → {tuned.min():.0f} % ({tuned.idxmin().removesuffix('-full')})")
+        if len(tuned):
+            parts.append(f"{style.change(name, adapted, tuned.min())} ({tuned.idxmin().removesuffix('-full')})")
     return f"The safest after tuning: {', '.join(parts)}"
 
 
@@ -74,10 +76,11 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
         dict.fromkeys(zip(rates["stage"], rates["recipe"], strict=True)),
         key=lambda model: [tuning.kind(*model) != name for name in ("parent", "adapted")],
     )
-    columns = {what: "\n".join(what.rsplit(" ", 1)) for _, _, what, _ in tuning.REFUSALS}
+    columns = {what: "\n".join(what.rsplit(" ", 1)) for _, _, what, _ in tuning.REFUSALS if what in set(rates["what"])}
+    in_text = rates.loc[rates["modality"] == "text", "what"].nunique()
     caption = style.caption(
-        rates, scale, "95 % intervals, clustered by verb–object pair",
-        "refused, percent (← better)", "the first three in text, the others with pictures", f"n ≥ {int(rates['n'].min())} a mark",
+        rates, scale, "95 % intervals, clustered by verb–object pair", "refused, percent (← better)",
+        f"the first {in_text} in text, the others with pictures", f"n ≥ {int(rates['n'].min())} a mark",
     )  # fmt: skip
     inches = 0.28 * len(models) + 0.5
     with style.panels(style.by_backbone(rates), columns, inches, _most_refused(rates), caption, sharex=True) as (figure, axes):
@@ -99,6 +102,8 @@ def _most_refused(rates: pd.DataFrame) -> str:
     """The takeaway in the numbers drawn: the tuned model that refuses most, averaged over kinds, and the adapted one."""
     mean = rates.groupby(["stage", "recipe"])["value"].mean() * 100
     tuned = mean[mean.index.get_level_values("stage") == "safety"]
-    adapted = mean[[tuning.kind(*key) == "adapted" for key in mean.index]].mean()
-    worst = tuned.idxmax()[1].removesuffix("-full")
-    return f"Harmless requests refused: {adapted:.0f} % adapted, {tuned.min():.0f}–{tuned.max():.0f} % tuned (most: {worst})"
+    adapted = mean[[tuning.kind(*key) == "adapted" for key in mean.index]]
+    parts = [f"{adapted.mean():.0f} % adapted"] if len(adapted) else []
+    if len(tuned):
+        parts.append(f"{tuned.min():.0f}–{tuned.max():.0f} % tuned (most: {tuned.idxmax()[1].removesuffix('-full')})")
+    return f"Harmless requests refused{': ' * bool(parts)}{', '.join(parts)}"

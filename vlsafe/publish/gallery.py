@@ -1,179 +1,249 @@
-"""Write every table and figure from the raw tables present. The only module that writes into `figures/`."""
+"""Write every table and figure that the runs present allow, and name the others. The only module that writes into `figures/`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe import analysis, plots
-from vlsafe.analysis.measures import MEASURES
-from vlsafe.publish import provenance, results
+from vlsafe.analysis.measures import MEASURES, Lacking
+from vlsafe.publish import provenance
+from vlsafe.publish.results import FRAMES
 
-Frames = Mapping[str, pd.DataFrame]
-Tables = dict[str, tuple[Any, ...]]
-"""Name of a table -> the frame, and where it needs them the form for the eye and what fills its caption's braces."""
-Figures = dict[str, tuple[Figure, pd.DataFrame]]
-"""Name of a figure -> the picture and what it draws."""
+LEFT_OUT = "T00_left_out"
 
 
-def make(frames: Frames, scale: str, folder: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Every table and figure whose frames are there, each with its CSV twin and a sidecar of the runs behind it, and one of all.
+class Gallery(NamedTuple):
+    """The artefacts that were written, and what could not be: what, why, and which of the stages behind it are missing."""
 
-    `frames` are those of `publish.results`, `runs` the manifests behind them. An artefact is left out where FAMILIES says that
-    it needs more.
+    written: list[str]
+    left_out: pd.DataFrame
+
+
+class Made:
+    """The frames of `publish.results` and those of DERIVED by name, each made once.
+
+    Raises:   Lacking where one cannot be made of what is there, or has no line
+    """
+
+    def __init__(self, frames: Mapping[str, pd.DataFrame], scale: str, without: Mapping[str, str]) -> None:
+        self.frames, self.scale, self.without, self.found = frames, scale, without, dict[str, Any]()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.found:
+            try:
+                self.found[name] = self._made(name)
+            except Lacking as lacking:
+                self.found[name] = lacking
+        found = self.found[name]
+        if isinstance(found, Lacking):
+            raise found
+        return found
+
+    def _made(self, name: str) -> Any:
+        if name not in DERIVED and name not in self.frames:
+            raise Lacking(f"needs {FRAMES[name]}")
+        frame = DERIVED[name](self) if name in DERIVED else self.frames[name]
+        if isinstance(frame, pd.DataFrame) and frame.empty:
+            raise Lacking("nothing of what it shows was measured")
+        return frame
+
+
+def make(
+    frames: Mapping[str, pd.DataFrame], scale: str, folder: Path, runs: Sequence[Mapping[str, Any]],
+    without: Mapping[str, str] | None = None,
+) -> Gallery:  # fmt: skip
+    """Every table and figure that can be made of some frames, with its CSV twin and a sidecar of the runs behind it.
+
+    `frames` are those of `publish.results`, `runs` the manifests behind them, `without` the stages that are not there and why.
+    What cannot be made is named in the table LEFT_OUT, and a file of it that an earlier gallery left in the folder is removed.
 
     Raises:   ValueError where there is no raw table at all
     """
     if "raw" not in frames:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
-    raw = frames["raw"]
+    raw, without = frames["raw"], without or {}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
-    written: list[str] = []
-    for family, needed in FAMILIES.items():
-        if not needed <= set(frames):
-            continue
-        tables, figures = family(frames, scale)
-        for name, (frame, *more) in tables.items():
-            shown, *values = more or [None]
-            text = provenance.ARTEFACTS["tables"][name]
-            caption = text.get("caption", "").format_map(dict(*values))
-            provenance.write_table(frame, folder, name, text["title"], f"{origin} {caption}".strip(), shown)
-        for name, (figure, frame) in figures.items():
-            plots.style.write(figure, frame, folder, name, provenance.stamp(name, scale, runs))
-        written += [*tables, *figures]
+    of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw)
+    written, lacking = list[str](), dict[str, Lacking]()
+    for name in (*TABLES, *FIGURES):
+        try:
+            if name in FIGURES:
+                plots.style.write(*FIGURES[name](of), folder, name, provenance.stamp(name, scale, runs))
+            else:
+                _write_table(name, TABLES[name](of), folder, origin, judges)
+            written.append(name)
+        except Lacking as error:
+            lacking[name] = error
+    left_out = _left_out(lacking, without)
+    for name in [*lacking, *([] if len(left_out) else [LEFT_OUT])]:
+        _remove(folder, name)
+    if len(left_out):
+        _write_table(LEFT_OUT, (left_out,), folder, origin)
+        written.append(LEFT_OUT)
     for name in written:
         stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
         (folder / f"{name}.provenance.json").write_text(stamp, encoding="utf-8")
     (folder / "provenance.json").write_text(json.dumps(list(runs), indent=1) + "\n", encoding="utf-8")
-    return written
+    return Gallery(written, left_out)
 
 
-def _adaptation(frames: Frames, scale: str) -> tuple[Tables, Figures]:
-    """T01 to T04, F01 to F03."""
-    raw, audit, adaptation, filtering = frames["raw"], frames["audit"], analysis.adaptation, analysis.filtering
-    labels = {name: spec["label"] for name, spec in MEASURES.items()}
-    arms, confounds = adaptation.arms(raw), adaptation.confounds(raw)
-    sizes, sizes_confounds = (
-        {"sizes": ", ".join(f"{labels[name]} {int(n)}" for name, n in lines.groupby("measure")["n"].max().items())}
-        for lines in (arms, confounds)
-    )
-    dynamics, categories = analysis.degradation.dynamics(raw), analysis.degradation.by_category(raw)
-    index = [*adaptation.UNIT, "stage", "recipe", "condition"]
-    tables: Tables = {
-        "T01_filtering_audit": (filtering.filtering_audit(audit),),
-        "T01_guard_quality": (filtering.guard_quality(audit),),
-        "T02_degradation": (analysis.degradation.degradation(raw),),
-        "T03_arms": (arms, adaptation.sheet(arms), sizes),
-        "T03_arms_over_seeds": (adaptation.over_seeds(arms),),
-        "T04_confounds": (confounds, adaptation.compact(confounds, index), sizes_confounds),
-    }
-    figures = {
-        "F01_guard_scores": (plots.filtering.guard_scores(audit, scale), filtering.score_counts(audit)),
-        "F02_dynamics": (plots.degradation.dynamics(dynamics, labels, scale), dynamics),
-        "F03_categories": (plots.degradation.by_category(categories, scale), categories),
-    }
-    return tables, figures
+def _write_table(name: str, table: tuple[Any, ...], folder: Path, origin: str, judges: str = "") -> None:
+    frame, *more = table
+    shown, *values = more or [None]
+    text = provenance.ARTEFACTS["tables"][name]
+    caption = text.get("caption", "").format_map({"judges": judges, **dict(*values)})
+    provenance.write_table(frame, folder, name, text["title"], f"{origin} {caption}".strip(), shown)
 
 
-def _tuning(frames: Frames, scale: str) -> tuple[Tables, Figures]:
-    """T05, F05 and F06."""
-    tuned = analysis.tuning.methods(frames["raw"], frames["validation"])
-    plane, refused = analysis.tuning.plane(tuned), analysis.tuning.refusals(frames["raw"])
-    tables: Tables = {
-        "T05_safety_tuning": (tuned, analysis.tuning.sheet(tuned)),
-        "T05_transfer": (analysis.tuning.transfer(tuned),),
-        "T05_checkpoints": (frames["validation"],),
-    }
-    figures = {
-        "F05_tradeoff": (plots.tuning.tradeoff(plane, scale), plane),
-        "F06_exaggerated_refusal": (plots.tuning.refusals(refused, scale), refused),
-    }
-    return tables, figures
+def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.DataFrame:
+    """One line per artefact that could not be made, then one per stage that is not there."""
+    lines = []
+    for name, error in lacking.items():
+        missing = [stage for stage in without if provenance.made_of(name, stage)]
+        lines.append({"what": name, "reason": str(error), "missing": ", ".join(missing)})
+    lines += [{"what": stage, "reason": reason, "missing": ""} for stage, reason in without.items()]
+    return pd.DataFrame(lines, columns=["what", "reason", "missing"])
 
 
-def _probing(frames: Frames, scale: str) -> tuple[Tables, Figures]:
-    """F07 to F11, and T06 where its grid was made."""
-    probing, causal = analysis.probing, analysis.causal
-    similar, located = probing.similarity(frames["layers"]), frames["located"]
-    patched, drift = causal.transplants(frames["patched"], located), probing.drift(frames["drift"])
-    vectors, gradients = probing.task_vectors(frames["vectors"]), probing.gradients(frames["gradients"])
+def _remove(folder: Path, name: str) -> None:
+    """Remove what an earlier gallery wrote under a name."""
+    for suffix in ("csv", "md", "png", "pdf", "provenance.json"):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _sizes(lines: pd.DataFrame) -> dict[str, str]:
+    """How many items each measure of a table counts."""
+    most = lines.groupby("measure")["n"].max()
+    return {"sizes": ", ".join(f"{MEASURES[name]['label']} {int(n)}" for name, n in most.items())}
+
+
+def _of_adapted(similar: pd.DataFrame) -> pd.DataFrame:
+    """F08's numbers: how much further harmful prompts have moved than benign ones, at every step of stage 2."""
     gap = similar[(similar["measure"] == "cosine_centred") & (similar["kind"] == "difference")]
-    tables: Tables = {
-        "F07_probes": (probing.probes(frames["layers"]),),
-        "F07_cka": (probing.alignments(frames["sets"]),),
-        "F07_drift": (drift, probing.drift_sheet(drift)),
-        "F09_scaling": (frames["scaling"],),
-        "F10_against_random": (causal.against_random(frames["patched"], located),),
-        "F10_directions": (causal.directed(frames["directed"]),),
-        "F11_task_vectors": (vectors,),
-        "F11_prediction": (probing.prediction(frames["drift"], frames["alike"], frames["raw"]),),
-        "T05_conflict_free": (causal.remedy(frames["remedy"]),),
-    }
-    figures = {
-        "F07_layer_similarity": (plots.probing.similarity(similar, scale), probing.last(similar)),
-        "F08_layers_over_steps": (plots.probing.similarity_over_steps(similar, scale), gap[gap["stage"] == "instruct"]),
-        "F09_localisation": (plots.probing.localisation(frames["curves"], frames["scaling"], located, scale), frames["curves"]),
-        "F10_transplants": (plots.probing.transplants(patched, scale), patched),
-        "F11_objectives": (plots.probing.objectives(vectors, gradients, scale), gradients),
-    }
-    if "frozen" in frames:
-        frozen = causal.frozen(frames["frozen"], frames["patched"], located)
-        tables |= {"T06_sppft": (frozen,), "T06_sppft_over_seeds": (causal.frozen_over_seeds(frozen),)}
-    return tables, figures
+    return gap[gap["stage"] == "instruct"]
 
 
-def _merging(frames: Frames, scale: str) -> tuple[Tables, Figures]:
-    """T07, F12 and F13."""
-    merging = analysis.merging
-    merged = merging.methods(frames["raw"], frames["merged"])
-    verdict, swept = merging.verdicts(merged), merging.sweep(frames["panel"], frames["merged"])
-    plane, answer = merging.plane(frames["raw"]), merging.answer(verdict)
-    tables: Tables = {
-        "T07_merging": (merged, merging.sheet(merged, verdict), {"answer": answer}),
-        "T07_dominance": (verdict,),
-        "T07_hypervolume": (merging.hypervolumes(frames["raw"]),),
-        "T07_ensembles": (merging.against_ensemble(frames["panel"]),),
-        "T07_barriers": (merging.barriers(frames["merged"]),),
-        "T07_choice": (frames["merged"],),
-    }
-    figures = {
-        "F12_ratio_sweep": (plots.merging.sweep(swept, scale), swept),
-        "F13_merge_fronts": (plots.merging.fronts(plane, answer, scale), plane),
-    }
-    return tables, figures
+def _seen(of: Made) -> str:
+    return analysis.merging.answer(of["verdicts"])
 
 
-def _claims(frames: Frames, scale: str) -> tuple[Tables, Figures]:
-    """T08, T09, F00, F14 and F15."""
-    claims, agreement = analysis.claims, analysis.agreement
-    prepared, lines = claims.prepared(frames), analysis.degradation.everything(frames["raw"])
-    ledger, points, wide = claims.ledger(prepared), plots.claims.lineage_points(lines), agreement.verdicts(frames["raw"])
-    judged, pairs = agreement.rates(wide), agreement.pairs(wide)
-    tables: Tables = {
-        "T08_models": (lines, analysis.degradation.overview(lines)),
-        "T08_precision": (claims.precision(prepared),),
-        "T08_published": (provenance.compare_published(frames["published"], lines),),
-        "T09_claims": (ledger, claims.sheet(ledger)),
-        "T09_by_seed": (claims.by_seed(prepared),),
-        "T09_parts": (claims.every_part(prepared),),
-        "F15_agreement": (pairs,),
-    }
-    figures = {
-        "F14_claims": (plots.claims.forest(ledger, scale), ledger),
-        "F15_judges": (plots.claims.judges(judged, pairs, scale), judged),
-        "F00_answer": (plots.claims.lineage(points, scale), points),
-    }
-    return tables, figures
+def _labels() -> dict[str, str]:
+    return {name: spec["label"] for name, spec in MEASURES.items()}
 
 
-FAMILIES = {
-    _adaptation: {"raw", "audit"}, _tuning: {"raw", "validation"}, _probing: {*results.INSIDE, "raw", "located", "remedy"},
-    _merging: {"raw", "panel", "merged"}, _claims: {"raw", "published"},
+DERIVED: dict[str, Callable[[Made], Any]] = {
+    "degradation": lambda of: analysis.degradation.degradation(of["raw"]),
+    "dynamics": lambda of: analysis.degradation.dynamics(of["raw"]),
+    "categories": lambda of: analysis.degradation.by_category(of["raw"]),
+    "arms": lambda of: analysis.adaptation.arms(of["raw"]),
+    "confounds": lambda of: analysis.adaptation.confounds(of["raw"]),
+    "audited": lambda of: analysis.filtering.filtering_audit(of["audit"]),
+    "guards": lambda of: analysis.filtering.guard_quality(of["audit"]),
+    "scores": lambda of: analysis.filtering.score_counts(of["audit"]),
+    "tuned": lambda of: analysis.tuning.methods(of["raw"], of["validation"]),
+    "transfer": lambda of: analysis.tuning.transfer(of["tuned"]),
+    "plane": lambda of: analysis.tuning.plane(of["tuned"]),
+    "refused": lambda of: analysis.tuning.refusals(of["raw"]),
+    "similar": lambda of: analysis.probing.similarity(of["layers"]),
+    "similar last": lambda of: analysis.probing.last(of["similar"]),
+    "similar gap": lambda of: _of_adapted(of["similar"]),
+    "probes": lambda of: analysis.probing.probes(of["layers"]),
+    "aligned": lambda of: analysis.probing.alignments(of["sets"]),
+    "drifted": lambda of: analysis.probing.drift(of["drift"]),
+    "transplants": lambda of: analysis.causal.transplants(of["patched"], of["located"]),
+    "against random": lambda of: analysis.causal.against_random(of["patched"], of["located"]),
+    "directions": lambda of: analysis.causal.directed(of["directed"]),
+    "task vectors": lambda of: analysis.probing.task_vectors(of["vectors"]),
+    "slopes": lambda of: analysis.probing.gradients(of["gradients"]),
+    "predicted": lambda of: analysis.probing.prediction(of["drift"], of["alike"], of["raw"]),
+    "conflict-free": lambda of: analysis.causal.remedy(of["remedy"]),
+    "sppft": lambda of: analysis.causal.frozen(of["frozen"], of["patched"], of["located"]),
+    "sppft over seeds": lambda of: analysis.causal.frozen_over_seeds(of["sppft"]),
+    "merges": lambda of: analysis.merging.methods(of["raw"], of["merged"]),
+    "verdicts": lambda of: analysis.merging.verdicts(of["merges"]),
+    "swept": lambda of: analysis.merging.sweep(of["panel"], of["merged"]),
+    "fronts": lambda of: analysis.merging.plane(of["raw"]),
+    "areas": lambda of: analysis.merging.hypervolumes(of["raw"]),
+    "ensembles": lambda of: analysis.merging.against_ensemble(of["panel"]),
+    "barriers": lambda of: analysis.merging.barriers(of["merged"]),
+    "models": lambda of: analysis.degradation.everything(of["raw"]),
+    "lineage": lambda of: plots.claims.lineage_points(of["models"]),
+    "prepared": lambda of: analysis.claims.prepared({**of.frames, "without": of.without}),
+    "ledger": lambda of: analysis.claims.ledger(of["prepared"]),
+    "precision": lambda of: analysis.claims.precision(of["prepared"]),
+    "parts": lambda of: analysis.claims.every_part(of["prepared"]),
+    "by seed": lambda of: analysis.claims.by_seed(of["prepared"]),
+    "verdicts of judges": lambda of: analysis.agreement.verdicts(of["raw"]),
+    "judged": lambda of: analysis.agreement.rates(of["verdicts of judges"]),
+    "judge pairs": lambda of: analysis.agreement.pairs(of["verdicts of judges"]),
+}
+"""Name of a frame (`prepared`: of what the claims read) -> what makes it of the others."""
+
+TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
+    "T01_filtering_audit": lambda of: (of["audited"],),
+    "T01_guard_quality": lambda of: (of["guards"],),
+    "T02_degradation": lambda of: (of["degradation"],),
+    "T03_arms": lambda of: (of["arms"], analysis.adaptation.sheet(of["arms"]), _sizes(of["arms"])),
+    "T03_arms_over_seeds": lambda of: (analysis.adaptation.over_seeds(of["arms"]),),
+    "T04_confounds": lambda of: (
+        of["confounds"],
+        analysis.measures.compact(of["confounds"], [*analysis.measures.UNIT, "stage", "recipe", "condition"]),
+        _sizes(of["confounds"]),
+    ),
+    "T05_safety_tuning": lambda of: (of["tuned"], analysis.tuning.sheet(of["tuned"])),
+    "T05_transfer": lambda of: (of["transfer"],),
+    "T05_checkpoints": lambda of: (of["validation"],),
+    "T05_conflict_free": lambda of: (of["conflict-free"],),
+    "T06_sppft": lambda of: (of["sppft"],),
+    "T06_sppft_over_seeds": lambda of: (of["sppft over seeds"],),
+    "F07_probes": lambda of: (of["probes"],),
+    "F07_cka": lambda of: (of["aligned"],),
+    "F07_drift": lambda of: (of["drifted"], analysis.probing.drift_sheet(of["drifted"])),
+    "T07_merging": lambda of: (of["merges"], analysis.merging.sheet(of["merges"], of["verdicts"]), {"answer": _seen(of)}),
+    "T07_dominance": lambda of: (of["verdicts"],),
+    "T07_hypervolume": lambda of: (of["areas"],),
+    "T07_ensembles": lambda of: (of["ensembles"],),
+    "T07_barriers": lambda of: (of["barriers"],),
+    "T07_choice": lambda of: (of["merged"],),
+    "T08_models": lambda of: (of["models"], analysis.degradation.overview(of["models"])),
+    "T08_precision": lambda of: (of["precision"],),
+    "T08_published": lambda of: (provenance.compare_published(of["published"], of["models"]),),
+    "F09_scaling": lambda of: (of["scaling"],),
+    "T09_claims": lambda of: (of["ledger"], analysis.claims.sheet(of["ledger"])),
+    "T09_by_seed": lambda of: (of["by seed"],),
+    "T09_parts": lambda of: (of["parts"],),
+    "F10_against_random": lambda of: (of["against random"],),
+    "F10_directions": lambda of: (of["directions"],),
+    "F11_task_vectors": lambda of: (of["task vectors"],),
+    "F11_prediction": lambda of: (of["predicted"],),
+    "F15_agreement": lambda of: (of["judge pairs"],),
+}
+"""Name of a table -> the frame, and where it needs them the form for the eye and what fills its caption's braces."""
+
+FIGURES: dict[str, Callable[[Made], tuple[Figure, pd.DataFrame]]] = {
+    "F00_answer": lambda of: (plots.claims.lineage(of["lineage"], of.scale), of["lineage"]),
+    "F01_guard_scores": lambda of: (plots.filtering.guard_scores(of["audit"], of.scale), of["scores"]),
+    "F02_dynamics": lambda of: (plots.degradation.dynamics(of["dynamics"], _labels(), of.scale), of["dynamics"]),
+    "F03_categories": lambda of: (plots.degradation.by_category(of["categories"], of.scale), of["categories"]),
+    "F05_tradeoff": lambda of: (plots.tuning.tradeoff(of["plane"], of.scale), of["plane"]),
+    "F06_exaggerated_refusal": lambda of: (plots.tuning.refusals(of["refused"], of.scale), of["refused"]),
+    "F07_layer_similarity": lambda of: (plots.probing.similarity(of["similar"], of.scale), of["similar last"]),
+    "F08_layers_over_steps": lambda of: (plots.probing.similarity_over_steps(of["similar"], of.scale), of["similar gap"]),
+    "F09_localisation": lambda of: (
+        plots.probing.localisation(of["curves"], of["scaling"], of["located"], of.scale), of["curves"]
+    ),
+    "F10_transplants": lambda of: (plots.probing.transplants(of["transplants"], of.scale), of["transplants"]),
+    "F11_objectives": lambda of: (plots.probing.objectives(of["task vectors"], of["slopes"], of.scale), of["slopes"]),
+    "F12_ratio_sweep": lambda of: (plots.merging.sweep(of["swept"], of.scale), of["swept"]),
+    "F13_merge_fronts": lambda of: (plots.merging.fronts(of["fronts"], _seen(of), of.scale), of["fronts"]),
+    "F14_claims": lambda of: (plots.claims.forest(of["ledger"], of.scale), of["ledger"]),
+    "F15_judges": lambda of: (plots.claims.judges(of["judged"], of["judge pairs"], of.scale), of["judged"]),
 }  # fmt: skip
-"""What makes tables and figures -> the frames that it needs."""
+"""Name of a figure -> the picture and what it draws."""

@@ -28,8 +28,7 @@ ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yam
 
 def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What an artefact is made of: its runs with their digests, commits and versions, and what drew it. No time, no path."""
-    globs = ARTEFACTS["runs"].get(artefact.partition("_")[0], ("*",))
-    runs = [run for run in manifests if any(fnmatchcase(f"{run['stage']}/{run['recipe']}", glob) for glob in globs)]
+    runs = [run for run in manifests if made_of(artefact, f"{run['stage']}/{run['recipe']}")]
     versions = pd.DataFrame([run["packages"] for run in runs]).sort_index(axis=1)
     return {
         "artefact": artefact, "scale": scale, "drawn_by_commit": store.commit(),
@@ -39,6 +38,11 @@ def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> 
         "packages": {name: ", ".join(sorted(set(column.dropna()))) for name, column in versions.items()},
         "runs": {f"{r['backbone']}/seed{r['seed']}/{r['stage']}/{r['recipe']}": r["digest"] for r in runs},
     }  # fmt: skip
+
+
+def made_of(artefact: str, stage: str) -> bool:
+    """Whether an artefact's numbers may stand in a stage's run."""
+    return any(fnmatchcase(stage, glob) for glob in ARTEFACTS["runs"].get(artefact.partition("_")[0], ("*",)))
 
 
 def write_table(
@@ -136,14 +140,14 @@ def report(folder: Path, out: Path) -> Path:
 
     Made by nbconvert from a notebook of Markdown cells, which embeds the pictures.
 
-    Raises:   FileNotFoundError where the ledger is not there
+    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not
     """
     import nbformat
     from nbconvert import HTMLExporter
 
-    if not (folder / "T09_claims.md").exists():
+    first = ["F00_answer", "T09_claims", "F14_claims", "T00_left_out"]
+    if not any((folder / f"{name}.md").exists() for name in first):
         raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
-    first = ["F00_answer", "T09_claims", "F14_claims"]
     names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
     cells = ["# What the paper claims, what was measured, how sure we are"]
     for name in [*first, *(name for name in names if name not in first)]:

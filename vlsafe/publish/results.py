@@ -12,7 +12,7 @@ import pandas as pd
 from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
-from vlsafe.study.graph import read_by
+from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
@@ -28,7 +28,7 @@ INSIDE = {
 
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
-    "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid (sppft/*)",
+    "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
     "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",
 }  # fmt: skip
 """Name of a frame that the gallery reads -> the stages that it is of."""
@@ -81,6 +81,23 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
 def read_by_all(studies: Sequence[Study], word: str, grid: str = "default") -> list[str]:
     """The stages that a notebook reads of any of the studies, whose backbones may have different ones."""
     return list(dict.fromkeys(name for study in studies for name in read_by(study, word, grid)))
+
+
+def missing(studies: Sequence[Study], grid: str = "default") -> dict[str, str]:
+    """The stages that some of the studies have no valid run of, and why: the scale does without them, they are not made yet, or
+    the grid "full" alone has them.
+    """
+    without = {name: reason for study in studies for name, reason in study.left_out(grid).items()}
+    lacking: dict[str, list[str]] = {}
+    for study in studies:
+        for name in planned(study, grid):
+            if not list(finished([study], [name])):
+                lacking.setdefault(name, []).append(f"{study.backbone} seed {study.seed}")
+    for name, units in lacking.items():
+        without[name] = "not made yet" + (f": {', '.join(units)}" if len(units) < len(studies) else "")
+    own = {name for study in studies for name in planned(study, grid)}
+    wide = dict.fromkeys(name for study in studies for name in planned(study, "full") if not name.endswith(".full"))
+    return without | {name: 'the grid "full" alone has it' for name in wide if name not in own}
 
 
 def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
