@@ -1,6 +1,11 @@
+import contextlib
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,7 +43,7 @@ def test_a_valid_run_is_made_once_and_a_changed_one_again(tmp_path):
     assert run_of(tmp_path, version=2).digest != run.digest != run_of(tmp_path, inputs={"i": "d"}).digest
 
 
-@pytest.mark.parametrize("harm", ["edit", "truncate", "remove", "add", "manifest", "half manifest"])
+@pytest.mark.parametrize("harm", ["edit", "truncate", "remove", "manifest", "half manifest"])
 def test_tampering_is_found_and_mended(tmp_path, harm):
     calls = []
     run = run_of(tmp_path)
@@ -48,7 +53,6 @@ def test_tampering_is_found_and_mended(tmp_path, harm):
         "edit": lambda: file.write_text("z"),
         "truncate": lambda: file.write_text(""),
         "remove": file.unlink,
-        "add": lambda: (folder / "more").write_text("1"),
         "manifest": (folder / "manifest.json").unlink,
         "half manifest": lambda: (folder / "manifest.json").write_text('{"digest": "'),
     }[harm]()
@@ -114,3 +118,111 @@ def test_older_code_is_mentioned_once_per_run_and_process(tmp_path, monkeypatch)
     for run in runs * 3:
         store.ensure(run, maker([]), said.append)
     assert len(said) == 2 and all("made by older code" in text for text in said) and "st/b" in said[1]
+
+
+def test_what_others_put_into_a_run_is_named_ignored_and_never_lost(tmp_path):
+    calls, said = [], []
+    run = run_of(tmp_path)
+    folder = store.ensure(run, maker(calls), said.append)
+    for name in (".DS_Store", "sub/.nfs0001", ".ipynb_checkpoints/a-checkpoint.ipynb", "sub/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    assert store.status(run, deep=True) == "valid" and store.foreign(run)[-1] == "sub/notes.txt"
+    store.ensure(run, maker(calls), said.append)
+    assert calls == ["x"] and len(said) == 1 and "not its own, and ignored: .DS_Store, " in said[0]
+    other = run_of(tmp_path, params={"a": 2})
+    store.ensure(other, maker(calls, "y"), said.append)
+    assert store.foreign(other) == [] and "sub/notes.txt, not its own, moved to r.foreign" in said[-1]
+    assert (folder.with_name("r.foreign") / "sub" / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_viewer_leaves_while_a_run_is_made_is_no_part_of_it(tmp_path):
+    def make(work):
+        (work / "a").write_text("1")
+        (work / ".DS_Store").write_text("2")
+
+    run = run_of(tmp_path)
+    folder = store.ensure(run, make, print)
+    (folder / ".DS_Store").write_text("changed")
+    assert list(store.manifest_of(run)["files"]) == ["a"] and store.status(run, deep=True) == "valid"
+
+
+def test_an_attempt_with_other_numbers_is_kept_and_gone_on_from(tmp_path):
+    """A number that is corrected after hours of training, and set back, costs no training."""
+    said, seen = [], []
+
+    def cut(work):
+        (work / "step-3").write_text("trained")
+        raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError):
+        store.ensure(run_of(tmp_path), cut, said.append)
+    store.ensure(run_of(tmp_path, params={"a": 2}), maker([]), said.append)
+    assert "an attempt with other numbers is kept as r.partial." in said[-1]
+    store.ensure(run_of(tmp_path), lambda work: seen.append((work / "step-3").read_text()), said.append)
+    assert seen == ["trained"] and not list(tmp_path.rglob("*.partial*"))
+    with pytest.raises(RuntimeError):
+        store.ensure(run_of(tmp_path, params={"a": 3}), cut, said.append)
+    store.ensure(run_of(tmp_path, params={"a": 4}), maker([]), said.append)
+    store.forget(run_of(tmp_path, params={"a": 4}))
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_valid_run_of_a_store_that_cannot_be_written_is_used(tmp_path, monkeypatch, code):
+    """Root may write anywhere, so the refusals of the system are put in by hand; the next test has a real one."""
+    calls = []
+    run = run_of(tmp_path)
+    store.ensure(run, maker(calls), print)
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(store, "FileLock", refuse)
+    run.receipt.unlink()
+    assert store.ensure(run, maker(calls), print) == run.folder and calls == ["x"]
+    with pytest.raises(OSError, match=os.strerror(code)):
+        store.ensure(run_of(tmp_path, params={"a": 2}), maker(calls), print)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody")
+def test_nobody_reads_the_valid_runs_of_somebody_else():
+    root = Path(tempfile.mkdtemp(dir="/tmp"))
+    run = run_of(root)
+    store.ensure(run, maker([]), print)
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(BaseException):
+            os.setuid(65534)
+            code = 0 if store.ensure(run, lambda work: None, lambda text: None) == run.folder else 2
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    shutil.rmtree(root)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path):
+    path = tmp_path / "f"
+    store.write_text(path, "old")
+    (tmp_path / "f.tmp").write_text("a user's")
+    with pytest.raises(UnicodeEncodeError):
+        store.write_text(path, "new \ud800")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"f": "old", "f.tmp": "a user's"}
+
+
+def test_a_copy_inside_another_repository_is_of_no_commit(tmp_path):
+    """Unpacked from a zip: the repository around it knows nothing of it, whether or not the copy is at its top."""
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", tmp_path]
+    (tmp_path / "a").write_text("1")
+    for call in (["init", "-q"], ["add", "a"], ["commit", "-qm", "m"]):
+        subprocess.run([*git, *call], check=True)
+    project = Path(store.__file__).parents[2]
+    for place in (tmp_path / "copy", tmp_path):
+        shutil.copytree(project / "vlsafe", place / "vlsafe", ignore=shutil.ignore_patterns("__pycache__"))
+        code = "from vlsafe.core import store; print(store.PROJECT, store.commit())"
+        call = [sys.executable, "-c", code]
+        environment = {**os.environ, "PYTHONPATH": str(place), "GIT_DIR": str(tmp_path / ".git")}
+        done = subprocess.run(call, cwd=place, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(place), "None"]

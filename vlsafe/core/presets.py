@@ -10,15 +10,27 @@ from typing import Any
 
 import yaml
 
-from vlsafe.core.scale import Scale, extended, known
+from vlsafe.core.scale import Scale, alike, as_plain, extended, known
 
 FOLDER = Path(__file__).parent / "scales"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings hold every key once: the library lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]  # before "<<" brings in others
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _mapping_at(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} holds bytes that are no UTF-8; save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -43,6 +55,8 @@ def load_scale(name: str | Path) -> Scale:
         raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
     scale = extended(base, {"name": Path(text).stem, **changes})
+    if scale.name in SCALES and not alike(as_plain(scale), as_plain(SCALES[scale.name])):
+        raise ValueError(f"{text} is named like the preset {scale.name!r} and has other numbers; give it another `name:`")
     for name in scale.backbones:
         scale.decoder(name)  # raises for a mistake in it
     return scale

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vlsafe.core.assets import Endpoint, Loaded
+from vlsafe.core.fits import Dtype, Fit, LoraSpec, Tuning, later
+from vlsafe.core.fits import Preference as Preference
+from vlsafe.core.fits import Rollout as Rollout
 
-
-def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """A field that is newer than some results. At its default it is left out of digests, so that they stay valid."""
-    value = more["default_factory"]() if "default_factory" in more else default
-    return field(default=default, metadata={"later": value}, **more)
+PLACE = re.compile(r"\w([\w .+-]*[\w+-])?")  # names that are folders: nothing that leads out of one or that a shell reads
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VisionSpec:
     heads: int = 4
     projection: int = 64
     feature_layers: tuple[int, ...] = (1, -1)  # object and position: a tiny tower's last layer alone is hard to align (LOG.md)
-    feature_strategy: str = "full"
+    feature_strategy: Literal["full", "default"] = "full"
     pad: bool = later(False)
 
 
@@ -58,89 +58,6 @@ class LanguageSpec:
     initial_std: float = 0.06  # 0.02, the library's, is for wide models: at width 96 copying then takes twice the steps
     architecture: str = later("llama")
     vocabulary: int = later(0)  # of a decoder that is loaded: what the dry run counts with; a built one has its tokenizer's
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One training run with AdamW. Units: steps; rows per step; 1/step for the rate.
-
-    The rows of a step are split by length into `micro_batches`, whose gradients are accumulated. `projector_rate` is the
-    projector's own learning rate beside a trained language model (LLaVA's `mm_projector_lr`). `grouped`: every step has one
-    modality, as in LLaVA's scripts. `launch`: an accelerate configuration whose processes train; without one the calling
-    process does. `saved`: the dtype of finished checkpoints. `rows`: how many rows `steps` are for; with it, they follow a corpus
-    that has more rows or fewer, as epochs do.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_length: int | None = None
-    micro_batches: int = 2
-    projector_rate: float | None = None
-    grouped: bool = later(False)
-    at_once: int | None = later(None)  # most rows that one process takes at a time; more micro-batches where needed
-    launch: str = later("")
-    saved: str = later("float32")
-    rows: int | None = later(None)
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:
-            raise ValueError(f"a fit needs at least one step, one row per micro-batch and a rate in (0, 1): {self}")
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Low-rank adapters. `rate` multiplies the learning rate of the full method, as in LLaVA's scripts (2e-4 against 2e-5)."""
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    rate: float = 10.0
-
-
-@dataclass(frozen=True)
-class Preference:
-    """DPO: `fit` counts pairs as rows; `beta` as in DPO's paper and in SPA-VL's scripts."""
-
-    fit: Fit
-    beta: float = 0.1
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """GRPO: `fit` counts sampled answers as rows, of which `generations` answer one prompt. `reward` of an answer to a harmless
-    prompt: 1 where it is the preferred one word for word ("exact"), or the share of words that both have in order ("overlap")."""
-
-    fit: Fit
-    generations: int = 8
-    max_new_tokens: int = 12
-    temperature: float = 1.0
-    reward: str = later("exact")
-
-    def __post_init__(self) -> None:
-        if self.generations < 2 or self.fit.batch_size % self.generations:
-            raise ValueError(f"a step of GRPO holds whole groups of at least two answers: {self}")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Safety tuning. The steps of a fit are for a recipe's first corpus; with more corpora they grow with the rows.
-
-    `replay` is the number of general rows per safety row. `milestones` are fractions of a run at which a checkpoint is kept,
-    beside its end; `pairs` is how many validation pairs of each modality choose among them. `task_batches` is the number of
-    micro-batches of one task each that a step is split into where conflicting gradients are projected.
-    """
-
-    sft: Fit
-    preference: Preference
-    rollout: Rollout
-    replay: float = 2.5  # VLGuard's post-hoc recipe: 5,000 rows of LLaVA's beside 2,000 of its own
-    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
-    pairs: int = 100
-    task_batches: int = 8
 
 
 @dataclass(frozen=True)
@@ -260,7 +177,7 @@ class Exam:
     batch_size: int = 64
     max_new_tokens: int = 16
     captions: int = 200
-    dtype: str = later("float32")
+    dtype: Dtype = later("float32")
     serve: str = later("")  # a command that serves `{folder}` on `{port}` and generates; empty: the local engine
     judges: Mapping[str, tuple[str, ...]] = later(default_factory=dict)
     endpoints: Mapping[str, Endpoint] = later(default_factory=dict)
@@ -296,11 +213,20 @@ class Scale:
     rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
     threads: int = 1
     traffic: Traffic = field(default_factory=Traffic)
-    source: str = "build"
+    source: Literal["build", "load"] = "build"
     loaded: Loaded | None = None
-    device: str = later("")
+    device: Literal["", "cpu", "cuda"] = later("")
 
     def __post_init__(self) -> None:
+        if not PLACE.fullmatch(self.name):
+            raise ValueError(
+                f"the name {self.name!r} is to be a folder's: letters, digits, spaces and . _ + - alone, a letter first"
+            )
+        for name in self.backbones:
+            if not PLACE.fullmatch(name) or " " in name or name == "shared":
+                raise ValueError(
+                    f"the backbone's name {name!r} is to be a folder's: letters, digits and . _ + - alone, not 'shared'"
+                )
         if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
             raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
 
@@ -353,28 +279,43 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _converted(value: Any, hint: Any, current: Any, where: str) -> Any:
+    """A value as the field's type wants it, with what is in lists and mappings; every mistake names its place."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind, *parameters = typing.get_origin(allowed[0]) or allowed[0], *typing.get_args(allowed[0])
+    if kind is Literal:
+        return known(value, parameters, where)
     if dataclasses.is_dataclass(kind) and (isinstance(value, Mapping) or len(allowed) == 1):
         return extended(kind if current is None else current, value, where)
     if kind is Mapping:
-        of: Any = parameters[1]
-        entries, value = current or {}, _mapping(value, where)
-        if of is Any:
-            return {**entries, **value}
-        kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}  # null removes an entry
-        changes = {name: entry for name, entry in value.items() if entry is not None}
-        if dataclasses.is_dataclass(parameters[1]):
-            return {**kept, **{name: _entry(e, of, entries, name, f"{where}.{name}") for name, e in changes.items()}}
-        return {**kept, **{name: _converted(e, of, None, f"{where}.{name}") for name, e in changes.items()}}
+        return _entries(_mapping(value, where), parameters[1], current or {}, where)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
+        kinds = parameters[:1] * len(value) if parameters[-1] is ... else parameters
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} entries, not {len(value)}: {value!r}")
+        return tuple(_converted(e, of, None, f"{where}[{i}]") for i, (e, of) in enumerate(zip(value, kinds, strict=True)))
     text = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)  # YAML reads 1e-4 as text
     if float in allowed and (text or type(value) is int):
-        return float(value)
+        value = float(value)
     if type(value) not in allowed:
-        raise ValueError(f"{where} must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}, not {value!r}")
+        names = ("a list" if typing.get_origin(k) is tuple else getattr(k, "__name__", str(k)) for k in allowed)
+        raise ValueError(f"{where} must be {' or '.join(names)}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, not {value!r}")
     return value
+
+
+def _entries(value: Mapping[str, Any], of: Any, entries: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a mapping with changed and new ones; null removes one."""
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has the key {name!r}, which is no text; put it in quotes")
+    if of is Any:
+        return {**entries, **value}
+    kept = {name: entry for name, entry in entries.items() if value.get(name, entry) is not None}
+    changes = {name: entry for name, entry in value.items() if entry is not None}
+    if isinstance(of, type) and dataclasses.is_dataclass(of):
+        return {**kept, **{name: _entry(e, of, entries, name, f"{where}.{name}") for name, e in changes.items()}}
+    return {**kept, **{name: _converted(e, of, None, f"{where}.{name}") for name, e in changes.items()}}
 
 
 def _entry(changes: Any, kind: type, entries: Mapping[str, Any], name: str, where: str) -> Any:
@@ -398,3 +339,10 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [as_plain(entry) for entry in value]
     return value
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two plain scales may share a place in a run store: they differ at most in backbones that only one of them has."""
+    mine, others = one["backbones"], other["backbones"]
+    rest = [{key: value for key, value in plain.items() if key != "backbones"} for plain in (one, other)]
+    return rest[0] == rest[1] and all(mine[name] == others[name] for name in mine.keys() & others.keys())

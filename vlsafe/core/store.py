@@ -9,31 +9,67 @@ from __future__ import annotations
 
 import datetime
 import errno
+import glob
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
-MANIFEST, NOTE = "manifest.json", ".digest"
+from vlsafe.core.scale import alike
+from vlsafe.core.writing import (
+    MANIFEST as MANIFEST,
+)
+from vlsafe.core.writing import (
+    file_digest as file_digest,
+)
+from vlsafe.core.writing import (
+    parts as parts,
+)
+from vlsafe.core.writing import (
+    read_rows as read_rows,
+)
+from vlsafe.core.writing import (
+    recorded_digest as recorded_digest,
+)
+from vlsafe.core.writing import (
+    sync as sync,
+)
+from vlsafe.core.writing import (
+    whole as whole,
+)
+from vlsafe.core.writing import (
+    whole_lines as whole_lines,
+)
+from vlsafe.core.writing import (
+    write_rows as write_rows,
+)
+from vlsafe.core.writing import (
+    write_stream as write_stream,
+)
+from vlsafe.core.writing import (
+    write_text as write_text,
+)
+
+NOTE, OWNER = ".digest", "scale.json"
 FULL = 16 * 2**20  # bytes; with less free, any error is reported as a full disk: libraries word it in many ways
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
-_NOTIFIED: set[Path] = set()  # runs of which this process has printed that older code made them
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of a place that can still be read
+SHOWN = 5  # names in a message
+PROJECT = Path(__file__).resolve().parents[2]
+_NOTIFIED: set[Path] = set()  # runs of which this process has said what is to be said
 Status = Literal["valid", "missing", "stale", "tampered"]
 
 
@@ -83,15 +119,32 @@ def status(run: Run, deep: bool = False) -> Status:
         return "tampered" if run.folder.exists() else "missing"
     if manifest.get("digest") != run.digest:
         return "stale"
-    present = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()} - {MANIFEST}
-    if present != set(manifest["files"]):
-        return "tampered"
     for name, record in manifest["files"].items():
-        path, stat = run.folder / name, (run.folder / name).stat()
+        path = run.folder / name
+        if not path.is_file():
+            return "tampered"
+        stat = path.stat()
         changed = deep or stat.st_mtime_ns != record["mtime_ns"]
         if stat.st_size != record["bytes"] or (changed and file_digest(path) != record["sha256"]):
             return "tampered"
     return "valid"
+
+
+def foreign(run: Run) -> list[str]:
+    """Files in a finished run that are not its own, such as `.DS_Store` or a user's notes: nothing reads or judges them."""
+    own = {MANIFEST, *(read_manifest(run) or {"files": ()})["files"]}
+    return sorted(
+        str(path.relative_to(run.folder)) for path in _files(run.folder) if str(path.relative_to(run.folder)) not in own
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _of_system(name: Path) -> bool:
+    """Whether a file system or a viewer has left a file: `.nfs…`, `.DS_Store`, `.ipynb_checkpoints/…`, `Thumbs.db`."""
+    return any(part.startswith(".") or part in ("Thumbs.db", "desktop.ini") for part in name.parts)
 
 
 def read_manifest(run: Run) -> dict[str, Any] | None:
@@ -116,7 +169,7 @@ def manifest_of(run: Run) -> dict[str, Any]:
     return manifest
 
 
-def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], None]) -> Path:
+def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], object]) -> Path:
     """The folder of a valid run, computed first if it is missing.
 
     `make` gets the `.partial` folder, which may hold files of a killed attempt of the *same* digest, and returns numbers for
@@ -124,27 +177,43 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
 
     Raises:   whatever `make` raises; the partial folder then stays, without looking complete
     """
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(run.folder) + ".lock"):
-        state = status(run)
-        if state != "valid":
-            if state != "missing":
-                say(f"{run.stage}/{run.recipe}: the run on disk is {state}; making it again")
-            _make(run, make)
-        elif (made_by := manifest_of(run)["source"]) != source_digest() and run.folder not in _NOTIFIED:
-            _NOTIFIED.add(run.folder)
-            say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
-        manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")
-        if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != manifest:
-            write_text(run.receipt, manifest)
+    state: Status = "valid"
+    try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(run.folder) + ".lock"):
+            if (state := status(run)) != "valid":
+                if state != "missing":
+                    say(f"{run.stage}/{run.recipe}: the run on disk is {state}; making it again")
+                _make(run, make, say)
+            manifest = (run.folder / MANIFEST).read_text(encoding="utf-8")
+            if not run.receipt.exists() or run.receipt.read_text(encoding="utf-8") != manifest:
+                write_text(run.receipt, manifest)
+    except OSError as error:
+        if error.errno not in UNWRITABLE or status(run) != "valid":
+            raise
+    if state == "valid":
+        _notify(run, say)
     return run.folder
 
 
-def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
-    _discard(run.folder)
+def _notify(run: Run, say: Callable[[str], object]) -> None:
+    """Say once in a process that older code has made a run, and which files in it are not its own."""
+    if run.folder in _NOTIFIED:
+        return
+    _NOTIFIED.add(run.folder)
+    if (made_by := manifest_of(run)["source"]) != source_digest():
+        say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
+    if names := foreign(run):
+        say(f"{run.stage}/{run.recipe}: not its own, and ignored: {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}")
+
+
+def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], object]) -> None:
+    _discard(run, say)
     work, note = run.partial, run.partial / NOTE
     if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != run.digest):
-        shutil.rmtree(work)
+        _put_aside(run, say)
+    if not work.exists() and (kept := _aside(run, run.digest)).exists():
+        os.rename(kept, work)
     work.mkdir(exist_ok=True)
     note.write_text(run.digest, encoding="utf-8")
     started = time.monotonic()
@@ -161,22 +230,48 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None]) -> None:
         raise
     note.unlink()  # only now: digests of large models take minutes, and a kill meanwhile must not cost a training
     os.rename(work, run.folder)
-    _sync(run.folder.parent)
+    sync(run.folder.parent)
 
 
-def _discard(folder: Path) -> None:
-    """Remove a run so that a kill in the middle cannot leave a folder that looks complete."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".doomed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+def _aside(run: Run, digest: str) -> Path:
+    return run.partial.with_name(f"{run.partial.name}.{digest}")
+
+
+def _put_aside(run: Run, say: Callable[[str], object]) -> None:
+    """Keep what an attempt with other numbers has left: it may be hours of training, to go on from with these numbers again."""
+    note = run.partial / NOTE
+    digest = note.read_text(encoding="utf-8") if note.exists() else ""
+    if re.fullmatch("[0-9a-f]{16}", digest) and any(path.name != NOTE for path in _files(run.partial)):
+        kept = _aside(run, digest)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.rename(run.partial, kept)
+        say(f"{run.stage}/{run.recipe}: an attempt with other numbers is kept as {kept.name}; `vlsafe fresh` removes it")
+    else:
+        shutil.rmtree(run.partial)
+
+
+def _discard(run: Run, say: Callable[[str], object]) -> None:
+    """Remove a run so that a kill in the middle leaves no folder that looks complete; what others put there goes beside it."""
+    if not run.folder.exists():
+        return
+    others = [Path(name) for name in foreign(run) if read_manifest(run) and not _of_system(Path(name))]
+    beside = run.folder.with_name(f"{run.folder.name}.foreign")
+    for name in others:
+        (beside / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (beside / name).exists():
+            os.rename(run.folder / name, beside / name)
+    if others:
+        say(f"{run.stage}/{run.recipe}: {', '.join(map(str, others[:SHOWN]))}, not its own, moved to {beside.name}")
+    doomed = run.folder.with_name(run.folder.name + ".doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(run.folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that somebody reads stays as .nfs…
 
 
 def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
     files = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name not in (MANIFEST, NOTE)):
-        _sync(path)
+    for path in sorted(p for p in _files(work) if p.name != MANIFEST and not _of_system(p.relative_to(work))):
+        sync(path)
         stat = path.stat()
         files[str(path.relative_to(work))] = {
             "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_digest(path)
@@ -200,10 +295,19 @@ def environment() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The commit of the package's source, with "-dirty" where it was edited since; None outside a repository."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the package's source, with "-dirty" where it was edited since; None outside its own repository: a copy that
+    was unpacked inside another one is not of that one's commit."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's point elsewhere
+
+    def git(*arguments: str) -> str:
+        call = ["git", *arguments]
+        return subprocess.check_output(call, cwd=PROJECT, env=own, stderr=subprocess.DEVNULL, text=True).strip()
+
     try:
-        return subprocess.check_output(describe, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL, text=True).strip()
+        git("ls-files", "--error-unmatch", "vlsafe/core/store.py")
+        if Path(git("rev-parse", "--show-toplevel")) != PROJECT:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -218,124 +322,37 @@ def source_digest() -> str:
     return hashed.hexdigest()[:12]
 
 
+def refuse_other_scale(root: Path, name: str, origin: str, scale: Mapping[str, Any]) -> None:
+    """Refuse a scale in whose place the runs of another one lie: a file of the same stem elsewhere, with other numbers.
+
+    Raises:   ValueError naming both files
+    """
+    record = root / name / OWNER
+    if not record.is_file():
+        return
+    owner = json.loads(record.read_text(encoding="utf-8"))
+    if owner["file"] != origin and not alike(owner["scale"], scale):
+        raise ValueError(
+            f"{root / name} holds the runs of {owner['file']}, and {origin} has other numbers; give one of them another `name:`, "
+            f"or remove {record} if these runs are no longer needed"
+        )
+
+
+def claim(root: Path, name: str, origin: str, scale: Mapping[str, Any]) -> None:
+    """Note which scale file's runs lie in a place, for `refuse_other_scale`; raises as it does."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    with FileLock(str(root / name / OWNER) + ".lock"):
+        refuse_other_scale(root, name, origin, scale)
+        record, text = root / name / OWNER, json.dumps({"file": origin, "scale": scale}, indent=1)
+        if not record.exists() or (
+            origin == json.loads(record.read_text(encoding="utf-8"))["file"] and record.read_text() != text
+        ):
+            write_text(record, text)
+
+
 def forget(run: Run) -> None:
     """Remove a run, finished or partial, and its receipt."""
-    _discard(run.folder)
-    shutil.rmtree(run.partial, ignore_errors=True)
-    run.receipt.unlink(missing_ok=True)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path to write to that is renamed to `path` at the end: a reader sees the old file or the new one, never half of it."""
-    beside = path.with_name(path.name + ".tmp")
-    yield beside
-    os.replace(beside, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it."""
-    with _beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder that is written completely or not at all: yields a folder to work in, which is renamed at the end.
-
-    What a killed attempt has left is removed first; an error removes everything.
-
-    Raises:   ValueError where the folder exists already
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another place, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
-        work = folder.with_name(folder.name + ".partial")
+    _discard(run, lambda text: sys.stderr.write(f"{text}\n"))
+    for work in (run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            yield work
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        for path in work.rglob("*"):
-            _sync(path)
-        os.rename(work, folder)
-        _sync(folder.parent)
-
-
-def recorded_digest(path: Path) -> str | None:
-    """The SHA-256 recorded of a file when it was written: in a manifest in its folder or the one above, or, in the Hub's cache,
-    as the name of the blob that it points to. None where there is none."""
-    for folder in (path.parent, path.parent.parent):
-        try:
-            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            return files[str(path.relative_to(folder))]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    blob = path.resolve().name
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows of equal columns as Parquet.
-
-    Raises:   ValueError when there are none: an empty table has no columns and hides a mistake
-    """
-    table = pa.Table.from_pylist(list(rows))
-    if table.num_rows == 0:
-        raise ValueError(f"no rows to write to {path.name}")
-    with _beside(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a Parquet file."""
-    return pq.read_table(path).to_pylist()
-
-
-def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Schema, batch: int = 2048) -> int:
-    """Write rows as Parquet, one batch in memory at a time; returns how many there were, possibly none."""
-    written = 0
-    with _beside(path) as beside, pq.ParquetWriter(beside, columns, compression="zstd") as file:
-        for part in parts(rows, batch):
-            file.write_table(pa.Table.from_pylist(part, schema=columns))
-            written += len(part)
-    return written
-
-
-def whole_lines(path: Path) -> tuple[int, str]:
-    """Number of complete lines of a file (0 where there is no file), and the last one. Half a line at its end is cut off."""
-    if not path.exists():
-        return 0, ""
-    count, last, end = 0, b"", 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            count, last, end = count + 1, line, end + len(line)
-    os.truncate(path, end)
-    return count, last.decode()
-
-
-def parts(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Rows in lists of `size`, the last one shorter."""
-    iterator = iter(rows)
-    return iter(lambda: list(itertools.islice(iterator, size)), [])
+    run.receipt.unlink(missing_ok=True)

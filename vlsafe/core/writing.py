@@ -1,0 +1,144 @@
+"""Files: the one way to write them (beside, synced, renamed), tables, digests, and what must never be written to."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+MANIFEST = "manifest.json"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path to write to that is renamed to `path` at the end: a reader sees the old file or the new one, never half of it.
+
+    Its name is its own: two processes, or a user's file of a likely name, do not meet. An error leaves `path` as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.tmp")
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it."""
+    with _beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder that is written completely or not at all: yields a folder to work in, which is renamed at the end.
+
+    What a killed attempt has left is removed first; an error removes everything.
+
+    Raises:   ValueError where the folder exists already
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another place, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
+        work = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        for path in work.rglob("*"):
+            sync(path)
+        os.rename(work, folder)
+        sync(folder.parent)
+
+
+def recorded_digest(path: Path) -> str | None:
+    """The SHA-256 recorded of a file when it was written: in a manifest in its folder or the one above, or, in the Hub's cache,
+    as the name of the blob that it points to. None where there is none."""
+    for folder in (path.parent, path.parent.parent):
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            return files[str(path.relative_to(folder))]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    blob = path.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of equal columns as Parquet.
+
+    Raises:   ValueError when there are none: an empty table has no columns and hides a mistake
+    """
+    table = pa.Table.from_pylist(list(rows))
+    if table.num_rows == 0:
+        raise ValueError(f"no rows to write to {path.name}")
+    with _beside(path) as beside:
+        pq.write_table(table, beside, compression="zstd")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a Parquet file."""
+    return pq.read_table(path).to_pylist()
+
+
+def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Schema, batch: int = 2048) -> int:
+    """Write rows as Parquet, one batch in memory at a time; returns how many there were, possibly none."""
+    written = 0
+    with _beside(path) as beside, pq.ParquetWriter(beside, columns, compression="zstd") as file:
+        for part in parts(rows, batch):
+            file.write_table(pa.Table.from_pylist(part, schema=columns))
+            written += len(part)
+    return written
+
+
+def whole_lines(path: Path) -> tuple[int, str]:
+    """Number of complete lines of a file (0 where there is no file), and the last one. Half a line at its end is cut off."""
+    if not path.exists():
+        return 0, ""
+    count, last, end = 0, b"", 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, last, end = count + 1, line, end + len(line)
+    os.truncate(path, end)
+    return count, last.decode()
+
+
+def parts(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Rows in lists of `size`, the last one shorter."""
+    iterator = iter(rows)
+    return iter(lambda: list(itertools.islice(iterator, size)), [])
