@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from vlsafe import cli
+from vlsafe.core import store
 from vlsafe.core.presets import load_scale
 from vlsafe.publish import notebooks
 from vlsafe.study.study import Study
@@ -63,6 +64,33 @@ FILES = {
     "extends: mini\nbackbones: {x: {extends: mini-cat}}": ("backbone", "'mini-cat'", "did you mean 'mini-chat'"),
     "extends: mini\nbackbones: {mini-chat: {template: tullu}}": ("chat template of mini-chat", "'tullu'", "did you mean 'tulu'"),
     "extends: mini\nbackbones: {mini-chat: {language: {layer: 2}}}": ("mini-chat.language", "'layer'", "did you mean 'layers'"),
+    "extends: mini\ninstruct: {saved: bfloat}": ("scale.instruct.saved", "'bfloat'", "did you mean 'bfloat16'"),
+    "extends: mini\ninstruct: {dtype: fp32}": ("scale.instruct.dtype", "'fp32'", "known: bfloat16, float32"),
+    "extends: mini\ninstruct: {schedule: cosin}": ("scale.instruct.schedule", "'cosin'", "did you mean 'cosine'"),
+    "extends: mini\ntuning: {rollout: {reward: exakt}}": ("rollout.reward", "'exakt'", "did you mean 'exact'"),
+    "extends: mini\ndevice: gpu": ("scale.device", "'gpu'", "known: .*cuda"),
+    "extends: mini\nexam: {dtype: half}": ("scale.exam.dtype", "'half'", "known: bfloat16"),
+    "extends: mini\nvision: {feature_strategy: ful}": ("feature_strategy", "'ful'", "did you mean 'full'"),
+    "extends: mini\nsource: loaded": ("scale.source", "'loaded'", "did you mean 'load'"),
+    "extends: paper\nloaded: {arms: [filterd]}\nbackbones: {mini-chat: {extends: tulu2}}\n": ("parent", "'mini-chat'", "known"),
+    "extends: paper\nloaded: {arms: [filterd], parents: {mini-chat: {repo: a}}}\nbackbones: {mini-chat: {extends: tulu2}}": (
+        "data arm",
+        "'filterd'",
+        "did you mean 'filtered'",
+    ),
+    "extends: mini\ncheckpoints: [a]": (r"scale.checkpoints\[0\]", "'a'", "int"),
+    "extends: mini\ncheckpoints: 3": ("scale.checkpoints", "3", "a list"),
+    "extends: mini\nrates: [0.4]": ("scale.rates", "0.4", "2 entries"),
+    "extends: mini\nrates: [0.4, quick]": (r"scale.rates\[1\]", "'quick'", "float"),
+    "extends: mini\ntuning: {milestones: [0.5, .nan]}": (r"milestones\[1\]", "nan", "finite"),
+    "extends: mini\nbackbones: [a]": ("scale.backbones", "'a'", "mapping"),
+    "extends: mini\nbackbones: {1: {extends: mini-chat}}": ("scale.backbones", "1", "no text; put it in quotes"),
+    "extends: mini\nbackbones: {mini-chat: {answered_categories: [thefts]}}": ("category", "'thefts'", "did you mean 'theft'"),
+    "extends: mini\nbackbones: {a/b: {extends: mini-chat}}": ("backbone's name", "'a/b'", "letters, digits"),
+    "extends: mini\nname: ../../x": ("name", "'../../x'", "letters, digits"),
+    "extends: mini\nname: mini\nthreads: 2": ("scale.yaml", "preset 'mini'", "another `name:`"),
+    "extends: mini\nthreads: 2\nthreads: 3": ("scale.yaml", "'threads'", "there twice"),
+    "extends: mini\ninstruct: {steps: 2, steps: 3}": ("scale.yaml", "'steps'", "there twice"),
 }
 PARAMETERS = {
     "sede": (1, ("parameter of 03_safety_degradation.ipynb", "'sede'", "did you mean 'seed'")),
@@ -118,6 +146,26 @@ def test_scale_files(text, elsewhere):
     with pytest.raises(ValueError) as caught:
         Study.open("scale.yaml", "mini-chat", 0, "runs")
     says(str(caught.value), FILES[text])
+
+
+def test_two_scale_files_of_one_stem_share_no_place(elsewhere, monkeypatch):
+    """The second one would make every run of the first again, in its place."""
+    monkeypatch.setattr(store, "ensure", lambda run, make, say: run.folder)
+    monkeypatch.setattr(Study, "inputs", lambda self, name: ())
+    text = "extends: mini\nexam: {panel: 3}\n"
+    for folder in ("one", "copy", "other"):
+        (elsewhere / folder).mkdir()
+        (elsewhere / folder / "own.yaml").write_text(text if folder != "other" else text.replace("3", "4"))
+    Study.open("one/own.yaml", "mini-chat", 0, "runs").folder("world/corpora")
+    Study.open("copy/own.yaml", "mini-chat", 0, "runs").folder("world/corpora")  # equal numbers are the same scale
+    with pytest.raises(ValueError) as caught:
+        Study.open("other/own.yaml", "mini-chat", 0, "runs")
+    says(str(caught.value), ("one/own.yaml", "other/own.yaml", "another `name:`"))
+    Study.open("other/own.yaml", "mini-chat", 0, "elsewhere")
+    (elsewhere / "one" / "own.yaml").write_text(text.replace("3", "5"))  # one's own numbers may change, as ever
+    Study.open("one/own.yaml", "mini-chat", 0, "runs").folder("world/corpora")
+    with pytest.raises(ValueError, match="another `name:`"):
+        Study.open("copy/own.yaml", "mini-chat", 0, "runs")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

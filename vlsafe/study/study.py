@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vlsafe import data, evaluation, models
 from vlsafe.core import assets, store
-from vlsafe.core.presets import load_scale
+from vlsafe.core.presets import SCALES, load_scale
 from vlsafe.core.scale import Scale, as_plain, known
 from vlsafe.core.schema import Example, Item, from_row
 from vlsafe.models import templates
@@ -42,6 +42,7 @@ class Study:
     backbone: str
     seed: int
     root: Path
+    file: str = ""  # the scale's, where it is one: two files of one stem share no place in a run store
 
     @classmethod
     def open(cls, scale: str | Path, backbone: str, seed: int, root: str | Path) -> Study:
@@ -60,7 +61,12 @@ class Study:
         known(loaded.backbone(backbone).template, templates.NAMES, f"chat template of {backbone}")
         if str(root) and Path(root).exists() and not Path(root).is_dir():
             raise ValueError(f"the run store {str(root)!r} is a file; root is a folder, made where there is none")
-        return cls(loaded, backbone, seed, Path(root).absolute() if str(root) else project_root() / "runs")
+        _refuse_unknown(loaded, backbone)
+        place = Path(root).absolute() if str(root) else project_root() / "runs"
+        file = "" if loaded.name in SCALES else str(Path(scale).resolve())
+        if file:
+            store.refuse_other_scale(place, loaded.name, file, as_plain(loaded))
+        return cls(loaded, backbone, seed, place, file)
 
     def run(self, name: str) -> store.Run:
         """Where the result of a stage lies and what it must be."""
@@ -92,6 +98,8 @@ class Study:
                 raise ValueError(f"{name} does not exist at the scale {self.scale.name!r}: {without[name]}")
             for needed in self.inputs(name):
                 self.folder(needed)
+            if self.file:
+                store.claim(self.root, self.scale.name, self.file, as_plain(self.scale))
             takes = stage.estimate or f"{stage.cost} s at mini on one core"
             print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
@@ -223,6 +231,16 @@ class Study:
         """The model folders of a finished training in the order of their steps; the last one is its result."""
         folder = self.folder(name)
         return sorted(folder.glob("step-*")) or [folder]
+
+
+def _refuse_unknown(scale: Scale, backbone: str) -> None:
+    """Raise ValueError for a name in a scale that only the module which owns it can know, before any work."""
+    if scale.loaded:
+        known(backbone, scale.loaded.parents, "parent (of loaded.parents)")
+        for arm in scale.loaded.arms:
+            known(arm, data.arms.ARMS.keys() - data.arms.WITHOUT, "data arm (of loaded.arms)")
+    for category in scale.backbone(backbone).answered_categories:
+        known(category, set(data.miniature.language.CATEGORY_OF.values()), f"category (of backbones.{backbone})")
 
 
 @functools.lru_cache(maxsize=1)
