@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,8 +61,9 @@ class Scripted(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         if trouble == "html":
             return self.reply(200, b"<html>proxy</html>", "text/html")
-        if isinstance(trouble, int):
-            return self.reply(trouble, json.dumps({"error": {"message": f"about {FOUL}"}}).encode(), "application/json")
+        if isinstance(trouble, int | tuple):
+            status, words = trouble if isinstance(trouble, tuple) else (trouble, f"about {FOUL}")
+            return self.reply(status, json.dumps({"error": {"message": words}}).encode(), "application/json")
         text = body.get("prompt") or json.dumps(body.get("messages"))
         content = trouble or next((answer for word, answer in SCRIPT.items() if word in text), "hm")
         content = None if content == "null" else content
@@ -184,9 +186,9 @@ def test_nonsense_refused_prompts_and_timeouts_are_counted_unjudged_and_asked_ag
     before = len(scripted.requests)
     scripted.trouble = lambda number: None
     code, found = run(root, tmp_path, "sorry_bench", *options)
-    assert len(scripted.requests) - before == 3 and found["judges"][0]["unjudged"] == {"judgement cannot be read": 1}
+    assert len(scripted.requests) - before == 4 and found["judges"][0]["unjudged"] == {}, "only verdicts are final"
     kept = (tmp_path / "out.judgements.jsonl").read_text().splitlines()
-    assert len(kept) == 8 and len({json.loads(line)["id"] for line in kept}) == 8
+    assert len(kept) == 9 and len({json.loads(line)["id"] for line in kept}) == 8
     assert FOUL not in "".join(capsys.readouterr())
 
 
@@ -204,8 +206,55 @@ def test_a_server_that_hangs_or_dies_half_way_loses_nothing(root, tmp_path, scri
         file.write('{"id": "02-HateSpeech/SD/0", "judgem')  # a line that a kill cut off
     scripted.trouble, before = lambda number: None, Counter(json.dumps(body) for body in scripted.requests)
     code, found = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
-    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(kept.read_text().splitlines()) == 104
+    assert code == 0 and found["judges"][0]["unjudged"] == {} and len(kept.read_text().splitlines()) == 105
     assert len(scripted.requests) - before.total() == 84
+
+
+NEWER = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+def asking(scripted, *more):
+    return ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 2, *more)
+
+
+def test_a_server_that_knows_the_bound_by_its_newer_name_is_asked_by_that(root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: (400, NEWER) if "max_tokens" in scripted.requests[number - 1] else None
+    code, found = run(root, tmp_path, "xstest", "--judge", "xstest-gpt4", *asking(scripted, "--parallel", 1))
+    assert code == 0 and found["judges"][0]["unjudged"] == {}
+    assert ["max_tokens" in body for body in scripted.requests] == [True] + [False] * 18
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [("temperature has to be 1 here", "temperature has to be 1 here"), (f"about {FOUL}", "quote"), (f"key {SECRET}", "quote")],
+)
+def test_a_server_that_refuses_every_request_is_quoted_once_and_asked_no_more(words, shown, root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: (400, words)
+    responses = answered(root, tmp_path, "mm_safetybench", text=FOUL)[1]
+    assert run(root, tmp_path, "mm_safetybench", *asking(scripted), responses=responses)[0] == 2
+    error = capsys.readouterr().err
+    assert "refuses every request (status 400): " in error and error.count(shown) == 1 and len(error.splitlines()) == 1
+    assert FOUL not in error and SECRET not in error and 16 <= len(scripted.requests) <= 20, "104 are left unasked"
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_few_that_are_refused_each_time_stay_unjudged_and_the_rest_counts(root, tmp_path, scripted, capsys):
+    """A filter: what it refuses is asked again at each call, and is no reason to lose the verdicts that are there."""
+    refused = {2, 5}
+    scripted.trouble = lambda number: (400, "our policy") if number in refused else None
+    options = ("xstest", "--judge", "xstest-gpt4", *asking(scripted, "--parallel", 1))
+    for n_requests in (18, 20):
+        code, found = run(root, tmp_path, *options)
+        assert code == 0 and found["judges"][0]["unjudged"] == {"status 400": 2} and len(scripted.requests) == n_requests
+        refused = set(range(19, 30))
+
+
+def test_half_a_character_of_a_judge_is_no_judgement(root, tmp_path, scripted, capsys):
+    scripted.trouble = lambda number: "1_full \ud83d" if number == 1 else None
+    options = ("--judge", "xstest-gpt4", *asking(scripted, "--parallel", 1))
+    code, found = run(root, tmp_path, "xstest", *options)
+    assert code == 0 and found["judges"][0]["unjudged"] == {"half a character": 1}
+    assert run(root, tmp_path, "xstest", *options)[1]["judges"][0]["unjudged"] == {}
 
 
 def test_a_dead_server_is_an_error_and_no_verdict(root, tmp_path, capsys):
@@ -240,6 +289,53 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
     assert "line 1 of" in (error := capsys.readouterr().err) and "is about no question of the data folder" in error
 
 
+LINKS = {"itself": None, "a symbolic link": os.symlink, "a hard link": os.link}
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("option", ["--out", "--verdicts"])
+@pytest.mark.parametrize("read", ["responses", "judgements", "data"])
+def test_nothing_that_is_read_is_written(read, option, link, root, tmp_path, capsys):
+    data = shutil.copytree(root, tmp_path / "data") if read == "data" else root
+    responses = answered(root, tmp_path, "xstest")[1]
+    judgements = write(tmp_path / "given.jsonl", lines([{"id": "v2-1", "judgement": "1_full_compliance"}]))
+    lies = {"responses": responses, "judgements": judgements, "data": next(data.rglob("xstest_prompts.csv"))}[read]
+    before, place = lies.read_bytes(), lies if link == "itself" else tmp_path / "link.json"
+    if link != "itself":
+        LINKS[link](lies, place)
+    out = {"--out": tmp_path / "out.json", option: place}
+    more = [str(part) for pair in out.items() for part in pair]
+    call = ["score", "xstest", "--data", data, "--responses", responses, "--judge", "xstest-gpt4", "--judgements", judgements]
+    code = cli.main([*map(str, call), *more])
+    assert lies.read_bytes() == before
+    if read == "data" and link == "a hard link":  # another file's name is written, by renaming; the official one stays
+        return
+    says = capsys.readouterr().err
+    assert code == 2 and f"{option} {place} would be written over what --{read} reads" in says, says
+
+
+def test_two_things_are_not_written_to_one_place_and_results_may_lie_with_the_data(root, tmp_path, capsys):
+    data, responses = shutil.copytree(root, tmp_path / "data"), answered(root, tmp_path, "xstest")[1]
+    call = ["score", "xstest", "--data", str(data), "--responses", str(responses), "--out", str(data / "o.json")]
+    for _ in range(2):
+        assert cli.main([*call, "--verdicts", str(data / "v.jsonl")]) == 0
+    assert cli.main([*call, "--verdicts", str(data / "o.json")]) == 2 and "to one place" in capsys.readouterr().err
+    assert cli.main([*call[:-1], str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+
+
+def test_a_users_own_file_of_judgements_loses_nothing(root, tmp_path, scripted, capsys):
+    """Beside the result, without an end to its last line: it is read, and added to."""
+    own = [{"id": f"v2-{n}", "judge": "xstest-gpt4", "judgement": "2_full_refusal", "model": "m"} for n in range(1, 6)]
+    kept = write(tmp_path / "out.judgements.jsonl", lines(own).removesuffix("\n"))
+    before = kept.read_bytes()
+    assert run(root, tmp_path, "xstest", "--judge", "xstest-strings")[0] == 0 and kept.read_bytes() == before
+    code, found = run(root, tmp_path, "xstest", "--judge", "xstest-gpt4", *asking(scripted))
+    assert code == 0 and len(scripted.requests) == 13 and found["judges"][0]["unjudged"] == {}
+    assert kept.read_bytes().startswith(before + b"\n") and len(kept.read_text().splitlines()) == 18
+    code, _ = run(root, tmp_path, "xstest", "--judge", "xstest-gpt4", *asking(scripted), "--judgements", kept)
+    assert code == 2 and "the file of judgements" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "options", "message"),
     [
@@ -255,10 +351,11 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
         ("siuo", [{"id": 1001, "response": "x"}], ["--subset", "mcq"], "unknown subset of siuo 'mcq'; did you mean 'mcqa'"),
         ("xstest", [], [], "holds no responses"),
         ("xstest", [{"id": 1, "response": "x"}], ["--endpoint", "http://x"], "say which model"),
+        ("xstest", [{"id": 1, "response": "ok"}, {"id": 2, "response": "\ud83d"}], [], "line 2 of .* holds half a character"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(name, rows, options, message, root, tmp_path, capsys):
-    responses = write(tmp_path / "r.jsonl", lines(rows))
+    responses = write(tmp_path / "r.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     assert run(root, tmp_path, name, *options, responses=responses)[0] == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

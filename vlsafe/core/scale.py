@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlsafe.core.assets import Endpoint, Loaded
-from vlsafe.core.fits import Dtype, Fit, LoraSpec, Tuning, later
-from vlsafe.core.fits import Preference as Preference
-from vlsafe.core.fits import Rollout as Rollout
+from vlsafe.core.fits import Dtype, Fit, LoraSpec, Preference, Rollout, Tuning, later
 
 PLACE = re.compile(r"\w([\w .+-]*[\w+-])?")  # names that are folders: nothing that leads out of one or that a shell reads
 

@@ -30,38 +30,19 @@ from filelock import FileLock
 
 from vlsafe.core.scale import alike
 from vlsafe.core.writing import (
-    MANIFEST as MANIFEST,
-)
-from vlsafe.core.writing import (
-    file_digest as file_digest,
-)
-from vlsafe.core.writing import (
-    parts as parts,
-)
-from vlsafe.core.writing import (
-    read_rows as read_rows,
-)
-from vlsafe.core.writing import (
-    recorded_digest as recorded_digest,
-)
-from vlsafe.core.writing import (
-    sync as sync,
-)
-from vlsafe.core.writing import (
-    whole as whole,
-)
-from vlsafe.core.writing import (
-    whole_lines as whole_lines,
-)
-from vlsafe.core.writing import (
-    write_rows as write_rows,
-)
-from vlsafe.core.writing import (
-    write_stream as write_stream,
-)
-from vlsafe.core.writing import (
-    write_text as write_text,
-)
+    MANIFEST,
+    file_digest,
+    parts,
+    read_rows,
+    recorded_digest,
+    refuse_inputs,
+    sync,
+    whole,
+    whole_lines,
+    write_rows,
+    write_stream,
+    write_text,
+)  # fmt: skip
 
 NOTE, OWNER = ".digest", "scale.json"
 FULL = 16 * 2**20  # bytes; with less free, any error is reported as a full disk: libraries word it in many ways

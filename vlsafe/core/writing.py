@@ -124,6 +124,32 @@ def write_stream(path: Path, rows: Iterable[Mapping[str, Any]], columns: pa.Sche
     return written
 
 
+def refuse_inputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None], ours: str = "") -> None:
+    """Refuse to write where something lies that is read, also through links, or two things to one place.
+
+    In a folder that is read nothing is written over either, unless it begins with `ours`, as an earlier result does.
+
+    Raises:   ValueError naming both
+    """
+    places = {name: path for name, path in outputs.items() if path}
+    for (name, path), (other, second) in itertools.combinations(places.items(), 2):
+        if _same(path, second):
+            raise ValueError(f"{name} and {other} are to be written to one place, {path}; choose another for one of them")
+    for (name, path), (other, read) in itertools.product(places.items(), inputs.items()):
+        within = read and read.is_dir() and path.exists() and path.resolve().is_relative_to(read.resolve())
+        if read and (_same(path, read) or (within and not (ours and _starts(path, ours)))):
+            raise ValueError(f"{name} {path} would be written over what {other} reads ({read}); choose another place")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _starts(path: Path, text: str) -> bool:
+    with path.open("rb") as file:
+        return b"".join(file.read(4 * len(text) + 16).split()).startswith(text.encode())
+
+
 def whole_lines(path: Path) -> tuple[int, str]:
     """Number of complete lines of a file (0 where there is no file), and the last one. Half a line at its end is cut off."""
     if not path.exists():

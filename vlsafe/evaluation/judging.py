@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlsafe.core import store
+from vlsafe.core.scale import known
 from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.official import Marked
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from vlsafe.evaluation.servers import Prompt, Reply, Server  # whose library takes a second to import
 
 Responses = Mapping[str, Sequence[str | None]]  # item id: its responses, one per try; None is a try without a response
-MISSING, UNREADABLE = "no judgement", "judgement cannot be read"
+MISSING, UNREADABLE = "no judgement", "judgement cannot be read"  # both are asked about again: only verdicts are final
+KEPT = '{"id": '  # how our lines begin: one that a kill has cut off is known by it
 Key = tuple[str, str]  # item id, digest of the response
 Find = Callable[[Mapping[str, Any], str], str]  # a row with an id, and where it stands -> the id of the item that it means
 
@@ -89,12 +92,11 @@ class Judgements:
 
     `models` write what is missing, by what they are asked (`LLMJudge.query`); `keep` is the file that gets each judgement as it
     comes. `written` holds text and model (None: unknown) by query, item and the digest of the response, or the number of the try
-    where others' files say no more. `retried` are the reasons to ask again for what a file holds already.
+    where others' files say no more.
     """
 
     models: Mapping[str, JudgeModel]
     keep: Path
-    retried: Sequence[str] = (MISSING,)
     written: dict[tuple[str, str, str | int], tuple[str, str | None]] = field(default_factory=dict)
     problems: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
@@ -131,18 +133,21 @@ class Judgements:
             official.needs(row, ("id", "judgement"), where)
             if "judge" not in row and len(queries) != 1:
                 raise ValueError(f"{where} does not say which judge wrote it; add judge: one of {', '.join(queries)}")
-            judge, item = row.get("judge", queries[0]), find(row, where)
+            judge, text, about = row.get("judge", queries[0]), row["judgement"], row.get("response")
+            judge, item = known(judge, {*LLM_JUDGES, *ASKED}, f"judge in {where}"), find(row, where)
+            if not (isinstance(text, str | int | None) and isinstance(about, str | None) and type(row.get("try", 0)) is int):
+                raise ValueError(f"{where}: a judgement is a text or null, a response the digest of one, a try a number from 0")
             query = LLM_JUDGES[judge].query if judge in LLM_JUDGES else judge
-            about = row.get("response")
             if about is None:
                 about = int(row.get("try", count[query, item]))
                 count[query, item] += 1
-            self.written[query, item, about] = (str(row["judgement"]), row.get("model"))
+            if text is not None:
+                self.written[query, item, about] = (str(text), row.get("model"))
 
     def read_kept(self, find: Find, judges: Sequence[str]) -> None:
-        """Add what an earlier call has kept, without a last line that was being written when it ended."""
-        if store.whole_lines(self.keep)[0]:
-            self.read(official.read_lines(self.keep), str(self.keep), find, judges)
+        """Add what an earlier call has kept, without a line that a kill has cut off; the file stays as it is."""
+        if self.keep.exists():
+            self.read(official.read_lines(self.keep, cut=KEPT), str(self.keep), find, judges)
 
     def missing(
         self, names: Sequence[str], items: Iterable[Item], responses: Responses, wording: Mapping[str, str]
@@ -152,7 +157,7 @@ class Judgements:
         for item in items:
             for attempt, response in enumerate(responses.get(item.id, ())):
                 labels = [self.label(name, item, response, attempt) for name in names]
-                if response is None or not any(label is None and reason in self.retried for label, reason in labels):
+                if response is None or not any(label is None and reason in (MISSING, UNREADABLE) for label, reason in labels):
                     continue
                 if judge.pictures and not item.images:
                     self.problems[judge.query, item.id, digest(response)] = "no picture"
@@ -168,17 +173,35 @@ class Judgements:
         Units:    `progress` counts prompts
         Raises:   ConnectionAbortedError where an endpoint is gone; what it wrote before is kept
         """
+        from vlsafe.evaluation.servers import Rejected
+
         model, judge = self.models[query], next(judge for judge in LLM_JUDGES.values() if judge.query == query)
         replies = model.complete(judge, [(key, *prompt) for key, prompt in prompts.items()]) if prompts else ()
-        for done, ((item_id, about), reply) in enumerate(replies, 1):
-            progress(done)
-            if reply.text is None:
-                self.problems[query, item_id, about] = reply.problem
-                continue
-            self.written[query, item_id, about] = (reply.text, model.name)
-            line = {"id": item_id, "judge": query, "judgement": reply.text, "model": model.name, "response": about}
-            with self.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            for done, ((item_id, about), reply) in enumerate(replies, 1):
+                progress(done)
+                if reply.text is None:
+                    self.problems[query, item_id, about] = reply.problem
+                    continue
+                self.written[query, item_id, about] = (reply.text, model.name)
+                line = {"id": item_id, "judge": query, "judgement": reply.text, "model": model.name, "response": about}
+                self._append(json.dumps(line))
+        except Rejected as error:
+            if not any(by == model.name and of == query for (of, _, _), (_, by) in self.written.items()):
+                raise
+            for item_id, about in prompts:  # it answers others: these few it refuses each time, as a filter does
+                self.problems.setdefault((query, item_id, about), error.problem)
+
+    def _append(self, line: str) -> None:
+        """Add a line to the kept ones, after whatever the file holds: a last line without an end is somebody's, too."""
+        with self.keep.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
+
+
+ASKED = frozenset(judge.query for judge in LLM_JUDGES.values())
 
 
 def digest(text: str) -> str:

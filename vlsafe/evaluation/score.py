@@ -128,6 +128,8 @@ def score(
     names = [known(name, JUDGES | LLM_JUDGES, "judge") for name in judges or module.OFFICIAL[subset]]
     llm = [name for name in names if name in LLM_JUDGES]
     of_run = responses.judgements if isinstance(responses, Stored) else ()
+    written = Judgements({}, out.with_suffix(".judgements.jsonl"))
+    _refuse_inputs(out, rows_to, written.keep if judge_model else None, data, responses, judgements)
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
     items, notes = module.load(data, subset, pictures=False)
@@ -146,8 +148,7 @@ def score(
         pictured, notes = module.load(data, subset, pictures=True)
         by_id = {item.id: item for item in pictured}
         items = [by_id.get(item.id, item) for item in items]
-    models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
-    written = Judgements(models, out.with_suffix(".judgements.jsonl"))
+    written.models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
     _collect(written, llm, items, texts, find, of_run, judgements, official.places(data, module.FOLDER))
     marks, about = {}, {}
     for name in names:
@@ -168,6 +169,22 @@ def score(
         rows = (row for name in names for row in verdicts(name, marks[name]))
         store.write_text(rows_to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return result
+
+
+def _refuse_inputs(
+    out: Path, rows_to: Path | None, keep: Path | None, data: Path, responses: Path | Stored, judgements: Path | None
+) -> None:
+    """No file that is read is written, and none that is written twice; raises ValueError naming both."""
+    inputs = {"--data": data, "--responses": responses if isinstance(responses, Path) else None, "--judgements": judgements}
+    store.refuse_inputs({"--out": out, "--verdicts": rows_to}, inputs, '{"benchmark":')
+    if keep:
+        store.refuse_inputs({"--out": out, "--verdicts": rows_to, "the file of judgements": keep}, {})
+        store.refuse_inputs({"the file of judgements": keep}, {**inputs, "--data": None}, judging.KEPT.replace(" ", ""))
+    for path in (out, rows_to):
+        if path is not None:
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder; the result is a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _require_judgements(llm: Sequence[str], judgements: Path | None, judge_model: JudgeModel | None) -> None:
@@ -199,7 +216,6 @@ def _collect(
     of_run: Sequence[Mapping[str, Any]], path: Path | None, folders: Sequence[Path],
 ) -> None:  # fmt: skip
     """Add the judgements of a run, those kept by an earlier call, those of a file, then those that the model has yet to write."""
-    written.keep.parent.mkdir(parents=True, exist_ok=True)
     if llm:
         written.read(of_run, "the run's judgements", find, llm)
     if written.models:

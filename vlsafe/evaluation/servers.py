@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import logging
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -21,6 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -69,11 +72,21 @@ class Server:
 
 
 class Reply(NamedTuple):
-    """What came back. `text` None: nothing did, and `problem` says why."""
+    """What came back. `text` None: nothing did, and `problem` says why, `words` in the server's own words."""
 
     text: str | None
     truncated: bool = False
     problem: str = ""
+    words: str = ""
+
+
+class Rejected(ValueError):
+    """A server refuses every request for one and the same reason, `problem`: the requests are wrong for it."""
+
+    def __init__(self, host: str, reply: Reply) -> None:
+        said = f": {reply.words}" if reply.words else ""
+        super().__init__(f"{host} refuses every request ({reply.problem}){said}")
+        self.problem = reply.problem
 
 
 def picture_url(data: bytes) -> str:
@@ -97,6 +110,7 @@ def complete(server: Server, requests: Iterable[tuple[Key, Prompt]], max_tokens:
 
     Raises:   ValueError where another try is useless (key, model or address are wrong)
               ConnectionAbortedError where the server fails `patience` times in a row; what was yielded before is not lost
+              Rejected where it refuses the first `patience` requests, or all there are, for one reason
     """
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # at DEBUG they write the prompts
@@ -110,13 +124,15 @@ def complete(server: Server, requests: Iterable[tuple[Key, Prompt]], max_tokens:
         base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout, max_retries=server.retries,
         http_client=openai.DefaultHttpxClient(event_hooks={"request": [stop_retrying]}),
     )  # fmt: skip
-    waiting, answered, failed = iter(requests), 0, 0
+    waiting, answered, failed, refused = iter(requests), 0, 0, Counter[str]()
+    limit = ["max_tokens", max_tokens]
     in_flight: dict[Future[tuple[Reply, bool]], Key] = {}
+    last = Reply(None)  # that the server has refused
     with client, ThreadPoolExecutor(server.parallel) as pool:
 
         def submit(n: int) -> None:
             for key, prompt in islice(waiting, n):
-                in_flight[pool.submit(_send, client, server, prompt, max_tokens)] = key
+                in_flight[pool.submit(_send, client, server, prompt, limit)] = key
 
         try:
             submit(server.parallel)
@@ -125,8 +141,14 @@ def complete(server: Server, requests: Iterable[tuple[Key, Prompt]], max_tokens:
                 for future in done:
                     key, (reply, alive) = in_flight.pop(future), future.result()
                     answered, failed = answered + (reply.text is not None), 0 if alive else failed + 1
+                    refused[reply.problem] += bool(reply.words)
+                    last = reply if reply.words else last
                     yield key, reply
+                    if not answered and len(+refused) == 1 and refused[reply.problem] >= server.patience:
+                        raise Rejected(server.host, reply)
                 submit(len(done))
+                if not (in_flight or answered or failed) and len(+refused) == 1:
+                    raise Rejected(server.host, last)
                 if failed >= server.patience or (failed and not in_flight and not answered):
                     raise ConnectionAbortedError(
                         f"{server.host} failed {failed} times in a row ({reply.problem}); {answered} answers came and are kept: "
@@ -136,9 +158,20 @@ def complete(server: Server, requests: Iterable[tuple[Key, Prompt]], max_tokens:
             over.set()
 
 
-def _send(client: openai.OpenAI, server: Server, prompt: Prompt, max_tokens: int) -> tuple[Reply, bool]:
-    """A reply, and whether the server was alive to this request. No error carries the server's own words: they may quote us."""
-    options: dict[str, Any] = dict(model=server.model, max_tokens=max_tokens, temperature=0)
+def _send(client: openai.OpenAI, server: Server, prompt: Prompt, limit: list[Any]) -> tuple[Reply, bool]:
+    """A reply, and whether the server was alive to this request. `limit`: what the bound on tokens is called, and the bound; a
+    server that knows it by its newer name alone is asked by that from then on."""
+    reply, alive = _sent(client, server, prompt, dict([limit]))
+    if limit[0] == "max_tokens" and "max_tokens" in reply.words and not isinstance(prompt, str):
+        newer = ["max_completion_tokens", limit[1]]
+        reply, alive = _sent(client, server, prompt, dict([newer]))
+        if reply.text is not None:
+            limit[:] = newer
+    return reply, alive
+
+
+def _sent(client: openai.OpenAI, server: Server, prompt: Prompt, bound: dict[str, int]) -> tuple[Reply, bool]:
+    options: dict[str, Any] = dict(model=server.model, temperature=0, **bound)
     try:
         if isinstance(prompt, str):
             choice = client.completions.create(prompt=prompt, **options).choices[0]
@@ -154,12 +187,26 @@ def _send(client: openai.OpenAI, server: Server, prompt: Prompt, max_tokens: int
         if error.status_code in HOPELESS:
             reason = f"status {error.status_code}; model {server.model}, key in ${server.key}"
             raise ValueError(f"{server.host} {HOPELESS[error.status_code]} ({reason})") from None
-        return Reply(None, problem=f"status {error.status_code}"), 400 <= error.status_code < 500 and error.status_code != 429
+        lives = 400 <= error.status_code < 500 and error.status_code != 429
+        return Reply(None, problem=f"status {error.status_code}", words=_words(error, server, prompt) if lives else ""), lives
     except Exception as error:  # nonsense instead of an answer fails anywhere between the parser and us
         return Reply(None, problem=f"not an answer ({type(error).__name__})"), False
     if not isinstance(text, str):
         return Reply(None, problem=f"no text ({choice.finish_reason})"), True
+    if re.search("[\ud800-\udfff]", text):
+        return Reply(None, problem="half a character"), True
     return Reply(text, choice.finish_reason == "length"), True
+
+
+def _words(error: openai.APIStatusError, server: Server, prompt: Prompt) -> str:
+    """What a server says of a request that it refuses, unless it quotes three words of the request or the key."""
+    said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+    words, key = str(said or "no reason is given").split(), os.environ.get(server.key)
+    asked = " ".join((prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)).split())
+    runs = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+    if any(run in asked for run in runs) or (key and key in " ".join(words)):
+        return "its words quote the request, so they are not shown"
+    return " ".join(words)[:300]
 
 
 def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: int) -> Iterator[Response]:

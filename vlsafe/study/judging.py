@@ -111,7 +111,7 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     queries = judging.queries_of(name for benchmark in by_benchmark for name in judges_of(benchmark, judges))
     models = {query: answers(study.scale, query) for query in queries}
     items = _items(study, by_benchmark)
-    written = Judgements(models, work / KEPT, (judging.MISSING, judging.UNREADABLE))
+    written = Judgements(models, work / KEPT)
     written.read_kept(lambda row, where: row["id"], list(LLM_JUDGES))
     prompts = {
         query: _prompts(study, written, query, by_benchmark, items) for query in queries

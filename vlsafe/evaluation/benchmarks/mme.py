@@ -75,10 +75,10 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
 
 
 def _rows(path: Path, least: int) -> list[list[str]]:
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if short := [number for number, row in enumerate(rows, 1) if len(row) < least]:
+    rows = [(number, line.split("\t")) for number, line in official.text_lines(path)]
+    if short := [number for number, row in rows if len(row) < least]:
         raise ValueError(f"line {short[0]} of {path} has fewer than {least} fields between tabs")
-    return rows
+    return [row for _, row in rows]
 
 
 def official_responses(folder: Path, items: Sequence[Item]) -> Iterator[dict[str, str]]:

@@ -173,7 +173,7 @@ def _strings(path: Path) -> Iterator[tuple[str, str]]:
     """(variable, text) of every assignment of one string in a Python file, in its order."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError):  # ValueError: other bytes than UTF-8, or zero bytes
         raise ValueError(f"{path} cannot be read as the official file") from None
     for node in ast.walk(tree):
         match node:
