@@ -90,11 +90,12 @@ def raw_table(
         for judge_name in [each for each in of if each in JUDGES] if answers else ():
             for verdict, response in zip(judge(judge_name, items, answers), answers, strict=True):
                 item = by_id[verdict.item]
+                columns = verdict_columns(benchmark, item, judge_name, verdict.label, of if judges else ())
                 row = dict(
                     benchmark=name, group=item.group, category=item.category, cluster=item.cluster, item=item.id,
-                    harmful=item.harmful, judge=judge_name, label=verdict.label, truncated=response.truncated,
+                    harmful=item.harmful, judge=judge_name, label=verdict.label, event=columns["event"],
+                    truncated=response.truncated,
                 )  # fmt: skip
-                columns = verdict_columns(benchmark, item, judge_name, verdict.label, of if judges else ())
                 rows.append({**record, **row, **columns})
     return rows
 
