@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlsafe.core.assets import Packed, Package
+from vlsafe.core.assets import Package, Packed
 from vlsafe.core.writing import file_digest
 
 DEBIAN = "debian"  # the folder below the one of Python packages where Debian's are unpacked
@@ -58,7 +58,7 @@ def _base(folder: Path, package: Package) -> Path:
     return folder / DEBIAN if package.kind == "debian" else folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checked(folder: Path, package: Package, entry: str) -> tuple[Path, ...]:
     """The files of an entry, whose content is the listed one. Links to other files of the package are left out."""
     base, expected = _base(folder, package), dict(package.files)[entry]
