@@ -140,7 +140,9 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--survived", type=float, default=0.5, help="DARE: the share of each task vector that is not dropped")
     added.add_argument("--scaling", type=float, default=1.0, help="the factor of the merged task vector")
     added.add_argument("--seed", type=int, default=0, help="of DARE's draws")
-    added.add_argument("--language-only", action="store_true", help="the rest is A's; B and the base may be language models")
+    added.add_argument(
+        "--language-only", action="store_true", help="the rest is A's; B and the base may be language models of A's kind"
+    )
     added = command(_doctor, "say what a scale needs from outside and what of it is here", OUTSIDE)
     added.add_argument("--deep", action="store_true", help="compare checksums as well")
     added = command(_download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA", OUTSIDE)
@@ -306,7 +308,7 @@ def _merge(arguments: Arguments) -> None:
         0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling
     )
     result = models.merge.files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
-    print(f"{arguments.out}: {result['tensors']} tensors, {result['bytes'] / 2**20:.0f} MiB in {result['shards']} shard(s)")
+    print(f"{arguments.out}: {models.merge.files.sentence(result)}")
 
 
 def _doctor(arguments: Arguments) -> None:

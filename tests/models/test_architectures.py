@@ -151,7 +151,11 @@ def test_an_unknown_vision_language_type_is_refused_and_an_unknown_decoder_read_
             refused()
     assert len(files.checkpoint(tmp_path).tensors) == 2  # all weights alike need no address
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new-decoder"}))
-    assert "layers.0.mlp.up_proj.weight" in checkpoints.language_places(tmp_path)
+    for refused in (lambda: checkpoints.language_places(tmp_path), lambda: files.checkpoint(tmp_path, language_only=True)):
+        with pytest.raises(ValueError, match=r"1 weights of which it is not known .* belong: model\.visual\.w;"):
+            refused()
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert set(checkpoints.language_places(tmp_path)) == {"layers.0.mlp.up_proj.weight"}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,8 @@ def test_an_unknown_vision_language_type_is_refused_and_an_unknown_decoder_read_
     ],
 )
 def test_a_weight_has_one_name_in_every_layout(key, name, block):
-    assert architectures.language_name(key) == name and architectures.block_of(key) == block
-    assert architectures.language_name(architectures.canonical(key)) == name
+    family = architectures.DECODER if key.startswith(("model.layers", "model.embed")) else architectures.LLAVA
+    assert architectures.language_name(key, family) == name and architectures.block_of(key) == block
+    assert architectures.language_name(architectures.canonical(key, family), family) == name
     assert architectures.within(key, "vision") == ("vision_tower" in key)
     assert architectures.within(f"base_model.model.{key}", "projector") == ("projector" in key)

@@ -17,8 +17,8 @@ from vlsafe import cli
 from vlsafe.core import store
 from vlsafe.core.presets import SCALES
 from vlsafe.data.miniature.language import vocabulary
-from vlsafe.models import architectures, chat, checkpoints
-from vlsafe.models.merge import files, rules
+from vlsafe.models import architectures, chat, checkpoints, weights
+from vlsafe.models.merge import files, inputs, rules
 from vlsafe.models.merge.rules import RULES, How
 
 HOW = How(0.6, kept=0.5)
@@ -38,7 +38,7 @@ def checkpoint(folder, seed, sizes, shards=1, dtype=torch.float32, words=("a", "
     mapped = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(tensors)}
     for shard in set(mapped.values()):
         save_file({name: tensors[name] for name in tensors if mapped[name] == shard}, folder / shard)
-    (folder / files.INDEX).write_text(json.dumps({"weight_map": mapped}))
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": mapped}))
     return tensors
 
 
@@ -72,11 +72,14 @@ def test_a_streamed_merge_is_the_merge_in_memory(name, shards, tmp_path, monkeyp
     summary = files.merge(name, used, tmp_path / "out", HOW, seed=5)
     expected = rules.combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, HOW, seed=5)
     found = loaded(tmp_path / "out")
-    assert set(found) == set(expected) and summary == {"tensors": 4, "bytes": summary["bytes"], "shards": shards}
+    assert set(found) == set(expected) and summary == {
+        "tensors": 4, "bytes": summary["bytes"], "shards": shards, "merged": 4, "copied": 0, "left": 0, "rows": {},
+        "changed": sum(not torch.equal(value, tensors["a"][key]) for key, value in expected.items()),
+    }  # fmt: skip
     for key, value in expected.items():
         assert found[key].dtype == torch.bfloat16 and torch.equal(found[key], value), key
     assert files.checkpoint(tmp_path / "out").tensors.keys() == set(expected)
-    files.verify(files.checkpoint(tmp_path / "out"))
+    inputs.verify(files.checkpoint(tmp_path / "out"))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -129,7 +132,7 @@ def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path)
     raw = load_file(llavas / "hub" / "model.safetensors")
     assert all(key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")) for key in raw)
     merged = {}
-    for name, one, other in (("memory", "a", "b"), ("mixed", "a", "hub"), ("from hub", "hub", "a"), ("hub", "hub", "hub")):
+    for name, one, other in (("memory", "a", "b"), ("mixed", "a", "hub"), ("from hub", "hub", "a")):
         ratio = "0.6" if one == "a" else "0.4"
         assert (
             cli.main(
@@ -142,7 +145,7 @@ def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path)
     a, b = (checkpoints.load(llavas / name).state_dict() for name in ("a", "b"))
     for key, value in rules.combined("linear", a, b, None, How(0.6)).items():
         assert torch.equal(merged["memory"][key], value) and torch.equal(merged["mixed"][key], value), key
-        assert torch.allclose(merged["from hub"][key], value, atol=1e-6) and torch.equal(merged["hub"][key], b[key]), key
+        assert torch.allclose(merged["from hub"][key], value, atol=1e-6), key
 
 
 def test_a_plain_language_model_as_partner(llavas, tmp_path, capsys):
@@ -221,11 +224,11 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path):
     blob = tmp_path / digest  # the Hub's cache: a file is a link to a blob named by its digest
     shutil.move(shard, blob)
     shard.symlink_to(blob)
-    files.verify(files.checkpoint(folders["b"]))
+    inputs.verify(files.checkpoint(folders["b"]))
     flip(blob, len(whole) - 3)
     with pytest.raises(ValueError, match="is damaged: its content"):
         files.merge("linear", two, tmp_path / "out", HOW)
-    (folders["b"] / files.INDEX).write_text(json.dumps({"weight_map": {"w0": shard.name, "w1": shard.name}}))
+    (folders["b"] / weights.INDEX).write_text(json.dumps({"weight_map": {"w0": shard.name, "w1": shard.name}}))
     with pytest.raises(ValueError, match="they disagree on w0"):
         files.merge("linear", two, tmp_path / "out", HOW)
 

@@ -9,21 +9,22 @@ import functools
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import CLIPModel, LlavaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available, logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
-from vlsafe.models import architectures, devices
-from vlsafe.models.architectures import is_multimodal, language_part, projector_part, vision_part
+from vlsafe.models import architectures, devices, weights
+from vlsafe.models.architectures import EMBEDDING, HEAD, is_multimodal, language_part, projector_part, vision_part
+from vlsafe.models.weights import Place, read_tensor
 
 
 def build_clip(spec: VisionSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
@@ -160,43 +161,69 @@ def shapes(model: PreTrainedModel) -> dict[str, int]:
     }  # fmt: skip
 
 
-Place = tuple[Path, str]
-"""A file in safetensors, and the key of a tensor in it."""
-
-
 def language_places(where: Path) -> dict[str, Place]:
-    """Where each language weight of a checkpoint (a folder, or one file) is; only headers are read.
+    """Where each language weight of a checkpoint (a folder, or one file) is; only headers are read. Where the head is tied to the
+    embedding, the latter stands for both.
 
-    Raises:   FileNotFoundError where there is no safetensors file; ValueError for an unknown vision-language type
+    Raises:   FileNotFoundError where there is no safetensors file; ValueError for an unknown vision-language type, names that
+              its family does not have, or a head that is neither there nor tied
     """
-    files, places = sorted(where.glob("*.safetensors")) if where.is_dir() else [where], dict[str, Place]()
-    if not files:
-        raise FileNotFoundError(f"{where} holds no weights in safetensors")
-    if (where / "config.json").exists():
-        architectures.family_of(where)
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            places |= {name: (file, key) for key in tensors.keys() if (name := architectures.language_name(key))}  # noqa: SIM118
-    return places
+    folder = where if where.is_dir() else where.parent
+    whole = where.is_dir()
+    held = [(e.shard, e.name) for e in weights.entries(where)] if whole else [(where, key) for key in weights.header(where)[1]]
+    configured = (folder / "config.json").exists()
+    family = architectures.family_of(folder) if configured else architectures.DECODER
+    if unknown := [key for _, key in held if architectures.part_of(key, family) is None]:
+        raise ValueError(architectures.unrecognised(unknown, str(where)))
+    places = {name: place for place in held if (name := architectures.language_name(place[1], family))}
+    return _one_for_both(places, folder) if configured else places
 
 
-def read_tensor(place: Place) -> torch.Tensor:
-    """A memory-mapped tensor of a checkpoint; its file is opened for it alone, so that no other pages stay in memory."""
-    with safe_open(place[0], "pt") as tensors:
-        return tensors.get_tensor(place[1])
+def _one_for_both(places: dict[str, Place], folder: Path) -> dict[str, Place]:
+    """Without the head where the config ties it to the embedding, and where both are there and equal."""
+    present = [name for name in (EMBEDDING, HEAD) if name in places]
+    if not present:
+        return places
+    if not architectures.config_of(folder).tie_word_embeddings:
+        if len(present) == 1:
+            raise ValueError(f"{folder} has {present[0]} alone of embedding and head, and its config does not tie them")
+        return places
+    if len(present) == 2 and not torch.equal(*(read_tensor(places[name]) for name in present)):
+        return places  # the library does not tie them then
+    return {name: place for name, place in places.items() if name != HEAD} | {EMBEDDING: places[present[0]]}
+
+
+def as_tied(places: Mapping[str, Place], names: Collection[str]) -> dict[str, Place]:
+    """The places of a model with one entry for embedding and head where another model, which has `names`, has one tensor for
+    both, and with two where it has two.
+
+    Raises:   ValueError where there are two that differ, and the other model has one
+    """
+    if EMBEDDING in places and HEAD in places and EMBEDDING in names and HEAD not in names:
+        if not torch.equal(read_tensor(places[EMBEDDING]), read_tensor(places[HEAD])):
+            raise ValueError(f"{places[HEAD][0]}: {HEAD} is not {EMBEDDING}, and the other model has one tensor for both")
+        return {name: place for name, place in places.items() if name != HEAD}
+    tied = EMBEDDING in places and HEAD not in places and {EMBEDDING, HEAD} <= set(names)
+    return {**places, HEAD: places[EMBEDDING]} if tied else dict(places)
 
 
 @torch.no_grad()
 def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
-    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time.
+    """Overwrite a model's language weights with a checkpoint's, one tensor in memory at a time. Where vocabularies are padded
+    differently, rows that the checkpoint lacks stay the model's.
 
-    Raises:   ValueError where the two do not have the same language weights
+    Raises:   ValueError where the two do not have the same language weights, or weights of other shapes
     """
-    weights = architectures.language_weights(model)
-    if set(weights) != set(places):
-        raise ValueError(f"language weights do not fit, names differ: {sorted(set(weights) ^ set(places))[:6]}")
-    for name, weight in weights.items():
-        weight.copy_(read_tensor(places[name]))
+    own = architectures.language_weights(model)
+    places = as_tied(places, own)
+    if set(own) != set(places):
+        raise ValueError(f"language weights do not fit, names differ: {sorted(set(own) ^ set(places))[:6]}")
+    for name, weight in own.items():
+        value = read_tensor(places[name])
+        rows = min(len(weight), len(value)) if name in (EMBEDDING, HEAD) else None
+        if value[:rows].shape != weight[:rows].shape:
+            raise ValueError(f"language weights do not fit: {name} {list(weight.shape)} and {list(value.shape)}")
+        weight[:rows].copy_(value[:rows])
     return model
 
 
@@ -239,7 +266,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """A checkpoint for inference, where models compute now."""
-    return load(folder, getattr(torch, dtype)).to(devices.device())
+    model = load(folder, getattr(torch, dtype)).to(devices.device())
+    return fused(model) if dtype == "bfloat16" else model
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its decoder with Liger's kernels (rotary positions, norms, SwiGLU) on a GPU where they are installed."""
+    if devices.device() != "cuda":
+        return model
+    if is_liger_kernel_available():
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # TRL has its own
+    else:
+        logging.get_logger(__name__).warning("liger-kernel is not installed (`pip install vlsafe[gpu]`): models take longer")
+    return model
 
 
 def from_repository(kind: Any, repo: str, revision: str = "main", **options: Any) -> Any:

@@ -37,12 +37,14 @@ class How(NamedTuple):
     scaling: float = 1.0
 
     def checked(self) -> How:
-        """Raises:   ValueError where a share is not one, by its name"""
+        """Raises:   ValueError where a share is not one, or a factor not finite, by its name"""
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is a share in [0, 1], not {self.ratio}")
         for name in ("kept", "survived"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in (0, 1], not {getattr(self, name)}")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"scaling is a finite number, not {self.scaling}")
         return self
 
 

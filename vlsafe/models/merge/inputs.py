@@ -1,0 +1,228 @@
+"""What goes into a merge: checkpoints by the names that they share, and what keeps them from being merged.
+
+With `language_only`, language weights go by their names within the decoder, which a model and its text parent share; else all
+weights go by their names in memory. No weight is left out because its name is not understood: that is an error with names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vlsafe.core import store
+from vlsafe.models import weights
+from vlsafe.models.architectures import (
+    DERIVED,
+    EMBEDDING,
+    HEAD,
+    Family,
+    canonical,
+    config_of,
+    decoder_type,
+    family_of,
+    language_name,
+    naming,
+    part_of,
+    unrecognised,
+)  # fmt: skip
+from vlsafe.models.weights import Entry, read_object, read_tensor
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint(NamedTuple):
+    """A model folder: its shards, its tensors by the names that models share, and the names of those that are merged; its family;
+    the names of embedding and head (`tables`), and whether its config ties them."""
+
+    folder: Path
+    shards: tuple[Path, ...]
+    tensors: dict[str, Entry]
+    keys: set[str]
+    family: Family
+    tables: tuple[str, str]
+    tied: bool
+
+
+class Rows(NamedTuple):
+    """The rows of embedding and head that are merged, of `whole` that A has; `own` of them stay A's: no other model has their
+    tokens, or A has not."""
+
+    merged: int
+    whole: int
+    own: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        rest = f", the other {self.whole - self.merged} are A's" if self.merged < self.whole else ""
+        own = f", without {len(self.own)} whose tokens differ" if self.own else ""
+        return f"the first {self.merged} rows{own}{rest}"
+
+
+def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
+    """Read the headers of a model folder.
+
+    Raises:   FileNotFoundError or ValueError, with the remedy, where it holds no safetensors or they do not fit their index, or
+              holds one tensor under two names; ValueError with `language_only` for an unknown vision-language type, and for
+              names that its family does not have
+    """
+    folder = Path(folder)
+    entries = weights.entries(folder)
+    family = family_of(folder) if language_only else naming(folder)
+    if language_only and (unknown := [entry.name for entry in entries if part_of(entry.name, family) is None]):
+        raise ValueError(unrecognised(unknown, str(folder)))
+    tensors, keys = dict[str, Entry](), set[str]()
+    for entry in entries:
+        within = language_name(entry.name, family) if language_only else None
+        name = within or canonical(entry.name, family)
+        if name in tensors:
+            raise ValueError(f"{folder} holds one tensor under two names: {tensors[name].name} and {entry.name}")
+        tensors[name] = entry
+        if within or not (language_only or DERIVED.search(name)):
+            keys.add(name)
+    tables = (EMBEDDING, HEAD) if language_only else (f"{family.language}.{EMBEDDING}", HEAD)
+    return Checkpoint(folder, weights.shards(folder), tensors, keys, family, tables, bool(config_of(folder).tie_word_embeddings))
+
+
+def seed_name(model: Checkpoint, key: str) -> str:
+    """The name that the draws of a tensor depend on: that in memory, of tied ones the embedding's."""
+    if model.tied and key == model.tables[1] and model.tables[0] in model.tensors:
+        key = model.tables[0]
+    return canonical(model.tensors[key].name, model.family)
+
+
+def like(a: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Another checkpoint with embedding and head as A has them: one tensor stands for both where they are tied, and a second one
+    that is equal is left out."""
+    tensors, keys = dict(other.tensors), set(other.keys)
+    for one, two in (other.tables, other.tables[::-1]):
+        mine, its = {one, two} & a.keys, {one, two} & other.keys
+        if other.tied and mine == {one, two} and its == {two}:
+            tensors[one] = tensors[two]
+            keys.add(one)
+        elif a.tied and mine == {two} and its == {one, two} and same(tensors[one], tensors[two]):
+            keys.remove(one)
+        elif a.tied and other.tied and mine == {two} and its == {one}:
+            tensors[two] = tensors[one]
+            keys = keys - {one} | {two}
+    return other._replace(tensors=tensors, keys=keys)
+
+
+def same(one: Entry, two: Entry) -> bool:
+    """Whether two tensors have equal values in the first one's precision."""
+    return one.shape == two.shape and torch.equal(read_tensor(one[:2]), read_tensor(two[:2]).to(FLOATS.get(one.dtype)))
+
+
+def refuse_different(models: Mapping[str, Checkpoint], language_only: bool) -> None:
+    """Raises:   ValueError that lists, model by model, what keeps others from being merged with A"""
+    a = models["a"]
+    if language_only:
+        kinds = {which: decoder_type(model.folder) for which, model in models.items()}
+        for which, kind in kinds.items():
+            if kind != kinds["a"]:
+                raise ValueError(f"{which} ({models[which].folder}) has a decoder of the type {kind!r}, a one of {kinds['a']!r}")
+        if not a.family.language:
+            raise ValueError(f"{a.folder} has no language model")
+    lines = [line for which, model in models.items() if which != "a" for line in differences(a, model, which, language_only)]
+    if lines:
+        raise ValueError(f"these checkpoints cannot be merged\n{chr(10).join(lines)}")
+
+
+def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: bool = False, most: int = 6) -> list[str]:
+    """What keeps two checkpoints from being merged, a line each (`what (count): name, name, …`); none where nothing does."""
+    pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(a.keys & other.keys)}
+    mine, theirs = vocabulary(a.folder), vocabulary(other.folder)
+    extra = other.keys - a.keys
+    untied = extra & set(other.tables) if a.tied and set(a.tables) & a.keys else set[str]()
+    padded = set(a.tables) if language_only else set[str]()
+    lists = {
+        f"only in a, not in {which}": {a.tensors[key].name for key in a.keys - other.keys},
+        f"only in {which}, not in a": {other.tensors[key].name for key in extra - untied},
+        f"one tensor in a for embedding and head, two that differ in {which}": {other.tensors[key].name for key in untied},
+        f"other shapes in a and {which}": {
+            f"{one.name} {list(one.shape)} and {list(two.shape)}" for key, (one, two) in pairs.items()
+            if one.shape != two.shape and not (key in padded and one.shape[1:] == two.shape[1:])
+        },
+        f"no floating-point numbers, and not equal in a and {which}": {
+            one.name for one, two in pairs.values() if one.shape == two.shape
+            and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(read_tensor(one[:2]), read_tensor(two[:2]))
+        },
+        f"other tokens in a and {which}": {repr(token) for token in _conflicts(mine, theirs, language_only)},
+    }  # fmt: skip
+    return [
+        f"  {what} ({len(names)}): {', '.join(sorted(names)[:most])}{', …' if len(names) > most else ''}"
+        for what, names in lists.items() if names
+    ]  # fmt: skip
+
+
+def _conflicts(mine: dict[str, int] | None, theirs: dict[str, int] | None, language_only: bool) -> set[str]:
+    """Tokens that two vocabularies do not share; with `language_only` those alone that have another id, or an id of another's."""
+    if mine is None or theirs is None:
+        return set()
+    different = {token for token, _ in mine.items() ^ theirs.items()}
+    if not language_only:
+        return different
+    taken = set(mine.values()) & set(theirs.values())
+    return {token for token in different if (token in mine and token in theirs) or {mine.get(token), theirs.get(token)} & taken}
+
+
+def shared_rows(models: Mapping[str, Checkpoint]) -> dict[str, Rows]:
+    """The rows of embedding and head that all models have, where these are not all of A's rows."""
+    a, found = models["a"], dict[str, Rows]()
+    ids: list[set[int]] = [set(words.values()) for model in models.values() if (words := vocabulary(model.folder)) is not None]
+    foreign = {i for some in ids for i in some if not all(i in others for others in ids)}
+    for key in set(a.tables) & a.keys:
+        whole = a.tensors[key].shape[0]
+        merged = min(model.tensors[key].shape[0] for model in models.values() if key in model.tensors)
+        own = tuple(sorted(row for row in foreign if row < merged))
+        if merged < whole or own:
+            found[key] = Rows(merged, whole, own)
+    return found
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """The tokens of a checkpoint's tokenizer with their ids, added ones included; None where it has no tokenizer.json."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = read_object(folder / "tokenizer.json")
+    words = tokenizer["model"]["vocab"]
+    ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
+    return {**ids, **{added["content"]: added["id"] for added in tokenizer.get("added_tokens", ())}}
+
+
+def verify(model: Checkpoint) -> None:
+    """Compare every shard with the digest that was recorded of it, where there is one.
+
+    Raises:   ValueError naming a shard that has been changed since
+    """
+    for shard in model.shards:
+        digest = store.recorded_digest(shard)
+        if digest is not None and store.file_digest(shard) != digest:
+            raise ValueError(f"{shard} is damaged: its content is not the one that was recorded when it was written")
+
+
+def refuse_zero(models: Mapping[str, Checkpoint]) -> None:
+    """Raises:   ValueError naming the model that equals its base: a merge learns nothing from a zero task vector"""
+    for which in ("a", "b") if "base" in models else ():
+        tensors, base = models[which].tensors, models["base"].tensors
+        if all(same(tensors[key], base[key]) for key in models["a"].keys):
+            name = models[which].folder.name
+            raise ValueError(f"the task vector of {which} ({name}) is zero: it is its base, weight by weight")
+
+
+def refuse_overlap(out: Path, models: Mapping[str, Checkpoint]) -> None:
+    """Refuse a result that would lie in an input, or whose writing would remove one: what is left of a killed merge is removed.
+
+    Raises:   ValueError naming both, links followed, and where `out` exists, be it as a link to nothing
+    """
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists; choose another place, or remove it")
+    for place in (out, out.with_name(f"{out.name}.partial"), out.with_name(f".{out.name}.lock")):
+        real = place.resolve()
+        for which, model in models.items():
+            folder = model.folder.resolve()
+            read = {folder, *(shard.resolve() for shard in model.shards)}
+            if real.is_relative_to(folder) or any(path.is_relative_to(real) for path in read):
+                raise ValueError(f"{place} would be written where {which} is read ({model.folder}); choose another place")
