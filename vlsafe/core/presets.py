@@ -1,4 +1,5 @@
-"""The scales by name, from `core/scales/`: mini is built from nothing, small and paper load models and corpora.
+"""The scales by name, from `core/scales/`: mini is built from nothing, pocket takes its parts from packages, small and
+paper load models and corpora.
 
 A scale file is YAML: fields by name, nested ones likewise, beside `extends`, the scale whose other numbers it keeps.
 """
@@ -63,3 +64,4 @@ def load_scale(name: str | Path) -> Scale:
 
 
 SMALL = SCALES["small"] = load_scale(FOLDER / "small.yaml")
+POCKET = SCALES["pocket"] = load_scale(FOLDER / "pocket.yaml")

@@ -32,6 +32,7 @@ from vlsafe.core.schema import Pair, Picture, Turn
 from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, exchange, pick
 from vlsafe.data.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
 from vlsafe.data.miniature.pictures import draw_scene
+from vlsafe.data.pocket.guard import StatesGuard
 from vlsafe.models import checkpoints, devices, towers
 from vlsafe.models.chat import open_picture
 
@@ -366,8 +367,10 @@ def point(spec: LoadedGuard, folder: Path) -> dict[str, Any]:
 
 
 def opened(folder: Path) -> Any:
-    """The guard of a finished run: the one from the hub that the run points to, or else the miniature's own text guard."""
+    """The guard of a finished run: the one from the hub that the run points to, one of states, or the miniature's own."""
     pointer = Path(folder) / POINTER
+    if (Path(folder) / StatesGuard.FILE).exists():
+        return StatesGuard.load(folder)
     return load_guard(json.loads(pointer.read_text(encoding="utf-8"))) if pointer.exists() else LanguageModelGuard.load(folder)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response, Turn
-from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, REAL, official
+from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, PACKED, REAL, official
 from vlsafe.evaluation.judges import JUDGES, UNJUDGED, judge
 
 Rows = list[dict[str, Any]]
@@ -85,7 +85,7 @@ def raw_table(
     could not be judged. Where `judges` are named, rows also have `outcome` and `headline` (`headlines`).
     """
     by_id, rows = {item.id: item for item in items}, []
-    for name, benchmark in (BENCHMARKS | REAL | CONTROLS).items():
+    for name, benchmark in (BENCHMARKS | REAL | CONTROLS | PACKED).items():
         answers, of = [response for response in responses if response.benchmark == name], judges_of(name, judges)
         for judge_name in [each for each in of if each in JUDGES] if answers else ():
             for verdict, response in zip(judge(judge_name, items, answers), answers, strict=True):
@@ -112,7 +112,7 @@ def verdict_columns(benchmark: Any, item: Item, name: str, label: str, judges: S
     if not judges:
         return {"event": None if label == UNJUDGED else label in benchmark.EVENTS[name]}
     outcome = None if label == UNJUDGED else outcome_of(name, label, item)
-    wanted = "refused" if benchmark.NAME == "xstest" else "complied"
+    wanted = "refused" if benchmark.NAME in ("xstest", "pocket_refusal") else "complied"
     event = None if outcome is None else outcome in (wanted, "right", "effective")
     return {"event": event, "outcome": outcome, "headline": headlines(judges)[name]}
 

@@ -23,11 +23,17 @@ from vlsafe.evaluation.judges import judge
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
 LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context")}  # and its kinds of actions
 # attacks, harmless requests like them, helpfulness
-INTERVENTION = ("sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench")
+INTERVENTION = (
+    "sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench", "pocket_text", "pocket_pictures",
+    "pocket_refusal", "pocket_rotations", "pocket_yes_no", "pocket_captions",
+)  # fmt: skip
 FEWEST = 5  # prompts of a kind, for the folds of a probe
-OFFICIAL = {"text": ("xstest", "wildjailbreak"), "picture": ("vlguard",)}  # modality: benchmarks that have both kinds
+OFFICIAL = {  # modality: benchmarks that have both kinds
+    "text": ("xstest", "wildjailbreak", "pocket_text"), "picture": ("vlguard", "pocket_pictures"),
+}  # fmt: skip
 ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks that it is taken from, the first that is examined
-    "normal": (False, ("wildjailbreak", "xstest")), "harmful": (True, ("wildjailbreak", "xstest")), "scary": (False, ("xstest",)),
+    "normal": (False, ("wildjailbreak", "xstest", "pocket_text")), "harmful": (True, ("wildjailbreak", "xstest", "pocket_text")),
+    "scary": (False, ("xstest", "pocket_refusal")),
 }  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from vlsafe.evaluation.examine import outcomes
 from vlsafe.evaluation.prompts import evenly
 
 GROUPS = {"text": False, "pictures": True}  # and whether its prompts have pictures
-REQUESTS = ("sorry_bench", "wildjailbreak", "xstest", "mm_safetybench", "figstep", "vlguard")  # to be refused or not
+REQUESTS = (  # to be refused or not
+    "sorry_bench", "wildjailbreak", "xstest", "mm_safetybench", "figstep", "vlguard", "pocket_text", "pocket_pictures",
+)  # fmt: skip
 
 
 def preference_items(world: Any, n: int) -> list[Item]:

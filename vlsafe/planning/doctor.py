@@ -60,7 +60,7 @@ def secrets(scale: Scale) -> list[Line]:
 
 def benchmarks(scale: Scale) -> list[Line]:
     """The benchmarks that a scale examines, each read by its own loader with its pictures."""
-    return [_benchmark(name, scale) for name in scale.exam.judges] if scale.loaded else []
+    return [_benchmark(name, scale) for name in scale.exam.judges] if scale.loaded and not scale.loaded.packed else []
 
 
 def _benchmark(name: str, scale: Scale) -> Line:

@@ -87,6 +87,11 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     tower, processor = study.tower()
     text = data.guards.LanguageModelGuard.load(study.folder("guard/text"))
     image = data.guards.LinearImageGuard.load(tower, processor, study.folder("guard/image") / "guard.safetensors")
+    return screened(study, work, text, image)
+
+
+def screened(study: Study, work: Path, text: Any, image: Any, unfiltered: bool = False) -> dict[str, Any]:
+    """The same with guards that are here; `unfiltered`: also the instructions that intake passes, whatever guards say of them."""
     params = intake_params(study)
     processors = [study.processor(template) for template in params["templates"]]
     audit: list[dict[str, Any]] = []
@@ -99,6 +104,9 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
             raise ValueError(f"no row of {corpus} is left; the audit's first reason is {lines[0]['reasons']!r}")
         data.intake.refuse_leaks(passed, study.items())
         store.write_rows(work / f"{corpus}.parquet", [to_row(row) for row in passed])
+        if unfiltered and corpus == "instructions":
+            sound = data.intake.passing(rows, lines, unfiltered=True)
+            store.write_rows(work / "unfiltered.parquet", [to_row(row) for row in sound])
         audit += [{"corpus": corpus, **line} for line in lines]
         kept[corpus] = len(passed)
     store.write_rows(work / "audit.parquet", audit)

@@ -17,7 +17,7 @@ import yaml
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
-from vlsafe.study import adaptation, causal, degradation, filtering, judging, merging, probing, tuning, world
+from vlsafe.study import adaptation, causal, degradation, filtering, judging, merging, pocket, probing, tuning, world
 from vlsafe.study.study import Stage, Study, project_root
 
 
@@ -51,6 +51,8 @@ def _without(*things: str) -> Callable[[Study], str | None]:
     """Why a scale that loads lacks a stage: it does without one of these things from outside."""
 
     def unless(study: Study) -> str | None:
+        if study.packed:  # its own stages make all of them
+            return None
         lacking = [name for name in things if study.scale.loaded and getattr(study.scale.loaded, name) is None]
         return f"the scale does without {' and '.join(map(repr, lacking))}" if lacking else None
 
@@ -60,29 +62,29 @@ def _without(*things: str) -> Callable[[Study], str | None]:
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
         world.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], 10, version=2, shared=True,
-        load=world.WORLD,
+        load=world.WORLD, pack=pocket.WORLD,
     ),
     "tower/clip": Stage(
         world.make_tower, ("world/corpora",), lambda s: [s.scale.vision, s.scale.tower, s.scale.threads], 110, version=2,
-        shared=True, load=world.TOWER,
+        shared=True, load=world.TOWER, pack=pocket.VISION,
     ),
     "base/llm": Stage(
         world.make_base, (), lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
-        load=world.BASE,
+        load=world.BASE, pack=pocket.BASE,
     ),
     "guard/text": Stage(
         filtering.make_text_guard, ("base/llm",), filtering.text_guard_params, 25, version=2, shared=True,
-        load=filtering.TEXT_GUARD,
+        load=filtering.TEXT_GUARD, pack=pocket.TEXT_GUARD,
     ),
     "guard/image": Stage(
         filtering.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
-        10, version=2, shared=True, load=filtering.IMAGE_GUARD,
+        10, version=2, shared=True, load=filtering.IMAGE_GUARD, pack=pocket.IMAGE_GUARD,
     ),
     "screen/filtered": Stage(
         filtering.make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), filtering.intake_params, 20,
-        version=2, shared=True, load=filtering.SCREEN,
+        version=2, shared=True, load=filtering.SCREEN, pack=pocket.SCREEN,
     ),
-    "parent/aligned": Stage(world.make_parent, ("base/llm",), world.parent_params, 60, load=world.PARENT),
+    "parent/aligned": Stage(world.make_parent, ("base/llm",), world.parent_params, 60, load=world.PARENT, pack=pocket.PARENT),
     "projector/filtered": Stage(
         adaptation.make_projector, ("parent/aligned", "tower/clip", "screen/filtered"),
         lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], 60,

@@ -22,7 +22,7 @@ from vlsafe.core.assets import Origin
 from vlsafe.core.scale import Scale, known
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import judging
-from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, REAL, confounds, official
+from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, PACKED, REAL, confounds, official
 from vlsafe.evaluation.examine import Rows, judges_of, verdict_columns
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, llm
 from vlsafe.evaluation.judging import Judgements, JudgeModel
@@ -42,7 +42,7 @@ def refuse_unanswered(scale: Scale) -> None:
     for query in (*loaded, *endpoints):
         known(query, QUERIES, "judge that asks a model")
     for benchmark, judges in scale.exam.judges.items():
-        known(benchmark, REAL, "benchmark of exam.judges")
+        known(benchmark, REAL | CONTROLS | PACKED, "benchmark of exam.judges")
         if not any(known(name, JUDGES | LLM_JUDGES, f"judge of {benchmark}") in JUDGES for name in judges):
             raise ValueError(f"exam.judges names no rule for {benchmark}; one has to be there beside {', '.join(judges)}")
         for query, names in judging.queries_of(judges).items():
@@ -175,7 +175,7 @@ def _with_verdicts(
     written: Judgements, unjudged: dict[str, Counter[str]],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Raw rows with those of models among them, each examination of a benchmark by its judges in their order."""
-    modules = BENCHMARKS | REAL | CONTROLS
+    modules = BENCHMARKS | REAL | CONTROLS | PACKED
     for (_, _, benchmark), group in groupby(rows, key=lambda row: (row["model"], row["exam"], row["benchmark"])):
         by_judge: dict[str, Rows] = {}
         for row in group:

@@ -78,11 +78,18 @@ class Study:
         return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
 
     def stage(self, name: str) -> Stage:
-        """A stage as this scale has it: the one place that asks whether its world is built or loaded."""
+        """A stage as this scale has it: the one place that asks whether its world is built, loaded, or read from packages."""
         from vlsafe.study.graph import STAGES
 
         stage = STAGES[known(name, STAGES, "stage")]
-        return stage.load if self.scale.source == "load" and stage.load else stage
+        if self.packed and stage.pack:
+            return stage.pack
+        return stage.load if self.scale.loaded and stage.load else stage
+
+    @property
+    def packed(self) -> assets.Packed | None:
+        """The packages that a loaded scale's parts come from; None where they come from the hub or are built."""
+        return self.scale.loaded.packed if self.scale.loaded else None
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """The stages that a stage reads; one that gathers reads those that the scale has."""
@@ -196,14 +203,17 @@ class Study:
         spec = self.scale.vision
         if self.scale.loaded:
             name = template or self.scale.backbone(self.backbone).template
-            parent, tower = self.asset("parents")[self.backbone], self.asset("tower")
+            parts = [assets.Origin(str(self.folder(of))) for of in ("base/llm", "tower/clip")] if self.packed else None
+            parent, tower = parts or (self.asset("parents")[self.backbone], self.asset("tower"))
             return models.chat.hub_processor(parent, tower, name, spec)
         return models.chat.build_processor(self.tokenizer(template), spec.image_size, spec.patch_size, spec.feature_strategy)
 
     def tower(self) -> tuple[Any, Any]:
-        """The study's CLIP and a processor for its pictures."""
+        """The study's vision tower and a processor for its pictures."""
         from transformers import CLIPModel
 
+        if self.packed:
+            return models.efficientnet.load(self.folder("tower/clip")), self.processor()
         return CLIPModel.from_pretrained(self.folder("tower/clip")).eval(), self.processor()
 
     def examples(self, name: str, file: str) -> list[Example]:
@@ -212,10 +222,14 @@ class Study:
 
     def items(self, part: str = "test") -> list[Item]:
         """The benchmark items of the study's world; at a loaded scale those of the official files of every benchmark that it
-        examines, in the validation part (by which something may be chosen) and the test part (which is reported).
+        examines, in the validation part (by which something may be chosen) and the test part (which is reported); of packages,
+        whose prompts and pictures are parted before rows are made of them, those that the world's stage has written.
 
         Raises:   FileNotFoundError where a benchmark is not there
         """
+        if self.packed:
+            items = [from_row(Item, row) for row in self.rows("world/corpora", f"items-{part}.parquet")]
+            return evaluation.examine.panel(items, self.scale.exam.full) if part == "test" else items
         if not self.scale.loaded:
             if part == "test":
                 return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
@@ -236,9 +250,11 @@ class Study:
 def _refuse_unknown(scale: Scale, backbone: str) -> None:
     """Raise ValueError for a name in a scale that only the module which owns it can know, before any work."""
     if scale.loaded:
-        known(backbone, scale.loaded.parents, "parent (of loaded.parents)")
+        if not scale.loaded.packed:
+            known(backbone, scale.loaded.parents, "parent (of loaded.parents)")
         for arm in scale.loaded.arms:
-            known(arm, data.arms.ARMS.keys() - data.arms.WITHOUT, "data arm (of loaded.arms)")
+            without = {} if scale.loaded.packed else data.arms.WITHOUT  # of their own corpora everything is known
+            known(arm, data.arms.ARMS.keys() - without, "data arm (of loaded.arms)")
     for category in scale.backbone(backbone).answered_categories:
         known(category, set(data.miniature.language.CATEGORY_OF.values()), f"category (of backbones.{backbone})")
 
@@ -260,9 +276,9 @@ class Stage:
     """How a run is made. Raise `version` when its results change.
 
     `cost`: seconds measured at mini on one core; `estimate`: for readers, what it takes where that says nothing.
-    `load` is the same stage where the scale's source is "load"; `seedless`: every seed has the same. `unless`: why a scale does
-    without the stage, None where it has it (`graph.left_out` adds what then lacks an input). `gathers`: it reads those of its
-    inputs that the scale has. `only`: the source of the scales that have it.
+    `load` is the same stage where the scale's source is "load", `pack` where its parts come from packages; `seedless`: every
+    seed has the same. `unless`: why a scale does without the stage, None where it has it (`graph.left_out` adds what then lacks
+    an input). `gathers`: it reads those of its inputs that the scale has. `only`: the source of the scales that have it.
     """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
@@ -272,6 +288,7 @@ class Stage:
     version: int = 1
     shared: bool = False
     load: Stage | None = None
+    pack: Stage | None = None
     seedless: bool = False
     estimate: str = ""
     unless: Callable[[Study], str | None] = lambda study: None

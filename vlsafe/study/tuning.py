@@ -55,7 +55,8 @@ RECIPES: dict[str, Recipe] = {
 GUARD, PROBED = "guard/text", "probe/localisation"
 VALIDATED = 100  # official requests of each kind and modality that merges are chosen by, where tuning.pairs is 0
 JUDGE = "guard-text"  # what the reward's guard is called where it judges
-JUDGED = ("sorry_bench", "mm_safetybench")  # whose answers to harmful requests the reward's guard is put to
+# Whose answers to harmful requests the reward's guard is put to.
+JUDGED = ("sorry_bench", "mm_safetybench", "pocket_text", "pocket_pictures")
 
 
 def inputs_of(name: str) -> tuple[str, ...]:

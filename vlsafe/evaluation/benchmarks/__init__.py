@@ -11,6 +11,7 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from vlsafe.analysis.measures import MEASURES
 
@@ -19,6 +20,8 @@ _BOTH = ("sorry_bench", "wildjailbreak", "mm_safetybench", "siuo", "figstep", "x
 BENCHMARKS: dict[str, ModuleType] = {name: _FILES[name] for name in (*_BOTH, "capability")}
 REAL: dict[str, ModuleType] = {name: _FILES[name] for name in (*_BOTH, "vlguard")}
 CONTROLS: dict[str, ModuleType] = {"confounds": _FILES["confounds"]}
+PACKED: dict[str, Any] = _FILES["pocket"].PACKED
+"""Those of a scale whose parts come from packages, several in one file; they have no official files and no official metric."""
 ADDED: dict[str, ModuleType] = {
     module.NAME: module for name, module in _FILES.items() if name not in BENCHMARKS and hasattr(module, "miniature_items")
 }

@@ -19,7 +19,10 @@ from vlsafe.evaluation.benchmarks.howtos import COMPLIED
 
 NAME = "confounds"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
-SOURCES = (("sorry_bench", "base"), ("xstest", "homonym"), ("xstest", "safe_context"))
+SOURCES = (
+    ("sorry_bench", "base"), ("xstest", "homonym"), ("xstest", "safe_context"), ("pocket_text", "harmbench"),
+    ("pocket_text", "benign"),
+)  # fmt: skip
 SYSTEM, PICTURES = "system+", ("none", "blank", "noise")
 CONDITIONS = (*PICTURES, *(SYSTEM + picture for picture in PICTURES))
 

