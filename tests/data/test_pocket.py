@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import io
+from collections import Counter
 
 import pytest
+from PIL import Image
 
 from vlsafe.core.assets import Package, Packed
 from vlsafe.core.presets import FOLDER, load_scale
-from vlsafe.data.pocket import packages
+from vlsafe.data.pocket import packages, pictures
 
 PACKED = load_scale(FOLDER / "pocket.yaml").loaded.packed
 
@@ -66,3 +69,69 @@ def installed(*names):
 
 def test_everything_that_the_scale_lists_is_the_listed_content():
     assert set(packages.record(installed())) == {package.name for package in PACKED.packages.values()}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return pictures.pictures(installed(pictures.CLIPS, pictures.STAMPS))
+
+
+def test_pictures_are_small_rgb_and_each_drawing_is_there_once(drawn):
+    assert len(drawn) >= 1889 and len({picture.id for picture in drawn}) == len(drawn)
+    assert len({picture.png for picture in drawn}) == len(drawn)
+    for picture in drawn[::40]:
+        opened = Image.open(io.BytesIO(picture.png))
+        assert (opened.mode, opened.format) == ("RGB", "PNG") and max(opened.size) <= PACKED.side
+    assert {picture.licence for picture in drawn} == {PACKED.packages[name].licence for name in (pictures.CLIPS, pictures.STAMPS)}
+
+
+def test_captions_are_noun_phrases_without_what_is_dropped(drawn):
+    captions = {picture.caption for picture in drawn}
+    assert len(captions) >= 1200 and all(picture.cluster == picture.caption for picture in drawn)
+    for caption in captions:
+        words = caption.split()
+        assert caption[0].islower() and len(words) <= pictures.LONGEST and not caption.endswith((".", "!")), caption
+        assert pictures._words("dropped").isdisjoint(words)
+        assert words[0] != "a" or words[1][0].lower() not in "aeio" or words[1].startswith("eu"), caption
+    assert max(Counter(picture.caption for picture in drawn).values()) <= pictures.MOST
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("animals/bugs/farfalla_semplice_archit_01", "a butterfly"), ("recreation/party/balloon_black_aj", "a black balloon"),
+        ("food/fruit/apple_wedge_bw", "a slice of an apple"), ("office/hourglass_x", "an hourglass"),
+        ("people/jazz_enrique", None),
+        ("recreation/games/cards/white/white_s_q", "the queen of spades"),
+        ("signs_and_symbols/flags/asia/china", "the flag of China"),
+        ("geography/netherlands", "a map of the Netherlands"), ("signs_and_symbols/flags/semaphore/semaphore_alpha", None),
+        ("signs_and_symbols/map_symbols/aiga_coat_check_", "a sign for coat check"), ("food/fruit/orange_simple_bw", "an orange"),
+        ("unsorted/uniquely_named_hat", None), ("signs_and_symbols/weather/sun", "the sun"), ("shapes/_-2", None),
+    ],
+)  # fmt: skip
+def test_a_file_name_is_read_from_its_beginning(name, caption):
+    assert pictures._clip_caption(None, name) == caption
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("A bull.\naf=x", "a bull"),
+        ("Fire! Fire!", None),
+        ("A Yak. It eats.", None),
+        ("The bull is cross.", None),
+        ("An Ox!", "an Ox"),
+    ],
+)
+def test_a_stamp_is_captioned_by_its_first_line_if_that_only_says_what_it_is(tmp_path, text, caption):
+    (tmp_path / "it.txt").write_text(text)
+    assert pictures._stamp_caption(tmp_path / "it.png", "it") == caption
+    assert pictures._stamp_caption(tmp_path / "none.png", "none") is None
+
+
+def test_transparent_ground_becomes_white_and_a_huge_picture_is_left_out_unread(tmp_path):
+    Image.new("RGBA", (448, 224), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    opened = Image.open(io.BytesIO(pictures._png(tmp_path / "clear.png", PACKED)))
+    assert opened.size == (224, 112) and opened.getextrema() == ((255, 255),) * 3
+    (tmp_path / "huge.png").write_bytes((tmp_path / "clear.png").read_bytes()[:16] + (99_999).to_bytes(4, "big") * 2)
+    assert pictures._png(tmp_path / "huge.png", PACKED) is None
