@@ -184,7 +184,7 @@ def _one_for_both(places: dict[str, Place], folder: Path) -> dict[str, Place]:
     present = [name for name in (EMBEDDING, HEAD) if name in places]
     if not present:
         return places
-    if not architectures.config_of(folder).tie_word_embeddings:
+    if not architectures.ties(folder):
         if len(present) == 1:
             raise ValueError(f"{folder} has {present[0]} alone of embedding and head, and its config does not tie them")
         return places

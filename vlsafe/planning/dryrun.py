@@ -197,24 +197,13 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
 
 
 def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
-    from vlsafe.core.schema import Example, Turn
-    from vlsafe.data.miniature.pictures import to_png
-    from vlsafe.models import chat, trainable
+    from vlsafe.models import trainable
     from vlsafe.training import datasets, trainers
 
-    where, spec, vision = devices.device(), scale.decoder(backbone), scale.vision
-    model = checkpoints.random_graft(spec, vision, scale.source == "load", where)
-    tokenizer = chat.build_tokenizer(["word"], scale.language.context)
-    tokenizer.chat_template = chat.template("tulu")
-    model.config.image_token_id = tokenizer.image_token_id
-    processor = chat.build_processor(tokenizer, vision.image_size, vision.patch_size, vision.feature_strategy)
     at_once = scale.instruct.at_once or scale.instruct.batch_size
     fit = dataclasses.replace(scale.instruct, steps=steps, batch_size=at_once, micro_batches=1, launch="", grouped=False)
-    shapes = _shapes(scale, backbone, model)
-    text = max(1, min(scale.traffic.instructions, spec.context - shapes.image_tokens - 32))
-    turns = (Turn("user", "word"), Turn("assistant", " ".join(["word"] * text)))
-    picture = to_png(np.full((vision.image_size, vision.image_size, 3), 60, np.uint8))
-    rows = [Example(f"row-{i}", "synthetic", turns, (picture,)) for i in range(at_once)]
+    model, processor, rows = stand_ins(scale, backbone, at_once)
+    where, shapes = devices.device(), _shapes(scale, backbone, model)
     trainable.choose(model, "full", scale.lora)
     ticks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -222,13 +211,37 @@ def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
         counts = trainers.tokens_seen(trainers.sft_history(model, processor, datasets.chat_dataset(rows, True), *rest))
     seconds, tokens = (ticks[-1] - ticks[1]) / (steps - 2), (counts[-1] - counts[1]) / (steps - 2)  # the first two warm up
     done = operations(shapes, tokens / at_once - shapes.image_tokens, 1.0, 6) * at_once / seconds
-    gpu = torch.cuda.get_device_name() if where == "cuda" else ""
-    peak = next((spec["operations"] for known, spec in GPUS.items() if known.split("-")[0] in gpu), None)
+    peak = peak_operations()
     return {
         "device": where, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if where == "cuda" else None,
         "tokens_per_row": tokens / at_once, "mfu": done / peak if peak else None,
     }  # fmt: skip
+
+
+def stand_ins(scale: Scale, backbone: str, many: int) -> tuple[Any, Any, list[Any]]:
+    """A model of a scale's shapes with random weights, a processor, and `many` rows of a picture and text of usual length."""
+    from vlsafe.core.schema import Example, Turn
+    from vlsafe.data.miniature.pictures import to_png
+    from vlsafe.models import chat
+
+    spec, vision = scale.decoder(backbone), scale.vision
+    model = checkpoints.random_graft(spec, vision, scale.source == "load", devices.device())
+    tokenizer = chat.build_tokenizer(["word"], scale.language.context)
+    tokenizer.chat_template = chat.template("tulu")
+    model.config.image_token_id = tokenizer.image_token_id
+    processor = chat.build_processor(tokenizer, vision.image_size, vision.patch_size, vision.feature_strategy)
+    pictured = (vision.image_size // vision.patch_size) ** 2
+    text = max(1, min(scale.traffic.instructions, spec.context - pictured - 32))
+    turns = (Turn("user", "word"), Turn("assistant", " ".join(["word"] * text)))
+    picture = to_png(np.full((vision.image_size, vision.image_size, 3), 60, np.uint8))
+    return model, processor, [Example(f"row-{i}", "synthetic", turns, (picture,)) for i in range(many)]
+
+
+def peak_operations() -> float | None:
+    """Operations a second of this GPU in dense bfloat16; None where it is not known."""
+    gpu = torch.cuda.get_device_name() if devices.device() == "cuda" else ""
+    return next((spec["operations"] for name, spec in GPUS.items() if name.split("-")[0] in gpu), None)
 
 
 def lines(works: Sequence[Work], gpu: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from vlsafe.models.checkpoints import load, save
 
 Progress = Callable[[int], None]
 COMPLETE = "complete.json"
+AT_ONCE = "at-once.json"  # rows at once and recomputation that a trial has found on this GPU
 OPTIMISER = ("optimizer.pt", "optimizer.bin")  # of full and of sharded weights; one of them is needed to resume
 TRAINING_STATE = (*OPTIMISER, "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state*.pth", "training_args.bin", COMPLETE)
 RESUMABLE = 2  # newest checkpoints that keep their training state; at seven billion weights that is 90 GB each
@@ -94,4 +95,5 @@ def settle(folder: Path, processor: Any, start: Path, saved: str = "float32") ->
         settled.append(source.rename(target))
         if source is beside:
             shutil.rmtree(checkpoint)
+    (folder / AT_ONCE).unlink(missing_ok=True)
     return settled

@@ -57,12 +57,20 @@ class Job:
 
 
 def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) -> tuple[trainers.History, int]:
-    """Train: the log history, and how many weights were trainable. `fit.launch` is a path below the folder `home`.
+    """Train: the log history, and how many weights were trainable. `fit.launch` is a path below the folder `home`; where it comes
+    to one process, that is this one, which shards nothing.
 
     Raises:   ChildProcessError when launched processes are lost; the same call resumes from the last complete checkpoint.
               ValueError, in their words, when one of them ends in an error that no other try can mend
     """
-    return _launched(job, data, progress, home / job.fit.launch) if job.fit.launch else _work(job, data, progress)
+    if job.fit.launch and process_count(_configuration(path := home / job.fit.launch), os.environ) > 1:
+        return _launched(job, data, progress, path)
+    return _work(job, data, progress)
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """What a file for `accelerate launch` says."""
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainers.History, int]:
@@ -84,7 +92,7 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
 
 def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) -> tuple[trainers.History, int]:
     """Write the job to files, start its processes, watch them, and read their result."""
-    configuration = yaml.safe_load(path.read_text(encoding="utf-8"))
+    configuration = _configuration(path)
     count, folder = process_count(configuration, os.environ), Path(job.folder) / "job"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

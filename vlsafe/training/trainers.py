@@ -6,6 +6,7 @@ The trainers are TRL's own, unmodified; this module adds arguments and callbacks
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +22,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from vlsafe.core.scale import Fit, Preference, Rollout
+from vlsafe.core.scale import Fit, Preference, Rollout, known
+from vlsafe.core.store import write_text
 from vlsafe.models import devices
 from vlsafe.models.architectures import within
-from vlsafe.models.checkpoints import in_memory_layout
-from vlsafe.training import processes
-from vlsafe.training.checkpoints import Milestones, Progress, last_complete
+from vlsafe.models.checkpoints import fused, in_memory_layout
+from vlsafe.training import precision, processes
+from vlsafe.training.checkpoints import AT_ONCE, Milestones, Progress, last_complete
 
 History = list[dict[str, float]]  # what a trainer logged, a record per step
 SFT, DPO, GRPO = (SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (GRPOTrainer, GRPOConfig)
@@ -65,10 +67,14 @@ def sft_without_conflict(model: PreTrainedModel, processor: Any, data: Dataset, 
     Units:    -> records that also hold `task_cosine`, of the two gradients before the projection
     """
     data, leading = without_mixed_tasks(data, first, fit, processes.world_size(), np.random.default_rng(seed))
-    synced = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}  # else a process sees its own rows' gradient, or none
-    clipped = {"max_grad_norm": 0.0}  # by the callback
-    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, "accelerator_config": synced, **clipped}
+    # Gradients are summed at every micro-batch, else a process sees its own rows' gradient, or none; the callback clips.
+    own = {"max_length": fit.max_length, "assistant_only_loss": True, **IN_ORDER, **_synced(), "max_grad_norm": 0.0}
     return _run(SFT, own, model, processor, data, fit, folder, seed, milestones, progress, callbacks=[ConflictFree(leading)])
+
+
+def _synced() -> dict[str, Any]:
+    """Sum gradients over the processes at every micro-batch. A new value each time, because a trainer writes into it."""
+    return {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 
 
 def without_mixed_tasks(data: Dataset, first: int, fit: Fit, many: int, rng: np.random.Generator) -> tuple[Dataset, list[int]]:
@@ -166,7 +172,8 @@ class ConflictFree(TrainerCallback):
 
 def _gradients(model: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Trainable weights with their gradients; zeros where no row used a weight, as with the projector on text alone."""
-    return {w: torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters() if w.requires_grad}
+    moving = [weight for weight in model.parameters() if weight.requires_grad]
+    return {w: torch.zeros_like(w, dtype=torch.float32) if w.grad is None else w.grad for w in moving}
 
 
 def gradients(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
@@ -227,8 +234,10 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
          data: Dataset, fit: Fit, folder: Path, seed: int, milestones: Sequence[int], progress: Progress,
          optimizer: Any = None, callbacks: Sequence[TrainerCallback] = (), **more: Any) -> History:  # fmt: skip
     """Build one of TRL's trainers, resume from the last complete checkpoint, and return what was logged at every step."""
-    arguments = _arguments(kind[1], fit, folder, seed, own)
     [last] = broadcast_object_list([last_complete(folder) if PartialState().is_main_process else None])
+    masters = _lowered(model, kind[1], fit, folder, seed, own, more.get("ref_model"))
+    fit, own = _fitted(kind, own, model, processor, data, fit, folder, seed, more) if masters is not None else (fit, own)
+    arguments = _arguments(kind[1], fit, folder, seed, own)
     if fit.grouped:
         data = data if IN_ORDER.items() <= own.items() else _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
@@ -237,16 +246,65 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
         warnings.simplefilter("ignore")
         trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
-            train_dataset=data, args=arguments,
-            callbacks=[*callbacks, processes.Guards(), Milestones(frozenset(milestones), progress)], **more,
+            train_dataset=data, args=arguments, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(),
+                                                           Milestones(frozenset(milestones), progress)], **more,
         )  # fmt: skip
-        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, _optimizer(model, fit))  # not every trainer takes it as argument
+        if processes.sharded() and (arguments.bf16 or fit.dtype == "bfloat16"):
+            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = precision.SHARDED
+        trainer.optimizer_cls_and_kwargs = _optimizer(model, fit, masters)  # not every trainer takes it as argument
         trainer.optimizer = optimizer  # None: made from the line above
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.eval()
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _lowered(model: PreTrainedModel, kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any],
+             reference: PreTrainedModel | None) -> precision.Masters | None:  # fmt: skip
+    """Weights in the dtype in which they compute, on their device, with fused kernels; the masters of those that are trained.
+
+    Shards stay float32: FSDP2 gathers them in bfloat16. So do trainable weights of which every process has a copy, because their
+    gradients are averaged in their own dtype: these compute under autocast.
+    """
+    if known(fit.dtype, ("float32", "bfloat16"), "dtype") == "float32":
+        return None
+    if fit.saved != "bfloat16":
+        raise ValueError("`dtype: bfloat16` makes checkpoints in bfloat16: set `saved: bfloat16` in this fit as well")
+    device = _arguments(kind, fit, folder, seed, own).device
+    for each in [model, *([reference] if reference is not None else [])]:
+        if not processes.sharded():
+            each.to(device)
+        fused(each)
+    if processes.sharded():
+        return None
+    if reference is not None:
+        precision.halve(reference.requires_grad_(False))
+    return precision.halve(model, trainable=processes.world_size() == 1) or None
+
+
+def _fitted(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any], model: PreTrainedModel, processor: Any,
+            data: Dataset, fit: Fit, folder: Path, seed: int, more: dict[str, Any]) -> tuple[Fit, dict[str, Any]]:  # fmt: skip
+    """Rows at once and recomputation by a trial on this GPU, the same ones after a resumption; elsewhere as the fit says."""
+    if devices.device() != "cuda" or processes.world_size() > 1 or kind is GRPO:
+        return fit, own
+    noted = folder / AT_ONCE
+    if not noted.exists():
+        longest = sorted(range(len(data)), key=data["length"].__getitem__)[-fit.batch_size :]
+        known_later = {"precompute_ref_log_probs": False} if kind is DPO else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = kind[0](model=model, processing_class=processor, train_dataset=data.select(longest[::-1]),
+                              args=_arguments(kind[1], fit, folder, seed, {**own, **known_later}), **more)  # fmt: skip
+
+        def loss(rows: int) -> torch.Tensor:
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+            return trainer.compute_loss(model, {name: value.to(model.device) for name, value in batch.items()})
+
+        found = precision.tried(model.train(), loss, len(longest))
+        write_text(noted, json.dumps(found))
+    rows, recompute, _ = json.loads(noted.read_text(encoding="utf-8"))
+    return precision.divisible(fit, rows), {**own, "gradient_checkpointing": recompute}
 
 
 def _grouped(data: Dataset, fit: Fit, seed: int) -> Dataset:
@@ -262,18 +320,24 @@ def _pictured(data: Dataset) -> list[bool]:
     return [bool(n) for n in data["pictures"]] if "pictures" in data.column_names else [False] * len(data)
 
 
-def _optimizer(model: PreTrainedModel, fit: Fit) -> dict[str, Any]:
-    """Arguments of AdamW over the trainable weights; the projector has its own rate where the fit gives one."""
+def _optimizer(model: PreTrainedModel, fit: Fit, masters: precision.Masters | None) -> tuple[Any, dict[str, Any]]:
+    """AdamW over the trainable weights, and its arguments; the projector has its own rate where the fit gives one."""
     weights = [(within(name, "projector"), weight) for name, weight in model.named_parameters() if weight.requires_grad]
     rates = {False: fit.learning_rate, True: fit.projector_rate or fit.learning_rate}  # by whether it is the projector's
     groups = [{"params": [weight for kind, weight in weights if kind == projector], "lr": rates[projector]}
               for projector in sorted({kind for kind, _ in weights})]  # fmt: skip
-    return {"params": groups, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
+    options = {"params": groups, "lr": fit.learning_rate, "weight_decay": fit.weight_decay, "fused": True}
+    return (torch.optim.AdamW, options) if masters is None else (precision.MasterAdamW, {**options, "masters": masters})
 
 
 def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any]) -> Any:
     """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
-    gpu, own = devices.device() == "cuda", {**own, **(IN_ORDER if fit.grouped else {})}
+    gpu = devices.device() == "cuda"
+    low = fit.dtype == "bfloat16"
+    autocast = processes.world_size() > 1 and not processes.sharded() if low else gpu
+    own = {"gradient_checkpointing": gpu, **own, **(IN_ORDER if fit.grouped else {})}
+    if processes.sharded() and (gpu or low):  # otherwise the whole gradient waits on every GPU, and a tower that text skips fails
+        own |= _synced()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # our explicit gradient_checkpointing, renamed in the next major
         return kind(
@@ -282,6 +346,6 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
             gradient_accumulation_steps=processes.micro_batches(fit, processes.world_size()),
             remove_unused_columns=False, learning_rate=fit.learning_rate, dataloader_num_workers=WORKERS if gpu else 0,
             lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
-            seed=seed, data_seed=seed, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, logging_steps=1,
-            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
+            seed=seed, data_seed=seed, use_cpu=not gpu, bf16=autocast, logging_steps=1, save_strategy="no",
+            report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
         )  # fmt: skip

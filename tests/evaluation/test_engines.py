@@ -1,0 +1,66 @@
+"""The engine for GPUs, here on a CPU, decodes and ranks as the library and a plain forward pass do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training.test_processes import begun  # noqa: F401  (a fixture)
+
+from vlsafe.evaluation import decoding, engines
+from vlsafe.models import chat, checkpoints
+
+
+@pytest.fixture(scope="module")
+def tools(begun):  # noqa: F811
+    folder = begun.checkpoints("projector/filtered")[-1]
+    return checkpoints.load(folder), checkpoints.load_processor(folder), begun.items()
+
+
+@pytest.mark.parametrize("pictured", [True, False])
+def test_a_cache_of_fixed_size_gives_the_tokens_of_the_librarys(tools, pictured, monkeypatch):
+    """Twice with one decoder, whose cache the second batch finds used; short and long prompts, some that end early."""
+    model, processor, items = tools
+    some = [item for item in items if bool(item.images) == pictured][:24]
+    parts = some[::2], some[1::2]
+    prompts = [chat.prompt_batch(processor, [i.turns for i in part], [i.images for i in part]) for part in parts]
+    pad, ended = processor.tokenizer.pad_token_id, 0
+    free = model.generate(**prompts[0], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end := int(free[:, -1].mode().values))  # ends some after 4
+    decoder = decoding.Decoder(model, torch.tensor([end]), pad)
+    for inputs in prompts:
+        with torch.inference_mode():
+            plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            ours = decoder(dict(inputs), 12)
+        assert torch.equal(plain, ours[:, : plain.shape[1]]) and (ours[:, plain.shape[1] :] == pad).all()
+        ended += int((plain == end).any(1).sum())
+    assert ended
+
+
+def test_the_engine_uses_it_where_the_model_is_on_a_gpu(tools, monkeypatch):
+    """Answers are those of one prompt at a time."""
+    model, processor, items = tools
+    some = [item for item in items if item.scoring == "generated"][::5][:20]
+    one = [response.text for response in engines.respond(model, processor, some, "m", 1, 8)]
+    fixed = SimpleNamespace(count=0)
+
+    def decoder(of, tokenizer):
+        fixed.count += 1
+        return decoding.Decoder(of, engines._stops(of, tokenizer), tokenizer.pad_token_id)
+
+    monkeypatch.setattr(engines, "_decoder", decoder)
+    assert [response.text for response in engines.respond(model, processor, some, "m", 8, 8)] == one and fixed.count == 1
+
+
+def test_a_picture_is_seen_once_for_all_options(tools, monkeypatch):
+    """And the losses are those of its pixels beside every option."""
+    model, processor, items = tools
+    ranked = [item for item in items if item.scoring == "likelihood" and item.images][:6]
+    seen = []
+    handle = model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    once = engines.option_losses(model, processor, ranked, 12)
+    assert sum(seen) == len(ranked)
+    monkeypatch.setattr(engines, "_seen_once", lambda model, inputs, items: dict(inputs))
+    plain = engines.option_losses(model, processor, ranked, 12)
+    handle.remove()
+    assert sum(seen) == len(ranked) + sum(len(item.options) for item in ranked)
+    assert torch.allclose(torch.tensor(once), torch.tensor(plain), atol=1e-5, rtol=0)
