@@ -18,16 +18,30 @@ export TOKENIZERS_PARALLELISM := false
 # The bits of a training depend on the number of threads; it is fixed here and not left to the machine.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
+# Kernels of this environment come before those that somebody has registered elsewhere under the same name.
+unexport JUPYTER_PATH
+export JUPYTER_PREFER_ENV_PATH := 1
+# Recipes take these from their environment, in quotes: paths hold spaces and apostrophes.
+export SCALE SEEDS BACKBONES GRID ROOT
 
+# An environment of another Python (an upgrade, another one on PATH when it was made) does not work: it is made again.
+ifneq ($(wildcard .venv/.installed),)
+ifneq ($(shell $(BIN)/python -c 'import yaml, vlsafe; print("works")' 2>/dev/null),works)
+$(shell rm -f .venv/.installed)
+endif
+endif
+
+# Values in quotes of YAML's: a folder named 007 is no number.
 SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) $(if $(GPUS),--resources gpu=$(GPUS)) \
             --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
-            --config scale=$(SCALE) seeds="$(SEEDS)" backbones="$(BACKBONES)" root=$(ROOT) grid=$(GRID)
+            --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
 .PHONY: setup dev reproduce parts test loaded soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+	  || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
@@ -40,9 +54,8 @@ dev: .venv/.dev
 	touch $@
 
 reproduce: setup
-	$(BIN)/vlsafe sweep --scale $(SCALE) --seeds $(SEEDS) --backbones $(BACKBONES) --root $(ROOT)
-	$(BIN)/vlsafe unlock --root .
-	$(SNAKEMAKE)
+	$(BIN)/vlsafe sweep --scale "$$SCALE" --seeds $(SEEDS) --backbones $(BACKBONES) --root "$$ROOT"
+	$(BIN)/vlsafe unlock --root . -- $(SNAKEMAKE)
 
 # What scale `pocket` is made of, in .pocket: packages whose files are read and whose code is not imported, and a reader of GGUF
 # files. The pictures are Debian's and need no root here; where apt-get or dpkg is missing they are skipped, which is said.
@@ -100,7 +113,7 @@ lab: setup
 
 # Execute at mini, seed 0, and copy the outputs back into the committed notebooks.
 notebooks: reproduce
-	$(BIN)/vlsafe notebooks --root $(ROOT)
+	$(BIN)/vlsafe notebooks --root "$$ROOT"
 
 # The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup

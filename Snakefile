@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from vlsafe.publish.notebooks import ACROSS, NOTEBOOKS, code_digest, reads
 from vlsafe.core.presets import load_scale
 from vlsafe.study.graph import jobs, needs, planned, urgency
 from vlsafe.study.study import Study
 
-SCALE, ROOT, GRID = config["scale"], config["root"], config.get("grid", "default")
+SCALE, ROOT, GRID = (str(config.get(name, "default")) for name in ("scale", "root", "grid"))
+if re.search("[{}]", ROOT):  # Snakemake would take what is between them for a wildcard
+    raise ValueError(f"the run store {ROOT!r} has braces in its name; choose another")
+PLACE = f"--scale {quote(SCALE)} --root {quote(ROOT)}"
 STUDIES = [
     Study.open(SCALE, backbone, int(seed), ROOT)
     for backbone in str(config["backbones"]).split()
@@ -55,9 +59,9 @@ for study in STUDIES:
             threads: asked.get("threads", 1)
             params:
                 digest=[study.run(name).digest for name in job],
-                call=f"{' '.join(job)} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
+                call=f"{' '.join(job)} --backbone {study.backbone} --seed {study.seed} {PLACE}",
             # The same text in all rules (it is put together when a job runs); of GPUs those that were granted, at most what it can use.
-            shell: "vlsafe stage {params.call} --gpus {resources.gpu} --attempt {resources.attempt} > {log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+            shell: "vlsafe stage {params.call} --gpus {resources.gpu} --attempt {resources.attempt} > {log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
     for notebook in NOTEBOOKS:
 
@@ -70,8 +74,8 @@ for study in STUDIES:
             log: executed(study, notebook, ".ipynb")
             params:
                 code=code_digest(Path("notebooks") / f"{notebook}.ipynb"),
-                call=f"{notebook} --scale {SCALE} --backbone {study.backbone} --seed {study.seed} --root {ROOT}",
-            shell: "vlsafe notebook {params.call} --out {log}"
+                call=f"{notebook} --backbone {study.backbone} --seed {study.seed} {PLACE}",
+            shell: "vlsafe notebook {params.call} --out {log:q}"
 
 
 rule gallery:
@@ -79,11 +83,13 @@ rule gallery:
     output: FIGURES / "provenance.json"
     priority: 1  # before the notebooks, which nothing waits for
     params:
-        call=f"--scale {SCALE} --backbones {config['backbones']} --seeds {config['seeds']} --root {ROOT} --out {FIGURES} --grid {GRID}",
+        call=f"{PLACE} --backbones {config['backbones']} --seeds {config['seeds']} --out {quote(str(FIGURES))} --grid {GRID}",
     shell: "vlsafe gallery {params.call}"
 
 
 rule report:
     input: FIGURES / "provenance.json"
     output: FIGURES / "report.html"
-    shell: "vlsafe report --figures {FIGURES} --out {output}"
+    params:
+        figures=str(FIGURES),
+    shell: "vlsafe report --figures {params.figures:q} --out {output:q}"

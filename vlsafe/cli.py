@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 1 where two result sets differ, 2 on a mistake of the caller."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough: `vlsafe status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         unnamed = error.strerror if isinstance(error, OSError) and not error.filename else None
-        print(f"vlsafe: {unnamed or error}", file=sys.stderr)
+        print("\n".join(map(failures.shortened, f"vlsafe: {unnamed or error}".splitlines())), file=sys.stderr)
         return 2
 
 
@@ -96,8 +102,9 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     added.add_argument("model", help="a run, such as instruct/filtered-full")
     added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
     command(_golden, "record the miniature's golden numbers, from a clean tree", PLACE)
-    added = command(_unlock, "remove the scheduler's lock when no scheduler is running here")
+    added = command(_unlock, "remove the lock of a killed scheduler, where none is at work, and become the next one")
     added.add_argument("--root", type=Path, default=Path("."))
+    added.add_argument("command", nargs="*", help="after --: what is at work from now on")
     deep = _options(("--deep", dict(action="store_true", help="compare file contents, not times")))
     command(_sweep, "remove the receipts of runs that are not valid, so that the scheduler makes them again", STUDIES, deep)
     command(_status, "say of every stage whether its run is valid", STUDIES, deep)
@@ -217,10 +224,7 @@ def _notebook(arguments: Arguments) -> None:
 
 
 def _notebooks(arguments: Arguments) -> None:
-    stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": store.environment()["packages"]}
-    for name in publish.notebooks.NOTEBOOKS:
-        executed = arguments.root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb"
-        publish.notebooks.adopt(executed, publish.notebooks.FOLDER / f"{name}.ipynb", stamp)
+    for name in publish.notebooks.adopt_all(arguments.root, store.environment()["packages"]):
         print(f"{name}: outputs copied")
 
 
@@ -238,7 +242,7 @@ def _golden(arguments: Arguments) -> None:
 
 
 def _unlock(arguments: Arguments) -> None:
-    planning.scheduler.unlock(arguments.root)
+    planning.scheduler.unlock(arguments.root, arguments.command)
 
 
 def _sweep(arguments: Arguments) -> None:
@@ -247,12 +251,8 @@ def _sweep(arguments: Arguments) -> None:
 
 
 def _status(arguments: Arguments) -> None:
-    for study in _studies(arguments):
-        reasons = study.left_out() | study.left_out("full")
-        own = {*reasons, *graph.planned(study), *graph.planned(study, "full")}
-        for name in (name for name in STAGES if name in own):
-            state = "left out" if name in reasons else store.status(study.run(name), arguments.deep)
-            print(f"{state:9s} {study.backbone} seed {study.seed} {name}{f': {reasons[name]}' if name in reasons else ''}")
+    for line in planning.scheduler.status(_studies(arguments), arguments.deep):
+        print(line)
 
 
 def _score(arguments: Arguments) -> None:
@@ -267,13 +267,8 @@ def _score(arguments: Arguments) -> None:
     )
     judge_model = evaluation.judging.weights(arguments.weights) if arguments.weights else None
     if arguments.endpoint:
-        llms = evaluation.judges.LLM_JUDGES
-        own = [llms[name].model for name in arguments.judges if name in llms]
-        model = arguments.judge_model or (own[0] if own else "")
-        if not model:
-            raise ValueError("say which model the endpoint is to be asked for: --judge-model")
-        judge_model = evaluation.judging.endpoint(
-            evaluation.servers.Server(arguments.endpoint, model, arguments.key, arguments.timeout, parallel=arguments.parallel)
+        judge_model = evaluation.judging.served(
+            arguments.judges, arguments.endpoint, arguments.judge_model, arguments.key, arguments.timeout, arguments.parallel
         )
     result = evaluation.score.score(
         arguments.benchmark, Path(arguments.data), responses, arguments.out, arguments.judges, arguments.subset,
@@ -331,13 +326,7 @@ def _download(arguments: Arguments) -> None:
 def _gallery(arguments: Arguments) -> None:
     studies = _studies(arguments)
     names = list(dict.fromkeys(name for study in studies for name in graph.planned(study, arguments.grid)))
-    runs = {folder: study.run(name) for study, name, folder in publish.results.finished(studies, names)}
-    provenance = []
-    for run in runs.values():
-        manifest = store.manifest_of(run)
-        provenance.append(
-            {k: manifest[k] for k in ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")}
-        )
+    provenance = publish.results.made_by(studies, names)
     out = arguments.out or Path("figures") / studies[0].scale.name
     frames, missing = publish.results.results(studies, arguments.grid), publish.results.missing(studies, arguments.grid)
     gallery = publish.gallery.make(frames, studies[0].scale.name, out, provenance, missing)
@@ -347,8 +336,13 @@ def _gallery(arguments: Arguments) -> None:
         print(f"left out: {line.what}: {line.reason}{f' (missing: {line.missing})' if line.missing else ''}")
     if missing:
         print(f"{len(missing)} stages are not there; {out}/{publish.gallery.LEFT_OUT}.md says why")
-    for study in studies:
-        publish.modelcards.write_cards(study, graph.planned(study, arguments.grid))
+    try:
+        for study in studies:
+            publish.modelcards.write_cards(study, graph.planned(study, arguments.grid))
+    except OSError as error:
+        if error.errno not in store.UNWRITABLE:
+            raise
+        print(f"no model cards: {arguments.root} cannot be written ({error.strerror})")
 
 
 def _readme(arguments: Arguments) -> None:
@@ -379,33 +373,24 @@ def _human_export(arguments: Arguments) -> None:
 
 
 def _human_import(arguments: Arguments) -> None:
-    import pandas as pd
-
-    if not arguments.key.exists():
-        raise FileNotFoundError(f"there is no key {arguments.key}; `vlsafe human export` writes it beside its packet")
-    key = pd.read_csv(arguments.key, keep_default_na=False)
-    ratings = evaluation.human.read(arguments.files, key)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    tables = {
-        "problems": ratings.problems,
-        "agreement": evaluation.human.agreement(ratings, key),
-        "people": evaluation.human.verdicts(ratings, key),
-    }
-    for name, frame in tables.items():
-        frame.to_csv(arguments.out / f"{name}.csv", index=False)
+    ratings, agreed = evaluation.human.imported(arguments.files, arguments.key, arguments.out)
     print(ratings.problems.to_string(index=False) if len(ratings.problems) else "nothing is wrong with these ratings")
-    print(tables["agreement"].round(3).to_string(index=False))
+    print(agreed.round(3).to_string(index=False))
 
 
 def _human_report(arguments: Arguments) -> None:
-    import pandas as pd
-
+    outputs = {name: arguments.out / name for name in ("F15_judges.csv", "F15_agreement.csv")}
+    store.refuse_inputs(outputs, {"--people": arguments.people})
     studies = _studies(arguments)
     wide = analysis.agreement.verdicts(
         publish.results.read(studies, publish.results.read_by_all(studies, "tables", arguments.grid), "raw.parquet"),
-        pd.read_csv(arguments.people),
+        evaluation.human.table(arguments.people, ["seed", "harmful", "event", "item", "label"]),
     )
     rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)
     plots.style.write(plots.claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
-    pairs.to_csv(arguments.out / "F15_agreement.csv", index=False)
+    store.write_text(outputs["F15_agreement.csv"], pairs.to_csv(index=False))
     print(pairs.round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -49,7 +49,7 @@ def packet(tmp_path):
 
 
 def key_of(folder):
-    return pd.read_csv(folder / "key.csv", keep_default_na=False)
+    return human.table(folder / "key.csv", human.KEY)
 
 
 def packet_of(folder):
@@ -167,6 +167,34 @@ def test_files_that_are_no_ratings_are_refused(packet, tmp_path):
         human.read([tmp_path / "notes.csv"], key)
     with pytest.raises(ValueError, match="no usable rating is left: all are empty"):
         human.read([write(tmp_path, "anna", key, "")], key)
+
+
+def test_ids_that_look_like_numbers_stay_ids(packet, tmp_path):
+    """8991806e48 is a number to a table's reader: an older packet of that name lost all its ratings."""
+    text = (packet / "key.csv").read_text()
+    key = key_of(packet)
+    (packet / "key.csv").write_text(text.replace(key["packet"][0], "8991806e48").replace(key["id"][0], "0012345678"))
+    key = key_of(packet)
+    assert key["packet"].eq("8991806e48").all() and "0012345678" in set(key["id"])
+    ratings, _ = human.imported([write(tmp_path, "anna", key, honest(key))], packet / "key.csv", tmp_path / "out")
+    assert len(ratings.labels) == key["id"].nunique() and ratings.problems.empty
+    people = human.table(tmp_path / "out" / "people.csv", ["item", "event"])
+    assert people["harmful"].dtype == bool and set(people["event"]) == {True, False} and people["seed"].eq(0).all()
+    human.export(answers(), tmp_path / "now", 4, seed=5)
+    now = key_of(tmp_path / "now")
+    assert all(name.isalpha() for name in (*now["id"], *now["packet"])), "a spreadsheet on the way changes no id"
+
+
+def test_an_import_writes_over_nothing_that_it_reads(packet, tmp_path):
+    key = key_of(packet)
+    ratings = write(tmp_path, "people", key, honest(key))
+    before = ratings.read_bytes()
+    with pytest.raises(ValueError, match=r"people.csv .* would be written over what file 1 reads"):
+        human.imported([ratings], packet / "key.csv", tmp_path)
+    assert ratings.read_bytes() == before
+    (packet / "key.csv").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"key.csv is not as `vlsafe human` writes it"):
+        human.imported([ratings], packet / "key.csv", tmp_path / "out")
 
 
 def test_alpha_is_the_librarys_and_knows_its_limits(packet, tmp_path):

@@ -3,8 +3,10 @@
 Every mistake ends in one line that names the thing, the value and the remedy, and makes nothing. Add yours to the tables.
 """
 
-import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -29,6 +31,7 @@ COMMANDS = {
     "fresh parent/alignd": ("stage", "'parent/alignd'", "did you mean 'parent/aligned'"),
     "card parent/alignd": ("stage", "'parent/alignd'", "did you mean 'parent/aligned'"),
     "card safety/sl-full --root empty": ("safety/sl-full", "missing", "`vlsafe stage safety/sl-full`"),
+    "notebook 00_world --out notebooks/00_world.ipynb": ("--out", "00_world.ipynb", "choose another place"),
     "notebook 00_word --out o.ipynb": ("notebook", "'00_word'", "did you mean '00_world'"),
     "notebook 00_world --out o.ipynb": ("notebook", "00_world.ipynb", "where the Snakefile is"),
     "notebooks --root empty": ("00_world.ipynb", "not executed", "`make reproduce`"),
@@ -131,13 +134,45 @@ def test_every_command_is_among_them():
     assert {typed.split()[0] for typed in COMMANDS} >= set(commands) - {"unlock"}
 
 
-def test_the_lock_of_a_living_scheduler_is_respected(elsewhere, capsys):
+UNLOCK = [sys.executable, "-m", "vlsafe", "unlock", "--root", "."]
+HOLD = [*UNLOCK, "--", sys.executable, "-c", "print('held', flush=True); input()"]
+OTHER_NAMESPACE = ["unshare", "--pid", "--fork"]
+
+
+def namespaces():
+    return (
+        shutil.which("unshare") and subprocess.run([*OTHER_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.parametrize("note", ["", "no number", "1", None])
+@pytest.mark.parametrize(
+    "within", [[], pytest.param(OTHER_NAMESPACE, marks=pytest.mark.skipif(not namespaces(), reason="no unshare"))]
+)
+def test_the_lock_of_a_living_scheduler_is_respected_and_of_a_dead_one_removed(within, note, elsewhere, capsys):
+    """Whatever its note says (a full disk leaves it empty; 1 is always alive), and also from another PID namespace."""
     lock = elsewhere / ".snakemake" / "locks" / "0.lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    (elsewhere / ".snakemake" / "owner").write_text(str(os.getpid()))
-    assert cli.main(["unlock"]) == 2 and lock.exists()
-    says(capsys.readouterr().err, ("make reproduce", str(os.getpid()), "wait for it or stop it"))
+    if note is not None:
+        (elsewhere / ".snakemake" / "owner").write_text(note)
+    with subprocess.Popen([*within, *HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n" and not lock.exists()
+        lock.touch()
+        assert cli.main(["unlock"]) == 2 and lock.exists()
+        says(capsys.readouterr().err, ("make reproduce", "at work here", "wait for it or stop it"))
+        holder.stdin.write("\n")
+    assert cli.main(["unlock"]) == 0 and not lock.exists()
+
+
+def test_whoever_reads_may_go_away_and_every_way_to_call_it_calls_it(elsewhere):
+    for module in ("vlsafe", "vlsafe.cli"):
+        call = f"{sys.executable} -m {module} status --root runs"
+        done = subprocess.run(
+            ["bash", "-c", f"{call} | head -1; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True
+        )
+        assert done.stderr == "" and done.stdout.startswith("missing ") and done.stdout.splitlines()[1] in ("141", "0"), done
+    assert subprocess.run([sys.executable, "-m", "vlsafe.cli"], capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.parametrize("text", FILES)

@@ -29,7 +29,7 @@ def started(place, scale):
             (place / name).symlink_to(ROOT / name)
     common = f"--scale {scale} --seeds 0 --backbones {BACKBONE} --root runs"
     line = (
-        f"vlsafe sweep {common} && vlsafe unlock --root . && exec snakemake --cores 2 --rerun-incomplete "
+        f"vlsafe sweep {common} && exec vlsafe unlock --root . -- snakemake --cores 2 --rerun-incomplete "
         f"--rerun-triggers mtime params input --quiet rules --config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
     )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -60,7 +60,7 @@ def started(place, scale):
     common = f"--scale {scale} --seeds 0 --backbones mini-chat --root runs"
     vlsafe = f"{sys.executable} -c 'import sys; from vlsafe import cli; sys.exit(cli.main(sys.argv[1:]))'"
     line = (
-        f"{vlsafe} sweep {common} && {vlsafe} unlock --root . && exec {sys.executable} -m snakemake --cores 2 --rerun-incomplete "
+        f"{vlsafe} sweep {common} && exec {vlsafe} unlock --root . -- {sys.executable} -m snakemake --cores 2 --rerun-incomplete "
         f"--rerun-triggers mtime params input --quiet all --config scale={scale} seeds=0 backbones=mini-chat root=runs"
     )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

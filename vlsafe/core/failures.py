@@ -23,6 +23,8 @@ TORCH = {"OutOfMemoryError", "AcceleratorError", "DistError"}  # by name: most c
 # What libraries report as a plain RuntimeError: memory of the host, a process or a device that is gone.
 WORDS = re.compile(r"out of memory|can't allocate memory|CUDA error|NCCL|gloo|DataLoader worker|Connection (closed|reset)", re.I)
 
+LONGEST = 900  # characters of a line of an error; assumed
+
 
 def passing(error: BaseException) -> bool:
     """Whether another try may end otherwise: a connection, a process, memory, room on a disk or a lock was lacking."""
@@ -55,3 +57,8 @@ def lasting(runs: Sequence[Run], attempt: int) -> Iterator[None]:
 
 def _note(runs: Sequence[Run]) -> Path:
     return runs[0].folder.with_name(runs[0].folder.name + ".failed")
+
+
+def shortened(line: str) -> str:
+    """A line of an error, without the middle where it quotes a damaged file without end."""
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}"

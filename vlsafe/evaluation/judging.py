@@ -56,6 +56,19 @@ def endpoint(server: Server) -> JudgeModel:
     return JudgeModel(server.model, complete)
 
 
+def served(judges: Iterable[str], address: str, model: str | None, key: str, timeout: float, parallel: int) -> JudgeModel:
+    """The model at an address, by default the one that the first judge which asks is published with.
+
+    Raises:   ValueError where there is none to ask for
+    """
+    from vlsafe.evaluation.servers import Server
+
+    model = model or next((LLM_JUDGES[name].model for name in judges if name in LLM_JUDGES), "")
+    if not model:
+        raise ValueError("say which model the endpoint is to be asked for: --judge-model")
+    return endpoint(Server(address, model, key, timeout, parallel=parallel))
+
+
 def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
     """A model folder, in memory while it judges and no longer, in bfloat16 on a GPU. Only for judges whose prompt is raw text.
 

@@ -132,7 +132,7 @@ def score(
     _refuse_inputs(out, rows_to, written.keep if judge_model else None, data, responses, judgements)
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
-    items, notes = module.load(data, subset, pictures=False)
+    items, notes = official.load(module, data, subset, pictures=False)
     find, left_out, texts = finder(module, items), list[str](), dict[str, list[str | None]]()
     if isinstance(responses, Stored):
         left_out = _not_in_run(responses, module, items)
@@ -145,7 +145,7 @@ def score(
     left = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
     items = [item for item in items if part(item) in parts]
     if judge_model is not None and any(LLM_JUDGES[name].pictures for name in llm):
-        pictured, notes = module.load(data, subset, pictures=True)
+        pictured, notes = official.load(module, data, subset)
         by_id = {item.id: item for item in pictured}
         items = [by_id.get(item.id, item) for item in items]
     written.models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}

@@ -6,12 +6,17 @@ import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
 
+from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study
@@ -80,15 +85,39 @@ def with_links(name: str, text: str) -> str:
 def execute(path: Path, out: Path, values: Mapping[str, Any]) -> None:
     """Run a notebook through papermill; it stands at `out` also when it fails.
 
-    Raises:   ValueError for a parameter that the notebook does not have (papermill alone would only warn);
+    Its kernel is this interpreter: one that somebody has registered as `python3` (JUPYTER_PATH) may be any other.
+
+    Raises:   ValueError for a parameter that the notebook does not have (papermill alone would only warn), or where `out` is a
+              notebook that is read;
               PapermillExecutionError when a cell fails
     """
     import papermill
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
 
+    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    own = KernelSpec(argv=launch, display_name="Python 3", language="python")
+    manager = type("Own", (AsyncKernelManager,), {"kernel_spec": property(lambda self: own)})
+    store.refuse_inputs({"--out": out}, {f"notebook {name}": path.with_name(f"{name}.ipynb") for name in NOTEBOOKS})
     for name in values:
         known(name, parameters(path), f"parameter of {path.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(path), str(out), dict(values), progress_bar=False, kernel_name="python3")
+    # The usual places are below HOME, where not everybody may write, and a user's profile may change what cells do.
+    with tempfile.TemporaryDirectory() as own_place, mock.patch.dict(
+        os.environ, JUPYTER_RUNTIME_DIR=own_place, IPYTHONDIR=own_place
+    ):  # fmt: skip
+        papermill.execute_notebook(
+            *(str(place).replace("{", "{{").replace("}", "}}") for place in (path, out)),  # it takes them for templates
+            dict(values), progress_bar=False, kernel_name="python3", kernel_manager_class=manager,
+        )  # fmt: skip
+
+
+def adopt_all(root: Path, packages: Mapping[str, str]) -> Iterator[str]:
+    """Copy the outputs of mini, seed 0, in a run store into all committed notebooks; their names, as each is done."""
+    stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": packages}
+    for name in NOTEBOOKS:
+        adopt(root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb", FOLDER / f"{name}.ipynb", stamp)
+        yield name
 
 
 def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
@@ -114,4 +143,4 @@ def adopt(executed: Path, committed: Path, stamp: Mapping[str, Any]) -> None:
     source.metadata["vlsafe"] = {"code": code_digest(committed), **stamp}
     source.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     source.metadata.pop("papermill", None)
-    committed.write_text(json.dumps(source, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    store.write_text(committed, json.dumps(source, indent=1, ensure_ascii=False, sort_keys=True) + "\n")

@@ -113,6 +113,13 @@ def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[S
                     break
 
 
+def made_by(studies: Sequence[Study], names: Sequence[str]) -> list[dict[str, object]]:
+    """What made each finished run, once."""
+    runs = {folder: study.run(name) for study, name, folder in finished(studies, names)}
+    kept = ("backbone", "seed", "stage", "recipe", "digest", "commit", "packages", "seconds")
+    return [{key: manifest[key] for key in kept} for manifest in map(store.manifest_of, runs.values())]
+
+
 def read(
     studies: Sequence[Study], names: Sequence[str], file: str, columns: Sequence[str] = (), optional: bool = False
 ) -> pd.DataFrame | None:
