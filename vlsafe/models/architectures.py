@@ -91,6 +91,11 @@ def config_of(folder: Path) -> PreTrainedConfig:
     return PreTrainedConfig(tie_word_embeddings=bool(raw.get("tie_word_embeddings")))
 
 
+def ties(folder: Path) -> bool:
+    """Whether the config of a checkpoint says that embedding and head are one tensor, as the library reads it."""
+    return bool(getattr(config_of(folder), "tie_word_embeddings", False))
+
+
 def family_of(model: PreTrainedModel | Path) -> Family:
     """The family of a model in memory, or of a checkpoint's folder by its config.json.
 

@@ -21,12 +21,12 @@ from vlsafe.models.architectures import (
     HEAD,
     Family,
     canonical,
-    config_of,
     decoder_type,
     family_of,
     language_name,
     naming,
     part_of,
+    ties,
     unrecognised,
 )  # fmt: skip
 from vlsafe.models.weights import Entry, read_object, read_tensor
@@ -34,9 +34,16 @@ from vlsafe.models.weights import Entry, read_object, read_tensor
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+class Words(NamedTuple):
+    """Tokens with their ids, and which of them were added to the vocabulary."""
+
+    ids: dict[str, int]
+    added: set[str]
+
+
 class Checkpoint(NamedTuple):
     """A model folder: its shards, its tensors by the names that models share, and the names of those that are merged; its family;
-    the names of embedding and head (`tables`), and whether its config ties them."""
+    the names of embedding and head (`tables`), whether its config ties them; its tokens, where it has a tokenizer.json."""
 
     folder: Path
     shards: tuple[Path, ...]
@@ -45,6 +52,7 @@ class Checkpoint(NamedTuple):
     family: Family
     tables: tuple[str, str]
     tied: bool
+    words: Words | None
 
 
 class Rows(NamedTuple):
@@ -83,7 +91,7 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
         if within or not (language_only or DERIVED.search(name)):
             keys.add(name)
     tables = (EMBEDDING, HEAD) if language_only else (f"{family.language}.{EMBEDDING}", HEAD)
-    return Checkpoint(folder, weights.shards(folder), tensors, keys, family, tables, bool(config_of(folder).tie_word_embeddings))
+    return Checkpoint(folder, weights.shards(folder), tensors, keys, family, tables, ties(folder), vocabulary(folder))
 
 
 def seed_name(model: Checkpoint, key: str) -> str:
@@ -133,7 +141,6 @@ def refuse_different(models: Mapping[str, Checkpoint], language_only: bool) -> N
 def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: bool = False, most: int = 6) -> list[str]:
     """What keeps two checkpoints from being merged, a line each (`what (count): name, name, …`); none where nothing does."""
     pairs = {key: (a.tensors[key], other.tensors[key]) for key in sorted(a.keys & other.keys)}
-    mine, theirs = vocabulary(a.folder), vocabulary(other.folder)
     extra = other.keys - a.keys
     untied = extra & set(other.tables) if a.tied and set(a.tables) & a.keys else set[str]()
     padded = set(a.tables) if language_only else set[str]()
@@ -149,7 +156,7 @@ def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: boo
             one.name for one, two in pairs.values() if one.shape == two.shape
             and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(read_tensor(one[:2]), read_tensor(two[:2]))
         },
-        f"other tokens in a and {which}": {repr(token) for token in _conflicts(mine, theirs, language_only)},
+        f"other tokens in a and {which}": {repr(token) for token in _conflicts(a.words, other.words, language_only)},
     }  # fmt: skip
     return [
         f"  {what} ({len(names)}): {', '.join(sorted(names)[:most])}{', …' if len(names) > most else ''}"
@@ -157,39 +164,47 @@ def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: boo
     ]  # fmt: skip
 
 
-def _conflicts(mine: dict[str, int] | None, theirs: dict[str, int] | None, language_only: bool) -> set[str]:
-    """Tokens that two vocabularies do not share; with `language_only` those alone that have another id, or an id of another's."""
+def _conflicts(mine: Words | None, theirs: Words | None, language_only: bool) -> set[str]:
+    """Tokens of one vocabulary alone, and those with two ids; with `language_only` those of the first kind that were added to a
+    vocabulary are no obstacle, as their rows stay A's."""
     if mine is None or theirs is None:
         return set()
-    different = {token for token, _ in mine.items() ^ theirs.items()}
+    different = {token for token, _ in mine.ids.items() ^ theirs.ids.items()}
     if not language_only:
         return different
-    taken = set(mine.values()) & set(theirs.values())
-    return {token for token in different if (token in mine and token in theirs) or {mine.get(token), theirs.get(token)} & taken}
+    return different - ((mine.added - theirs.ids.keys()) | (theirs.added - mine.ids.keys()))
 
 
 def shared_rows(models: Mapping[str, Checkpoint]) -> dict[str, Rows]:
     """The rows of embedding and head that all models have, where these are not all of A's rows."""
     a, found = models["a"], dict[str, Rows]()
-    ids: list[set[int]] = [set(words.values()) for model in models.values() if (words := vocabulary(model.folder)) is not None]
-    foreign = {i for some in ids for i in some if not all(i in others for others in ids)}
+    tables = [set(model.words.ids.items()) for model in models.values() if model.words]
+    foreign = {i for table in tables for token, i in table if not all((token, i) in other for other in tables)}
     for key in set(a.tables) & a.keys:
         whole = a.tensors[key].shape[0]
-        merged = min(model.tensors[key].shape[0] for model in models.values() if key in model.tensors)
+        merged = min(model.tensors[key].shape[0] for model in models.values())
         own = tuple(sorted(row for row in foreign if row < merged))
         if merged < whole or own:
             found[key] = Rows(merged, whole, own)
     return found
 
 
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """The tokens of a checkpoint's tokenizer with their ids, added ones included; None where it has no tokenizer.json."""
-    if not (folder / "tokenizer.json").exists():
+def vocabulary(folder: Path) -> Words | None:
+    """The tokens of a checkpoint's tokenizer; None where it has no tokenizer.json.
+
+    Raises:   ValueError, naming the file, where it is no tokenizer
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
         return None
-    tokenizer = read_object(folder / "tokenizer.json")
-    words = tokenizer["model"]["vocab"]
-    ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
-    return {**ids, **{added["content"]: added["id"] for added in tokenizer.get("added_tokens", ())}}
+    tokenizer = read_object(path)
+    try:
+        words, more = tokenizer["model"]["vocab"], tokenizer.get("added_tokens", ())
+        ids = words if isinstance(words, dict) else {word: i for i, (word, *_) in enumerate(words)}
+        added = {token["content"]: token["id"] for token in more}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer: it lacks a vocabulary of tokens and ids") from error
+    return Words({**ids, **added}, set(added))
 
 
 def verify(model: Checkpoint) -> None:
