@@ -58,7 +58,7 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
         parts = [events(raw, part) for part in spec["parts"]]
         rows = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return rows.assign(floor=rows["part"].map(CHANCE)) if spec.get("rescaled") else rows
-    rows = _judged(_about(raw, spec), spec)
+    rows = _judged(about(raw, spec), spec)
     if "whole" in spec:
         by = rows.groupby([*MODEL, "cluster", "group"], as_index=False, sort=False)
         rows = by.agg(event=("event", spec["whole"]), judge=("judge", "first"))
@@ -66,9 +66,9 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
     return rows.assign(part=measure, stratum=rows["group"] if spec.get("by_group") else "", floor=0.0)
 
 
-def _about(raw: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of a measure's benchmark that it is about, by all judges; of the one that stands in where the first has none."""
-    for benchmark in (spec["benchmark"], spec.get("stand_in")):
+def about(raw: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of a measure's benchmark that it is about, by all judges; of the first that stands in where that one has none."""
+    for benchmark in (spec["benchmark"], *spec.get("stand_in", ())):
         rows = raw[raw["benchmark"] == benchmark]
         if "harmful" in spec:
             rows = rows[rows["harmful"] == spec["harmful"]]

@@ -28,7 +28,7 @@ VERDICTS = {  # by whether some measure is clearly better, and some clearly wors
 def needed(*measures: str) -> set[str]:
     """The benchmarks that some measures are about, or stand in for one of these."""
     parts = [MEASURES[part] for measure in measures for part in MEASURES[measure].get("parts", (measure,))]
-    return {part[key] for part in parts for key in ("benchmark", "stand_in") if key in part}
+    return {name for part in parts for name in (part["benchmark"], *part.get("stand_in", ()))}
 
 
 def chosen(lines: pd.DataFrame, fixed: float | None = None) -> pd.Series:
@@ -154,6 +154,7 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
     The panel's few verb–object pairs allow an interval and no test that could survive a correction.
 
     Units:    fractions
+    Raises:   Lacking where the panel has no such pair
     """
     runs, changes = dict(list(panel.assign(exam="full").groupby("recipe", sort=False))), []
     for ensemble in [recipe for recipe in runs if recipe.startswith("ensemble/")]:
@@ -162,6 +163,8 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
             both = pd.concat([runs[ensemble], runs[linear]])
             change = analysis_measures.differences(both, f"merge/{ensemble}", [f"merge/{linear}"], HEADLINE)
             changes.append(change.assign(partner=pair.partition("+")[2], ratio=float(ratio)))
+    if not changes:
+        raise Lacking("no linear merge was examined beside its ensemble on the panel")
     return pd.concat(changes, ignore_index=True).drop(columns=["stage", "recipe"])
 
 

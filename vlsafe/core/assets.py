@@ -86,6 +86,7 @@ class Packed:
 
     `harmful_share`: rows of the raw corpus that request harm and are answered, known as such; `text_only_share`: rows without
     a picture (LLaVA: 40,688 of 665,298). `largest`: pictures of more pixels are left out; `side`: the longer side of those kept.
+    `most`: of prompts of each kind and of pictures in each part; None: all there are.
     """
 
     packages: Mapping[str, Package]
@@ -93,6 +94,7 @@ class Packed:
     text_only_share: float = 0.06
     largest: int = 4_000_000
     side: int = 224
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.harmful_share < 1 and 0 <= self.text_only_share < 1):

