@@ -70,9 +70,10 @@ def hub_processor(language: Origin, tower: Origin, name: str, spec: VisionSpec) 
     Where `spec.pad`, pictures are padded to a square with the mean colour; else the tower's own processor crops them. The
     picture's placeholder becomes a token of its own; without a pad token EOS pads, as no loss ever falls on padding.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language.repo, revision=pinned(language.repo, language.revision))
-    if getattr(tokenizer, "image_token", None) is None:
-        tokenizer.add_special_tokens({"image_token": "<image>"})
+    where = dict(pretrained_model_name_or_path=language.repo, revision=pinned(language.repo, language.revision))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    if getattr(tokenizer, "image_token", None) is None:  # the library takes a named token beside its own at loading alone
+        tokenizer = AutoTokenizer.from_pretrained(**where, image_token="<image>")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = template(name)
     pixels = AutoImageProcessor.from_pretrained(tower.repo, revision=pinned(tower.repo, tower.revision), backend="pil")
