@@ -151,6 +151,27 @@ def test_tied_and_untied_but_equal_heads_are_one(tmp_path):
         checkpoints.put_language(model, checkpoints.language_places(tmp_path / "different"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_drift_from_a_parent_whose_vocabulary_is_padded_differently(name, tmp_path):
+    """None where a model has the parent's weights, in the rows that both have; the others stay the model's."""
+    model, text = built(name), parent(name, 1, padding=4)
+    saved(text, tmp_path / "text")
+    places, before = (
+        checkpoints.language_places(tmp_path / "text"),
+        architectures.language_part(model).embed_tokens.weight.clone(),
+    )
+    checkpoints.put_language(model, places)
+    after = architectures.language_part(model).embed_tokens.weight
+    rows = text.config.vocab_size
+    assert torch.equal(after[:rows], text.model.embed_tokens.weight) and torch.equal(after[rows:], before[rows:])
+    saved(model, tmp_path / "model", "hub")
+    lines = list(states.drift(places, checkpoints.language_places(tmp_path / "model"), with_rank=False))
+    assert {line["change"] for line in lines} == {0.0}
+    assert sum(line["n"] for line in lines) == sum(weight.numel() for weight in text.parameters())
+    saved(built(name, 3), tmp_path / "other")
+    assert all(line["change"] > 0 for line in states.drift(places, checkpoints.language_places(tmp_path / "other"), False))
+
+
 def test_a_parent_of_another_kind_is_refused(tmp_path):
     saved(built("llava_next"), tmp_path / "a")
     for name, kind in (("llava", "llama"), ("qwen2_vl", "qwen2")):

@@ -28,7 +28,7 @@ from vlsafe.core.schema import Picture, Turn
 from vlsafe.models import checkpoints
 from vlsafe.models.architectures import PROJECTIONS, address, language_layers, read_out
 from vlsafe.models.chat import last_positions, prompt_batch
-from vlsafe.models.checkpoints import Place, language_places, read_tensor
+from vlsafe.models.checkpoints import Place, as_tied, language_places, read_tensor, shared_rows
 
 Prompts = Sequence[tuple[Sequence[Turn], Sequence[Picture]]]  # turns, and the pictures that go with them
 Pair = Mapping[str, Path]
@@ -239,14 +239,16 @@ def compare_sets(pair: Pair, prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bool = True) -> Iterator[dict[str, Any]]:
     """How far every language weight has moved, a row each, two tensors in memory at a time; squared norms can be added up.
+    Of embedding and head, the rows that both models have are compared.
 
     Raises:   ValueError where the two models do not have the same language weights
     Source:   effective rank: exp of the entropy of the normalised singular values, Roy and Vetterli 2007
     """
+    before, after = as_tied(before, after), as_tied(after, before)
     if set(before) != set(after):
         raise ValueError(f"the models have different language weights: {sorted(set(before) ^ set(after))[:6]}")
     for name in before:
-        old, new = (read_tensor(side[name]).float() for side in (before, after))
+        old, new = shared_rows(name, *(read_tensor(side[name]).float() for side in (before, after)))
         layer, module = address(name)
         change = new - old
         rank = effective_rank(change) if with_rank and change.ndim == 2 and layer is not None else None

@@ -24,6 +24,7 @@ from transformers.utils import is_liger_kernel_available, logging
 from vlsafe.core.scale import LanguageSpec, VisionSpec
 from vlsafe.models import architectures, devices, weights
 from vlsafe.models.architectures import EMBEDDING, HEAD, is_multimodal, language_part, projector_part, vision_part
+from vlsafe.models.efficientnet import LiteConfig
 from vlsafe.models.weights import Place, read_tensor
 
 
@@ -119,15 +120,17 @@ def _with_generation_ids(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: VisionSpec, seed: int) -> PreTrainedModel:
-    """Put a vision tower and a new projector in front of a language model, whose weights are copied unchanged.
+def graft(language: PreTrainedModel, tower: PreTrainedModel, processor: Any, spec: VisionSpec, seed: int) -> PreTrainedModel:
+    """Put a vision tower (a CLIP's, or one of ours) and a new projector in front of a language model, whose weights are copied
+    unchanged.
 
-    A text-only prompt gives the parent's logits bit for bit: this is the zero point of every curve in this project.
+    A text-only prompt gives the parent's logits bit for bit: this is the zero point of every curve in this project. Before
+    a tower of ours, whose features have a known scale, pictures' tokens start as long as words' on average.
 
     Draws:    the projector, from `seed`, with PyTorch's own linear initialisation (the library's 0.02 is slow to align)
     """
-    image_token = processor.tokenizer.image_token_id
-    config = _llava_config(tower.config.vision_config.to_dict(), language.config, image_token, spec)
+    image_token, vision = processor.tokenizer.image_token_id, getattr(tower.config, "vision_config", tower.config)
+    config = _llava_config(vision.to_dict(), language.config, image_token, spec)
     model = transformers.LlavaForConditionalGeneration(config).to(language.dtype)
     language_part(model).load_state_dict(language_part(language).state_dict())  # refuses keys that differ
     model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
@@ -136,7 +139,33 @@ def graft(language: PreTrainedModel, tower: CLIPModel, processor: Any, spec: Vis
     for layer in projector_part(model).modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
+    if isinstance(vision, LiteConfig):
+        _as_long_as_words(model, seed)
     return _with_generation_ids(model, processor.tokenizer)
+
+
+@torch.no_grad()
+def _as_long_as_words(model: PreTrainedModel, seed: int) -> None:
+    """Scale the projector's last layer so that outputs are as long as word embeddings on average, for features whose root mean
+    square is one; at random weights their direction does not matter, so normal ones stand for them."""
+    projector, words = projector_part(model), model.get_input_embeddings().weight.float()
+    *_, last = (layer for layer in projector.modules() if isinstance(layer, nn.Linear))
+    first = next(layer for layer in projector.modules() if isinstance(layer, nn.Linear))
+    features = torch.randn(256, first.in_features, generator=torch.Generator().manual_seed(seed)).to(first.weight)
+    factor = words.norm(dim=-1).mean() / projector(features).float().norm(dim=-1).mean()
+    for weight in last.parameters():
+        weight.mul_(factor)
+
+
+@torch.inference_mode()
+def norm_ratio(model: PreTrainedModel, pixels: torch.Tensor) -> float:
+    """How long the tokens of pictures are that the projector writes, relative to word embeddings: a ratio of mean norms.
+
+    Shapes:   pixels  [N, 3, H, W]  ->  scalar
+    """
+    features = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype)).pooler_output
+    tokens = torch.cat(list(features)).float().norm(dim=-1).mean()
+    return (tokens / model.get_input_embeddings().weight.float().norm(dim=-1).mean()).item()
 
 
 def random_graft(spec: LanguageSpec, vision: VisionSpec, loaded: bool, device: str = "meta") -> PreTrainedModel:
@@ -219,12 +248,22 @@ def put_language(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrai
     if set(own) != set(places):
         raise ValueError(f"language weights do not fit, names differ: {sorted(set(own) ^ set(places))[:6]}")
     for name, weight in own.items():
-        value = read_tensor(places[name])
-        rows = min(len(weight), len(value)) if name in (EMBEDDING, HEAD) else None
-        if value[:rows].shape != weight[:rows].shape:
-            raise ValueError(f"language weights do not fit: {name} {list(weight.shape)} and {list(value.shape)}")
-        weight[:rows].copy_(value[:rows])
+        mine, theirs = shared_rows(name, weight, read_tensor(places[name]))
+        mine.copy_(theirs)
     return model
+
+
+def shared_rows(name: str, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A language weight of two models; of embedding and head the rows that both have, as vocabularies are padded differently.
+
+    Raises:   ValueError where the shapes differ otherwise
+    """
+    if name in (EMBEDDING, HEAD):
+        rows = min(len(one), len(other))
+        one, other = one[:rows], other[:rows]
+    if one.shape != other.shape:
+        raise ValueError(f"language weights do not fit: {name} {list(one.shape)} and {list(other.shape)}")
+    return one, other
 
 
 def save(model: PreTrainedModel, folder: Path, processor: Any | None = None) -> None:
