@@ -92,10 +92,10 @@ def test_no_code_asks_a_scale_for_its_name_or_trusts_remote_code():
             assert not re.search(r"scale(\.name)? *(==|!=|in) *[\"'(\[]", text), path
 
 
-def test_files_are_short_and_the_package_has_fewer_lines_than_before():
+def test_files_are_short_and_the_package_is_as_large_as_it_was_agreed():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for _, path in modules()}
     assert not {path.name: n for path, n in lines.items() if n > 400}
-    assert sum(lines.values()) <= 17_700  # 17,788 before the folders; blank lines and docstrings count
+    assert sum(lines.values()) <= 22_000  # LOG.md, 2026-11-26, says what came in with scales that load; redesigns make it fewer
 
 
 def test_the_lock_is_exact_and_the_conda_file_equals_it():
