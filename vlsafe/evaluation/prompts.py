@@ -101,7 +101,8 @@ def localisation_prompts(world: World | None, n: int, official: Sequence[Item] =
     """
     items: dict[str, list[Item]] = {}
     for kind, (harmful, benchmarks) in ROLES.items() if world is None else ():
-        found = [[i for i in official if i.benchmark == name and i.harmful == harmful] for name in benchmarks]
+        alone = [item for item in official if item.harmful == harmful and not item.images]
+        found = [[item for item in alone if item.benchmark == name] for name in benchmarks]
         items[kind] = evenly(next((of for of in found if of), []), n)
         if not items[kind]:
             raise ValueError(f"no {kind} prompt to locate a band with: the items hold none of {' or '.join(benchmarks)}")

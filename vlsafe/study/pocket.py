@@ -19,6 +19,8 @@ from vlsafe import data, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.assets import Package
 from vlsafe.core.schema import Item, Turn, to_row
+from vlsafe.data.pocket import labels
+from vlsafe.evaluation import people
 from vlsafe.evaluation.benchmarks.pocket import items as items_of
 from vlsafe.study import filtering, world
 from vlsafe.study.study import Bar, Stage, Study, drop
@@ -30,6 +32,7 @@ PLAIN = 1200  # rows of the raw corpus that the guard learns from and is calibra
 AT_ONCE = 64  # prompts of a batch
 PARTS = ("train", "validation", "test")
 HELD_OUT = PARTS[1:]
+JUDGE, ENGAGED = "engagement", "engaged"  # whose agreement with people is noted
 
 
 def packages(*names: str) -> Any:
@@ -143,6 +146,7 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
         "prompts": {part: dict(Counter(prompt.kind for prompt in of)) for part, of in prompts.items()},
         "pictures": {part: len(of) for part, of in pictures.items()},
         "packages": data.pocket.packages.record(packed),
+        "judge": {kind: people.agreement(JUDGE, ENGAGED, labels.labelled(packed, kind)) for kind in labels.FILES},
     }  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def parent_params(study: Study) -> Any:
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
     """Align the chat model by refusals of harmful prompts and its own answers to all others, and measure what that costs.
 
-    Perplexities are of the unaligned model's answers to benign prompts that are not trained on, before and after.
+    Perplexities are of the unaligned model's answers to benign prompts that are not trained on, with their ends, before and after.
     """
     spec, prompts = study.scale.backbone(study.backbone), prompts_of(study)
     tokenizer, answers = study.processor().tokenizer, own_answers(study)
@@ -185,12 +189,12 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
 
 
 def perplexity(model: Any, tokenizer: Any, exchanges: Sequence[tuple[str, str]]) -> float:
-    """Of the answers of some exchanges. Units: per token, without the end of an answer"""
+    """Of the answers of some exchanges. Units: per token, the end of an answer included"""
     items = [
         Item(str(n), "perplexity", (Turn("user", request),), options=(answer,)) for n, (request, answer) in enumerate(exchanges)
     ]
     losses = evaluation.engines.option_losses(model, tokenizer, items, AT_ONCE // 2)
-    tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in exchanges)
+    tokens = sum(1 + len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in exchanges)
     return math.exp(sum(loss for (loss,) in losses) / tokens)
 
 
