@@ -81,7 +81,7 @@ def test_pictures_are_small_rgb_and_each_drawing_is_there_once(drawn):
     assert len({picture.png for picture in drawn}) == len(drawn)
     for picture in drawn[::40]:
         opened = Image.open(io.BytesIO(picture.png))
-        assert (opened.mode, opened.format) == ("RGB", "PNG") and max(opened.size) <= PACKED.side
+        assert (opened.mode, opened.format) == ("RGB", "PNG") and opened.width == opened.height <= PACKED.side
     assert {picture.licence for picture in drawn} == {PACKED.packages[name].licence for name in (pictures.CLIPS, pictures.STAMPS)}
 
 
@@ -132,7 +132,10 @@ def test_a_stamp_is_captioned_by_its_first_line_if_that_only_says_what_it_is(tmp
 def test_transparent_ground_becomes_white_and_a_huge_picture_is_left_out_unread(tmp_path):
     Image.new("RGBA", (448, 224), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     opened = Image.open(io.BytesIO(pictures._png(tmp_path / "clear.png", PACKED)))
-    assert opened.size == (224, 112) and opened.getextrema() == ((255, 255),) * 3
+    assert opened.size == (224, 224) and opened.getextrema() == ((255, 255),) * 3
+    Image.new("RGB", (20, 10), "blue").save(tmp_path / "wide.png")
+    opened = Image.open(io.BytesIO(pictures._png(tmp_path / "wide.png", PACKED)))
+    assert opened.size == (20, 20) and [opened.getpixel((10, y))[0] for y in (4, 5, 14, 15)] == [255, 0, 0, 255]
     (tmp_path / "huge.png").write_bytes((tmp_path / "clear.png").read_bytes()[:16] + (99_999).to_bytes(4, "big") * 2)
     assert pictures._png(tmp_path / "huge.png", PACKED) is None
 

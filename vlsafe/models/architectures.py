@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
+from vlsafe.models.efficientnet import LiteConfig
 from vlsafe.models.weights import read_object
 
 
@@ -70,6 +71,7 @@ FAMILIES = {
         renamed=(*LLAVA.renamed, ("vision_model.", "model.vision_model.")),
     ),
     "clip": Family(vision="vision_model"),
+    LiteConfig.model_type: Family(),  # a tower and nothing else: its vision part is itself
     "llama": DECODER, "mistral": DECODER, "qwen2": DECODER, "gemma": DECODER, "gemma2": DECODER, "gemma3_text": DECODER,
 }  # fmt: skip
 # Within a decoder block, of all families: its attention and MLP, and their linear maps.

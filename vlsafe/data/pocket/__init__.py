@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.data.pocket import packages, pictures, prompts
+    from vlsafe.data.pocket import guard, packages, pictures, prompts, rows
 
 __getattr__ = lazily(__name__)

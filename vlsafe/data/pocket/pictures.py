@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 def pictures(packed: Packed) -> list[Picture]:
     """All pictures that have a caption, sorted by id, each drawing once.
 
-    At most `packed.largest` pixels before, and at most `packed.side` on the longer side after. Transparent ground becomes white.
+    At most `packed.largest` pixels before, and squares of at most `packed.side` pixels after. Transparent ground becomes white.
 
     Raises:   FileNotFoundError where the packages are not installed; ValueError where they are others
     """
@@ -58,7 +58,7 @@ def pictures(packed: Packed) -> list[Picture]:
 
 
 def _shuffled(row: tuple[str, str, str, Path]) -> str:
-    """An order that is the same everywhere and knows no names: those pictures of a caption come first are not all alike."""
+    """An order that is the same everywhere and not that of names, in which likenesses follow each other."""
     return hashlib.sha256(f"{row[0]}/{row[1]}".encode()).hexdigest()
 
 
@@ -149,7 +149,8 @@ def _with_article(phrase: str, noun: str) -> str:
 
 
 def _png(path: Path, packed: Packed) -> bytes | None:
-    """A picture as RGB on white, made smaller where it is too large; None for one with too many pixels."""
+    """A picture as RGB in a white square, made smaller where it is too large; None for one with too many pixels. A square is
+    neither cropped in stage 1 nor padded in stage 2."""
     data = path.read_bytes()
     width, height = struct.unpack(">II", data[16:24])  # in every PNG; Pillow would warn of the largest ones
     if width * height > packed.largest:
@@ -157,7 +158,9 @@ def _png(path: Path, packed: Packed) -> bytes | None:
     with Image.open(io.BytesIO(data)) as picture:
         layers = picture.convert("RGBA")
     layers.thumbnail((packed.side, packed.side), reducing_gap=2.0)
-    flat = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    side = max(layers.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(layers, ((side - layers.width) // 2, (side - layers.height) // 2))
     file = io.BytesIO()
-    flat.save(file, "PNG")
+    square.convert("RGB").save(file, "PNG")
     return file.getvalue()
