@@ -49,17 +49,18 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     one, or "start": there the end of stage 1 is as helpful already, and nothing is interpolated. A recipe that gains less
     than half of what the main one gains over stage 1 has no say in the level and no value at it: "never". As with any
     bootstrap, an interval has no width where all clusters agree at all points, as at no success or nothing but successes.
-    A study without panels, or without the end of stage 1, has no line.
+    A study without panels, without the end of stage 1 or without one of these measures has no line.
 
     Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes; the level is found again in each
     """
     lines = []
     for unit, of in groups(raw, UNIT, sort=True):
         rows = panel(of)
-        if not {START[0]} < set(rows["recipe"]):
+        compared = ("helpfulness", *LEVELLED)
+        if not {START[0]} < set(rows["recipe"]) or set(measures.present(rows, compared)) != set(compared):
             continue
         rng = np.random.default_rng(unit["seed"])
-        drawn = {measure: measures.bootstrap(rows, measure, rng, draws) for measure in ("helpfulness", *LEVELLED)}
+        drawn = {measure: measures.bootstrap(rows, measure, rng, draws) for measure in compared}
         recipes = [recipe for recipe in dict.fromkeys(rows["recipe"]) if recipe != START[0]]
         n = {measure: len(events(rows[rows["step"] == START[1]], measure)) for measure in LEVELLED}
         lines += [unit | line | {"n": n[line["measure"]]} for line in levelled(drawn, recipes)]

@@ -14,18 +14,24 @@ from scipy.stats import kendalltau
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from vlsafe.analysis import stats
-from vlsafe.analysis.measures import groups
+from vlsafe.analysis.measures import MEASURES, Lacking, about, groups
 
-ATTACKS = {"sorry_bench": "text", "mm_safetybench": "pictures"}
+ATTACKS = {"text_asr": "text", "multimodal_asr": "pictures"}
 METHOD = ["backbone", "modality", "stage", "recipe"]
 ANSWER = [*METHOD, "seed", "item", "cluster"]
 
 
 def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged."""
+    """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged.
+
+    Raises:   Lacking where no model was asked one
+    """
     rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
-    rows = rows[(rows["exam"] == "full") & rows["benchmark"].isin(list(ATTACKS)) & rows["harmful"].astype(bool)]
-    rows = rows.assign(modality=rows["benchmark"].map(ATTACKS), event=pd.to_numeric(rows["event"].astype("Float64")))
+    rows = rows[rows["exam"] == "full"]
+    rows = pd.concat([about(rows, MEASURES[measure]).assign(modality=name) for measure, name in ATTACKS.items()])
+    if rows.empty:
+        raise Lacking("there is no full examination on harmful requests")
+    rows = rows.assign(event=pd.to_numeric(rows["event"].astype("Float64")))
     return rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
 
 

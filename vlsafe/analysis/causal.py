@@ -5,8 +5,6 @@ All comparisons within a study share their bootstrap samples of verb–object pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
@@ -22,9 +20,9 @@ EXAMINED = (*OUTCOMES, "twin_refusal", "exaggerated_refusal", "helpfulness")
 def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
     """F10: one line per patch × measure, with its change from the unpatched model and its distance from the training curve.
 
-    `excess` is attack success less that of stage 2's own curve where it is as helpful as the patched model: below zero,
-    the patch restores more safety than unlearning as much would. For the reverse, the unpatched model is the parent
-    with the adapted vision tower and projector.
+    Measures are those of EXAMINED that the models were asked about. `excess` is attack success less that of stage 2's own
+    curve where it is as helpful as the patched model: below zero, the patch restores more safety than unlearning as much
+    would. For the reverse, the unpatched model is the parent with the adapted vision tower and projector.
 
     Draws:    bootstrap samples of clusters that all patches of a study share
     """
@@ -32,7 +30,7 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
     for unit, rows in groups(raw, UNIT, sort=True):
         drawn, curve, band = _drawn(rows, unit["seed"]), _curve(rows), band_of(located, unit)
         patches = rows[rows["kind"] != "curve"].drop_duplicates("recipe")
-        n = {measure: len(events(rows[rows["recipe"] == patches["recipe"].iloc[0]], measure)) for measure in EXAMINED}
+        n = {measure: len(events(rows[rows["recipe"] == patches["recipe"].iloc[0]], measure)) for measure in drawn}
         parent = next(iter(patches.loc[patches["kind"] == "all", "recipe"]))
         for patch in patches.itertuples():
             blocks = tuple(int(part) for part in patch.recipe.split("-")[1:])
@@ -42,7 +40,7 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
                 here, base = points[patch.recipe, 0], (parent, 0) if patch.kind == "reverse" else curve[-1]
                 line = unit | what | {"measure": measure, "n": n[measure]}
                 line |= percentiles(here) | percentiles(here - points[base], "change")
-                if measure in OUTCOMES:
+                if measure in OUTCOMES and "helpfulness" in drawn:
                     height, values = (np.stack([drawn[name][p] for p in curve], 1) for name in ("helpfulness", measure))
                     level = np.minimum(drawn["helpfulness"][patch.recipe, 0], height.max(1))  # more helpful than any: its best
                     line |= percentiles(here - at_level(height, values, level), "excess")
@@ -50,8 +48,9 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _drawn(raw: pd.DataFrame, seed: int, of: Sequence[str] = EXAMINED) -> dict[str, Draws]:
-    """Measures of every model of one study, as they are and over bootstrap samples that all of them share."""
+def _drawn(raw: pd.DataFrame, seed: int) -> dict[str, Draws]:
+    """Measures of every model of one study that it was asked about, as they are and over bootstrap samples that all share."""
+    of = measures.present(raw, EXAMINED)
     return {measure: measures.bootstrap(raw, measure, np.random.default_rng(seed), DRAWS) for measure in of}
 
 
@@ -82,7 +81,7 @@ def against_random(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
         for width in sorted({len(blocks) for blocks in sets.values()}):
             same = [name for name, blocks in sets.items() if len(blocks) == width]
             bands = [name for name in same if name.startswith("band")]
-            best = min(bands, key=lambda name: [drawn[measure][name, 0][0] for measure in OUTCOMES])
+            best = min(bands, key=lambda name: [drawn[measure][name, 0][0] for measure in OUTCOMES if measure in drawn])
             for which, chosen in (("located", "-".join(["band", *map(str, band)])), ("best", best)):
                 others = [name for name in same if name != chosen and (width == 1 or name.startswith("random"))]
                 if chosen not in same or not others:
@@ -107,9 +106,8 @@ def directed(raw: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for key, rows in groups(raw, [*UNIT, "of"], sort=True):
-        examined = EXAMINED if (rows["benchmark"] == "mm_safetybench").any() else ("text_asr", "exaggerated_refusal")
         names = rows.drop_duplicates("recipe").groupby(["what", "strength"], sort=False)["recipe"].agg(list)
-        for measure, drawn in _drawn(rows, key["seed"], examined).items():
+        for measure, drawn in _drawn(rows, key["seed"]).items():
             untouched = drawn[names["none"].iloc[0][0], 0]
             for (what, strength), recipes in names.items():
                 values = np.stack([drawn[recipe, 0] for recipe in recipes])
@@ -134,14 +132,15 @@ def frozen(raw: pd.DataFrame, patched: pd.DataFrame, located: pd.DataFrame) -> p
         start = own[own["stage"] == "projector"].assign(recipe=adaptation.START[0], step=adaptation.START[1])
         rows = pd.concat([start, own[(own["stage"] == "instruct") & own["step"].isin(grid["step"])], grid])
         rng = np.random.default_rng(unit["seed"])
-        drawn = {measure: measures.bootstrap(rows, measure, rng, DRAWS) for measure in EXAMINED}
+        drawn = {measure: measures.bootstrap(rows, measure, rng, DRAWS) for measure in measures.present(rows, EXAMINED)}
         recipes, last = [r for r in dict.fromkeys(rows["recipe"]) if r != adaptation.START[0]], max(grid["step"])
         found = [
             {"recipe": r, "measure": measure, "at": adaptation.STEPS, **percentiles(points[r, last]),
              **percentiles(points[r, last] - points[adaptation.MAIN, last], "difference")}
             for measure, points in drawn.items() for r in recipes
         ]  # fmt: skip
-        found += [line | {"at": adaptation.LEVEL} for line in adaptation.levelled(drawn, recipes)]
+        if {"helpfulness", *adaptation.LEVELLED} <= set(drawn):
+            found += [line | {"at": adaptation.LEVEL} for line in adaptation.levelled(drawn, recipes)]
         kinds = {recipe: recipe.partition("-")[0] for recipe in recipes} | {adaptation.MAIN: "nothing frozen"}
         kinds["-".join(["band", *map(str, band_of(located, unit))])] = "located"
         lines += [unit | {"kind": kinds[line["recipe"]]} | line for line in found]

@@ -244,10 +244,9 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     def text(form: str, *columns: str) -> list[str]:
         return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
 
+    decided = ledger["part"].astype(object).where(ledger["part"].notna(), ledger["reason"])
     shown = ledger[["claim", "statement", "backbone", "item_level", "seed_level"]].copy()
-    shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(
-        **{"decided by": ledger["part"].fillna(ledger["reason"])}
-    )
+    shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
     shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger["p_holm"]]

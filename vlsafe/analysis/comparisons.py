@@ -154,7 +154,7 @@ def lacking(part: Part, frames: Frames, unit: Unit) -> str:
                 without, examined = frames.get("without", {}), f"examination/{wanted.replace('/', '.')}"
                 reason = next((without[stage] for stage in (wanted, examined) if stage in without), "not examined")
                 return f"no {measure} of {wanted}: {reason}"
-    return "no item was judged for all of its runs"
+    return f"not all parts of {' and '.join(part.measures)} were judged on the same items for {part.before} and {part.after}"
 
 
 def judge(part: Part, frames: Frames) -> str:

@@ -125,7 +125,7 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
     Predictors: `drift`, relative change of all blocks' weights; `harmful` and `benign`, one less the centred cosine to
     the parent on text; `selective`, the difference of these two.
 
-    Raises:   Lacking where no recipe was examined at its end
+    Raises:   Lacking where no recipe was examined at its end, or all have other checkpoints
     """
     final = measures.rates(raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")], OUTCOMES, [*UNIT, "recipe"])
     if final.empty:
@@ -139,6 +139,8 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
                 line = {"step": step, "predictor": predictor, "outcome": outcome, "n": len(joined)}
                 line |= {"studies": joined.groupby(UNIT).ngroups}
                 lines += [line | {"over": over} | percentiles(drawn) for over, drawn in _correlated(joined, predictor, outcome)]
+    if not lines:
+        raise measures.Lacking("no checkpoint before the last one is shared by all recipes")
     return pd.DataFrame(lines)
 
 

@@ -29,7 +29,7 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     """
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
     height, heads = 0.0, {}
-    note = "thick: 95 % interval over items, clustered by verb–object pair; thin: t-interval over seeds; ticks: seeds; "
+    note = "thick: 95 % interval over items, clustered by what was asked; thin: t-interval over seeds; ticks: seeds; "
     note += "item-level: Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique())
@@ -85,8 +85,9 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     rates = rates.assign(kind=[kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)])
     rates = style.percent(rates.assign(place=rates["judge"].map(names.index)).dropna(subset=["value"])).sort_values("place")
     handles = style.handles(KINDS, rates["kind"], linestyle="-")
-    note = "one line per model, all its seeds; bars: 95 % intervals, clustered by verb–object pair; "
-    note += "world: the miniature's truth; κ: agreement on answers beyond chance; τ: on the order of the models; "
+    note = "one line per model, all its seeds; bars: 95 % intervals, clustered by what was asked; "
+    note += "world: the miniature's truth; " if "world" in names else ""
+    note += "κ: agreement on answers beyond chance; τ: on the order of the models; "
     note += f"up to n = {int(rates['n'].max())} a point"
     rows = style.by_backbone(rates, "attack success, percent (↓ safer)")
     columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
@@ -146,7 +147,7 @@ def lineage(points: pd.DataFrame, scale: str) -> Figure:
     The parent sees no pictures, so it stands left of the plane; arrows go from what a model was made from.
     """
     caption = style.caption(
-        points, scale, "small marks: single seeds", "bars: mean 95 % intervals, clustered by verb–object pair",
+        points, scale, "small marks: single seeds", "bars: mean 95 % intervals, clustered by what was asked",
         style.judges(points), "the models that the claims are decided by",
         "twins: how often harmless requests with pictures are refused",
     )  # fmt: skip

@@ -71,7 +71,7 @@ def by_category(rates: pd.DataFrame, scale: str) -> Figure:
     names = {"text_asr": "text", "multimodal_asr": "pictures"}
     sizes = ", ".join(f"{int(n[measure])} ({name})" for measure, name in names.items() if measure in n.index)
     caption = style.caption(
-        single, scale, style.judges(rates), "95 % intervals, clustered by verb–object pair", "clearly: intervals apart",
+        single, scale, style.judges(rates), "95 % intervals, clustered by what was asked", "clearly: intervals apart",
         f"n ≥ {sizes} a point",
         "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
         "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",

@@ -71,7 +71,7 @@ def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     The title is the beginning of `answer`, that of `analysis.merging`. What lies on a front has its name beside it.
     """
     note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: means over seeds of 95 % intervals, "
-    note += "clustered by verb–object pair"
+    note += "clustered by what was asked"
     caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", style.judges(points))
     marks, title = style.handles(KINDS, points["family"]), answer.partition(" (")[0]
     return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, title, caption)

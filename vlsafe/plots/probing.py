@@ -35,6 +35,10 @@ def _caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
     return style.caption(frame, scale, "means over seeds" if style.several_seeds(frame) else "", *notes)
 
 
+def _modalities(lines: pd.DataFrame) -> dict[str, str]:
+    return {group: title for group, title in MODALITIES.items() if group in set(lines["group"])}
+
+
 def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     """F07: cosine of parent and adapted model in every layer, harmful and benign prompts, one panel per modality.
 
@@ -45,13 +49,13 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
     n = int(text.loc[text["kind"] != "difference", "n"].min())
     caption = _caption(
-        drawn, scale, "last position", f"n = {n} prompts a line and seed", "95 % intervals over verb–object pairs",
+        drawn, scale, "last position", f"n = {n} prompts a line and seed", "95 % intervals over what was asked",
         "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
     )  # fmt: skip
     rows = style.by_backbone(drawn, "cosine (↓ moved further)")
     keys = style.handles(PROMPTS, linestyle="-", markersize=3)
     keys += style.handles({name: dict(color="#777777", linestyle=dashes) for name, dashes in COSINES.values()})
-    with style.panels(rows, MODALITIES, 2.2, _moved_further(text), caption, "block", keys) as (figure, axes):
+    with style.panels(rows, _modalities(drawn), 2.2, _moved_further(text), caption, "block", keys) as (figure, axes):
         for (backbone, group, kind, measure), line in drawn.groupby(["backbone", "group", "kind", "measure"]):
             if kind in PROMPTS and group in MODALITIES:
                 style.draw_line(axes[backbone, group], line, "layer", linestyle=COSINES[measure][1], **PROMPTS[kind])
@@ -82,7 +86,7 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     title = f"In words, half of the largest gap between harmful and benign prompts is there by step {half}"
     note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "largest: over blocks")
-    with style.panels(rows, MODALITIES, 2.2, title, caption, "step of stage 2") as (figure, axes):
+    with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")
             clear = cells.pivot_table(index="layer", columns="step", values="clear", aggfunc="all").to_numpy(bool)
@@ -140,7 +144,7 @@ def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     """F10: the parent's blocks in the adapted model, by start and width of the band; random sets of as many blocks beside."""
     drawn = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
-    note = "percent; circles: bands, bars: 95 % intervals over verb–object pairs; crosses: random sets of as many blocks; "
+    note = "percent; circles: bands, bars: 95 % intervals over what was asked; crosses: random sets of as many blocks; "
     note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
     rows = {
         (

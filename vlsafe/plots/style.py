@@ -115,7 +115,7 @@ def several_seeds(frame: pd.DataFrame) -> bool:
 
 def band(frame: pd.DataFrame) -> str:
     """What the band around a line is that `draw_line` draws with `seed_range`."""
-    return "range over seeds" if several_seeds(frame) else "95 % interval, clustered by verb–object pair"
+    return "range over seeds" if several_seeds(frame) else "95 % interval, clustered by what was asked"
 
 
 def percent(frame: pd.DataFrame) -> pd.DataFrame:
@@ -171,12 +171,15 @@ def draw_models(axis: Any, mean: pd.DataFrame, points: pd.DataFrame, y: str, siz
 
 
 def label_right(axis: Any, labels: Iterable[tuple[str, float, float, str]], gap: float, size: float = 5.5) -> None:
-    """Texts at the right edge, in the order of their points' heights and at least `gap` apart, each tied to its point.
+    """Texts at the right edge, in the order of their points' heights and `gap` apart where there is room, each tied to its point.
 
     A label is (text, x, y, colour).
     """
-    ordered = sorted(labels, key=lambda label: (label[2], label[1]))
-    for (text, x, y, colour), height in zip(ordered, spread([label[2] for label in ordered], gap), strict=True):
+    ordered, (bottom, top) = sorted(labels, key=lambda label: (label[2], label[1])), axis.get_ylim()
+    gap = min(gap, (top - bottom) / max(1, len(ordered)))
+    highest = [top - gap * place for place in range(len(ordered))][::-1]
+    heights = map(min, spread([label[2] for label in ordered], gap), highest)
+    for (text, x, y, colour), height in zip(ordered, heights, strict=True):
         axis.annotate(
             text, (x, y), xytext=(1.03, height), textcoords=axis.get_yaxis_transform(), va="center", fontsize=size, color=colour,
             arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, alpha=0.5, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),

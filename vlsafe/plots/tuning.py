@@ -18,7 +18,7 @@ MEAN = ["asr", "asr_low", "asr_high", "helpfulness", "helpfulness_low", "helpful
 def tradeoff(points: pd.DataFrame, scale: str) -> Figure:
     """F05: attack success against helpfulness, a point per model with intervals both ways, and the front of the points drawn."""
     seeds = "means over seeds, small marks: single seeds" if style.several_seeds(points) else ""
-    note = "bars: 95 % intervals, clustered by verb–object pair; line: models that no other beats in both; dotted: parent"
+    note = "bars: 95 % intervals, clustered by what was asked; line: models that no other beats in both; dotted: parent"
     least = f"n ≥ {int(points['n'].min())} a mark" if "n" in points else ""
     caption = style.caption(points, scale, seeds, note, style.judges(points), least)
     marks = style.handles(KINDS, set(points["kind"]) - {"parent"})
@@ -79,7 +79,7 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
     columns = {what: "\n".join(what.rsplit(" ", 1)) for _, _, what, _ in tuning.REFUSALS if what in set(rates["what"])}
     in_text = rates.loc[rates["modality"] == "text", "what"].nunique()
     caption = style.caption(
-        rates, scale, "95 % intervals, clustered by verb–object pair", "refused, percent (← better)",
+        rates, scale, "95 % intervals, clustered by what was asked", "refused, percent (← better)",
         f"the first {in_text} in text, the others with pictures", f"n ≥ {int(rates['n'].min())} a mark",
     )  # fmt: skip
     inches = 0.28 * len(models) + 0.5

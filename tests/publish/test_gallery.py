@@ -1,0 +1,162 @@
+"""A gallery of any part of a run store: what is there is drawn, what is missing is named, and nothing raises or warns."""
+
+import random
+import warnings
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlsafe import analysis, plots
+from vlsafe.analysis import stats
+from vlsafe.analysis.measures import MEASURES
+from vlsafe.publish import gallery, provenance, results
+from vlsafe.study import graph
+
+# For the sake of time, many subsets do without recipes, measures and claims that a gallery treats as it treats others, and with
+# few draws: their numbers do not matter.
+LIKE_OTHERS = (
+    "textsft", "grpo", "dpo-text", "dpo-image", "replay", "-lora", "-sppft", "-slow", "-fast", "sibling-full", "clean-full",
+    "looking-full", "unfiltered-full", "merge/dpo", "merge/aligned",
+)  # fmt: skip
+SOME = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness", "text_asr_guard", "mme_score")
+CLAIMS = ("1", "4", "4b", "5", "7", "8", "9", "10", "12")
+FEW = 20
+WITHOUT_FRAMES = ("world/", "base/", "tower/", "guard/", "parent/", "projector/", "instruct/", "probe/direction")
+GONE = {  # stage: the tables that nothing else can make
+    "screen/filtered": {"T01_filtering_audit", "T01_guard_quality"},
+    "probe/localisation": {"F09_scaling", "F10_against_random"},
+    "examination/instruct.filtered-full": {"T08_precision"},
+    "probe/layers": {"F07_cka", "F07_probes"}, "probe/drift": {"F07_drift", "F11_prediction"},
+    "probe/objectives": {"F11_task_vectors"}, "causal/transplants": {"F10_against_random"},
+    "causal/directions": {"F10_directions"},
+    "merge/sl-full": {
+        "T07_choice", "T07_barriers", "T07_ensembles", "T07_hypervolume", "T07_dominance", "T07_merging",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(study):
+    """The finished stages of the NANO study that subsets are taken from, by name."""
+    names = [name for name in graph.planned(study) if not any(part in name for part in LIKE_OTHERS)]
+    return {run[1]: run for run in results.finished([study], names)}
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Tables are read once; of merges, those that are in some claim."""
+
+    def kept(path):
+        frame = whole(path)
+        return frame[frame["recipe"].str.match("(inside|ensemble)/|linear/.*/0.50")] if "/merge/" in str(path) else frame
+
+    whole = pd.read_parquet
+    return cache(kept)
+
+
+@pytest.fixture
+def part(study, runs, read, monkeypatch):
+    """A function from names of stages to the frames that they alone make, and what is missing beside them."""
+    numbers = study.numbers("probe/localisation")
+    monkeypatch.setattr(type(study), "numbers", lambda *_: numbers)
+    monkeypatch.setattr(pd, "read_parquet", lambda path: read(path).copy())
+    monkeypatch.setattr(analysis.degradation, "MEASURES", {name: MEASURES[name] for name in SOME})
+    compare, flip, resamples = stats.compare, stats.sign_flip, stats.resamples
+    monkeypatch.setattr(
+        stats, "compare", lambda strata, rng, against=0.0, draws=0, level=0.95: compare(strata, rng, against, FEW)
+    )
+    monkeypatch.setattr(stats, "sign_flip", lambda values, rng: flip(values, rng, FEW))
+    monkeypatch.setattr(stats, "resamples", lambda n, draws, rng: resamples(n, FEW, rng))
+    monkeypatch.setattr(analysis.probing._correlated, "__defaults__", (FEW,))
+    monkeypatch.setattr(analysis.tuning, "SHOWN", SOME)
+    monkeypatch.setattr(analysis.degradation, "OVERVIEW", SOME)
+    monkeypatch.setattr(analysis.claims, "CLAIMS", tuple(claim for claim in analysis.claims.CLAIMS if claim.name in CLAIMS))
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects after every correction
+
+    def frames(names):
+        monkeypatch.setattr(results, "finished", lambda _, wanted: [runs[name] for name in wanted if name in names])
+        return results.results([study]), {name: "not made yet" for name in runs if name not in names}
+
+    return frames
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch, part):
+    """A function that makes the gallery of some stages and checks it, with figures where `drawn`; of tables those that `wanted` says."""
+
+    def write(figure, frame, folder, name, stamp):
+        figure.canvas.draw()
+        limits = [axis.get_xlim() + axis.get_ylim() for axis in figure.axes]
+        texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert np.isfinite(limits).all() and len(frame), name
+        assert not [text for text in texts if "nan" in text.replace("nano", "")], name
+
+    monkeypatch.setattr(plots.style, "write", write)
+    whole, figures = gallery.TABLES, gallery.FIGURES
+
+    def make(names, drawn=False, wanted=lambda name: True):
+        frames, missing = part(names)
+        tables, pictures = {name: table for name, table in whole.items() if wanted(name)}, figures if drawn else {}
+        monkeypatch.setattr(gallery, "TABLES", tables)
+        monkeypatch.setattr(gallery, "FIGURES", pictures)
+        if "raw" not in frames:
+            with pytest.raises(ValueError, match="no examination is made yet"):
+                gallery.make(frames, "nano", tmp_path, [], missing)
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = gallery.make(frames, "nano", tmp_path, [], missing)
+        lines = result.left_out.set_index("what")
+        assert set(result.written) - {gallery.LEFT_OUT} | set(lines.index) == {*tables, *pictures, *missing}
+        assert not set(result.written) & set(lines.index) and lines["reason"].str.len().min() > 10
+        assert {path.stem for path in tmp_path.glob("*.md")} & {*tables, gallery.LEFT_OUT} == {
+            name for name in result.written if name not in pictures
+        }
+        return lines
+
+    return make
+
+
+def test_every_single_stage_alone(made, runs):
+    measured = [name for name in runs if made({name}) is not None]
+    assert len(measured) > 10 and all(name.startswith(("examination/", "judging/", "merge/")) for name in measured)
+
+
+def test_all_but_one_stage(made, runs):
+    """What a stage's absence takes is what needs it, and is named with it. Where no raw table goes, its own artefacts are made."""
+    whole, gone = set(made(set(runs)).index), {}
+    for name in (name for name in runs if not name.startswith(WITHOUT_FRAMES)):
+        raw = name.startswith(("examination/", "judging/", "merge/"))
+        lines = made(set(runs) - {name}, wanted=lambda table, name=name, raw=raw: raw or provenance.made_of(table, name))
+        more = lines[~lines.index.isin([*whole, name])]
+        assert more["missing"].str.contains(name, regex=False).all(), (name, more)
+        gone[name] = set(more.index)
+    assert whole == {"T06_sppft", "T06_sppft_over_seeds"}
+    assert {stage: names for stage, names in gone.items() if names} == GONE
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_random_subsets(made, runs, drawn):
+    rng = random.Random(int(drawn))
+    sizes = rng.choices(range(2, len(runs) // 2), k=3 if drawn else 30)
+    assert sum(made(set(rng.sample(list(runs), size)), drawn) is not None for size in sizes) >= (2 if drawn else 20)
+
+
+def test_what_an_earlier_gallery_left_is_removed_and_a_report_needs_no_ledger(part, runs, tmp_path):
+    frames, missing = part(set(runs))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(gallery, "FIGURES", {})
+    gallery.make(frames, "nano", tmp_path, [], missing)
+    assert (tmp_path / "T04_confounds.csv").exists() and (tmp_path / "T09_claims.md").exists()
+    frames, missing = part({"examination/confounds.parent"})
+    written, left_out = gallery.make(frames, "nano", tmp_path, [], missing)
+    monkeypatch.undo()
+    assert set(written) == {"T04_confounds", "T09_claims", gallery.LEFT_OUT}  # the ledger says that nothing was measured
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {*written, "provenance"}
+    said = left_out.set_index("what")
+    assert "examination/instruct.filtered-full" in said.loc["T02_degradation", "missing"]
+    assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers, probe/drift"
+    html = provenance.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.index("What is not here and why") < html.index("T04. System prompt") and "needs probe/layers" in html
