@@ -21,6 +21,13 @@ export MKL_NUM_THREADS := 1
 # Kernels of this environment come before those that somebody has registered elsewhere under the same name.
 unexport JUPYTER_PATH
 export JUPYTER_PREFER_ENV_PATH := 1
+# Snakemake and matplotlib keep caches below HOME; where that cannot be written they lie here, and weights stay where they are.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
+ifneq ($(shell mkdir -p "$(CACHE)" 2>/dev/null && test -w "$(CACHE)" && echo yes),yes)
+export HF_HOME ?= $(CACHE)/huggingface
+export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache
+export MPLCONFIGDIR ?= $(CURDIR)/.snakemake/cache/matplotlib
+endif
 # Recipes take these from their environment, in quotes: paths hold spaces and apostrophes.
 export SCALE SEEDS BACKBONES GRID ROOT
 

@@ -57,6 +57,7 @@ DEFECTS = {
         Example("no user", "s", (Turn("assistant", "apple."),), (picture(),)),
         Example("twice", "s", (Turn("user", "what is it?"), Turn("user", "what is it?"))),
     ],
+    "half a character in the text": [row("half", picture(), answer="apple \ud83d."), row("half too", question="\udc00 what?")],
     "control token in the text": [row("image word", picture(), question="<image> what is it?"), row("end", answer="apple</s>.")],
 }  # fmt: skip
 

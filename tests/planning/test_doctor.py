@@ -20,7 +20,7 @@ import pytest
 from vlsafe import cli
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
-from vlsafe.core.presets import PAPER, SCALES
+from vlsafe.core.presets import PAPER, SCALES, load_scale
 from vlsafe.planning import doctor, outside
 from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
@@ -241,7 +241,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused_by_name(hub, tmp_pat
     with pytest.raises(ValueError, match=r"a.zip.* has a member '.*evil.png' that leads out of it; it was removed"):
         outside.fetch(address(hub, "/archives/a.zip"), tmp_path / "a.zip")
     hub.archives["b.zip"] = b"<html>moved</html>"
-    with pytest.raises(ValueError, match=r"b.zip.* is no zip file and was removed"):
+    with pytest.raises(ValueError, match=r"b.zip.* is no zip file; it was removed"):
         outside.fetch(address(hub, "/archives/b.zip"), tmp_path / "b.zip")
     assert list(tmp_path.iterdir()) == []
 
@@ -258,11 +258,28 @@ def test_unpacking_gives_the_official_layout_and_the_same_rows(tmp_path, monkeyp
                    if not isinstance(row, data_files.Refused) and row.images and not data_files.missing(row.images[0])]
             for name in ("captions", "instructions")}  # fmt: skip
     for need in outside.needs(PAPER):
+        root = tmp_path / str(need.folder)
+        outside._record(outside.CHECKSUMS, need.origin.repo, {str(path.relative_to(root)): "" for path in root.rglob("*.zip")})
+    by_hand = next(tmp_path.glob("LLaVA-Pretrain*")) / "mine.zip"
+    by_hand.write_bytes(packed(["mine/a.png"]))
+    for need in outside.needs(PAPER):
         outside._unpack(need, lambda text: None)
-    assert not list(tmp_path.rglob("*.zip")) and (tmp_path / "LLaVA-Pretrain/images/00000/000000000.jpg").is_file()
+    assert list(tmp_path.rglob("*.zip")) == [by_hand], "what somebody put there stays"
+    assert (tmp_path / "LLaVA-Pretrain/images/00000/000000000.jpg").is_file()
     for name, before in seen.items():
         rows = [row for row in sources.stream(name, getattr(PAPER.loaded, name)) if not isinstance(row, data_files.Refused)]
         assert [bytes(row.images[0]) for row in rows if row.images and not data_files.missing(row.images[0])] == before
+
+
+def test_without_a_network_each_thing_is_named_in_one_line_and_nothing_is_half(hub, wanted, tmp_path):
+    hub.shutdown()
+    hub.server_close()
+    done = vlsafe(hub, tmp_path, "download", "--scale", str(wanted))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    at = lines.index("vlsafe: not everything could be downloaded")
+    assert [line.split(":")[0].strip() for line in lines[at + 1 :]] == [need.name for need in outside.needs(load_scale(wanted))]
+    assert all(len(line) > len(line.split(":")[0]) + 3 for line in lines[at + 1 :]), "each says why"
 
 
 def test_a_download_does_not_begin_where_it_cannot_end(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 csv.field_size_limit(1 << 30)  # MMBench keeps pictures in a column
+SHOWN = 30  # characters of a column's name, which may be a row where the header is missing; assumed
 STARTS = {
     b"\x1f\x8b": "a gzip file: unpack it", b"PK\x03\x04": "a zip file: unpack it", b"\xfd7zXZ": "an xz file: unpack it",
     b"BZh": "a bzip2 file: unpack it", b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8",
@@ -108,7 +109,8 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> lis
     """
     table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     if missing := [column for column in required if column not in (table.fieldnames or [])]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.fieldnames or ['none'])[:300]}")
+        there = ", ".join(" ".join(name.split())[:SHOWN] for name in table.fieldnames or ["none"])
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {there}")
     rows = []
     try:
         for row in table:

@@ -56,6 +56,8 @@ def _unsound_text(row: Example, processors: Sequence[Any]) -> str | None:
     for turn in row.turns:
         if turn.role != "system" and not (turn.text or "").strip():
             return "instruction empty" if turn.role == "user" else "answer empty"
+    if any(re.search("[\ud800-\udfff]", turn.text or "") for turn in row.turns):
+        return "half a character in the text"  # a lone surrogate, which no tokenizer takes
     control = {token for processor in processors for token in processor.tokenizer.all_special_tokens}
     if any(token in (turn.text or "") for turn in row.turns for token in control):
         return "control token in the text"  # an "<image>" that is only text would ask for features of no picture

@@ -202,9 +202,9 @@ def _words(error: openai.APIStatusError, server: Server, prompt: Prompt) -> str:
     """What a server says of a request that it refuses, unless it quotes three words of the request or the key."""
     said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
     words, key = str(said or "no reason is given").split(), os.environ.get(server.key)
-    asked = " ".join((prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)).split())
+    request = " ".join((prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)).split())
     runs = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
-    if any(run in asked for run in runs) or (key and key in " ".join(words)):
+    if any(run in request for run in runs) or (key and key in " ".join(words)):
         return "its words quote the request, so they are not shown"
     return " ".join(words)[:300]
 

@@ -68,8 +68,8 @@ def _benchmark(name: str, scale: Scale) -> Line:
     if root is None or scale.loaded is None:
         return Line(what, "missing", f"{module.FOLDER} is looked for below VLSAFE_DATA, which names no folder")
     try:
-        items, notes = module.load(root, next(iter(module.OFFICIAL)))
-        expected, _ = module.load(root, next(iter(module.OFFICIAL)), pictures=False)
+        items, notes = official.load(module, root, next(iter(module.OFFICIAL)))
+        expected, _ = official.load(module, root, next(iter(module.OFFICIAL)), pictures=False)
     except (OSError, ValueError) as error:
         return Line(what, "missing", str(error))
     lost = [note for note in notes if UNUSABLE in note]

@@ -226,8 +226,8 @@ def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = Fa
         except GatedRepoError:
             terms = need.origin.terms or "accept its terms"
             failed.append(f"{need.name} is gated: {terms} (hub: {need.origin.repo}), then log in with `hf auth login`")
-        except (OSError, ValueError) as error:
-            failed.append(f"{need.name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # without a network each library raises what it likes, of no common kind
+            failed.append(f"{need.name}: {next(iter(str(error).splitlines()), '') or type(error).__name__}")
         if need.origin.by_hand:
             say(f"{need.name}: by hand: {need.origin.by_hand[1]}")
     for need in chosen if unpack else ():
@@ -292,25 +292,30 @@ def fetch(address: str, path: Path, say: Say = lambda text: None) -> None:
     say(f"{path.name}: {total / GIGA:.2f} GB")
 
 
-def refuse_outside(archive: Path) -> None:
-    """Raises:   ValueError for a file that is no zip file or has a member whose name leads out of it; the file is removed"""
+def refuse_outside(archive: Path, ours: bool = True) -> None:
+    """Raises:   ValueError for a file that is no zip file or has a member whose name leads out of it; `ours` is then removed"""
     try:
         with zipfile.ZipFile(archive) as opened:
             bad = next((name for name in opened.namelist() if not assets.inside(name)), None)
-        error = f"has a member {bad!r} that leads out of it; it was removed, and is not to be trusted" if bad is not None else ""
+        error = f"has a member {bad!r} that leads out of it" if bad is not None else ""
     except zipfile.BadZipFile:
-        error = "is no zip file and was removed; run the command again"
-    if error:
+        error = "is no zip file"
+    if error and ours:
         archive.unlink()
-        raise ValueError(f"{archive.name} {error}")
+        raise ValueError(f"{archive.name} {error}; it was removed and is not to be trusted; run the command again")
+    if error:
+        raise ValueError(f"{archive} {error}; it is not to be trusted")
 
 
 def _unpack(need: Need, say: Say) -> None:
-    """Unpack a corpus's archives into the official layout and remove them; members that are there are skipped."""
+    """Unpack a corpus's archives into the official layout; members that are there are skipped. What was downloaded is removed
+    afterwards; what somebody put there stays."""
     if need.folder is None or need.name == "safety" or not (root := assets.outside_path(need.folder)).is_dir():
         return  # safety is small, and its members' names do not say which split they are of
+    downloaded = recorded(CHECKSUMS).get(need.origin.repo, {})
     for archive in sorted(root.rglob("*.zip")):
-        refuse_outside(archive)
+        ours = str(archive.relative_to(root)) in downloaded
+        refuse_outside(archive, ours)
         target = root / UNPACKED.get(need.name, {}).get(archive.name, archive.parent.relative_to(root))
         say(f"{need.name}: unpacking {archive.name}")
         with zipfile.ZipFile(archive) as opened:
@@ -318,7 +323,8 @@ def _unpack(need: Need, say: Say) -> None:
                 path = target / member.filename
                 if not path.exists() or path.stat().st_size != member.file_size:
                     opened.extract(member, target)
-        archive.unlink()
+        if ours:
+            archive.unlink()
 
 
 def _record(file: str, repo: str, value: Any) -> None:

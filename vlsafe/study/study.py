@@ -265,7 +265,7 @@ def _official(folder: Path, benchmarks: tuple[str, ...]) -> list[Item]:
     items: list[Item] = []
     for name in benchmarks:
         module = evaluation.benchmarks.REAL[name]
-        more, lost = module.load(folder, next(iter(module.OFFICIAL)))
+        more, lost = evaluation.benchmarks.official.load(module, folder, next(iter(module.OFFICIAL)))
         print("\n".join([f"{name}: {len(more)} items", *lost]), file=sys.stderr)
         items += [replace(item, id=f"{name}/{item.id}") for item in more]  # two benchmarks may count from 1
     return items
