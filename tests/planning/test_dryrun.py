@@ -53,6 +53,23 @@ def test_hours_come_near_the_published_ones():
     assert hours["stage 2"] == pytest.approx(10, rel=0.1) and hours["stage 1"] == pytest.approx(3.5, rel=0.25)
 
 
+@pytest.mark.parametrize(
+    ("method", "trained", "rows", "recompute", "peak"),
+    [  # LLaVA-1.5-7B on one H200: 889 tokens a row; 1,368 a pair of answers
+        ("full", 6.76e9, 32, True, 138),
+        ("projector", 21e6, 4, False, 28),
+        ("lora", 341e6, 16, False, 120),
+        ("lora without dropout", 341e6, 8, False, 89),
+    ],
+)
+def test_memory_is_what_one_gpu_took(method, trained, rows, recompute, peak):
+    shapes = dryrun.Shapes(6.476e9, 131e6, 131e6, 21e6, 304e6, 32, 4096, 576)
+    pairs = method == "lora without dropout"
+    planned = dryrun.gpu_memory(shapes, trained, 1, sharded=False, low=True) + (2 * shapes.all if pairs else 0)
+    planned += dryrun.activations(shapes, rows * (1368 if pairs else 889), method, recompute)
+    assert planned / 1e9 == pytest.approx(peak, rel=0.1)
+
+
 def test_memory_of_whole_and_of_sharded_weights():
     works = {work.name: work for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G")}
     assert works["stage 2"].memory[1] > 16 * 6.7e9 and works["stage 2"].memory[8] < 40e9

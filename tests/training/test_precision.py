@@ -2,16 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from training.test_processes import DDP, FSDP, HERE, begun, loopback, rows, written  # noqa: F401
 
 from vlsafe.core.scale import LoraSpec, Preference
 from vlsafe.core.schema import Pair, from_row
-from vlsafe.training import datasets, launch
+from vlsafe.training import datasets, launch, precision
 
 STEPS = 50
 LOW = {"dtype": "bfloat16", "saved": "bfloat16"}
@@ -75,6 +77,60 @@ def test_two_processes_train_as_one(begun, rows, tmp_path, monkeypatch, kind):  
     configuration = written(tmp_path, FSDP if kind == "fsdp2" else DDP)
     low = losses(job(begun, tmp_path / "low", launch=configuration, **LOW), rows)
     assert low != plain and apart(low, plain) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("plain", "recomputed", "best", "tries"),
+    [
+        ({1: 10, 2: 12, 4: 24}, {}, (2, False), 3),  # four rows save nothing, memory is not short: nothing is recomputed
+        ({1: 10, 2: 18, 4: None}, {2: 20, 4: 32, 8: 64}, (4, True), 6),  # recomputing begins where memory ended
+        ({1: 10, 2: None}, {1: 14, 2: 25, 4: 50}, (1, False), 5),
+        ({1: None}, {1: 14, 2: None}, (1, True), 3),
+        ({1: 10, 2: 16, 4: 28, 8: 50}, {}, (8, False), 4),  # no more rows than there are
+    ],
+)
+def test_a_trial_keeps_the_fastest_that_fits(monkeypatch, plain, recomputed, best, tries):
+    tried, taken = [], {False: plain, True: recomputed}
+    model = mock.MagicMock()
+    model.activation_checkpointing_enable.side_effect = lambda: tried.append("recompute")
+    monkeypatch.setattr(precision, "keep_out_of_tower", lambda model: None)
+    for name in ("max_memory_allocated", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+
+    def seconds(_, many, loss):
+        tried.append(many)
+        return taken["recompute" in tried][many]
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    found = precision.tried(model, lambda many: many, None, 8)
+    assert found[:2] == best and len([each for each in tried if each != "recompute"]) == tries
+
+
+def test_nothing_fits(monkeypatch):
+    monkeypatch.setattr(precision, "keep_out_of_tower", lambda model: None)
+    monkeypatch.setattr(precision, "_seconds", lambda *_: None)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    with pytest.raises(torch.OutOfMemoryError, match="not even one row"):
+        precision.tried(mock.MagicMock(), lambda many: many, None, 8)
+
+
+def test_gradients_are_summed_in_float32():
+    """Every weight's sum over the micro-batches is the float32 sum of its bfloat16 gradients, the head and the projector too."""
+    model = nn.ModuleDict({"projector": nn.Linear(8, 8), "lm_head": nn.Linear(8, 16)})
+    masters = precision.halve(model)
+    inputs = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sums = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
+    for part in inputs.split(1):
+        loss = model["lm_head"](model["projector"](part)).float().logsumexp(1).sum() * 1e-3
+        for (name, _), one in zip(sums.items(), torch.autograd.grad(loss, list(masters), retain_graph=True), strict=True):
+            assert one.dtype == torch.bfloat16
+            sums[name] += one.float()
+        loss.backward()
+    rounded = {name: total.bfloat16().float() for name, total in sums.items()}
+    for name, weight in model.named_parameters():
+        assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, sums[name])
+    assert any(not torch.equal(rounded[name], sums[name]) for name in sums)
 
 
 def test_a_killed_training_goes_on_with_the_same_bits(begun, rows, tmp_path):  # noqa: F811

@@ -36,7 +36,8 @@ PREFILL = 0.4  # of the peak, where prompts are only read; assumed
 BANDWIDTH = 0.4  # of the memory's, where answers are decoded token by token; assumed
 TRAINABLE, FROZEN = 16, 4  # bytes a weight: float32 master, gradient and AdamW's two moments; float32 alone
 CAST = 2  # bytes a weight of the bfloat16 copy that computation needs
-WORKING = 40  # bytes per token and unit of width inside the one block that is being recomputed; assumed
+KEPT = {"full": 33, "projector": 23, "lora": 53, "lora without dropout": 39, "dpo": 33}  # bytes a token, block and unit of width
+WORKING = 18  # such bytes outside the blocks. Both are of LLaVA-1.5-7B on one H200, with Liger's kernels
 
 
 class Shapes(NamedTuple):
@@ -73,12 +74,17 @@ def operations(shapes: Shapes, text: float, pictures: float, passes: int) -> flo
     return dense + attention + 2 * pictures * (shapes.image_tokens + 1) * shapes.tower
 
 
-def gpu_memory(shapes: Shapes, trainable: int, tokens_at_once: float, processes: int, sharded: bool) -> float:
-    """Bytes on each GPU: trainable and frozen weights, the bfloat16 copies, activations under recomputation."""
-    kept = TRAINABLE * trainable + FROZEN * (shapes.all - trainable)
+def gpu_memory(shapes: Shapes, trainable: int, processes: int, sharded: bool, low: bool) -> float:
+    """Bytes on each GPU of weights, gradients and optimiser. With `low` frozen weights are there in bfloat16 alone."""
+    kept = TRAINABLE * trainable + (0 if low and not sharded else FROZEN) * (shapes.all - trainable)
     gathered = CAST * (2 * shapes.blocks / shapes.layers + shapes.embedding + shapes.head) if sharded else CAST * shapes.all
-    activations = tokens_at_once * shapes.width * (2 * shapes.layers + WORKING)
-    return kept / (processes if sharded else 1) + gathered + activations
+    return kept / (processes if sharded else 1) + gathered
+
+
+def activations(shapes: Shapes, tokens: float, method: str, recompute: bool) -> float:
+    """Bytes that wait for the backward pass of so many tokens: every block's, or every block's input and one block's."""
+    blocks = 2 * shapes.layers + KEPT[method] if recompute else KEPT[method] * shapes.layers
+    return tokens * shapes.width * (blocks + WORKING)
 
 
 class Work(NamedTuple):
@@ -147,9 +153,10 @@ def _training(scale: Scale, shapes: Shapes, gpu: str, utilisation: float | None,
     rows, row_tokens = fit.steps * fit.batch_size, text + pictures * shapes.image_tokens
     at_once = (fit.at_once or fit.batch_size // fit.micro_batches) * answers
     sharded = "fsdp" in fit.launch
-    memory = {n: gpu_memory(shapes, trained, at_once * row_tokens, n, sharded) for n in (1, 8)}
+    low, waiting = fit.dtype == "bfloat16", activations(shapes, at_once * row_tokens, method, recompute=True)
+    memory = {n: gpu_memory(shapes, trained, n, sharded, low) + waiting for n in (1, 8)}
     if dpo:  # the reference
-        memory = {n: size + FROZEN * shapes.all / (n if sharded else 1) for n, size in memory.items()}
+        memory = {n: size + (FROZEN / n if sharded else CAST if low else FROZEN) * shapes.all for n, size in memory.items()}
     kept = saved * (2 if fit.saved == "bfloat16" else 4) * shapes.all
     at_most = saved * FROZEN * shapes.all + 2 * (FROZEN * shapes.all + 8 * trained)  # two of them can be resumed
     hours = runs * _seconds(of_row * rows, gpu, utilisation or UTILISATION) / 3600
@@ -202,7 +209,7 @@ def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
 
     at_once = scale.instruct.at_once or scale.instruct.batch_size
     fit = dataclasses.replace(scale.instruct, steps=steps, batch_size=at_once, micro_batches=1, launch="", grouped=False)
-    model, processor, rows = stand_ins(scale, backbone, at_once)
+    model, processor, rows = stand_ins(scale, backbone, at_once * steps)  # one epoch: at its end workers start again
     where, shapes = devices.device(), _shapes(scale, backbone, model)
     trainable.choose(model, "full", scale.lora)
     ticks: list[float] = []

@@ -297,11 +297,11 @@ def _fitted(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, 
             trainer = kind[0](model=model, processing_class=processor, train_dataset=data.select(longest[::-1]),
                               args=_arguments(kind[1], fit, folder, seed, {**own, **known_later}), **more)  # fmt: skip
 
-        def loss(rows: int) -> torch.Tensor:
-            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
-            return trainer.compute_loss(model, {name: value.to(model.device) for name, value in batch.items()})
+        def batch(rows: int) -> precision.Batch:
+            inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+            return {name: value.to(model.device) for name, value in inputs.items()}
 
-        found = precision.tried(model.train(), loss, len(longest))
+        found = precision.tried(model.train(), batch, lambda inputs: trainer.compute_loss(model, inputs), len(longest))
         write_text(noted, json.dumps(found))
     rows, recompute, _ = json.loads(noted.read_text(encoding="utf-8"))
     return precision.divisible(fit, rows), {**own, "gradient_checkpointing": recompute}
@@ -347,5 +347,5 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
             remove_unused_columns=False, learning_rate=fit.learning_rate, dataloader_num_workers=WORKERS if gpu else 0,
             lr_scheduler_type=fit.schedule, warmup_steps=int(fit.warmup_ratio * fit.steps), weight_decay=fit.weight_decay,
             seed=seed, data_seed=seed, use_cpu=not gpu, bf16=autocast, logging_steps=1, save_strategy="no",
-            report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, use_cache=True, **own,
+            report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, dataloader_persistent_workers=gpu, use_cache=True, **own,
         )  # fmt: skip
