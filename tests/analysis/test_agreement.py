@@ -16,7 +16,9 @@ def raw(*others):
     rules = {"world": lambda k, i: i < k, **dict(others)}
     rows = []
     for (recipe, k), i, (judge, rule) in itertools.product(ASR.items(), range(10), rules.items()):
-        facts = dict(backbone="b", seed=0, stage="safety", recipe=recipe, exam="full", harmful=True, benchmark="sorry_bench")
+        facts = dict(
+            backbone="b", seed=0, stage="safety", recipe=recipe, exam="full", harmful=True, benchmark="sorry_bench", group="base"
+        )
         rows.append(facts | dict(item=f"i{i}", cluster=f"c{i}", judge=judge, event=rule(k, i)))
     return pd.DataFrame(rows)
 

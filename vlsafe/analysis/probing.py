@@ -135,7 +135,7 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
     for step, points in early(weights, alike).groupby("step"):
         joined = points.drop(columns="step").join(outcomes, on=[*UNIT, "recipe"], how="inner")
         for predictor in ("drift", "harmful", "benign", "selective"):
-            for outcome in OUTCOMES:
+            for outcome in [name for name in OUTCOMES if name in outcomes]:
                 line = {"step": step, "predictor": predictor, "outcome": outcome, "n": len(joined)}
                 line |= {"studies": joined.groupby(UNIT).ngroups}
                 lines += [line | {"over": over} | percentiles(drawn) for over, drawn in _correlated(joined, predictor, outcome)]
