@@ -19,11 +19,12 @@ from vlsafe.study import graph
 from vlsafe.study import pocket as stages
 from vlsafe.study.study import Study
 
-COLOURS = "red blue green pink grey white black brown".split()
-THINGS = "apple boat cup drum egg fan goat hat ink jar".split()
+COLOURS = ["red", "blue", "green", "pink", "grey", "white", "black", "brown"]
+THINGS = ["apple", "boat", "cup", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]
+NAMES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
 PICTURES = [
-    Picture(f"p/{colour}-{thing}", to_png(np.full((8, 8, 3), n, np.uint8)), f"a {colour} {thing}", "p", "free", f"a {colour} {thing}")
-    for n, (colour, thing) in enumerate((colour, thing) for colour in COLOURS for thing in THINGS)
+    Picture(f"p/{name}", to_png(np.full((8, 8, 3), n, np.uint8)), f"a {name}", "p", "free", f"a {name}")
+    for n, name in enumerate(NAMES)
 ]  # fmt: skip
 PROMPTS = [
     Prompt(f"{kind}/{n}", f"{text} number {n}?", kind, "sort", "invented", "train", f"{kind}/{n}")
@@ -151,7 +152,7 @@ def test_ranked_items_have_one_right_option_and_no_word_of_it_in_the_others():
 
 
 def test_too_few_captions_are_named():
-    with pytest.raises(ValueError, match="0 captions unlike that of picture p/red-apple, 3 are needed"):
+    with pytest.raises(ValueError, match="0 captions unlike that of picture p/red apple, 3 are needed"):
         pocket.items(PROMPTS, PICTURES[:10])
 
 

@@ -167,7 +167,7 @@ def parent_params(study: Study) -> Any:
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
     """Align the chat model by refusals of harmful prompts and its own answers to all others, and measure what that costs.
 
-    Perplexities are of the unaligned model's answers to benign prompts that are not trained on, with their ends, before and after.
+    Perplexities are of the unaligned model's answers to benign prompts that are not trained on, before and after.
     """
     spec, prompts = study.scale.backbone(study.backbone), prompts_of(study)
     tokenizer, answers = study.processor().tokenizer, own_answers(study)

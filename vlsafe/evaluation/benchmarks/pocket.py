@@ -40,7 +40,7 @@ def blank() -> bytes:
 
 
 def _item(name: str, group: str, prompt: Any, images: tuple[bytes, ...] = (), text: str = "") -> Item:
-    """A prompt in a benchmark's group, its source as the category; printed into its picture, the judge is told it all the same."""
+    """A prompt in a group, its source as the category. A judge reads the prompt's own text, also where it is printed."""
     return Item(
         f"{name}/{group}/{prompt.id}", name, (Turn("user", text or prompt.text),), images, None, prompt.source,
         prompt.cluster, group, prompt.kind == "harmful", question=prompt.text,
