@@ -112,6 +112,7 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     models = {query: answers(study.scale, query) for query in queries}
     items = _items(study, by_benchmark)
     written = Judgements(models, work / KEPT)
+    store.whole_lines(written.keep)  # this file is the stage's own: what a kill has cut off goes
     written.read_kept(lambda row, where: row["id"], list(LLM_JUDGES))
     prompts = {
         query: _prompts(study, written, query, by_benchmark, items) for query in queries
