@@ -28,7 +28,6 @@ from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 from vlsafe.training import datasets, trainers
 
-
 JUDGES = {"xstest": ("xstest-strings",), "wildjailbreak": ("xstest-strings",), "mmbench": ("letters",), "mme": ("mme-yes-no",)}
 
 

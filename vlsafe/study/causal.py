@@ -143,9 +143,7 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     n, width = len(models.architectures.language_layers(models.checkpoints.load(start))), band[1] - band[0]
     patches = inspection.causal.bands(n, [width])
     if which == "random":
-        patches = inspection.causal.random_sets(
-            n, width, study.scale.probing.frozen_sets, study.stream("random frozen blocks")
-        )
+        patches = inspection.causal.random_sets(n, width, study.scale.probing.frozen_sets, study.stream("random frozen blocks"))
     files = {patch: work / f"{patch.name}.parquet" for patch in patches}
     (fit, milestones), scratch = adaptation.stage_2(study, SPPFT), work / "training"
     examine, dataset, rows = examiner(study, start, "sppft"), study.examples("screen/filtered", "instructions.parquet"), []
