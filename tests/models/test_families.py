@@ -112,7 +112,9 @@ def test_merging_the_language_model_alone(family, layout, padding, tmp_path, cap
         rows = len(theirs[inside])
         assert torch.equal(after[key][:rows], torch.lerp(value[:rows], theirs[inside].detach(), 0.3)), key
         assert torch.equal(after[key][rows:], value[rows:]), key
-    assert merged == len(theirs) and f"{merged} tensors merged; 0 copied, {len(before) - merged} left alone" in line
+    assert (
+        merged == len(theirs) and f"{len(before)} tensors: {merged} merged, 0 copied, {len(before) - merged} left alone" in line
+    )
     assert ("the first 68 rows, the other 4 are A's" in line) == (bool(padding) and name != "mllama")
     assert ("the first 60 rows, the other" in line) == (bool(padding) and name == "mllama")
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)

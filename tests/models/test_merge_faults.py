@@ -113,6 +113,24 @@ def test_a_damaged_index_is_named(pair, text, match):
     refused(ab(folders), match, error=(ValueError, FileNotFoundError))
 
 
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("", "is not JSON, or is cut short"),
+        ("[]", "holds no JSON object"),
+        (
+            '{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}',
+            "is no config of the type 'llama': The hidden size",
+        ),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "is no config of the type 'llama': .*hidden_size"),
+    ],
+)
+def test_a_damaged_config_is_named(pair, text, match):
+    folders, _ = pair
+    (folders["b"] / "config.json").write_text(text)
+    refused(ab(folders), rf"b/config\.json {match}")
+
+
 def test_what_is_no_model_is_called_what_it_is(pair, tmp_path, capsys):
     """F24: a LoRA folder, Git LFS pointers, pickles, no folder, a file."""
     folders, _ = pair
@@ -337,7 +355,7 @@ def test_names_that_are_not_known_are_an_error_with_keys(tmp_path):
     pair = {which: tmp_path / which for which in "ab"}
     for which, name in (("a", "value_head.weight"), ("b", "model.score.weight"), ("a", "model.layers_extra.w")):
         with_more(which, **{name: torch.ones(2)})
-        refused(pair, rf"1 weights of which it is not known to what part they belong: {name}", language_only=True)
+        refused(pair, rf"of which it is not known to what part they belong \(1\): {name}", language_only=True)
         with_more(which)
     with_more("a", **{"model.language_model.norm.weight": torch.ones(32)})
     refused(pair, "holds one tensor under two names: model.*norm.weight and model.*norm.weight", language_only=True)
@@ -364,7 +382,7 @@ def test_a_merge_that_changes_nothing_is_an_error(pair, tmp_path, capsys):
     call = ["merge", "linear", str(folders["a"]), str(tmp_path / "near"), "--ratio", "0.5", "--out", str(tmp_path / "out")]
     assert cli.main(call) == 0
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'out'}: 4 tensors merged (3 of them as before); 0 copied, 0 left alone; 0 MiB in 1 shard(s)\n"
+        f"{tmp_path / 'out'}: 4 tensors: 4 merged (3 of them as before), 0 copied, 0 left alone; 0 MiB in 1 shard(s)\n"
     )
 
 

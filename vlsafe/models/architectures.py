@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
@@ -85,11 +86,15 @@ DERIVED = re.compile(r"(^|\.)(rotary\w*\.\w*inv_freq|position_ids)$")  # buffers
 def config_of(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint's folder with its type's defaults; an unknown type has those of all models.
 
-    Raises:   FileNotFoundError where there is none; ValueError, naming the file, where it holds no JSON object
+    Raises:   FileNotFoundError where there is none; ValueError, naming the file, where it is no config
     """
     raw = read_object(folder / "config.json")
     if raw.get("model_type") in CONFIG_MAPPING:
-        return AutoConfig.from_pretrained(folder)
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except StrictDataclassError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{folder / 'config.json'} is no config of the type {raw['model_type']!r}: {reason}") from error
     return PreTrainedConfig(tie_word_embeddings=bool(raw.get("tie_word_embeddings")))
 
 
@@ -262,7 +267,7 @@ def unrecognised(keys: list[str], where: str) -> str:
         else "FAMILIES of vlsafe/models/architectures.py says where the parts of a type are"
     )
     listed = f"{', '.join(sorted(keys)[:6])}{', …' if len(keys) > 6 else ''}"
-    return f"{where} has {len(keys)} weights of which it is not known to what part they belong: {listed}; {remedy}"
+    return f"{where} has weights of which it is not known to what part they belong ({len(keys)}): {listed}; {remedy}"
 
 
 def address(name: str) -> tuple[int | None, str]:

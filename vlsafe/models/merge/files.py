@@ -82,7 +82,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     """What a merge did, in a line."""
     same = result["merged"] - result["changed"]
     parts = [
-        f"{result['merged']} tensors merged" + (f" ({same} of them as before)" if same else ""),
+        f"{result['tensors']} tensors: {result['merged']} merged{f' ({same} of them as before)' if same else ''}, "
         f"{result['copied']} copied, {result['left']} left alone",
         *(f"of {name} {rows}" for name, rows in result["rows"].items()),
         f"{result['bytes'] / 2**20:.0f} MiB in {result['shards']} shard(s)",
