@@ -99,7 +99,7 @@ def content(study):
 def test_a_card_tells_lineage_data_safety_and_licences(study, content):
     data = ModelCard(content).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
-    for name in (*modelcards.lineage(MAIN), MAIN):
+    for name in (*modelcards.lineage(study, MAIN), MAIN):
         assert study.run(name).digest in content
     raw = pd.read_parquet(study.folder(f"examination/{MAIN.replace('/', '.')}") / "raw.parquet")
     asr = raw[(raw["exam"] == "full") & (raw["benchmark"] == "sorry_bench") & (raw["judge"] == "world")]["event"].astype(float)

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import NANO
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from vlsafe import cli
 from vlsafe.analysis import degradation
 from vlsafe.core.scale import as_plain
 from vlsafe.plots import claims as plots_claims
-from vlsafe.publish import provenance
+from vlsafe.publish import modelcards, provenance
+from vlsafe.study.study import Study
 
 RUN = {"packages": {"numpy": "2.0"}, "commit": "abc", "backbone": "b", "seed": 0}
 RUNS = [
@@ -111,7 +113,8 @@ def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(folde
             assert study.run("/".join(key.split("/")[2:])).digest == digest
         if (folder / f"{name}.png").exists():
             assert json.loads(Image.open(folder / f"{name}.png").text["Description"]) == told
-            assert b"examination" in (folder / f"{name}.pdf").read_bytes() or "screen" in str(told["runs"])
+            keywords = (folder / f"{name}.pdf").read_bytes()
+            assert all(digest.encode() in keywords for digest in told["runs"].values())
 
 
 def test_the_report_is_one_file_with_the_claims_on_top(folder, tmp_path):
@@ -192,3 +195,18 @@ def test_pictures_of_the_ledger_say_what_was_counted():
     points = plots_claims.lineage_points(degradation.everything(raw))
     assert points.groupby("kind").size().to_dict() == {"parent": 3, "adapted": 3, "SFT": 3, "DPO": 3}
     assert plots_claims.lineage(points, "mini").get_suptitle() == "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %"
+
+
+def test_the_card_of_a_loaded_scale_names_its_judges_and_their_terms(tmp_path):
+    study = Study.open("paper", "llama2-chat", 0, tmp_path)
+    found = modelcards.outside(study)
+    assert {"parent", "tower", "text_guard", "instructions"} <= set(found)
+    assert (
+        {role for role in found if role.startswith("judge ")} == {f"judge {name}" for name in study.scale.loaded.judges} != set()
+    )
+    noted = {name: {} for name in ("params", "inputs", "numbers", "packages")} | {"files": ["config.json", "model.safetensors"]}
+    noted |= {"backbone": "b", "stage": "s", "recipe": "r", "scale": "paper", "seed": 0, "seconds": 1.0, "digest": "d"}
+    content = modelcards.render(noted | {"commit": "c", "finished": "f", "machine": "m", "threads": 1}, [], None, found)
+    for role, origin in found.items():
+        assert f"- {role}: {origin.repo} at {origin.revision}; {origin.terms or 'terms: as its page says'}" in content
+    assert ModelCard(content).data.base_model == [found["tower"].repo, found["parent"].repo]

@@ -43,23 +43,24 @@ def card(study: Study, name: str) -> str:
     """
     if (status := store.status(study.run(name))) != "valid":
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {status}; `vlsafe stage {name}` makes it")
-    ancestors = [store.manifest_of(study.run(before)) for before in lineage(name)]
+    ancestors = [store.manifest_of(study.run(before)) for before in lineage(study, name)]
     examined_by = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
     raw = results.read([study], [stage for stage in examined_by if stage in STAGES], "raw.parquet")
     return render(store.manifest_of(study.run(name)), ancestors, raw, outside(study))
 
 
-def lineage(name: str) -> list[str]:
+def lineage(study: Study, name: str) -> list[str]:
     """All stages that a run is made from, the first ones first."""
-    return list(dict.fromkeys(each for needed in STAGES[name].inputs for each in (*lineage(needed), needed)))
+    return list(dict.fromkeys(each for needed in study.inputs(name) for each in (*lineage(study, needed), needed)))
 
 
 def outside(study: Study) -> Mapping[str, Any]:
-    """What a study takes from others, by role: everything with a repository among what its scale loads."""
+    """What a study takes from others, by role: everything with a repository among what its scale loads, its judges included."""
     loaded = getattr(study.scale, "loaded", None)
     if loaded is None:
         return {}
     values = {field.name: getattr(loaded, field.name) for field in fields(loaded)} | {"parent": loaded.parents[study.backbone]}
+    values |= {f"judge {name}": origin for name, origin in loaded.judges.items()}
     origins = {role: getattr(value, "origin", value) for role, value in values.items()}
     return {role: origin for role, origin in origins.items() if hasattr(origin, "repo")}
 
@@ -88,7 +89,7 @@ def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame 
         license_name="see the licence chain" if outside else None, model_name=name,
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         datasets=[origin.repo for origin in outside.values() if origin.kind == "dataset"] or None,
-        base_model=[origin.repo for origin in outside.values() if origin.kind == "model"] or None,
+        base_model=[origin.repo for role, origin in outside.items() if role in ("parent", "tower")] or None,
         tags=["vlsafe", "safety", manifest["stage"], f"scale-{manifest['scale']}"],
         eval_results=None if rates is None else _results(rates, manifest),
     )  # fmt: skip
@@ -101,13 +102,10 @@ def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame 
 
 
 def _safety(raw: pd.DataFrame, manifest: Manifest) -> pd.DataFrame | None:
-    """Every measure of the last full examination, with the judge that its rows were marked by."""
+    """Every measure of the last full examination, with the judges that its rows were marked by."""
     own = raw[(raw["exam"] == "full") & (raw["stage"] == manifest["stage"]) & (raw["recipe"] == manifest["recipe"])]
     rates = measures.rates(own, list(MEASURES))
-    if rates.empty:
-        return None
-    parts = [MEASURES[name].get("parts", (name,)) for name in rates["measure"]]
-    return rates.assign(judge=[", ".join(dict.fromkeys(MEASURES[part]["judge"] for part in names)) for names in parts])
+    return None if rates.empty else rates
 
 
 def _results(rates: pd.DataFrame, manifest: Manifest) -> list[EvalResult]:
