@@ -217,12 +217,12 @@ def test_the_full_grid_trains_checkpoints_again_and_keeps_none(study, tmp_path):
 
 
 def test_results_and_gallery_know_the_merges(study):
-    assert set(study_merging.names("default")) <= set(graph.read_by(study, "tables")) and not set(study_merging.names("full")) & set(
-        graph.planned(study)
-    )
-    assert set(study_merging.names("full")) <= set(graph.planned(study, "full")) and not set(study_merging.names("default")) & set(
-        graph.planned(study, "full")
-    )
+    assert set(study_merging.names("default")) <= set(graph.read_by(study, "tables")) and not set(
+        study_merging.names("full")
+    ) & set(graph.planned(study))
+    assert set(study_merging.names("full")) <= set(graph.planned(study, "full")) and not set(
+        study_merging.names("default")
+    ) & set(graph.planned(study, "full"))
     narrow, wide = (study_merging.items_of(study, grid) for grid in graph.GRIDS)
     assert wide["full"] == study.items() and wide["panel"] == examine.panel(study.items(), study.scale.exam.panel)
     assert {item.benchmark for item in narrow["full"]} == {
