@@ -150,7 +150,21 @@ def test_no_room_is_a_ceiling():
 def test_nothing_measured_is_no_verdict():
     ledger = claims.ledger(found(run("parent/aligned", text=0, xstest=0)))
     assert set(ledger["item_level"]) == set(ledger["seed_level"]) == {NOT} and ledger["effect"].isna().all()
-    assert len(claims.sheet(ledger)) == len(ledger)
+    assert len(claims.sheet(ledger)) == len(ledger) and (ledger["reason"] != "").all()
+
+
+def test_the_ledger_says_who_judged_or_why_nothing_was_measured():
+    raw = study()
+    frames = {"raw": raw[raw["recipe"] != "clean-full"], "without": {"instruct/clean-full": "nobody knows the truth"}}
+    ledger = claims.ledger(claims.prepared(frames)).set_index("claim")
+    assert ledger.loc["1", ["judge", "reason"]].tolist() == ["world", ""]
+    assert ledger.loc["3b", "reason"] == "no text_asr of instruct/clean-full: nobody knows the truth"
+    assert ledger.loc["8", "reason"] == "needs the SPPFT grid and a located band"
+    assert ledger.loc["12", "reason"] == "no study of this backbone"
+    shown = claims.sheet(ledger.reset_index()).set_index("claim")["decided by"]
+    assert shown["3b"] == ledger.loc["3b", "reason"] and shown["1"] == ledger.loc["1", "part"]
+    alone = claims.ledger(claims.prepared({"raw": raw[raw["recipe"] != "sl-full"]})).set_index("claim")
+    assert alone.loc["5", "reason"] == "no text_asr of safety/sl-full: not examined"
 
 
 def test_trees_of_p_values():

@@ -54,3 +54,24 @@ def test_files_are_cut_to_what_is_drawn_and_the_pdf_holds_its_fonts(tmp_path):
     with Image.open(tmp_path / "F99.png") as picture:
         assert picture.width > 200 * 7
     assert b"/Type0" in (tmp_path / "F99.pdf").read_bytes()
+
+
+def test_labels_keep_inside_the_panel_where_many_points_lie_together():
+    with style.panels({"": ""}, {"": ""}, 1.0, "", "") as (_, axes):
+        axes["", ""].set_ylim(0, 100)
+        style.label_right(axes["", ""], [(str(i), 0.0, 99.0, "black") for i in range(40)], gap=5.0)
+    heights = [text.get_position()[1] for text in axes["", ""].texts]
+    assert len(heights) == 40 and max(heights) <= 100 and min(np.diff(heights)) == pytest.approx(2.5)
+
+
+def test_a_title_says_what_is_known_of_a_change():
+    known = style.change("ASR", 3.2, 40.0), style.change("ASR", 3.2, 40.0, " (graft)")
+    assert known == ("ASR 3 → 40 %", "ASR 3 (graft) → 40 %")
+    one = style.change("ASR", np.nan, 40.0), style.change("ASR", 3.2, np.nan), style.change("ASR", np.nan, np.nan)
+    assert one == ("ASR 40 % after", "ASR 3 % before", "")
+
+
+def test_a_caption_names_the_judges_of_attacks():
+    lines = pd.DataFrame({"measure": ["text_asr", "multimodal_asr", "helpfulness"], "judge": ["a", "b + a", "letters"]})
+    assert style.judges(lines) == "judges of attacks: a, b"
+    assert style.judges(lines.assign(judge="world")) == "judge: the world's truth"

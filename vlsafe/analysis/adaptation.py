@@ -145,6 +145,28 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def capabilities(raw: pd.DataFrame) -> pd.DataFrame:
+    """How often the controls of capability were answered exactly right, beside what guessing scores.
+
+    Raises:   Lacking where they were not asked
+    """
+    names = [name for name in measures.MEASURES if name.startswith("capability")]
+    rates = measures.rates(raw, names, ["model"])
+    if rates.empty:
+        raise Lacking("captions and how-tos whose one right answer is known are the miniature's; see helpfulness instead")
+    return rates.assign(chance=rates["measure"].map(measures.CHANCE))
+
+
+def level_sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """T03 at equal helpfulness for the eye, of one study: where each recipe reaches it, and its attack success there.
+
+    Raises:   Lacking where nothing was compared at equal helpfulness
+    """
+    if "reached" not in lines:
+        raise Lacking("no two recipes have panels of attacks and helpfulness at steps that they share")
+    return compact(lines.round(3), ["recipe", "level", "step", "reached"], LEVEL)
+
+
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     """T03 for the eye: one line per backbone × seed × recipe with both comparisons."""
     index = [*UNIT, "recipe"]

@@ -31,6 +31,12 @@ def flagged_by(audit: pd.DataFrame, guard: str) -> pd.Series:
     return audit["reasons"].map(lambda reasons: bool(wanted & set(reasons.split(","))))
 
 
+def reasons(audit: pd.DataFrame) -> pd.DataFrame:
+    """How many rows have each combination of reasons to be dropped, by whether they are harmful, or "unknown"."""
+    harmful = audit["category"].notna() if truth_known(audit) else "unknown"
+    return audit.assign(harmful=harmful).groupby(["reasons", "harmful"]).size().unstack(fill_value=0)
+
+
 def score_counts(audit: pd.DataFrame, bins: int = 25) -> pd.DataFrame:
     """F01's numbers: rows per seed × guard × truth × bin of the guard's score; rows that it did not score are left out.
 

@@ -144,6 +144,12 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
     return pd.DataFrame(lines)
 
 
+def prediction_sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """`prediction` for the eye: one line per predictor and step, a column per outcome."""
+    cell = lines.apply(lambda line: f"{line.value:+.2f} [{line.low:+.2f}, {line.high:+.2f}]", axis=1)
+    return lines.assign(cell=cell).pivot(index=["over", "predictor", "step"], columns="outcome", values="cell")
+
+
 def early(weights: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
     """The predictors of every recipe of stage 2, at the steps before the last that all recipes share."""
     by = [*UNIT, "recipe", "step"]

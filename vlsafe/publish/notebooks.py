@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import nbformat
 
+from vlsafe.analysis.measures import Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.study.graph import planned, read_by
@@ -42,6 +43,16 @@ def reads(study: Study, name: str, grid: str = "default") -> list[str]:
     names = planned(study, grid)
     found = [stage for word in NOTEBOOKS[name] for stage in ([word] if "/" in word else read_by(study, word, grid))]
     return [stage for stage in dict.fromkeys(found) if stage in names]
+
+
+def shown(make: Callable[[], Any]) -> Any:
+    """What a cell shows: the table or figure that `make` makes, or a sentence that says why this scale does not have it."""
+    from IPython.display import Markdown
+
+    try:
+        return make()
+    except Lacking as lacking:
+        return Markdown(f"*Not shown: {lacking}.*")
 
 
 def code_digest(path: Path) -> str:

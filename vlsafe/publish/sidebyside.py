@@ -38,7 +38,7 @@ def pictures(study: Study) -> dict[str, Picture | None]:
     """What can be shown: no picture, and the pictures of a few attacks and of their benign twins, by group and item."""
     named: dict[str, Picture | None] = {"none": None}
     for harmful, n in ((True, 6), (False, 3)):
-        items = [item for item in study.items() if item.benchmark == "mm_safetybench" and item.harmful == harmful]
+        items = [i for i in study.items() if i.benchmark == "mm_safetybench" and i.harmful == harmful and i.images]
         named |= {f"{item.group} {item.cluster}".replace("|", " "): item.images[0] for item in items[:n]}
     return named
 
