@@ -81,7 +81,8 @@ def test_files_of_both_layouts_have_the_names_in_memory(family, layout):
     memory = set(load_file(folder / "memory" / "model.safetensors"))
     assert {architectures.canonical(key, kind) for key in keys} == memory
     assert all(architectures.part_of(key, kind) for key in keys)
-    assert architectures.part_of("model.something.weight", kind) is None
+    for unknown in ("model.something.weight", "layers.0.mlp.up_proj.weight", "norm.weight"):
+        assert architectures.part_of(unknown, kind) is None
     places, weights = checkpoints.language_places(folder / layout), architectures.language_weights(model)
     assert set(places) == set(weights)
     assert all(torch.equal(checkpoints.read_tensor(places[n]), weight) for n, weight in weights.items())
@@ -140,6 +141,13 @@ def test_tied_and_untied_but_equal_heads_are_one(tmp_path):
     with pytest.raises(ValueError, match=r"one tensor in a for embedding and head, two that differ in b \(1\): lm_head\.weight"):
         files.merge("linear", {"a": tmp_path / "a", "b": tmp_path / "different"}, tmp_path / "x", How(0.5), language_only=True)
     saved(built("idefics3"), tmp_path / "two")  # untied
+    saved(tied, tmp_path / "headless")
+    config = tmp_path / "headless" / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    with pytest.raises(ValueError, match=r"only in a, not in b \(1\): lm_head\.weight"):
+        files.merge("linear", {"a": tmp_path / "two", "b": tmp_path / "headless"}, tmp_path / "x", How(0.5), language_only=True)
+    with pytest.raises(ValueError, match=r"has embed_tokens\.weight alone of embedding and head, and its config does not tie"):
+        checkpoints.language_places(tmp_path / "headless")
     files.merge("linear", {"a": tmp_path / "two", "b": tmp_path / "tied"}, tmp_path / "y", How(1.0), language_only=True)
     after = load_file(tmp_path / "y" / "model.safetensors")
     assert torch.equal(after[HEAD], tied.lm_head.weight) and torch.equal(

@@ -256,6 +256,7 @@ def test_a_result_shares_no_file_with_an_input(pair, tmp_path):
     (folders["a"] / "model.safetensors").rename(blob)
     os.link(blob, folders["a"] / "model.safetensors")
     (folders["a"] / "tokenizer_config.json").symlink_to(folders["a"] / "config.json")
+    (folders["a"] / "folder.json").mkdir()
     before = digests(folders["a"], folders["b"])
     files.merge("linear", ab(folders), tmp_path / "out", How(0.5))
     assert digests(folders["a"], folders["b"]) == before and torch.equal(load_file(blob)[BLOCK], tensors["a"][BLOCK])
