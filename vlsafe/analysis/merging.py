@@ -95,7 +95,7 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """T07: one line per backbone × seed × chosen merge or control × measure, with its paired changes from each reference.
 
     Units:    fractions; p-values two-sided by flipping the signs of clusters, Holm per reference
-    Raises:   Lacking where there is no merge
+    Raises:   Lacking where there is no merge, or nothing to compare one with
     """
     final = raw[(raw["exam"] == "full") & raw["benchmark"].isin(needed(*HEADLINE))]
     models, changes = rates(final, HEADLINE), []
@@ -112,6 +112,8 @@ def methods(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
         for (name, before), after in compared.items():
             change = analysis_measures.differences(part, before, after, HEADLINE, tested=True)
             changes.append(change.assign(reference=name))
+    if not changes:
+        raise Lacking("no merge was examined beside a model to compare it with")
     change = tuning.holm(pd.concat(changes, ignore_index=True), [*UNIT, "reference"])
     whole = analysis_measures.with_changes(models, change)
     return whole.merge(lines.loc[lines["chosen"], [*UNIT, "recipe", "ratio", "same_as"]], on=[*UNIT, "recipe"], how="left")

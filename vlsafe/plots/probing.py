@@ -153,6 +153,7 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
         ): f"{name}\n{MEASURES[measure]['label'].replace('refusal of harmless picture requests', 'refusal, harmless')}"
         for name in style.by_backbone(drawn)
         for measure in SHOWN
+        if measure in set(drawn["measure"])
     }
     columns = {width: f"{width} block{'s' if width > 1 else ''}" for width in sorted(drawn["width"].unique())[:4]}
     caption = _caption(drawn, scale, note)
@@ -168,6 +169,8 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
 def _best_band(lines: pd.DataFrame) -> str:
     """The band that lowers text ASR most, and how many random sets of as many blocks lower it as far, over all studies."""
     text = lines[lines["measure"] == "text_asr"]
+    if text.empty:
+        return "The parent's blocks in the adapted model"
     bands = text[text["kind"] == "band"].groupby(["width", "start"])["value"].mean()
     width, start = bands.idxmin()
     fall = f"{100 * (text['value'] - text['change']).mean():.0f} to {100 * bands.min():.0f} %"
