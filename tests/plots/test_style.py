@@ -75,3 +75,4 @@ def test_a_caption_names_the_judges_of_attacks():
     lines = pd.DataFrame({"measure": ["text_asr", "multimodal_asr", "helpfulness"], "judge": ["a", "b + a", "letters"]})
     assert style.judges(lines) == "judges of attacks: a, b"
     assert style.judges(lines.assign(judge="world")) == "judge: the world's truth"
+    assert style.judges(lines.iloc[2:]) == "judges: letters"

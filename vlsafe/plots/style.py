@@ -94,10 +94,12 @@ def caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
 
 
 def judges(frame: pd.DataFrame) -> str:
-    """Who says what an attack's success is, in the lines that are drawn."""
+    """Who says what an attack's success is, in the lines that are drawn; where none is about attacks, the judges of all."""
     attacks = frame[frame["measure"].str.endswith("asr")] if "measure" in frame else frame
-    names = dict.fromkeys(name for text in attacks["judge"].dropna().unique() for name in text.split(" + "))
-    return "judge: the world's truth" if list(names) == ["world"] else f"judges of attacks: {', '.join(names)}" if names else ""
+    drawn = attacks if len(attacks) else frame
+    names = list(dict.fromkeys(name for text in drawn["judge"].dropna().unique() for name in text.split(" + ")))
+    what = "judges of attacks" if len(attacks) else "judges"
+    return "judge: the world's truth" if names == ["world"] else f"{what}: {', '.join(names)}"
 
 
 def change(name: str, before: float, after: float, note: str = "") -> str:

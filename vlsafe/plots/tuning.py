@@ -81,6 +81,7 @@ def refusals(rates: pd.DataFrame, scale: str) -> Figure:
     caption = style.caption(
         rates, scale, "95 % intervals, clustered by what was asked", "refused, percent (← better)",
         f"the first {in_text} in text, the others with pictures", f"n ≥ {int(rates['n'].min())} a mark",
+        style.judges(rates),
     )  # fmt: skip
     inches = 0.28 * len(models) + 0.5
     with style.panels(style.by_backbone(rates), columns, inches, _most_refused(rates), caption, sharex=True) as (figure, axes):
