@@ -65,7 +65,8 @@ def test_the_default_grid_of_a_loaded_scale_comes_to_its_end(made, capsys):
     figures = place / "figures" / f"{study.scale.name}-partial"
     assert all((figures / name).exists() for name in ("report.html", "T09_claims.csv", "T02_degradation.csv"))
     shown = ("parent/aligned", "instruct/filtered-full", "safety/sl-full")
-    assert all((study.run(name).folder / "README.md").exists() for name in shown)
+    runs = [study.run(name) for name in shown]
+    assert all(run.folder.with_name(f"{run.recipe}.card.md").exists() for run in runs)
     reasons = left_out(study)
     assert {"instruct/clean-full", "instruct/textonly-full"} <= set(reasons) and all(reasons.values())
     with capsys.disabled():
@@ -78,7 +79,7 @@ def test_no_judge_is_asked_twice_for_one_response_of_a_stage(made):
     """Every stage asks about each distinct response to an item once; the requests are as many as those."""
     _, study, _, requests = made
     distinct = 0
-    for name in read_by(study, "tables"):
+    for name in planned(study):
         file = study.run(name).folder / "judgements.jsonl"
         if file.exists():
             kept = pd.read_json(file, lines=True, dtype=False)
