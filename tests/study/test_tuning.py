@@ -274,7 +274,7 @@ def lora_rates(study, fit):
     """The rates of what LoRA trains, by what it is, as the optimiser is built."""
     model = trainable.choose(checkpoints.load(study.checkpoints("projector/filtered")[-1]), "lora", study.scale.lora)
     names = {id(weight): "adapters" if "lora_" in name else "projector" for name, weight in model.named_parameters()}
-    groups = trainers._optimizer(model, fit)["params"]
+    groups = trainers._optimizer(model, fit, None)[1]["params"]
     rates = {(names[id(weight)], group["lr"]) for group in groups for weight in group["params"]}
     assert len(rates) == 2
     return dict(rates)
