@@ -109,7 +109,7 @@ def test_one_process_that_sees_several_gpus_is_stopped():
 def test_an_unknown_device_is_refused_before_any_work(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({"extends": "mini", "device": "gpu"}))
-    with pytest.raises(ValueError, match="unknown scale.device 'gpu'"):
+    with pytest.raises(ValueError, match=r"unknown scale\.device 'gpu'"):
         Study.open(path, "mini-chat", 0, tmp_path)
 
 
