@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlsafe.core.presets import MINI, SCALES
+from vlsafe.data.pocket import packages
 from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 
@@ -70,3 +71,11 @@ def study(tmp_path_factory):
     for name in planned(made):
         made.folder(name)
     return made
+
+
+def installed(package):
+    """The first file of a package of scale pocket; its test is skipped by name where the package is not installed."""
+    try:
+        return packages.path(package, package.files[0][0])
+    except FileNotFoundError as error:
+        pytest.skip(f"scale pocket's packages are not installed: {error}")

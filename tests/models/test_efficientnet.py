@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import installed
 from transformers import AutoImageProcessor, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from vlsafe.core.presets import FOLDER, load_scale
@@ -27,10 +28,7 @@ with torch.inference_mode():
 
 @pytest.fixture(scope="module")
 def weights():
-    try:
-        return packages.path(PACKAGE, PACKAGE.files[0][0])
-    except FileNotFoundError as error:
-        pytest.skip(f"scale pocket's packages are not installed: {error}")
+    return installed(PACKAGE)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import installed
 from transformers import AutoTokenizer
 
 from vlsafe.core.presets import FOLDER, load_scale
 from vlsafe.core.writing import file_digest
-from vlsafe.data.pocket import packages
 from vlsafe.models import checkpoints, gguf
 
 reader = pytest.importorskip("gguf", reason="scale pocket's reader of GGUF files is not installed: run `make parts`")
@@ -23,10 +23,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def file():
-    try:
-        return packages.path(PACKAGE, PACKAGE.files[0][0])
-    except FileNotFoundError as error:
-        pytest.skip(f"scale pocket's packages are not installed: {error}")
+    return installed(PACKAGE)
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ class Merging:
     items: int = 36
     random_bands: int = 3
     fixed: float = later(0.5)  # the ratio of every rule where there are no validation items to choose one by
+    requests: int = later(100)  # assumed: official requests per kind and modality that choose a ratio where tuning.pairs is 0
 
 
 @dataclass(frozen=True)

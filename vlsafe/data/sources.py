@@ -87,6 +87,7 @@ def _llava(
     """
 
     def example(row: dict[str, Any], name: str) -> Example | Refused:
+        """One row; raises KeyError or TypeError where it is none of LLaVA's."""
         image = row.get("image")
         if isinstance(image, list):
             raise TypeError("several pictures")  # LLaVA-1.5 has none of these

@@ -78,6 +78,7 @@ def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
 
     def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
+        """Greedy answers in batches of about one length; the model is loaded here and let go afterwards."""
         if not judge.raw:
             raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
         import torch

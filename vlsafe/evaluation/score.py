@@ -150,9 +150,9 @@ def score(
         items = [by_id.get(item.id, item) for item in items]
     written.models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
     _collect(written, llm, items, texts, find, of_run, judgements, official.places(data, module.FOLDER))
-    marks, about = {}, {}
-    for name in names:
-        marks[name], reasons = judging.marked(name, items, texts, written)
+    found = {name: judging.marked(name, items, texts, written) for name in names}
+    marks, about = {name: rows for name, (rows, _) in found.items()}, {}
+    for name, (_, reasons) in found.items():
         model = judge_model.name if judge_model and name in llm else None
         about[name] = dict(judge=name, model=model, official=name in module.OFFICIAL[subset], unjudged=dict(reasons))
     scores = [{**row._asdict(), "model": about[row.judge.split(" + ")[0]]["model"]} for row in module.scores(marks)]
@@ -164,11 +164,16 @@ def score(
         "judges": list(about.values()), "scores": scores, "agreement": _agreement(marks),
         "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
     }  # fmt: skip
+    _write(result, out, marks, rows_to)
+    return result
+
+
+def _write(result: Mapping[str, Any], out: Path, marks: Mapping[str, Sequence[Marked]], rows_to: Path | None) -> None:
+    """The result as JSON, and where it is wanted a line for every verdict."""
     store.write_text(out, json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if rows_to is not None:
-        rows = (row for name in names for row in verdicts(name, marks[name]))
+        rows = (row for name, of in marks.items() for row in verdicts(name, of))
         store.write_text(rows_to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return result
 
 
 def _refuse_inputs(

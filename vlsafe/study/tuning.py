@@ -53,7 +53,6 @@ RECIPES: dict[str, Recipe] = {
     "dpo-both-sppft": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "sppft", "full"),
 }
 GUARD, PROBED = "guard/text", "probe/localisation"
-VALIDATED = 100  # official requests of each kind and modality that merges are chosen by, where tuning.pairs is 0
 JUDGE = "guard-text"  # what the reward's guard is called where it judges
 # Whose answers to harmful requests the reward's guard is put to.
 JUDGED = ("sorry_bench", "mm_safetybench", "pocket_text", "pocket_pictures")
@@ -232,7 +231,9 @@ def _validated(study: Study, folders: Sequence[Path], tokens: Sequence[int]) -> 
 def validation_items(study: Study) -> list[Item]:
     """The items that checkpoints and merges are chosen by: the miniature's preference pairs, or official requests."""
     if study.scale.loaded:
-        return evaluation.validation.official_items(study.items("validation"), study.scale.tuning.pairs or VALIDATED)
+        return evaluation.validation.official_items(
+            study.items("validation"), study.scale.tuning.pairs or study.scale.merging.requests
+        )
     return evaluation.validation.preference_items(study.world(), study.scale.tuning.pairs)
 
 
