@@ -97,7 +97,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
             for (name, *_), line in models.groupby(["kind", "stage", "recipe"]):
                 axis.plot(line["place"], line["value"], linewidth=0.9, markersize=3.2, alpha=0.8, **KINDS[name])
                 axis.vlines(line["place"], line["low"], line["high"], color=KINDS[name]["color"], linewidth=0.5, alpha=0.35)
-            axis.set_xticks(range(len(names)), names)
+            axis.set_xticks(range(len(names)), [name.replace("-", "-\n") for name in names] if len(names) > 3 else names)
             axis.set(xlim=(-0.3, len(names) - 0.7), ylim=(-4, 104))
             texts = [f"{p.judge} – {p.other}: κ {_two_places(p.kappa)}, τ {_two_places(p.tau)}" for p in agreement.itertuples()]
             axis.set_xlabel("\n".join(texts), fontsize=5.5, loc="left")
