@@ -15,6 +15,8 @@ from typing import Literal
 import fsspec
 import huggingface_hub
 
+from vlsafe.core.fits import later
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -102,6 +104,18 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Adopted:
+    """A vision-language model that others have trained, in place of what stage 2 would make, and the language model that it came
+    from. Templates are Jinja, in place of their own; `prompts` is a file of prompts for probing, in place of benchmarks."""
+
+    model: Origin
+    parent: Origin | None = None
+    template: str = ""
+    parent_template: str = ""
+    prompts: str = ""
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What a scale takes from outside, where its `source` is "load". A corpus that is None is left out.
 
@@ -125,6 +139,7 @@ class Loaded:
     missing_share: float = 0.05
     gpu_gigabytes: float = 0.0
     packed: Packed | None = None
+    adopted: Adopted | None = later(None)
 
 
 MEMBER = "!"  # between the path of an archive and the name of a file in it
@@ -147,6 +162,21 @@ def pinned(repo: str, revision: str) -> str:
     if revision != "main" or root is None or not (root / PINS).is_file():
         return revision
     return json.loads((root / PINS).read_text(encoding="utf-8")).get(repo, revision)
+
+
+def model_folder(origin: Origin, what: str) -> Path:
+    """The folder of a model: the origin's own, or its place in the hub's cache.
+
+    Raises:   FileNotFoundError, naming `what` it is, where it is not here
+    """
+    if Path(origin.repo).is_dir():
+        return Path(origin.repo)
+    revision = pinned(origin.repo, origin.revision)
+    try:
+        return Path(huggingface_hub.snapshot_download(origin.repo, revision=revision, local_files_only=True))
+    except (FileNotFoundError, huggingface_hub.errors.HFValidationError):
+        remedy = "`vlsafe download` fetches what a scale names, `hf download` any model; `vlsafe doctor` says what it needs"
+        raise FileNotFoundError(f"{what}, {origin.repo} at {revision}, is not here; {remedy}") from None
 
 
 def outside_bytes(place: str) -> bytes:

@@ -26,7 +26,8 @@ class Fit:
     The rows of a step are split by length into `micro_batches`, whose gradients are accumulated. `projector_rate`: the
     projector's own (LLaVA's `mm_projector_lr`). `grouped`: every step has one modality, as in LLaVA's scripts. `launch`: an
     accelerate configuration whose processes train, else this one does. `saved`: the dtype of finished checkpoints. `dtype`: of
-    weights that compute, their masters are float32. `rows`: what `steps` are for; with it, they follow a corpus, as epochs do.
+    weights that compute, their masters are float32. `autocast`: float32 weights compute in bfloat16 on a CPU too, as they do on
+    any GPU. `rows`: what `steps` are for; with it, they follow a corpus, as epochs do.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Fit:
     saved: Dtype = later("float32")
     dtype: Literal["float32", "bfloat16"] = later("float32")
     rows: int | None = later(None)
+    autocast: bool = later(False)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.micro_batches <= self.batch_size or not 0 < self.learning_rate < 1:

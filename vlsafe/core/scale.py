@@ -209,7 +209,7 @@ class Scale:
     merging: Merging = field(default_factory=Merging)
     checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
     arm_checkpoints: tuple[int, ...] = (6, 25, 75)  # of the data arms and other methods, for equal helpfulness
-    rates: tuple[float, float] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2
+    rates: tuple[float, ...] = (0.4, 2.5)  # "slow" and "fast", as multiples of the rate of stage 2; none: without them
     threads: int = 1
     traffic: Traffic = field(default_factory=Traffic)
     source: Literal["build", "load"] = "build"

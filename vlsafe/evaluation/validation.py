@@ -62,7 +62,7 @@ def checkpoint_scores(folders: Sequence[Path], items: Sequence[Item], exam: Exam
 
     rows, start = [], None
     for folder in folders:
-        model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
+        model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)
         responses = respond(model, processor, items, "validation", exam.batch_size, exam.max_new_tokens)
         row = behaviour(items, outcomes(items, responses, exam.judges))
         if all(item.options for item in items):

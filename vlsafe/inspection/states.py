@@ -49,7 +49,7 @@ def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_siz
         inputs = prompt_batch(processor, [turns for turns, _ in part], [images for _, images in part])
         rows, last = torch.arange(len(part)), last_positions(inputs["attention_mask"])
         states: list[torch.Tensor] = []
-        with hooked(model, lambda state: states.append(state[rows, last].cpu())):  # noqa: B023 (called in this round only)
+        with hooked(model, lambda state: states.append(state[rows, last].float().cpu())):  # noqa: B023 (called in this round only)
             model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
         yield torch.stack(states, 1)
 

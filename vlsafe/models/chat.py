@@ -11,10 +11,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PaliGemmaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -110,8 +111,23 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
 @functools.lru_cache(maxsize=2**14)
 def _rendered(key: Any, turns: tuple[Turn, ...], n_images: int) -> str:
     options = {"chat_template": key[0], "add_generation_prompt": turns[-1].role != "assistant", "tokenize": False}
-    text = _WRITERS[key].apply_chat_template(messages(turns, n_images), **options)
+    written = messages(turns, n_images)
+    if not _takes_blocks(key):
+        lines = "".join(f"{_WRITERS[key].image_token}\n" for _ in range(n_images))
+        first = next((place for place, turn in enumerate(turns) if turn.role == "user"), 0)
+        written = [{"role": t.role, "content": lines * (place == first) + t.text} for place, t in enumerate(turns)]
+    text = _WRITERS[key].apply_chat_template(written, **options)
     return text if options["add_generation_prompt"] else text.rstrip()  # Tulu's template writes a line break after EOS
+
+
+@functools.lru_cache(maxsize=2**8)
+def _takes_blocks(key: Any) -> bool:
+    """Whether a template reads messages in blocks: processors' and ours do, those of many language models want text."""
+    try:
+        text = _WRITERS[key].apply_chat_template(messages([Turn("user", "a line")]), chat_template=key[0], tokenize=False)
+    except (TypeError, jinja2.TemplateError):
+        return False
+    return "a line" in text and "'text'" not in text  # a list that is written as it is
 
 
 def image_tokens(processor: Any, images: Sequence[Picture]) -> list[int]:
@@ -128,13 +144,26 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
     """
     texts = [rendered(processor, turns, len(row)) for turns, row in zip(prompts, images, strict=True)]
-    pictures = [open_picture(data) for row in images for data in row]
-    padding = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    pictures = [[open_picture(data) for data in row] for row in images]
+    tokenizer, any_picture = getattr(processor, "tokenizer", processor), any(pictures)
+    options = dict(padding=True, padding_side="left", add_special_tokens=_lacks_bos(processor, texts), return_tensors="pt")
     if not hasattr(processor, "image_processor"):
-        if pictures:
+        if any_picture:
             raise ValueError("these prompts have pictures, and this model has no picture processor")
-        return processor(texts, **padding)
-    return processor(text=texts, images=pictures or None, **padding)
+        return processor(texts, **options)
+    if isinstance(processor, PaliGemmaProcessor) and not any_picture:  # it refuses; this is what it writes after pictures
+        return tokenizer([f"{tokenizer.bos_token}{text}\n" for text in texts], **options | {"add_special_tokens": False})
+    flat = isinstance(processor, LlavaProcessor)  # the only one that takes prompts with and without pictures in one batch
+    inputs = processor(text=texts, images=(sum(pictures, []) if flat else pictures) if any_picture else None, **options)
+    inputs.pop("labels", None)  # PaliGemma's, for training
+    return inputs
+
+
+def _lacks_bos(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer is to write BOS: where a processor's template does not, as the library decides it. A language
+    model's own template always has the say."""
+    bos = getattr(processor, "tokenizer", processor).bos_token
+    return hasattr(processor, "image_processor") and not (bos and all(text.startswith(bos) for text in texts))
 
 
 def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,8 @@ import transformers
 from torch import nn
 from transformers import CLIPModel, LlavaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils import is_liger_kernel_available, logging
 
 from vlsafe.core.scale import LanguageSpec, VisionSpec
@@ -364,15 +366,32 @@ def refuse_other(config: Any, spec: LanguageSpec, repo: str) -> None:
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor of a grafted model, the tokenizer of a text-only one. Pictures always go through Pillow.
+    """The processor of a vision-language model, the tokenizer of a text-only one. Pictures always go through Pillow.
 
     The tokenizer is the one that was saved: the library goes by the model's type and silently gives a Qwen2 with our words
-    Qwen2's own way of splitting text, which knows none of them.
+    Qwen2's own way of splitting text, which knows none of them. Where none pads, EOS does: padding is never attended to.
     """
     config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else transformers.AutoTokenizer
-    if not is_multimodal(folder):
-        return kind.from_pretrained(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    processor.tokenizer = kind.from_pretrained(folder)  # "backend" reaches the tokenizer too, and unmakes it
-    return processor
+    tokenizer = kind.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return _assembled(folder, tokenizer) if is_multimodal(folder) else tokenizer
+
+
+def _assembled(folder: Path, tokenizer: Any) -> Any:
+    """A processor of its parts, without what some do with videos, for which the library's loader wants torchvision."""
+    kind, names = _processor_class(folder), _processor_class(folder).get_attributes()
+    parts = {"image_processor": transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"), "tokenizer": tokenizer}
+    settings, _ = kind.get_processor_dict(folder)
+    if "video_processor" in names:  # no item has a video: nothing stands there, and the library's check of it is left out
+        kind = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, part: type(part)})
+        processing_smolvlm.num2words = processing_smolvlm.num2words or str  # writes out how long a video is, and nothing else
+    return kind.from_args_and_dict([parts.get(name) for name in names], settings)
+
+
+def _processor_class(folder: Path) -> Any:
+    """The class of a checkpoint's processor, as its files name it, or by the model's type."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    stated = [weights.read_object(Path(folder) / name).get("processor_class") for name in files if (Path(folder) / name).exists()]
+    by_type = PROCESSOR_MAPPING_NAMES[weights.read_object(Path(folder) / "config.json")["model_type"]]
+    return getattr(transformers, next(filter(None, stated), by_type))

@@ -45,15 +45,17 @@ def recipe_params(study: Study, name: str) -> Any:
 
 
 def unless(study: Study, name: str) -> str | None:
-    """Why a scale does without a recipe: its corpora do not permit the data arm."""
+    """Why a scale does without a recipe: it has one rate, or its corpora do not permit the data arm."""
     arm = RECIPES[name].data
+    if RECIPES[name].rate != "usual" and not study.scale.rates:
+        return "the scale trains stage 2 at one rate"
     return data.arms.WITHOUT[arm] if study.scale.loaded and arm not in study.scale.loaded.arms else None
 
 
 def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     """The fit of a recipe, and the steps after which it leaves a checkpoint."""
     scale, recipe = study.scale, RECIPES[name]
-    rate = {"usual": 1.0, "slow": scale.rates[0], "fast": scale.rates[1]}[recipe.rate]
+    rate = dict(zip(("slow", "fast"), scale.rates, strict=bool(scale.rates))).get(recipe.rate, 1.0)
     fit = by_method(scale.instruct, recipe.method, scale.lora)
     fit = dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
     return fit, _milestones(scale.checkpoints if name == MAIN else scale.arm_checkpoints, fit.steps)

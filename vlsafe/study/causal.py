@@ -48,9 +48,9 @@ def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
     return examination
 
 
-def examine_checkpoints(folders: Sequence[Path], examine: Callable[..., Rows], stage: str, recipe: str) -> Rows:
+def examine_checkpoints(folders: Sequence[Path], dtype: str, examine: Callable[..., Rows], stage: str, recipe: str) -> Rows:
     """Checkpoints of one training, examined as an intervention is: the curve that gives attack success at equal helpfulness."""
-    return [row for folder in folders for row in examine(models.checkpoints.load(folder), recipe, step_of(folder), stage)]
+    return [row for folder in folders for row in examine(models.checkpoints.ready(folder, dtype), recipe, step_of(folder), stage)]
 
 
 def make_transplants(study: Study, work: Path) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     """
     probing, band = study.scale.probing, study.numbers(LOCALISATION)["band"]
     folders, start = study.checkpoints(ADAPTED), study.checkpoints(STAGE_1)[-1]
-    model, examine = models.checkpoints.load(folders[-1]), examiner(study, folders[-1], "causal")
+    dtype, examine = study.scale.exam.dtype, examiner(study, folders[-1], "causal")
+    model = models.checkpoints.ready(folders[-1], dtype)
     own = {name: weight.detach().clone() for name, weight in models.architectures.language_weights(model).items()}
     parent = {
         name: models.checkpoints.read_tensor(place)
@@ -79,8 +80,8 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     reverse = (
         [inspection.causal.Patch("reverse", patch.blocks) for patch in inspection.causal.bands(n, [width])] if width < n else []
     )
-    curve = examine(models.checkpoints.load(start), "filtered", 0, "projector")
-    curve += examine_checkpoints(folders, examine, *ADAPTED.split("/"))
+    curve = examine(models.checkpoints.ready(start, dtype), "filtered", 0, "projector")
+    curve += examine_checkpoints(folders, dtype, examine, *ADAPTED.split("/"))
     rows = [{**row, "kind": "curve", "blocks": None} for row in curve]
     rows += inspection.causal.transplants(model, parent, patches, examine, Bar("transplants", len(patches)))
     with inspection.causal.transplanted(model, parent, every):
@@ -108,7 +109,7 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
     rows: Rows = []
     for run, strengths in ((PARENT, ()), (ADAPTED, probing.strengths)):
         folder = study.checkpoints(run)[-1]
-        model, examine = models.checkpoints.load(folder), examiner(study, folder, "directed")
+        model, examine = models.checkpoints.ready(folder, study.scale.exam.dtype), examiner(study, folder, "directed")
         for what, strength, number, operation in _operations(model, layer, direction, others, strengths):
             columns = {"of": run, "what": what, "strength": strength, "number": number}
             with operation:
@@ -152,7 +153,8 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
             drop(scratch)
             adaptation.trained(study, scratch, start, dataset, "sppft", fit, milestones, patch.name, blocks=patch.blocks)
             columns = {"kind": patch.kind, "blocks": patch.name, "located": patch.blocks == tuple(range(*band))}
-            results = examine_checkpoints(sorted(scratch.glob("step-*")), examine, "sppft", patch.name)
+            folders = sorted(scratch.glob("step-*"))
+            results = examine_checkpoints(folders, study.scale.exam.dtype, examine, "sppft", patch.name)
             store.write_rows(file, [row | columns for row in results])
             drop(scratch)
         rows += store.read_rows(file)

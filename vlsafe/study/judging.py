@@ -14,15 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from vlsafe import evaluation
 from vlsafe.core import assets, store
-from vlsafe.core.assets import Origin
 from vlsafe.core.scale import Scale, known
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import judging
-from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, PACKED, REAL, confounds, official
+from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, OWN, PACKED, REAL, confounds, official
 from vlsafe.evaluation.examine import Rows, judges_of, verdict_columns
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, llm
 from vlsafe.evaluation.judging import Judgements, JudgeModel
@@ -42,7 +39,7 @@ def refuse_unanswered(scale: Scale) -> None:
     for query in (*loaded, *endpoints):
         known(query, QUERIES, "judge that asks a model")
     for benchmark, judges in scale.exam.judges.items():
-        known(benchmark, REAL | CONTROLS | PACKED, "benchmark of exam.judges")
+        known(benchmark, {*REAL, *CONTROLS, *PACKED, OWN}, "benchmark of exam.judges")
         if not any(known(name, JUDGES | LLM_JUDGES, f"judge of {benchmark}") in JUDGES for name in judges):
             raise ValueError(f"exam.judges names no rule for {benchmark}; one has to be there beside {', '.join(judges)}")
         for query, names in judging.queries_of(judges).items():
@@ -75,22 +72,11 @@ def answers(scale: Scale, query: str) -> JudgeModel:
     if scale.loaded and query in scale.loaded.judges:
         origin = scale.loaded.judges[query]
         name = Path(origin.repo).name if Path(origin.repo).is_dir() else origin.repo
-        return judging.weights(_folder(query, origin), name, scale.exam.batch_size)
+        return judging.weights(assets.model_folder(origin, f"the judge {query!r}"), name, scale.exam.batch_size)
     at = scale.exam.endpoints[query]
     model = at.model or LLM_JUDGES[QUERIES[query][0]].model
     server = evaluation.servers.Server(at.address, model, at.key, at.timeout, parallel=at.parallel)
     return judging.endpoint(server)
-
-
-def _folder(query: str, origin: Origin) -> Path:
-    if Path(origin.repo).is_dir():
-        return Path(origin.repo)
-    revision = assets.pinned(origin.repo, origin.revision)
-    try:
-        return Path(huggingface_hub.snapshot_download(origin.repo, revision=revision, local_files_only=True))
-    except FileNotFoundError:
-        remedy = "`vlsafe download` fetches it, `vlsafe doctor` says what it needs"
-        raise FileNotFoundError(f"the judge {query!r}, {origin.repo} at {revision}, is not here; {remedy}") from None
 
 
 def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Notebook 06: merges of the adapted model with a safe partner, a sweep over rules and ratios in memory.
 
-Every merge answers the panel and the validation pairs; no weights are written, and they stay in memory until the sweep ends,
-so that equal ones are examined once. Per rule one merge is chosen by the validation pairs alone and examined in full, on the
+Every merge answers the panel and the validation pairs; no weights are written, and a sample of them stays in memory until the
+sweep ends, so that equal ones are examined once. Per rule one merge is chosen by the validation pairs alone and examined in full, on the
 benchmarks that the headline measures need (grid "full": on all). Two controls are treated alike: an ensemble of both members,
 and (grid "full") the checkpoints of the partner's training, which is run again.
 """
@@ -130,16 +130,19 @@ class Members(NamedTuple):
 def members(study: Study, partner: str) -> Members:
     """Load both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model."""
 
-    def weights(name: str) -> tuple[Any, dict[str, Any]]:
-        model = models.checkpoints.load(study.checkpoints(name)[-1])
-        tensors = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        return model, {models.architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
+    def weights(name: str) -> dict[str, Any]:
+        tensors = models.checkpoints.load(study.checkpoints(name)[-1]).state_dict()
+        return {models.architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
 
-    model, a = weights(ADAPTED)
-    safe, b = weights(run_of(partner))
-    _, base = weights(STAGE_1 if LINEAGES[partner] == "sibling" else PARENT)
+    def answering(name: str) -> Any:
+        return models.checkpoints.ready(study.checkpoints(name)[-1], study.scale.exam.dtype)
+
+    model, base = answering(ADAPTED), STAGE_1 if LINEAGES[partner] == "sibling" else PARENT
     processor = models.checkpoints.load_processor(study.checkpoints(ADAPTED)[-1])
-    return Members(model, processor, a, b, base, safe, len(models.architectures.language_layers(model)))
+    return Members(
+        model, processor, weights(ADAPTED), weights(run_of(partner)), weights(base), answering(run_of(partner)),
+        len(models.architectures.language_layers(model)),
+    )  # fmt: skip
 
 
 def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | None] | None:
@@ -222,7 +225,7 @@ def parents_bound(study: Study) -> float:
     folder, items = study.checkpoints(PARENT)[-1], tuning.validation_items(study)
     if not items:
         return 1.0
-    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
     answers = _responses(study, model, processor, False, items)
     return evaluation.validation.attack_rates(items, answers, study.scale.exam.judges)["text"].high
 
@@ -247,7 +250,7 @@ class Result(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """All merges with one partner. `examined`: weights and result by recipe, so that equal weights are examined once."""
+    """All merges with one partner. `examined`: some weights and the result by recipe, so that equal models are examined once."""
 
     study: Study
     partner: str
@@ -261,7 +264,8 @@ class Sweep(NamedTuple):
         """
         start = time.process_time()
         model, processor, multimodal, merged = self.model(point)
-        same = next((name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(merged, w, SAME)), None)
+        sample = models.merge.rules.sample(merged) if merged else {}
+        same = next((name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(sample, w, SAME)), None)
         spent = time.process_time() - start if merged else 0.0
         if same is not None:
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
@@ -274,7 +278,7 @@ class Sweep(NamedTuple):
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
         result = Result(_responses(self.study, model, processor, multimodal, every), loss)
         if merged:
-            self.examined[recipe_of(point, self.partner)] = merged, result
+            self.examined[recipe_of(point, self.partner)] = sample, result
         return result, spent
 
     def respond(self, point: Point, items: Sequence[Item]) -> dict[str, Response]:
@@ -285,7 +289,8 @@ class Sweep(NamedTuple):
         """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
         members = self.members
         if point.folder is not None:
-            return models.checkpoints.load(point.folder), members.processor, True, None
+            model = models.checkpoints.ready(point.folder, self.study.scale.exam.dtype)
+            return model, members.processor, True, None
         ratio = 0.5 if point.ratio is None else point.ratio
         if point.rule == "ensemble":
             members.model.load_state_dict(members.a)

@@ -67,7 +67,7 @@ def make_tower(study: Study, work: Path) -> dict[str, Any]:
 def writer(study: Study) -> Any:
     """What the unaligned model writes to prompts, greedily: a function from prompts and a number of tokens to texts."""
     folder = study.folder("base/llm")
-    model, tokenizer = models.checkpoints.ready(folder), models.checkpoints.load_processor(folder)
+    model, tokenizer = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
     tokenizer.chat_template = models.templates.template(templates(study)[0])
 
     def write(prompts: list[str], max_new_tokens: int) -> list[str]:
@@ -103,7 +103,7 @@ def _most(study: Study, values: list[Any]) -> list[Any]:
 def corpora_params(study: Study) -> Any:
     """The packages, the sizes of corpora, and the template by which the text model is asked."""
     scale = study.scale
-    return [study.asset("packed"), scale.corpora.safety, scale.corpora.pairs, scale.threads, *templates(study)]
+    return [study.asset("packed"), scale.corpora.safety, scale.corpora.pairs, scale.threads, scale.exam.dtype, *templates(study)]
 
 
 def templates(study: Study) -> list[str]:

@@ -45,7 +45,7 @@ def nothing_to_choose_by(study: Study) -> str | None:
 def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     """Locate the parent's safety band; where none is found, the published one at the same relative depth stands in, marked so."""
     folder, search = study.folder(PARENT), study.scale.search
-    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
     free = study.scale.loaded and not study.scale.exam.validation  # then every item is reported, and nothing may be chosen
     official = study.items() if free else validation_part(study)
     items = evaluation.prompts.localisation_prompts(study.world(), search.prompts, official)
@@ -84,7 +84,7 @@ def make_direction(study: Study, work: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     folder, exam = study.folder(PARENT), study.scale.exam
-    model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
     items = evaluation.prompts.probing_prompts(
         study.world(), "validation", study.scale.probing.prompts, ["text"], validation_part(study)
     )

@@ -334,7 +334,7 @@ def _arguments(kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int,
     """TRL's defaults are for large models on GPUs: bf16 and recomputation are switched off where there is none."""
     gpu = devices.device() == "cuda"
     low = fit.dtype == "bfloat16"
-    autocast = processes.world_size() > 1 and not processes.sharded() if low else gpu
+    autocast = processes.world_size() > 1 and not processes.sharded() if low else gpu or fit.autocast
     own = {"gradient_checkpointing": gpu, **own, **(IN_ORDER if fit.grouped else {})}
     if processes.sharded() and (gpu or low):  # otherwise the whole gradient waits on every GPU, and a tower that text skips fails
         own |= _synced()
