@@ -1,9 +1,9 @@
 """Notebook 06: merges of the adapted model with a safe partner, a sweep over rules and ratios in memory.
 
 Every merge answers the panel and the validation pairs; no weights are written, and a sample of them stays in memory until the
-sweep ends, so that equal ones are examined once. Per rule one merge is chosen by the validation pairs alone and examined in full, on the
-benchmarks that the headline measures need (grid "full": on all). Two controls are treated alike: an ensemble of both members,
-and (grid "full") the checkpoints of the partner's training, which is run again.
+sweep ends, so that equal ones are examined once. Per rule one merge is chosen by the validation pairs alone and examined in
+full, on the benchmarks that the headline measures need (grid "full": on all). Two controls are treated alike: an ensemble of
+both members, and (grid "full") the checkpoints of the partner's training, which is run again.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Sweep(NamedTuple):
     study: Study
     partner: str
     members: Members
-    examined: dict[str, tuple[dict[str, Any], Result]]
+    examined: dict[str, tuple[Mapping[str, Any], Result]]
 
     def examine(self, point: Point, items: Mapping[str, list[Item]]) -> tuple[Result, float]:
         """Put the panel and the validation items to one model, unless its weights were examined before.
