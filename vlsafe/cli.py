@@ -79,7 +79,7 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    for group in (_add_runs, _add_outside, _add_results, _add_human):
+    for group in (_add_runs, _add_outside, publish.adopted.add_commands, _add_results, _add_human):
         group(command)
     return parser
 

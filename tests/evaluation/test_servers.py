@@ -10,7 +10,7 @@ from vlsafe import cli
 from vlsafe.core.presets import MINI
 from vlsafe.core.scale import as_plain
 from vlsafe.core.schema import Response
-from vlsafe.evaluation import examine, servers
+from vlsafe.evaluation import engines, examine, servers
 from vlsafe.study.study import Study
 
 SERVE = f"{sys.executable} -m transformers.cli.transformers serve {{folder}} --device cpu --dtype float32"
@@ -39,7 +39,7 @@ def test_a_server_that_ends_says_why(begun):  # noqa: F811
     folder = begun.checkpoints("projector/filtered")[-1]
     command = f"{sys.executable} -c \"raise SystemExit('no such model')\""
     with pytest.raises(ChildProcessError, match="the server ended with code 1: no such model"):
-        servers.serve_and_respond(command, folder, begun.items()[:1], "m", 4)
+        servers.serve_and_respond(command, folder, begun.items()[:1], "m", 4, engines.Kept())
 
 
 def test_engines_are_not_mixed(tmp_path):

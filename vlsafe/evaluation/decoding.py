@@ -14,7 +14,14 @@ from transformers import PreTrainedModel, StaticCache
 
 BLOCK = 128  # the cache's length is a multiple of it, so that one captured step serves prompts of several lengths
 EAGER = 4  # steps of a batch before its step is captured; they also warm up what must not happen while capturing
+PLAIN = ("llama", "qwen2")  # decoders that were compared with the library's own decoding
 LOOK = 8  # steps between two looks at whether all rows have ended: each waits for the GPU
+
+
+def able(config: Any) -> bool:
+    """Whether a model's positions and masks are those of this file: neither windows nor cross-attention nor positions in three
+    dimensions. The others decode in the library's own way."""
+    return config.model_type in ("llava", *PLAIN) and config.get_text_config().model_type in PLAIN
 
 
 class Decoder:

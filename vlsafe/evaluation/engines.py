@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import logging
 
 from vlsafe.core import store
 from vlsafe.core.schema import Item, Response, Turn
@@ -17,19 +22,39 @@ from vlsafe.evaluation import decoding
 from vlsafe.models.chat import prompt_batch, rendered
 
 Progress = Callable[[int], None]
+Text = tuple[str, bool]  # and whether the token limit cut it off
+
+
+class Kept:
+    """Texts by item, in a file as they come, a line each: a killed examination goes on where it stopped. Without a file: none."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file, self.texts = file, dict[str, Text]()
+        if file and store.whole_lines(file)[0]:  # what a kill has cut off goes
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            self.texts = {row["item"]: (row["text"], row["truncated"]) for row in rows}
+
+    def add(self, texts: Mapping[str, Text]) -> None:
+        self.texts |= texts
+        if self.file:
+            rows = ({"item": item, "text": text, "truncated": cut} for item, (text, cut) in texts.items())
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def respond(
     model: PreTrainedModel, processor: Any, items: Sequence[Item], name: str, batch_size: int, max_new_tokens: int,
-    progress: Progress = lambda n: None,
+    progress: Progress = lambda n: None, kept: Kept | None = None,
 ) -> list[Response]:  # fmt: skip
     """Responses in the order of the items, each by its item's own scoring; of a ranked item, the letter of the chosen option.
+
+    What is `kept` is not generated again.
 
     Units:    `max_new_tokens` tokens; progress counts items
     """
     ranked = [item for item in items if item.scoring == "likelihood"]
     written = [item for item in items if item.scoring == "generated"]
-    texts = generate(model, processor, written, batch_size, max_new_tokens, progress)
+    texts = generate(model, processor, written, batch_size, max_new_tokens, progress, kept)
     losses = option_losses(model, processor, ranked, batch_size, lambda done: progress(len(written) + done))
     letters = [(ascii_uppercase[row.index(min(row))], False) for row in losses]
     answers = {"generated": iter(texts), "likelihood": iter(letters)}
@@ -38,21 +63,46 @@ def respond(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, processor: Any, items: Sequence[Item], batch_size: int, max_new_tokens: int, progress: Progress
-) -> list[tuple[str, bool]]:
+    model: PreTrainedModel, processor: Any, items: Sequence[Item], batch_size: int, max_new_tokens: int, progress: Progress,
+    kept: Kept | None = None,
+) -> list[Text]:  # fmt: skip
     """Greedy texts, and whether the token limit cut them off.
 
     Items are batched with others of the same modality and about the same length, left-padded; the texts equal those of one
-    prompt at a time (a test checks it).
+    prompt at a time (a test checks it). A batch that does not fit in memory is halved, and so are those after it.
+
+    Raises:   torch.OutOfMemoryError where one prompt does not fit
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts: dict[int, tuple[str, bool]] = {}
+    tokenizer, kept = getattr(processor, "tokenizer", processor), kept or Kept()
+    texts = {i: kept.texts[item.id] for i, item in enumerate(items) if item.id in kept.texts}
     decoder = _decoder(model, tokenizer)
     for batch in _batches(items, batch_size):
-        inputs = prompt_batch(processor, [items[i].turns for i in batch], [items[i].images for i in batch])
-        texts |= zip(batch, _greedy(model, tokenizer, inputs, max_new_tokens, decoder), strict=True)
-        progress(len(texts))
-    return [(text.strip(), truncated) for _, (text, truncated) in sorted(texts.items())]
+        waiting = [i for i in batch if i not in texts]
+        while waiting:
+            part = waiting[:batch_size]
+            inputs = prompt_batch(processor, [items[i].turns for i in part], [items[i].images for i in part])
+            new = _if_it_fits(lambda: _greedy(model, tokenizer, inputs, max_new_tokens, decoder), len(part))  # noqa: B023
+            if new is None:
+                batch_size, decoder = (len(part) + 1) // 2, _decoder(model, tokenizer)
+                continue
+            texts |= (found := {i: (text.strip(), cut) for i, (text, cut) in zip(part, new, strict=True)})
+            kept.add({items[i].id: text for i, text in found.items()})
+            waiting = waiting[len(part) :]
+            progress(len(texts))
+    return [text for _, text in sorted(texts.items())]
+
+
+def _if_it_fits(attempt: Callable[[], list[Text]], n: int) -> list[Text] | None:
+    """What an attempt at `n` prompts gives; None, with a line that says so, where they do not fit in memory together."""
+    try:
+        return attempt()
+    except RuntimeError as error:
+        if n == 1 or not should_reduce_batch_size(error):
+            raise
+    gc.collect()  # after the error is gone, whose traceback holds the tensors
+    torch.cuda.empty_cache()
+    logging.get_logger(__name__).warning(f"{n} prompts at a time do not fit in memory; going on with {(n + 1) // 2}")
+    return None
 
 
 @torch.inference_mode()
@@ -68,9 +118,13 @@ def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], max
     return _greedy(model, tokenizer, inputs, max_new_tokens)
 
 
+PLAINLY = {"repetition_penalty": 1.0}  # whatever a model's makers recommend: the decoder for GPUs knows none
+
+
 def _decoder(model: PreTrainedModel, tokenizer: Any) -> decoding.Decoder | None:
     """What decodes on a GPU. On a CPU the library's own way is faster: its cache grows, and there are no launches to save."""
-    if not isinstance(model, PreTrainedModel) or model.device.type != "cuda":
+    able = isinstance(model, PreTrainedModel) and decoding.able(model.config)
+    if not able or model.device.type != "cuda":
         return None
     return decoding.Decoder(model, _stops(model, tokenizer), tokenizer.pad_token_id)
 
@@ -88,7 +142,7 @@ def _greedy(
     if decoder is not None:
         new = decoder(dict(inputs), max_new_tokens)
     else:  # use_cache is explicit because trainers write use_cache=False into the configs of their checkpoints
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, **PLAINLY)
         new = output[:, inputs["input_ids"].shape[1] :]
     ended = torch.isin(new, _stops(model, tokenizer)).any(1).tolist()
     return [(text, not done) for text, done in zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True)]
@@ -138,6 +192,8 @@ def _seen_once(model: PreTrainedModel, inputs: Any, items: Sequence[Item]) -> di
     """Inputs of answers to `items`, with the features of their pictures, each computed once, instead of pixels per answer."""
     if "pixel_values" not in inputs or not isinstance(model, PreTrainedModel):
         return dict(inputs)
+    if model.config.model_type != "llava":
+        raise ValueError(f"options beside pictures are ranked by models of the type 'llava', not by {model.config.model_type!r}")
     pictures = [(item.id, number) for item in items for number in range(len(item.images))]
     first = {picture: row for row, picture in reversed(list(enumerate(pictures)))}
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}

@@ -33,13 +33,13 @@ class Examination(NamedTuple):
 
 def examine(
     folder: str | Path, items: Sequence[Item], exam: Exam, record: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None, keep: Path | None = None,
 ) -> Examination:  # fmt: skip
     """Ask a checkpoint every item that it can answer, and judge its responses by the judges that are rules.
 
     `folder` holds an ordinary Hugging Face checkpoint, text-only or with a vision tower; `exam` says by which engine, dtype and
     batch size it answers, and by which judges (where it names none, the benchmarks' own); `record` fills the columns of MODEL
-    (by default the folder's name stands for the model).
+    (by default the folder's name stands for the model). `keep`: a file of answers as they come, to go on from after a kill.
 
     Shapes:   N items, of which a text-only model answers those without pictures  ->  at most N responses
     Units:    `progress` counts items
@@ -49,13 +49,14 @@ def examine(
 
     columns = {**MODEL, "model": Path(folder).name, **(record or {})}
     chosen = answerable(items, is_multimodal(Path(folder)))
-    responses = respond(Path(folder), chosen, columns["model"], exam, progress)
+    responses = respond(Path(folder), chosen, columns["model"], exam, progress, keep)
     return Examination(responses, raw_table(chosen, responses, columns, exam.judges))
 
 
 def respond(
-    folder: Path, items: Sequence[Item], name: str, exam: Exam, progress: Callable[[int], None] = lambda done: None
-) -> list[Response]:
+    folder: Path, items: Sequence[Item], name: str, exam: Exam, progress: Callable[[int], None] = lambda done: None,
+    keep: Path | None = None,
+) -> list[Response]:  # fmt: skip
     """Responses of a checkpoint in the order of the items, by the engine that `exam` names.
 
     Options are ranked by the local engine also where a server writes the responses: servers do not return likelihoods.
@@ -65,10 +66,11 @@ def respond(
 
     served = [item for item in items if item.scoring == "generated"] if exam.serve else []
     local = [item for item in items if item.scoring != "generated"] if exam.serve else items
-    responses = servers.serve_and_respond(exam.serve, folder, served, name, exam.max_new_tokens) if served else []
+    kept = engines.Kept(keep)
+    responses = servers.serve_and_respond(exam.serve, folder, served, name, exam.max_new_tokens, kept) if served else []
     if local:
         model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)
-        responses += engines.respond(model, processor, local, name, exam.batch_size, exam.max_new_tokens, progress)
+        responses += engines.respond(model, processor, local, name, exam.batch_size, exam.max_new_tokens, progress, kept)
     by_item = {response.item: response for response in responses}
     if len(by_item) < len(items):
         raise ValueError("two items that are asked together have one id; their answers could not be told apart")

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vlsafe.core.schema import Item
+from vlsafe.core.scale import known
+from vlsafe.core.schema import Item, Turn
+from vlsafe.core.texts import read_lines, read_table
 from vlsafe.data.miniature.language import HOW, World
+from vlsafe.evaluation.benchmarks import OWN, official
 from vlsafe.evaluation.benchmarks.howtos import howto, show, spread, twins
 from vlsafe.evaluation.engines import respond
 from vlsafe.evaluation.examine import answerable, outcomes, panel
@@ -27,13 +31,14 @@ INTERVENTION = (
     "sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench", "pocket_text", "pocket_pictures",
     "pocket_refusal", "pocket_rotations", "pocket_yes_no", "pocket_captions",
 )  # fmt: skip
+LABELS = ("harmful", "benign")  # of a user's prompts
 FEWEST = 5  # prompts of a kind, for the folds of a probe
 OFFICIAL = {  # modality: benchmarks that have both kinds
-    "text": ("xstest", "wildjailbreak", "pocket_text"), "picture": ("vlguard", "pocket_pictures"),
+    "text": ("xstest", "wildjailbreak", "pocket_text", OWN), "picture": ("vlguard", "pocket_pictures", OWN),
 }  # fmt: skip
 ROLES = {  # kind of localisation prompt: whether harmful, and the benchmarks that it is taken from, the first that is examined
-    "normal": (False, ("wildjailbreak", "xstest", "pocket_text")), "harmful": (True, ("wildjailbreak", "xstest", "pocket_text")),
-    "scary": (False, ("xstest", "pocket_refusal")),
+    "normal": (False, ("wildjailbreak", "xstest", "pocket_text", OWN)),
+    "harmful": (True, ("wildjailbreak", "xstest", "pocket_text", OWN)), "scary": (False, ("xstest", "pocket_refusal", OWN)),
 }  # fmt: skip
 
 
@@ -66,6 +71,8 @@ def _official_prompts(official: Sequence[Item], n: int, modalities: Sequence[str
         pairs = []
         for name in OFFICIAL.get(modality, ()):
             of = [dataclasses.replace(item, group=modality) for item in official if item.benchmark == name]
+            if name == OWN:
+                of = [item for item in of if bool(item.images) == (modality != "text")]
             pairs.append([[item for item in of if item.harmful == harmful] for harmful in (True, False)])
         sizes = shares(n, [min(map(len, pair)) for pair in pairs])
         if sum(sizes) >= FEWEST:
@@ -75,6 +82,27 @@ def _official_prompts(official: Sequence[Item], n: int, modalities: Sequence[str
     if not found:
         raise ValueError(f"no modality has {FEWEST} harmful and {FEWEST} harmless prompts of one source; sources are {OFFICIAL}")
     return found
+
+
+def from_file(path: Path) -> list[Item]:
+    """A user's prompts: a CSV or lines of JSON with `text`, `label` (harmful or benign), and where they have them `image` (a
+    picture beside the file), `cluster` (what belongs together) and `id`.
+
+    Raises:   ValueError naming the row where a label is neither or a picture is damaged; FileNotFoundError where one is missing
+    """
+    rows = list(read_lines(path)) if path.suffix in (".json", ".jsonl") else read_table(path, ["text", "label"])
+    items = []
+    for number, row in enumerate(rows, 1):
+        official.needs(row, ["text", "label"], f"row {number} of {path}")
+        harmful = known(str(row["label"]), LABELS, f"label in row {number} of {path}") == "harmful"
+        pictures = ((path.parent / row["image"]).read_bytes(),) if row.get("image") else ()
+        if pictures and (reason := official.damage(pictures[0])):
+            raise ValueError(f"the picture {row['image']} in row {number} of {path} cannot be used ({reason})")
+        name, cluster = (row.get(key) or str(number) for key in ("id", "cluster"))
+        items.append(Item(f"{OWN}/{name}", OWN, (Turn("user", str(row["text"])),), pictures, cluster=cluster, harmful=harmful))
+    if len({item.id for item in items}) < len(items):
+        raise ValueError(f"{path} has two rows of one id")
+    return items
 
 
 def shares(n: int, available: Sequence[int]) -> list[int]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -39,6 +39,9 @@ import pandas as pd
 
 from vlsafe.analysis import stats
 from vlsafe.core.schema import Item, Picture, Response, Turn
+
+if TYPE_CHECKING:
+    from vlsafe.evaluation.engines import Kept  # imports torch, which the client does not need
 
 LOGGERS = ("openai", "httpx", "httpcore", "httpx2", "httpcore2")
 HOPELESS = {401: "refuses the key", 403: "forbids it", 404: "knows neither this model nor this path"}
@@ -227,10 +230,15 @@ def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: in
 
 @contextlib.contextmanager
 def serve(command: str, folder: Path) -> Iterator[Server]:
-    """A server of the model in a folder, for as long as the block lasts. `{folder}` and `{port}` of the command are filled in.
+    """A server of the model in a folder, for as long as the block lasts. `{folder}` and `{port}` of the command are filled in;
+    an address in place of a command is one that runs already, and is asked for the first model that it names.
 
-    Raises:   ChildProcessError with the end of the server's log when it exits before it answers; TimeoutError after `PATIENCE`
+    Raises:   ChildProcessError with the end of the server's log when it exits before it answers; TimeoutError after `PATIENCE`;
+              ConnectionAbortedError where nobody answers at the address
     """
+    if command.startswith(("http://", "https://")):
+        yield Server(command, _first_model(command))
+        return
     from vlsafe.training import processes  # imports torch, which the client does not need
 
     with socket.socket() as free:
@@ -244,6 +252,15 @@ def serve(command: str, folder: Path) -> Iterator[Server]:
                 yield Server(f"http://127.0.0.1:{port}/v1", str(folder), key="VLSAFE_LOCAL_KEY")
             finally:
                 running.terminate()
+
+
+def _first_model(address: str) -> str:
+    server = Server(address, "")
+    try:
+        with openai.OpenAI(base_url=address, api_key=os.environ.get(server.key) or "none", max_retries=1) as client:
+            return client.models.list().data[0].id
+    except (openai.OpenAIError, IndexError) as error:
+        raise ConnectionAbortedError(f"{server.host} does not say which models it serves ({type(error).__name__})") from None
 
 
 def _wait(running: subprocess.Popen, port: int, log: Any) -> None:
@@ -261,16 +278,21 @@ def _wait(running: subprocess.Popen, port: int, log: Any) -> None:
     raise TimeoutError(f"the server has not answered within {PATIENCE:.0f} seconds")
 
 
-def serve_and_respond(command: str, folder: Path, items: Sequence[Item], name: str, max_new_tokens: int) -> list[Response]:
-    """Start a server of a checkpoint, and return its responses in the order of the items, none of which may be ranked.
+def serve_and_respond(
+    command: str, folder: Path, items: Sequence[Item], name: str, max_new_tokens: int, kept: Kept
+) -> list[Response]:
+    """Start a server of a checkpoint, and return its responses in the order of the items, none of which may be ranked. What is
+    `kept` is not requested again.
 
     Raises:   ConnectionAbortedError where some were not answered, or the server is gone
     """
-    with serve(command, folder) as server:
-        responses = {response.item: response for response in respond(server, items, name, max_new_tokens)}
-    if missing := [item.id for item in items if item.id not in responses]:
+    waiting = [item for item in items if item.id not in kept.texts]
+    with serve(command, folder) if waiting else contextlib.nullcontext() as server:
+        for response in respond(server, waiting, name, max_new_tokens) if server else ():
+            kept.add({response.item: (response.text, response.truncated)})
+    if missing := [item.id for item in items if item.id not in kept.texts]:
         raise ConnectionAbortedError(f"{len(missing)} of {len(items)} requests failed, first {missing[0]}; run it again")
-    return [responses[item.id] for item in items]
+    return [Response(item.id, item.benchmark, name, *kept.texts[item.id]) for item in items]
 
 
 def agreement(

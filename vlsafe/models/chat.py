@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import jinja2
@@ -154,7 +155,7 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
     if isinstance(processor, PaliGemmaProcessor) and not any_picture:  # it refuses; this is what it writes after pictures
         return tokenizer([f"{tokenizer.bos_token}{text}\n" for text in texts], **options | {"add_special_tokens": False})
     flat = isinstance(processor, LlavaProcessor)  # the only one that takes prompts with and without pictures in one batch
-    inputs = processor(text=texts, images=(sum(pictures, []) if flat else pictures) if any_picture else None, **options)
+    inputs = processor(text=texts, images=(list(chain(*pictures)) if flat else pictures) if any_picture else None, **options)
     inputs.pop("labels", None)  # PaliGemma's, for training
     return inputs
 

@@ -56,23 +56,23 @@ class Made:
 
 def make(
     frames: Mapping[str, pd.DataFrame], scale: str, folder: Path, runs: Sequence[Mapping[str, Any]],
-    without: Mapping[str, str] | None = None,
+    without: Mapping[str, str] | None = None, only: Sequence[str] = (),
 ) -> Gallery:  # fmt: skip
-    """Every table and figure that can be made of some frames, with its CSV twin and a sidecar of the runs behind it.
+    """Every table and figure that can be made of some frames, or `only` some, with CSV twins and sidecars of the runs behind them.
 
     `frames` are those of `publish.results`, `runs` the manifests behind them, `without` the stages that are not there and why.
     What cannot be made is named in the table LEFT_OUT, and a file of it that an earlier gallery left in the folder is removed.
 
     Raises:   ValueError where there is no raw table at all
     """
-    if "raw" not in frames:
+    if "raw" not in frames and not only:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
-    raw, without = frames["raw"], without or {}
+    raw, without = frames.get("raw", pd.DataFrame(runs).reindex(columns=["seed", "backbone"])), without or {}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
     origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
-    of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw)
+    of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw) if "raw" in frames else ""
     written, lacking = list[str](), dict[str, Lacking]()
-    for name in (*TABLES, *FIGURES):
+    for name in only or (*TABLES, *FIGURES):
         try:
             if name in FIGURES:
                 plots.style.write(*FIGURES[name](of), folder, name, provenance.stamp(name, scale, runs))

@@ -23,6 +23,7 @@ from vlsafe.core.scale import known
 DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
 COORDINATES = ("seed", "step", "layer", "start", "width", "claim")  # numbers that say which line it is
 PUBLISHED = ["model", "measure", "value", "maximum", "source"]
+OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yaml").read_text(encoding="utf-8"))
 
 
@@ -135,21 +136,21 @@ def compare_published(printed: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFram
     return printed.join(ours, on="measure")
 
 
-def report(folder: Path, out: Path) -> Path:
+def report(folder: Path, out: Path, title: str = "What the paper claims, what was measured, how sure we are") -> Path:
     """One HTML file with everything inside: the claims on top, then every table and figure of a gallery's folder.
 
     Made by nbconvert from a notebook of Markdown cells, which embeds the pictures.
 
-    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not
+    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not, nor one of OF_OTHERS
     """
     import nbformat
     from nbconvert import HTMLExporter
 
     first = ["F00_answer", "T09_claims", "F14_claims", "T00_left_out"]
-    if not any((folder / f"{name}.md").exists() for name in first):
+    if not any((folder / f"{name}.md").exists() for name in (*first, *OF_OTHERS)):
         raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
     names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
-    cells = ["# What the paper claims, what was measured, how sure we are"]
+    cells = [f"# {title}"]
     for name in [*first, *(name for name in names if name not in first)]:
         for suffix, text in ((".png", f"## {name}\n\n![{name}]({name}.png)"), (".md", None)):
             if (folder / f"{name}{suffix}").exists():

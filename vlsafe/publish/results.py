@@ -13,6 +13,7 @@ from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
 from vlsafe.study.graph import planned, read_by
+from vlsafe.study import adopted
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
@@ -58,6 +59,17 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
     """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
 
     And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
+def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | None:
+    """The loss of every step of every finished recipe of stage 2. Units:    nats per token"""
+    frames = [
+        pd.DataFrame({"loss": json.loads((folder / "losses.json").read_text(encoding="utf-8"))})
+        .rename_axis("step").reset_index().assign(backbone=study.backbone, seed=study.seed, recipe=name.partition("/")[2])
+        for study, name, folder in finished(studies, read_by_all(studies, "adaptation", grid))
+        if study.adopted is None  # others have trained that model
+    ]  # fmt: skip
+    return pd.concat(frames, ignore_index=True) if frames else None
+
+
     their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
     """
     frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}
@@ -106,7 +118,7 @@ def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[S
     For a sweep of merges that only the grid "full" makes, the default one stands in, which is a part of it.
     """
     for study in studies:
-        for planned_name in names:
+        for planned_name in (name for name in names if study.adopted is None or name in adopted.STAGES):
             for name in dict.fromkeys((planned_name, planned_name.removesuffix(".full"))):
                 if store.status(study.run(name)) == "valid":
                     yield study, name, study.run(name).folder

@@ -21,9 +21,7 @@ from vlsafe.study.study import Bar, Study, step_of
 KEPT = "answers-{}.jsonl"  # of one model, while it answers
 
 
-def _examined(
-    study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None
-) -> Examination:
+def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None) -> Examination:
     """One checkpoint of a run, examined by the scale's engine; answers are kept in `work` as they come."""
     items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))
     stage, _, recipe = name.partition("/")

@@ -17,7 +17,7 @@ import yaml
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
-from vlsafe.study import adaptation, causal, degradation, filtering, judging, merging, pocket, probing, tuning, world
+from vlsafe.study import adaptation, adopted, causal, degradation, filtering, judging, merging, pocket, probing, tuning, world
 from vlsafe.study.study import Stage, Study, project_root
 
 
@@ -152,6 +152,11 @@ for _name in causal.FROZEN_SETS:
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "merge/", "responses/merge.")  # of some grids alone
 for _grid in GRIDS:
+for _name, _stage in {adopted.PARENT: adopted.stage("parent"), adopted.MODEL: adopted.stage("model")}.items():
+    STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
+for _name, _inputs in adopted.PROBES.items():
+    _stage = dataclasses.replace(STAGES[_name], inputs=_inputs, gathers=False, load=None, estimate="not measured")
+    STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner), merging.params, 85, version=3
@@ -163,7 +168,7 @@ def left_out(study: Study, grid: str = "default") -> dict[str, str]:
     without: dict[str, str] = {}
     for name in _grid_names(grid):
         stage = study.stage(name)
-        reason = STAGES[name].unless(study)
+        reason = adopted.unless(study, name) or STAGES[name].unless(study)
         for needed in stage.inputs if not (reason or stage.gathers) else ():
             if needed in without:
                 why = without[needed]

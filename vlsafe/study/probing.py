@@ -42,10 +42,20 @@ def nothing_to_choose_by(study: Study) -> str | None:
     return "a layer is chosen on validation items, and exam.validation is 0" if free else None
 
 
+def parent_of(study: Study) -> tuple[Any, Any]:
+    """The parent, and how it reads prompts. Where others have trained the adapted model: that model with its parent's language
+    weights, because the parent itself may have another template, other tokens and another mask."""
+    folder = study.folder(PARENT)
+    whole = study.checkpoints(ADAPTED)[-1] if study.adopted else folder
+    model = models.checkpoints.ready(whole, study.scale.exam.dtype)
+    if study.adopted:
+        models.checkpoints.put_language(model, models.checkpoints.language_places(folder))
+    return model, models.checkpoints.load_processor(whole)
+
+
 def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     """Locate the parent's safety band; where none is found, the published one at the same relative depth stands in, marked so."""
-    folder, search = study.folder(PARENT), study.scale.search
-    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
+    (model, processor), search = parent_of(study), study.scale.search
     free = study.scale.loaded and not study.scale.exam.validation  # then every item is reported, and nothing may be chosen
     official = study.items() if free else validation_part(study)
     items = evaluation.prompts.localisation_prompts(study.world(), search.prompts, official)
@@ -83,8 +93,7 @@ def make_direction(study: Study, work: Path) -> dict[str, Any]:
     """
     from safetensors.torch import save_file
 
-    folder, exam = study.folder(PARENT), study.scale.exam
-    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
+    (model, processor), exam = parent_of(study), study.scale.exam
     items = evaluation.prompts.probing_prompts(
         study.world(), "validation", study.scale.probing.prompts, ["text"], validation_part(study)
     )
@@ -122,7 +131,7 @@ def make_layers(study: Study, work: Path) -> dict[str, Any]:
     sizes = (probing.prompts, probing.along)
     many, few = (evaluation.prompts.probing_prompts(world, "test", n, official=official) for n in sizes)
     of_many, of_few = evaluation.prompts.attributes(many), evaluation.prompts.attributes(few)
-    for run in (ADAPTED, *TUNED):
+    for run in study.inputs("probe/layers")[2:]:  # all but the parent and its direction
         folder = study.checkpoints(run)[-1]
         model, states = model_columns(study, run, folder), work / "states" / run.replace("/", ".")
         pair = inspection.states.keep_pair(folder, parent, evaluation.prompts.conversations(many), states, batch_size)

@@ -78,10 +78,13 @@ class Study:
         return store.Run(self.root, self.scale.name, backbone, seed, kind, recipe, stage.version, params, inputs)
 
     def stage(self, name: str) -> Stage:
-        """A stage as this scale has it: the one place that asks whether its world is built, loaded, or read from packages."""
+        """A stage as this scale has it: the one place that asks whether its world is built, loaded, or read from packages, and
+        whether others have trained the model."""
         from vlsafe.study.graph import STAGES
 
         stage = STAGES[known(name, STAGES, "stage")]
+        if self.adopted and stage.adopt:
+            return stage.adopt
         if self.packed and stage.pack:
             return stage.pack
         return stage.load if self.scale.loaded and stage.load else stage
@@ -90,6 +93,11 @@ class Study:
     def packed(self) -> assets.Packed | None:
         """The packages that a loaded scale's parts come from; None where they come from the hub or are built."""
         return self.scale.loaded.packed if self.scale.loaded else None
+
+    @property
+    def adopted(self) -> assets.Adopted | None:
+        """The model of others that this study is about; None where it makes its own."""
+        return self.scale.loaded.adopted if self.scale.loaded else None
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """The stages that a stage reads; one that gathers reads those that the scale has."""
@@ -234,11 +242,16 @@ class Study:
             if part == "test":
                 return [from_row(Item, row) for row in self.rows("world/corpora", "items.parquet")]
             return evaluation.examine.all_items(self.world(), part, self.scale.merging.items)
+        if self.adopted and self.adopted.prompts:
+            items = evaluation.prompts.from_file(Path(self.adopted.prompts))
+            return evaluation.examine.divided(items, self.scale.exam.validation)[part == "test"]
         folder = assets.outside()
         if folder is None:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
         exam = self.scale.exam
-        validation, test = evaluation.examine.divided(_official(folder, tuple(exam.judges)), exam.validation)
+        validation, test = evaluation.examine.divided(
+            _official(folder, tuple(exam.judges), self.adopted is not None), exam.validation
+        )
         return validation if part == "validation" else evaluation.examine.panel(test, exam.full)
 
     def checkpoints(self, name: str) -> list[Path]:
@@ -250,7 +263,7 @@ class Study:
 def _refuse_unknown(scale: Scale, backbone: str) -> None:
     """Raise ValueError for a name in a scale that only the module which owns it can know, before any work."""
     if scale.loaded:
-        if not scale.loaded.packed:
+        if not (scale.loaded.packed or scale.loaded.adopted):
             known(backbone, scale.loaded.parents, "parent (of loaded.parents)")
         for arm in scale.loaded.arms:
             without = {} if scale.loaded.packed else data.arms.WITHOUT  # of their own corpora everything is known
@@ -260,12 +273,13 @@ def _refuse_unknown(scale: Scale, backbone: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _official(folder: Path, benchmarks: tuple[str, ...]) -> list[Item]:
-    """All items of some benchmarks below a folder, read once by a process that makes several stages."""
+def _official(folder: Path, benchmarks: tuple[str, ...], generated: bool) -> list[Item]:
+    """All items of some benchmarks below a folder, read once by a process that makes several stages; `generated`: none that are
+    ranked, which not every model and no server does."""
     items: list[Item] = []
     for name in benchmarks:
         module = evaluation.benchmarks.REAL[name]
-        more, lost = evaluation.benchmarks.official.load(module, folder, next(iter(module.OFFICIAL)))
+        more, lost = evaluation.benchmarks.official.load(module, folder, evaluation.benchmarks.official.subset(module, generated))
         print("\n".join([f"{name}: {len(more)} items", *lost]), file=sys.stderr)
         items += [replace(item, id=f"{name}/{item.id}") for item in more]  # two benchmarks may count from 1
     return items
@@ -276,9 +290,10 @@ class Stage:
     """How a run is made. Raise `version` when its results change.
 
     `cost`: seconds measured at mini on one core; `estimate`: for readers, what it takes where that says nothing.
-    `load` is the same stage where the scale's source is "load", `pack` where its parts come from packages; `seedless`: every
-    seed has the same. `unless`: why a scale does without the stage, None where it has it (`graph.left_out` adds what then lacks
-    an input). `gathers`: it reads those of its inputs that the scale has. `only`: the source of the scales that have it.
+    `load` is the same stage where the scale's source is "load", `pack` where its parts come from packages, `adopt` where others
+    have trained the model; `seedless`: every seed has the same. `unless`: why a scale does without the stage, None where it has
+    it (`graph.left_out` adds what then lacks an input). `gathers`: it reads those of its inputs that the scale has. `only`: the
+    source of the scales that have it.
     """
 
     make: Callable[[Study, Path], Mapping[str, Any] | None]
@@ -289,6 +304,7 @@ class Stage:
     shared: bool = False
     load: Stage | None = None
     pack: Stage | None = None
+    adopt: Stage | None = None
     seedless: bool = False
     estimate: str = ""
     unless: Callable[[Study], str | None] = lambda study: None

@@ -22,6 +22,8 @@ REAL: dict[str, ModuleType] = {name: _FILES[name] for name in (*_BOTH, "vlguard"
 CONTROLS: dict[str, ModuleType] = {"confounds": _FILES["confounds"]}
 PACKED: dict[str, Any] = _FILES["pocket"].PACKED
 """Those of a scale whose parts come from packages, several in one file; they have no official files and no official metric."""
+OWN = "prompts"
+"""What items are of that a user has brought in a file, for probing: no benchmark."""
 ADDED: dict[str, ModuleType] = {
     module.NAME: module for name, module in _FILES.items() if name not in BENCHMARKS and hasattr(module, "miniature_items")
 }

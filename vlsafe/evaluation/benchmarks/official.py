@@ -211,6 +211,11 @@ def load(benchmark: ModuleType, folder: Path, subset: str, pictures: bool = True
     return items, notes
 
 
+def subset(benchmark: ModuleType, generated: bool = False) -> str:
+    """The default subset of a benchmark, or the first one whose responses are `generated` and not ranked by likelihood."""
+    return next(name for name in benchmark.OFFICIAL if not (generated and name == "likelihood"))
+
+
 def places(data: Path, name: str) -> list[Path]:
     """Where a benchmark may lie: `data` itself, `data/name`, or below its owner's name as on the hub (`data/owner/name…`)."""
     owned = (folder for folder in sorted(Path(data).glob("*/*")) if folder.name.casefold().startswith(name.casefold()))
