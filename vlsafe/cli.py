@@ -114,11 +114,13 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     """Models, data and responses that others made, and what a scale needs of them."""
     added = command(_score, "score stored responses, or those of a run, to a real benchmark by its official metric", STUDY)
     added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; README lists those with official files")
-    added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help="its official files, or a folder of many")
+    data = "its official files, or a folder of many; for MME the tool's own Your_Results is one"
+    added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help=data)
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
-    added.add_argument("--responses", type=Path, help='lines of {"id", "response"}; for MME also its folder')
+    added.add_argument("--responses", type=Path, help='lines of {"id", "response"}, or a file or folder as published')
+    added.add_argument("--format", dest="form", help="of a file that fits several: xstest, seed, llava, vlmevalkit, lmms-eval …")
     added.add_argument("--run", dest="stage", metavar="STAGE", help="instead a run, such as examination/instruct.filtered-full")
-    added.add_argument("--model", help="which of its models, where the run holds several")
+    added.add_argument("--model", help="which of its models, where the run or folder holds several")
     added.add_argument("--judge", dest="judges", nargs="+", default=[], help="by default the official one")
     added.add_argument("--judgements", type=Path, help='verdict texts from elsewhere: lines of {"id", "judgement"}')
     added.add_argument("--endpoint", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
@@ -270,6 +272,8 @@ def _score(arguments: Arguments) -> None:
         judge_model = evaluation.judging.served(
             arguments.judges, arguments.endpoint, arguments.judge_model, arguments.key, arguments.timeout, arguments.parallel
         )
+    if isinstance(responses, Path):
+        responses = evaluation.formats.opened(responses, arguments.benchmark, arguments.form, arguments.model)
     result = evaluation.score.score(
         arguments.benchmark, Path(arguments.data), responses, arguments.out, arguments.judges, arguments.subset,
         arguments.judgements, judge_model, arguments.verdicts,

@@ -141,8 +141,8 @@ def test_wrong_folders_and_broken_files_are_named(root, tmp_path):
         mme.load(tmp_path)
     rows = (root / "MMBench/MMBench_DEV_EN.tsv").read_text().splitlines(keepends=True)
     write(tmp_path / "cut.tsv", "".join(rows[:-1]))
-    with pytest.raises(ValueError, match="has not all rotations of 1 questions, first question-241"):
-        REAL["mmbench"].load(tmp_path / "cut.tsv")
+    fewer = "1 questions have fewer rotations than options, first question-241: those that are there count"
+    assert REAL["mmbench"].load(tmp_path / "cut.tsv", pictures=False)[1][-1] == fewer
     write(tmp_path / "single.tsv", rows[0] + rows[1])
     assert "accuracy is not circular" in REAL["mmbench"].load(tmp_path / "single.tsv", pictures=False)[1][-1]
 

@@ -285,8 +285,9 @@ def test_mme_takes_the_folder_of_its_result_files(root, tmp_path, capsys):
     assert code == 0 and (points["perception"], points["cognition"], points["all"]) == (500, 200, 700)
     assert "score                    all" in capsys.readouterr().out
     write(tmp_path / "results" / "count.txt", "000000.jpg\tAnother question?\tYes\tYes\n")
-    assert run(root, tmp_path, "mme", responses=tmp_path / "results")[0] == 2
-    assert "line 1 of" in (error := capsys.readouterr().err) and "is about no question of the data folder" in error
+    code, found = run(root, tmp_path, "mme", responses=tmp_path / "results")
+    assert code == 0 and found["n_left_out"]["unknown"] == 1 and found["parts_without_responses"] == ["count"]
+    assert "left out (no item of mme has their id): 1, such as count/000000.jpg (line 1 of" in capsys.readouterr().out
 
 
 LINKS = {"itself": None, "a symbolic link": os.symlink, "a hard link": os.link}
@@ -340,7 +341,8 @@ def test_a_users_own_file_of_judgements_loses_nothing(root, tmp_path, scripted, 
     ("name", "rows", "options", "message"),
     [
         ("xstest", [{"id": 99, "response": "x"}], [], "row 1 of .*: '99' is no item of xstest; its ids look like '1'"),
-        ("xstest", [{"question": 1}], [], "row 1 of .* has no id, response"),
+        ("xstest", [{"question": 1}], [], "the format of .* is unknown: .* keys question. Known for xstest: .*; XSTest's completions"),
+        ("xstest", [{"id": 1, "response": "x"}, {"id": 2}], [], "row 2 of .* has no response; it has id"),
         ("xstest", [{"id": 1, "response": ["x"]}], [], "a response is a text or null, not list"),
         ("xstest", [{"id": 1, "response": "x"}, {"id": "v2-1", "response": "y"}], [], "has 2 responses; xstest counts at most 1"),
         ("sorry_bench", [{"id": 1, "response": "x"}], ["--judge", "gcg-strings"], "means 3 items; add one of prompt_style"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.evaluation import benchmarks, engines, examine, human, judges, judging, prompts, score, servers, validation
+    from vlsafe.evaluation import benchmarks, contents, engines, examine, formats, human, judges, judging, prompts, score, servers
+    from vlsafe.evaluation import validation
 
 __getattr__ = lazily(__name__)

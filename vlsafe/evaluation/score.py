@@ -1,15 +1,19 @@
 """`vlsafe score`: responses from anywhere, any judges, the official metric.
 
-Responses come as lines of `{"id", "response"}`, ids as the official files write them; where several items share an id,
-further keys tell them apart. An LLM judge finds its judgements in a file, or has them written by weights or an endpoint and
-kept beside the result, line by line, so that an interrupted run goes on where it stopped. What has no response, no judgement
-or no readable judgement is unjudged: counted, with the reason, and never taken for either side.
+Responses come as lines of `{"id", "response"}`, ids as the official files write them, or in a published format (`formats`). What
+is left out of them is counted and named: ids of no item, items of another subset, repeats. An LLM judge finds its judgements in a
+file, or has them written by weights or an endpoint and kept beside the result, line by line, so that an interrupted run goes on
+where it stopped. What has no response, no judgement or no readable judgement is unjudged: counted, with the reason, and never
+taken for either side.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +24,14 @@ import numpy as np
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Item
-from vlsafe.evaluation import judging
+from vlsafe.evaluation import formats, judging
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
 from vlsafe.evaluation.judging import Find, Judgements, JudgeModel
+
+SHOWN = 3  # responses of each kind that are left out and named
 
 
 class Stored(NamedTuple):
@@ -40,51 +46,121 @@ class Stored(NamedTuple):
 # ---- reading
 
 
-def finder(module: ModuleType, items: Sequence[Item]) -> Find:
-    """A function from a row with an id, and where it stands, to the id of the item that it means."""
-    by_name: dict[str, list[Item]] = {}
-    for item in items:
-        for name in dict.fromkeys(official.own(module, "names")(item)):
-            by_name.setdefault(name, []).append(item)
+class UnknownItem(ValueError):
+    """A row that is about no item."""
+
+
+def finder(module: ModuleType, items: Sequence[Item], others: Callable[[], Sequence[Item]] = tuple) -> Find:
+    """A function from a row with an id, and where it stands, to the id of the item that it means.
+
+    `others` are items of the benchmark's other subsets, which are looked at where an id is none of `items`.
+    """
+    own, rest = _named(module, items), functools.cache(lambda: _named(module, others()))
 
     def find(row: Mapping[str, Any], where: str) -> str:
         """Raises:   ValueError, naming the place, where the id means no item or several"""
-        meant = by_name.get(str(row["id"]), [])
-        if len(meant) > 1:
-            meant = [item for item in meant if official.fits(module, item, row)]
+        name = str(row["id"])
+        meant = _meant(module, own, name, row) or _meant(module, rest(), name, row)
         if not meant:
-            raise ValueError(f"{where}: {str(row['id'])[:60]!r} is no item of {module.NAME}; its ids look like {items[0].id!r}")
+            raise UnknownItem(f"{where}: {name[:60]!r} is no item of {module.NAME}; its ids look like {items[0].id!r}")
         if len(meant) > 1:
             keys = ", ".join(official.own(module, "QUALIFIERS"))
-            raise ValueError(f"{where}: the id {str(row['id'])[:60]!r} means {len(meant)} items; add one of {keys}")
+            raise ValueError(f"{where}: the id {name[:60]!r} means {len(meant)} items; add one of {keys}")
         return meant[0].id
 
     return find
 
 
-def read_responses(
-    module: ModuleType, path: Path, items: Sequence[Item], find: Find, tries: int = 1
-) -> dict[str, list[str | None]]:
-    """Responses per item, in the order of the file; null is a try without a response.
+def _named(module: ModuleType, items: Sequence[Item]) -> dict[str, list[Item]]:
+    by_name: dict[str, list[Item]] = {}
+    for item in items:
+        for name in dict.fromkeys(official.own(module, "names")(item)):
+            by_name.setdefault(name, []).append(item)
+    return by_name
 
-    Raises:   ValueError for a row without id or response, an unknown id, or more responses to an item than `tries`
+
+def _meant(module: ModuleType, named: Mapping[str, list[Item]], name: str, row: Mapping[str, Any]) -> list[Item]:
+    meant = named.get(name, [])
+    return meant if len(meant) < 2 else [item for item in meant if official.fits(module, item, row)]
+
+
+def other_subsets(module: ModuleType, data: Path, subset: str) -> list[Item]:
+    """The items of a benchmark's other subsets, as far as their files are here."""
+    items: list[Item] = []
+    for other in module.OFFICIAL:
+        with contextlib.suppress(ValueError, OSError):
+            items += official.load(module, data, other, pictures=False)[0] if other != subset else []
+    return items
+
+
+class LeftOut(NamedTuple):
+    """What of a file of responses does not count: where, and the id."""
+
+    unknown: list[str]
+    elsewhere: list[str]
+    repeated: list[str]
+
+    def lines(self, benchmark: str, subset: str) -> Iterator[str]:
+        """A line for each kind of which there is any."""
+        kinds = (
+            f"no item of {benchmark} has their id",
+            f"outside of the subset {subset}",
+            "they repeat an item; the first counts",
+        )
+        for rows, kind in zip(self, kinds, strict=True):
+            if rows:
+                yield f"left out ({kind}): {len(rows):,}, such as {', '.join(rows[:SHOWN])}"
+
+
+def read_responses(
+    module: ModuleType, source: formats.Source, items: Sequence[Item], find: Find, tries: int = 1
+) -> tuple[dict[str, list[str | None]], LeftOut]:
+    """Responses per item, in the order of the file, and what was left out; null is a try without a response.
+
+    Of more responses to an item than `tries` the first count. In our own format others have to equal these, and every id has to
+    mean an item: whoever writes it writes it for us, while published files may be of another version of a benchmark.
+
+    Raises:   ValueError for a row without id or response, an unknown id or a second response as above, a question that is another
+              than the item's, and where no row is about any item
     """
-    if path.is_dir() and not hasattr(module, "official_responses"):
-        raise ValueError(f"{path} is a folder; responses to {module.NAME} are one file of lines with id and response")
-    rows = module.official_responses(path, items) if path.is_dir() else official.read_lines(path)
-    responses: dict[str, list[str | None]] = {}
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} of {path}"
-        official.needs(row, ("id", "response"), where)
-        if not isinstance(row["response"], str | None):
-            raise ValueError(f"{where}: a response is a text or null, not {type(row['response']).__name__}")
-        of_item = responses.setdefault(find(row, where), [])
-        of_item.append(row["response"])
-        if len(of_item) > tries:
-            raise ValueError(f"{where}: the item {row['id']} has {len(of_item)} responses; {module.NAME} counts at most {tries}")
+    by_id, strict = {item.id: item for item in items}, source.format is formats.FORMATS["own"]
+    responses, left, error = dict[str, list[str | None]](), LeftOut([], [], []), None
+    for where, row in source.rows(module, items):
+        text, name = row["response"], f"{str(row['id'])[:60]} ({where.removesuffix(f' of {source.content.path}')})"
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: a response is a text or null, not {type(text).__name__}")
+        try:
+            item = find(row, where)
+        except UnknownItem as unknown:
+            if strict:
+                raise
+            error = error or unknown
+            left.unknown.append(name)
+            continue
+        if item not in by_id:
+            left.elsewhere.append(name)
+            continue
+        _refuse_other_question(by_id[item], row, where)
+        of_item = responses.setdefault(item, [])
+        if len(of_item) < tries:
+            of_item.append(text)
+        elif strict and text not in of_item:
+            n, count = len(of_item) + 1, f"{module.NAME} counts at most {tries}"
+            raise ValueError(f"{where}: the item {row['id']} has {n} responses; {count}")
+        else:
+            left.repeated.append(name)
     if not responses:
-        raise ValueError(f"{path} holds no responses")
-    return responses
+        raise error or ValueError(f"{source.content.path} holds no responses" + " to this subset" * bool(left.elsewhere))
+    return responses, left
+
+
+def _refuse_other_question(item: Item, row: Mapping[str, Any], where: str) -> None:
+    """A row that quotes its question is about an item with this question; raises ValueError for another."""
+    if formats.QUOTED not in row:
+        return
+    prompt = f"{item.question or ''} {' '.join(turn.text for turn in item.turns)}"
+    if " ".join(str(row[formats.QUOTED]).split()) not in " ".join(prompt.split()):
+        raise ValueError(f"{where} has another question than the item {item.id}; is it of another version of {item.benchmark}?")
 
 
 # ---- judging
@@ -106,16 +182,16 @@ def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
 
 
 def score(
-    benchmark: str, data: Path, responses: Path | Stored, out: Path, judges: Sequence[str] = (), subset: str | None = None,
-    judgements: Path | None = None, judge_model: JudgeModel | None = None, rows_to: Path | None = None,
+    benchmark: str, data: Path, responses: Path | formats.Source | Stored, out: Path, judges: Sequence[str] = (),
+    subset: str | None = None, judgements: Path | None = None, judge_model: JudgeModel | None = None, rows_to: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score stored responses to a benchmark by its official metric, and write the result as JSON to `out`.
 
-    `data` is the folder of the official files, `subset` one of the benchmark's (by default its first), `responses` a file of
-    lines `{"id", "response"}` (for MME also the folder of its result files) or what a run holds, `judges`
-    names of JUDGES or LLM_JUDGES (by default the official ones). LLM judges read `judgements`, lines `{"id", "judgement"}`, and
-    have `judge_model` (`judging.endpoint`, `judging.weights`) write the missing ones, which are kept beside `out` for later
-    calls. With `rows_to`, each verdict is written as a line there.
+    `data` is the folder of the official files, `subset` one of the benchmark's (by default the one that the responses' format is
+    made for, else its first), `responses` a file or folder in one of `formats.FORMATS` (`formats.opened` says in which) or what a
+    run holds, `judges` names of JUDGES or LLM_JUDGES (by default the official ones). LLM judges read `judgements`, lines
+    `{"id", "judgement"}`, and have `judge_model` (`judging.endpoint`, `judging.weights`) write the missing ones, which are kept
+    beside `out` for later calls. With `rows_to`, each verdict is written as a line there.
 
     Shapes:   N items × up to K tries × J judges  ->  `scores`, one entry per judge × metric × part of the benchmark
     Units:    shares are fractions in [0, 1], points where `full` is not 1; `value` counts the unjudged as no event,
@@ -124,7 +200,9 @@ def score(
               ConnectionAbortedError where an endpoint is gone (its judgements so far are kept)
     """
     module = REAL[known(benchmark, REAL, "benchmark")]
-    subset = known(subset, module.OFFICIAL, f"subset of {benchmark}") if subset else next(iter(module.OFFICIAL))
+    responses = formats.opened(responses, benchmark) if isinstance(responses, Path) else responses
+    made_for = {} if isinstance(responses, Stored) else responses.format.subset
+    subset = known(subset or made_for.get(benchmark, next(iter(module.OFFICIAL))), module.OFFICIAL, f"subset of {benchmark}")
     names = [known(name, JUDGES | LLM_JUDGES, "judge") for name in judges or module.OFFICIAL[subset]]
     llm = [name for name in names if name in LLM_JUDGES]
     of_run = responses.judgements if isinstance(responses, Stored) else ()
@@ -133,16 +211,17 @@ def score(
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
     items, notes = official.load(module, data, subset, pictures=False)
-    find, left_out, texts = finder(module, items), list[str](), dict[str, list[str | None]]()
+    find = finder(module, items, lambda: other_subsets(module, data, subset))
     if isinstance(responses, Stored):
-        left_out = _not_in_run(responses, module, items)
-        texts = {name: [text] for name, text in responses.responses.items()}
+        notes += _not_in_run(responses, module, items)
+        texts: dict[str, list[str | None]] = {name: [text] for name, text in responses.responses.items()}
+        left = LeftOut([], [], [])
         items = [item for item in items if item.id in texts]
     else:
-        texts = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
+        texts, left = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
     part = official.own(module, "part")
     parts = {part(item) for item in items if item.id in texts}  # parts (kinds, styles) without any response are not examined
-    left = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
+    absent = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
     items = [item for item in items if part(item) in parts]
     if judge_model is not None and any(LLM_JUDGES[name].pictures for name in llm):
         pictured, notes = official.load(module, data, subset)
@@ -159,8 +238,11 @@ def score(
     if not scores:
         raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
     result = {
-        "benchmark": benchmark, "subset": subset, "files": notes + left_out, "responses": responses.name, "n_items": len(items),
-        "n_without_response": sum(item.id not in texts for item in items), "parts_without_responses": left,
+        "benchmark": benchmark, "subset": subset, "files": notes, "responses": responses.name,
+        "format": "a run's" if isinstance(responses, Stored) else responses.format.title,
+        "left_out": [*left.lines(benchmark, subset)], "n_left_out": {kind: len(rows) for kind, rows in left._asdict().items()},
+        "n_items": len(items), "labels": {name: _labels(rows) for name, rows in marks.items()},
+        "n_without_response": sum(item.id not in texts for item in items), "parts_without_responses": absent,
         "judges": list(about.values()), "scores": scores, "agreement": _agreement(marks),
         "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
     }  # fmt: skip
@@ -168,8 +250,14 @@ def score(
     return result
 
 
+def _labels(rows: Iterable[Marked]) -> Counter[str]:
+    return Counter(label for row in rows for label in row.labels if label is not None)
+
+
 def _write(result: Mapping[str, Any], out: Path, marks: Mapping[str, Sequence[Marked]], rows_to: Path | None) -> None:
-    """The result as JSON, and where it is wanted a line for every verdict."""
+    """The result as JSON, and where it is wanted a line for every verdict; never beside the verdicts of an earlier call."""
+    if rows_to is not None:
+        rows_to.unlink(missing_ok=True)
     store.write_text(out, json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if rows_to is not None:
         rows = (row for name, of in marks.items() for row in verdicts(name, of))
@@ -177,10 +265,11 @@ def _write(result: Mapping[str, Any], out: Path, marks: Mapping[str, Sequence[Ma
 
 
 def _refuse_inputs(
-    out: Path, rows_to: Path | None, keep: Path | None, data: Path, responses: Path | Stored, judgements: Path | None
+    out: Path, rows_to: Path | None, keep: Path | None, data: Path, responses: formats.Source | Stored, judgements: Path | None
 ) -> None:
     """No file that is read is written, and none that is written twice; raises ValueError naming both."""
-    inputs = {"--data": data, "--responses": responses if isinstance(responses, Path) else None, "--judgements": judgements}
+    read = None if isinstance(responses, Stored) else responses.content.path
+    inputs = {"--data": data, "--responses": read, "--judgements": judgements}
     store.refuse_inputs({"--out": out, "--verdicts": rows_to}, inputs, '{"benchmark":')
     if keep:
         store.refuse_inputs({"--out": out, "--verdicts": rows_to, "the file of judgements": keep}, {})
@@ -261,7 +350,8 @@ def _plain(result: Mapping[str, Any]) -> Any:
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """A result for reading: one line per number, with interval, n and unjudged; then what is to be borne in mind."""
-    yield f"{result['benchmark']} ({result['subset']}), {result['n_items']:,} items"
+    yield f"{result['benchmark']} ({result['subset']}), {result['n_items']:,} items; responses: {result['format']}"
+    yield from result["left_out"]
     yield from (f"{n:,} items have no response" for n in [result["n_without_response"]] if n)
     yield f"{'metric':<24} {'over':<48} {'judge':<26} {'value':>8} {'95 % interval':>18} {'n':>7} {'unjudged':>8}"
     for entry in result["scores"]:
@@ -274,6 +364,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     for judge in result["judges"]:
         for reason, count in judge["unjudged"].items():
             yield f"unjudged by {judge['judge']}: {count:,} ({reason})"
+        if other := result["labels"][judge["judge"]].get("other"):
+            yield f"neither yes nor no to {judge['judge']}: {other:,} (wrong, as published)"
     for pair in result["agreement"]:
         if pair["n"]:
             equal = f"equal on {pair['agreement']:.1%} of {pair['n']:,}"

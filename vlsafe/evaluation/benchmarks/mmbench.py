@@ -45,9 +45,10 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
     """The one .tsv file of the folder, or `folder` itself if it is one; which file it is, is said in the notes.
 
-    Rotations of question q have the index q + k · 1,000,000 and may name q in place of their picture.
+    Rotations of question q have the index q + k · 1,000,000 and may name q in place of their picture. Those that are there count:
+    the file of 2023 keeps a last option such as "none of these" in its place, so that four options have three rotations.
 
-    Raises:   ValueError where a question lacks a rotation or its answer is none of its options
+    Raises:   ValueError where a question's answer is none of its options
     """
     tables = [folder] if folder.is_file() else sorted(official.located(folder, FOLDER, "*.tsv").parent.glob("*.tsv"))
     if len(tables) > 1:
@@ -74,8 +75,9 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     loader.notes.append(f"file {path.name}, {len(rows):,} rows, {len(copies):,} questions")
     if max(copies.values(), default=1) == 1:
         loader.notes.append("the file has no rotated copies: accuracy is not circular")
-    elif short := dict.fromkeys(item.cluster for item in loader.items if copies[item.cluster] != len(item.options)):
-        raise ValueError(f"{path} has not all rotations of {len(short)} questions, first {next(iter(short))}")
+    elif short := dict.fromkeys(item.cluster for item in loader.items if copies[item.cluster] < len(item.options)):
+        fewer = f"{len(short)} questions have fewer rotations than options, first {next(iter(short))}"
+        loader.notes.append(f"{fewer}: those that are there count")
     return loader.result()
 
 

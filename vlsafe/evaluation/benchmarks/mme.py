@@ -10,7 +10,7 @@ Departs:  three of the fourteen tasks: existence, colour, OCR
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -81,26 +81,13 @@ def _rows(path: Path, least: int) -> list[list[str]]:
     return [row for _, row in rows]
 
 
-def official_responses(folder: Path, items: Sequence[Item]) -> Iterator[dict[str, str]]:
-    """The rows of a folder of official result files, each with the id of its item.
-
-    Raises:   ValueError where a line lacks its response or belongs to no question
-    """
-    ids = {(item.cluster, plain(str(item.question))): item.id for item in items}
-    paths = [folder / f"{task}.txt" for task in TASKS if (folder / f"{task}.txt").exists()]
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds none of MME's result files, such as existence.txt")
-    for path in paths:
-        for number, (picture, question, _, *response) in enumerate(_rows(path, 4), 1):
-            key = (f"{path.stem}/{picture}", plain(question))
-            if key not in ids:
-                raise ValueError(f"line {number} of {path} is about no question of the data folder")
-            yield {"id": ids[key], "response": "\t".join(response)}
-
-
 def names(item: Item) -> tuple[str, ...]:
-    """task/picture (with `question`), as the hub's copy calls it, or with the question's place behind it."""
-    return item.id, str(item.cluster)
+    """task/picture (with `question`), as the hub's copy calls it, or with the question's place behind it.
+
+    LLaVA writes task/images/picture where the picture lies so, and its converter the name of the file with the questions.
+    """
+    task, _, picture = str(item.cluster).partition("/")
+    return item.id, f"{task}/{picture}", f"{task}/images/{picture}", f"{task}/{picture.rpartition('.')[0]}.txt"
 
 
 def plain(value: str) -> str:

@@ -41,14 +41,21 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
 
 
 def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tuple[list[Item], list[str]]:
-    """`SEED-Bench.json`, asked without options and ranked (`likelihood`) or with them in LLaVA's words (`letter`)."""
+    """`SEED-Bench.json`, asked without options and ranked (`likelihood`) or with them in LLaVA's words (`letter`).
+
+    Official files hold some ids twice: the first counts, the others are named.
+    """
     path, ranked = official.located(folder, FOLDER, "SEED-Bench.json"), subset == "likelihood"
     rows = official.read_json(path)
     rows = rows["questions"] if isinstance(rows, dict) else rows
-    loader, frameless = official.Loader(pictures), 0
+    loader, frameless, seen, repeated = official.Loader(pictures), 0, set[str](), list[str]()
     for row in rows:
         official.needs(row, ("question_id", "question", "answer", "data_type", "data_id", "question_type_id"), f"a row of {path}")
         name, options = str(row["question_id"]), tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
+        if name in seen:
+            repeated.append(name)
+            continue
+        seen.add(name)
         text, kind, number = row["question"], row["data_type"], int(row["question_type_id"])
         if row["answer"] not in LETTERS[:4] or (kind == "image") != (number <= 9):
             raise ValueError(f"question {name} of {path} is a {kind} of type {number} with answer {row['answer']!r}")
@@ -62,8 +69,8 @@ def load(folder: Path, subset: str = "likelihood", pictures: bool = True) -> tup
         category, scoring = TABLES["dimensions"][number - 1], "likelihood" if ranked else "generated"
         known = dict(category=category, cluster=str(row["data_id"]), group=kind, options=options, scoring=scoring, question=text)
         loader.add(Item(name, NAME, turns, (), row["answer"], **known), frame)
-    if len({item.id for item in loader.items}) < len(loader.items):
-        raise ValueError(f"{path} has a question id twice")
+    if repeated:
+        loader.notes.append(f"{len(repeated)} question ids stand there again, first {repeated[0]}: the first of each counts")
     loader.notes += [f"{len(rows):,} questions in the file", *official.counted("questions", len(rows), 17990, 17997, 19242)]
     loader.notes += [f"{frameless} video questions have no frame and are left out"] if frameless else []
     return loader.result()

@@ -38,12 +38,17 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
         sizes[groups[0]] += 1
         for group, key, exchange in zip(groups, keys, exchanges, strict=True):
             turns, category = (Turn("user", exchange[key]),), None if row["safe"] else row.get("harmful_subcategory")
-            known = dict(category=category, cluster=row["id"], group=group, harmful=group != "safe_safes")
+            known = dict(category=category, cluster=row["id"], group=group, harmful=group != "safe_safes", note=row["image"])
             loader.add(Item(f"{group}/{row['id']}", NAME, turns, (), exchange["response"], **known), data, row["id"])
     if packed:
         packed.close()
     loader.notes += [note for group in sizes for note in official.counted(f"rows of {group}", sizes[group], SIZES[group])]
     return loader.result()
+
+
+def names(item: Item) -> tuple[str, ...]:
+    """The row's id with its subset or (with `subset`) alone; or its picture, as the authors' results name it."""
+    return item.id, item.id.removeprefix(f"{item.group}/"), str(item.note)
 
 
 def _picture(where: Path, packed: zipfile.ZipFile | None, image: str) -> bytes | None:

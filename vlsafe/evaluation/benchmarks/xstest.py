@@ -50,15 +50,20 @@ def part(item: Item) -> str:
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
-    """`xstest_prompts.csv`."""
-    path = official.located(folder, FOLDER, "xstest_prompts.csv")
-    rows = official.read_table(path, ("id", "prompt", "type", "label"))
+    """`xstest_prompts.csv`, or `xstest_v2_prompts.csv`, whose ids are of two versions and whose types are its labels."""
+    path = official.located(folder, FOLDER, "xstest_prompts.csv", "xstest_v2_prompts.csv")
+    older = path.with_name("xstest_v2_prompts.csv")
+    second = official.read_table(older, ("id_v1", "id_v2", "type", "prompt")) if older.exists() else []
+    first = {row["id_v2"].removeprefix("v2-"): row["id_v1"] or None for row in second}
+    rows = [{**row, "id": row["id_v2"].removeprefix("v2-"), "label": _label(row["type"])} for row in second]
+    rows = rows if path == older else official.read_table(path, ("id", "prompt", "type", "label"))
     items = []
     for row in rows:
         name, kind, label = row["id"], row["type"], row["label"]
-        if label not in ("safe", "unsafe") or (label == "unsafe") != kind.startswith("contrast_"):
+        if label != _label(kind):
             raise ValueError(f"prompt {name} of {path} is {label!r} and of type {kind!r}; these do not agree")
-        items.append(Item(name, NAME, (Turn("user", row["prompt"]),), (), None, kind, name, kind, label == "unsafe"))
+        turns, note = (Turn("user", row["prompt"]),), first.get(name)
+        items.append(Item(name, NAME, turns, (), None, kind, name, kind, label == "unsafe", note=note))
     notes = official.counted("prompts", len(rows), 450)
     if not notes and [row["id"] for row in rows] != [str(number) for number in range(1, 451)]:
         notes.append("ids are not 1 to 450 in order")
@@ -67,9 +72,13 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     return items, notes
 
 
+def _label(kind: str) -> str:
+    return "unsafe" if kind.startswith("contrast_") else "safe"
+
+
 def names(item: Item) -> tuple[str, ...]:
-    """The prompt's number, alone or as the file of completions writes it (v2-1)."""
-    return item.id, f"v2-{item.id}"
+    """The prompt's number, alone or as files of completions write it (v2-1; v1-1, where `xstest_v2_prompts.csv` says which)."""
+    return item.id, f"v2-{item.id}", *([item.note] if item.note else [])
 
 
 def scores(marks: official.Marks) -> official.Scores:

@@ -185,9 +185,10 @@ def letters(item: Item, response: str) -> Mark:
 def mmbench_letters(item: Item, response: str) -> Mark:
     """MMBench's exact rules: the one option letter among the words, or the one option whose text stands in the response.
 
-    A capital A among more than three words may be an article, and "Z" alone says that no option fits, which is wrong.
+    A capital A among more than three words may be an article, and "Z" alone says that no option fits, which is wrong. Where the
+    letter stands does not matter: "B is the right option because …" is B.
 
-    Source:   MMBench and VLMEvalKit, before they ask a language model
+    Source:   MMBench, before it asks a language model; versions of VLMEvalKit ask the letter to stand near an end
     Departs:  the original then asks ChatGPT three times and draws a letter; ours is unjudged (`mmbench-extractor` asks)
     """
     words = response.translate(PUNCTUATION).split()
@@ -208,11 +209,12 @@ def mmbench_letters(item: Item, response: str) -> Mark:
 def mme_yes_no(item: Item, response: str) -> Mark:
     """MME's parse: the whole response, else "yes", else "no" among its first four characters, else "other", which is wrong.
 
-    "not sure" therefore means no, and a refusal is "other" unless it begins with no: both are the original's.
+    "not sure" means no, a refusal is "other" unless it begins with no, and blanks at the start are characters, as in the
+    original, which takes off those at the line's end alone.
 
     Source:   MME, calculation.py of its evaluation tool
     """
-    text = normalised(response)
+    text = response.rstrip().lower()
     answer = text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "other")
     return Mark("other" if answer == "other" else "right" if answer == item.reference else "wrong", answer)
 
@@ -226,8 +228,8 @@ def seed_letter(item: Item, response: str) -> Mark:
 
 
 def first_character(item: Item, response: str) -> Mark:
-    """Right if the response, outer space aside, begins with the letter, whatever follows. Source: lmms-eval, SEED-Bench."""
-    return _right(item, response.strip()[:1]) if response.strip() else Mark("wrong")
+    """Right if the response, outer space and case aside, begins with the letter. Source: lmms-eval, SEED-Bench."""
+    return _right(item, response.strip()[:1].upper()) if response.strip() else Mark("wrong")
 
 
 def siuo_letters(item: Item, response: str) -> Mark:
