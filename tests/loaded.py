@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -122,6 +123,7 @@ class Scripted(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         text = json.dumps(body["messages"])
         self.server.requests.append(text)
+        time.sleep(self.server.seconds)
         content = ("safe", "unsafe")[hashlib.sha256(text.encode()).digest()[0] % 2]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
@@ -137,10 +139,11 @@ class Scripted(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def endpoint():
-    """A scripted judge at a port of this machine; its address, and what it was asked."""
+def endpoint(seconds=0.0):
+    """A scripted judge at a port of this machine that takes so many seconds; its address, and what it was asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.requests, server.daemon_threads = [], True
+    server.requests, server.daemon_threads, server.seconds = [], True, seconds
+    server.handle_error = lambda *_: None  # clients may be killed
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1", server.requests
     server.shutdown()

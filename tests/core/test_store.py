@@ -212,6 +212,34 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"f": "old", "f.tmp": "a user's"}
 
 
+@pytest.mark.parametrize("name", [store.WORK, "a user's"])
+def test_only_what_a_killed_attempt_has_left_is_removed(tmp_path, name):
+    left = tmp_path / "out.partial" / name / "file"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    if name == store.WORK:
+        with store.whole(tmp_path / "out") as work:
+            (work / "file").write_text("whole")
+        assert not left.parent.parent.exists() and (tmp_path / "out" / "file").read_text() == "whole"
+    else:
+        with pytest.raises(ValueError, match=r"out.partial is not what a killed attempt has left; move it away"):
+            store.whole(tmp_path / "out").__enter__()
+        assert left.read_text() == "half" and not (tmp_path / "out").exists()
+
+
+def test_a_kill_after_the_last_file_costs_nothing(tmp_path, monkeypatch):
+    """Before the renaming the work is gone on from, after it and before the note is removed the run is there."""
+    for dies, again in (("rename", ["x", "x"]), ("unlink", ["x"])):
+        run, calls = run_of(tmp_path / dies), []
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Path if dies == "unlink" else store.os, dies, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                store.ensure(run, maker(calls), print)
+        folder = store.ensure(run, lambda work, to=calls: to.append((work / "sub/file.txt").read_text()), print)
+        assert store.status(run, deep=True) == "valid" and store.foreign(run) == [], list(folder.iterdir())
+        assert calls == again
+
+
 def test_a_copy_inside_another_repository_is_of_no_commit(tmp_path):
     """Unpacked from a zip: the repository around it knows nothing of it, whether or not the copy is at its top."""
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", tmp_path]

@@ -154,6 +154,8 @@ def test_pictures_of_an_archive_elsewhere_are_read_in_pieces(data):
     ("content", "message"),
     [
         ('[{"id": "1"}, {"id": "2", "ima', r"mix665k.json is not a whole JSON list: it breaks off or is broken after row 1"),
+        ('[{"id": "1"}, ' + "[" * 10**5, r"row 1 of .*mix665k.json holds lists in lists in lists, too deep to be read"),
+        ('[{"id": ' + "9" * 5000 + "}]", r"mix665k.json is not a whole JSON list: .* broken after row 0 \(a number too long\)"),
         ('[{"id": "1"}, {"id" "2"}]', r"mix665k.json is not a whole JSON list: it breaks off or is broken after row 1"),
         ('{"id": "1"}', r"mix665k.json is no JSON list"),
         ("[1, 2]", r"row 0 of llava_v1_5_mix665k.json is no mapping but int"),

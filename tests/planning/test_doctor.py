@@ -2,20 +2,15 @@
 
 import dataclasses
 import hashlib
-import http.server
-import io
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
-import zipfile
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import official
 import pytest
+from hub import COMMIT, address, environment, filled, packed, served
 
 from vlsafe import cli
 from vlsafe.core import assets
@@ -25,147 +20,24 @@ from vlsafe.planning import doctor, outside
 from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as its client asks for. `server.faults` are taken one per download."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def answer(self, code, body=b"", **headers):
-        self.send_response(code)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = unquote(urlparse(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
-        if found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/(\w+))?(/tree/.*)?", path):
-            repo = found[2]
-            if repo not in self.server.repos:
-                return self.answer(404, X_Error_Code="RepoNotFound")
-            files = self.server.repos[repo]
-            siblings = [
-                {"rfilename": name, "size": len(data), "blobId": "b", **self.lfs(name, data)} for name, data in files.items()
-            ]
-            if found[4]:
-                tree = [{"type": "file", "path": name, "size": len(data), "oid": "b", **self.oid(name, data)}
-                        for name, data in files.items()]  # fmt: skip
-                return self.answer(200, json.dumps(tree).encode())
-            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
-            if found[1] in self.server.gated:
-                return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-            return self.file(self.server.repos[found[1]][found[3]])
-        if path.startswith("/archives/"):
-            return self.file(self.server.archives[path.removeprefix("/archives/")])
-        return self.answer(404, X_Error_Code="EntryNotFound")
-
-    @staticmethod
-    def lfs(name, data):
-        digest = hashlib.sha256(data).hexdigest()
-        return {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 130}} if not name.endswith(".json") else {}
-
-    def oid(self, name, data):
-        entry = self.lfs(name, data)
-        return {"lfs": {"oid": entry["lfs"]["sha256"], **entry["lfs"]}} if entry else {}
-
-    def file(self, data):
-        digest, start = hashlib.sha256(data).hexdigest(), 0
-        code, headers = 200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if (ranged := self.headers.get("Range")) and self.command == "GET":
-            start = int(re.match(r"bytes=(\d+)-", ranged)[1])
-            if start >= len(data):
-                return self.answer(416)
-            code, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body = data[start:]
-        fault = self.server.faults.pop(0) if self.command == "GET" and self.server.faults else None
-        if fault == "damage":
-            body = bytes(len(body))
-        if fault != "break":
-            return self.answer(code, body, **headers)
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2])
-        self.wfile.flush()
-        self.close_connection = True
 
 
 @pytest.fixture
 def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.archives, server.gated, server.faults, server.requests = {}, {}, set(), [], []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def packed(names):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name in names:
-            archive.writestr(name, official.picture() * 400)
-    return buffer.getvalue()
-
-
-def address(server, path=""):
-    return f"http://127.0.0.1:{server.server_address[1]}{path}"
+    with served() as server:
+        yield server
 
 
 @pytest.fixture
 def wanted(hub, tmp_path):
-    """A YAML scale that takes three small things from the loopback hub and does without the rest."""
-    rows = [{"id": "1", "image": "0/a.png", "conversations": official.talk("Say.\n<image>", "a mug")}]
-    hub.repos["liuhaotian/LLaVA-Pretrain"] = {
-        "blip_laion_cc_sbu_558k.json": json.dumps(rows).encode(), "images.zip": packed(["0/a.png"]), "other.txt": b"not wanted",
-    }  # fmt: skip
-    hub.repos["ys-zong/VLGuard"] = {
-        "train.json": b"[]",
-        "test.json": b"[]",
-        "train.zip": packed(["x"]),
-        "test.zip": packed(["x"]),
-    }
-    folder = official.tiny_nsfw(tmp_path / "nsfw", size=32)
-    hub.repos["Falconsai/nsfw_image_detection"] = {p.name: p.read_bytes() for p in folder.iterdir()} | {"pytorch_model.bin": b"p"}
-    hub.archives["vg.zip"] = packed(["VG_100K/1.jpg"])
-    said = [{"id": "1", "conversations": official.talk("Name a fruit.", "Plum.")}]
-    hub.repos["liuhaotian/LLaVA-Instruct-150K"] = {"llava_v1_5_mix665k.json": json.dumps(said).encode()}
-    path = tmp_path / "three.yaml"
-    path.write_text(
-        "extends: paper\nloaded:\n"
-        "  captions: {revision: main, gigabytes: 0.00001}\n"
-        f"  instructions: {{gigabytes: 0.00001, archives: [[vg/images.zip, '{address(hub, '/archives/vg.zip')}']]}}\n"
-        "  safety: {gigabytes: 0.00001}\n"
-        "  image_guard: {origin: {gigabytes: 0.00001}}\n"
-        "  safe_rlhf: null\n  spa_vl: null\n  text_guard: null\n  tower: null\n  gpu_gigabytes: 0\n"
-        "  parents: {llama2-chat: {gigabytes: 0.00001}, tulu2: {gigabytes: 0.00001}}\n"
-    )
-    return path
+    return filled(hub, tmp_path)
 
 
-def vlsafe(hub, tmp_path, *arguments, token="secret-token"):
-    environment = {
-        **os.environ, "HF_ENDPOINT": address(hub), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": token,
-        "VLSAFE_DATA": str(tmp_path / "data"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "OPENAI_API_KEY": "",
-    }  # fmt: skip
-    program = "import sys; from vlsafe.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+def vlsafe(hub, tmp_path, *arguments, first=""):
+    program = f"{first}\nimport sys; from vlsafe.cli import main; sys.exit(main(sys.argv[1:]))"
+    call = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(call, env=environment(hub, tmp_path), capture_output=True, text=True)
 
 
 def test_download_then_doctor(hub, wanted, tmp_path):
@@ -217,6 +89,33 @@ def test_a_download_that_breaks_off_goes_on_and_a_damaged_one_is_removed(hub, wa
     third = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "image_guard")
     assert third.returncode == 0, third.stderr
     assert hub.faults == []  # all were met; the hub's client tries again by itself
+
+
+@pytest.mark.parametrize("moment", ["before the first checksum", "before the archive's"])
+def test_a_download_that_is_killed_before_it_is_checked_is_not_taken_as_whole(hub, wanted, tmp_path, monkeypatch, moment):
+    """Every file is there by then, so that nothing but the record can tell."""
+    name, repo = (
+        ("captions", "liuhaotian/LLaVA-Pretrain") if "first" in moment else ("instructions", "liuhaotian/LLaVA-Instruct-150K")
+    )
+    cut = "import vlsafe.core.store as s, os; s.file_digest = lambda path, of=s.file_digest: "
+    cut += "os._exit(9)" if "first" in moment else "os._exit(9) if path.suffix == '.zip' else of(path)"
+    killed = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", name, first=cut)
+    assert killed.returncode == 9, killed.stderr
+    line = next(
+        line for line in vlsafe(hub, tmp_path, "doctor", "--scale", str(wanted)).stdout.splitlines() if f" {name} " in line
+    )
+    assert "its download was cut off, and" in line and line.startswith("missing"), line
+    assert vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", name).returncode == 0
+    sums = json.loads((tmp_path / "data" / outside.CHECKSUMS).read_text())[repo]
+    assert len(sums) == 2 and all(sums.values()), sums
+
+
+def test_an_archive_that_somebody_has_put_there_stays_theirs(hub, wanted, tmp_path):
+    content = packed(["VG_100K/mine.jpg"])
+    mine = official.written(tmp_path / "data/LLaVA-Instruct-150K/vg/images.zip", content)
+    done = vlsafe(hub, tmp_path, "download", "--scale", str(wanted), "--only", "instructions", "--unpack")
+    assert done.returncode == 0 and mine.read_bytes() == content
+    assert mine.with_name("VG_100K").joinpath("mine.jpg").exists()
 
 
 def test_an_archive_is_gone_on_with_where_it_broke_off(hub, tmp_path):

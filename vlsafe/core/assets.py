@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
@@ -15,6 +14,7 @@ from typing import Literal
 import fsspec
 import huggingface_hub
 
+from vlsafe.core import texts
 from vlsafe.core.fits import later
 
 
@@ -161,7 +161,7 @@ def pinned(repo: str, revision: str) -> str:
     root = outside()
     if revision != "main" or root is None or not (root / PINS).is_file():
         return revision
-    return json.loads((root / PINS).read_text(encoding="utf-8")).get(repo, revision)
+    return texts.read_json(root / PINS).get(repo, revision)
 
 
 def model_folder(origin: Origin, what: str) -> Path:

@@ -26,17 +26,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping_at(path: Path) -> Any:
+def mapping_at(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:   ValueError naming the file where it is no YAML, no mapping, no UTF-8, or has a key twice
+    """
     try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except UnicodeDecodeError:
         raise ValueError(f"{path} holds bytes that are no UTF-8; save it as UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a mapping: names, colons, values")
+    return value
 
 
-MINI: Scale = extended(Scale, {"name": "mini", **_mapping_at(FOLDER / "mini.yaml")})
-PAPER: Scale = extended(Scale, {"name": "paper", **_mapping_at(FOLDER / "paper.yaml")})
+MINI: Scale = extended(Scale, {"name": "mini", **mapping_at(FOLDER / "mini.yaml")})
+PAPER: Scale = extended(Scale, {"name": "paper", **mapping_at(FOLDER / "paper.yaml")})
 SCALES: dict[str, Scale] = {"mini": MINI, "paper": PAPER}
 
 
@@ -51,8 +58,8 @@ def load_scale(name: str | Path) -> Scale:
         return SCALES[known(text, SCALES, "scale")]
     if not Path(text).is_file():
         raise FileNotFoundError(f"there is no scale file {text!r}; a scale is such a file or one of {', '.join(sorted(SCALES))}")
-    changes = _mapping_at(Path(text))
-    if not isinstance(changes, dict) or "extends" not in changes:
+    changes = mapping_at(Path(text))
+    if "extends" not in changes:
         raise ValueError(f"{text} must be a mapping with the key 'extends' (one of {', '.join(sorted(SCALES))})")
     base = SCALES[known(changes.pop("extends"), SCALES, "scale")]
     scale = extended(base, {"name": Path(text).stem, **changes})

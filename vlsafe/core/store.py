@@ -28,9 +28,11 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from vlsafe.core import texts
 from vlsafe.core.scale import alike
 from vlsafe.core.writing import (
     MANIFEST,
+    WORK,
     file_digest,
     parts,
     read_rows,
@@ -113,7 +115,7 @@ def status(run: Run, deep: bool = False) -> Status:
 
 def foreign(run: Run) -> list[str]:
     """Files in a finished run that are not its own, such as `.DS_Store` or a user's notes: nothing reads or judges them."""
-    own = {MANIFEST, *(read_manifest(run) or {"files": ()})["files"]}
+    own = {MANIFEST, NOTE, *(read_manifest(run) or {"files": ()})["files"]}
     return sorted(
         str(path.relative_to(run.folder)) for path in _files(run.folder) if str(path.relative_to(run.folder)) not in own
     )
@@ -132,7 +134,7 @@ def read_manifest(run: Run) -> dict[str, Any] | None:
     """The manifest of a finished run, or None where there is none that can be read."""
     try:
         manifest = json.loads((run.folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
 
@@ -209,8 +211,8 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Calla
             )
             raise OSError(errno.ENOSPC, message) from error
         raise
-    note.unlink()  # only now: digests of large models take minutes, and a kill meanwhile must not cost a training
     os.rename(work, run.folder)
+    (run.folder / NOTE).unlink()  # last: a kill while digests are taken, which takes minutes, must not cost a training
     sync(run.folder.parent)
 
 
@@ -311,7 +313,7 @@ def refuse_other_scale(root: Path, name: str, origin: str, scale: Mapping[str, A
     record = root / name / OWNER
     if not record.is_file():
         return
-    owner = json.loads(record.read_text(encoding="utf-8"))
+    owner = texts.read_json(record)
     if owner["file"] != origin and not alike(owner["scale"], scale):
         raise ValueError(
             f"{root / name} holds the runs of {owner['file']}, and {origin} has other numbers; give one of them another `name:`, "

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
+WORK = ".vlsafe-work"
 
 
 def file_digest(path: Path) -> str:
@@ -61,26 +62,31 @@ def sync(path: Path) -> None:
 def whole(folder: Path) -> Iterator[Path]:
     """A folder that is written completely or not at all: yields a folder to work in, which is renamed at the end.
 
-    What a killed attempt has left is removed first; an error removes everything.
+    That one lies alone in `<folder>.partial`, under a name that nobody else gives: by it what a killed attempt has left is known,
+    and removed first. An error removes everything.
 
-    Raises:   ValueError where the folder exists already
+    Raises:   ValueError where the folder exists already, or the partial one holds something else
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; choose another place, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
-        work = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + ".partial")
+        work = partial / WORK
+        if os.path.lexists(partial) and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {WORK}):
+            raise ValueError(f"{partial} is not what a killed attempt has left; move it away, or choose another place")
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        work.mkdir(parents=True)
         try:
             yield work
-        except BaseException:
+            for path in work.rglob("*"):
+                sync(path)
+            os.rename(work, folder)
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            raise
-        for path in work.rglob("*"):
-            sync(path)
-        os.rename(work, folder)
+            with suppress(OSError):  # somebody has put something there meanwhile
+                partial.rmdir()
         sync(folder.parent)
 
 
@@ -91,7 +97,7 @@ def recorded_digest(path: Path) -> str | None:
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
             return files[str(path.relative_to(folder))]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     blob = path.resolve().name
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None

@@ -141,10 +141,12 @@ def json_list(path: Path) -> Iterator[dict[str, Any]]:
                     return
                 try:
                     row, at = decode(text, at)
-                except json.JSONDecodeError as error:
+                except RecursionError:
+                    raise ValueError(f"row {number} of {path.name} holds lists in lists in lists, too deep to be read") from None
+                except ValueError as error:  # of JSON, or a number of thousands of digits
                     text, at = text[at:], 0
                     if len(text) >= LONGEST or not (more := file.read(PIECE)):
-                        problem = f"it breaks off or is broken after row {number} ({error.msg})"
+                        problem = f"it breaks off or is broken after row {number} ({getattr(error, 'msg', 'a number too long')})"
                         raise ValueError(f"{path.name} is not a whole JSON list: {problem}; download it again") from None
                     text += more
                     continue
@@ -171,7 +173,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile):
         raise ValueError(f"{path.name} breaks off or is damaged after line {number}; download it again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise ValueError(f"{path.name}, line {number}, is not one JSON mapping ({kind}); download it again") from None
 

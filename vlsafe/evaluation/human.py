@@ -176,6 +176,8 @@ def imported(files: Sequence[Path], key_file: Path, folder: Path) -> tuple[Ratin
     ratings = read(files, key)
     tables = (ratings.problems, (agreed := agreement(ratings, key)), verdicts(ratings, key))
     folder.mkdir(parents=True, exist_ok=True)
+    for path in outputs.values():  # a kill must not leave tables of two imports beside each other
+        path.unlink(missing_ok=True)
     for path, frame in zip(outputs.values(), tables, strict=True):
         store.write_text(path, frame.to_csv(index=False))
     return ratings, agreed

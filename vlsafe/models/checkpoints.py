@@ -6,7 +6,6 @@ Every model is an ordinary Hugging Face checkpoint in safetensors; code that com
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
 from collections.abc import Collection, Mapping
@@ -371,7 +370,7 @@ def load_processor(folder: Path) -> Any:
     The tokenizer is the one that was saved: the library goes by the model's type and silently gives a Qwen2 with our words
     Qwen2's own way of splitting text, which knows none of them. Where none pads, EOS does: padding is never attended to.
     """
-    config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = weights.read_object(Path(folder) / "tokenizer_config.json")
     kind = PreTrainedTokenizerFast if config.get("tokenizer_class") == "TokenizersBackend" else transformers.AutoTokenizer
     tokenizer = kind.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

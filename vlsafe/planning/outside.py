@@ -25,13 +25,14 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.file_download import repo_folder_name
 
-from vlsafe.core import assets, store
+from vlsafe.core import assets, store, texts
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import Scale
 from vlsafe.core.schema import Stored
 from vlsafe.data import files as data_files
 from vlsafe.data.files import Refused
 from vlsafe.data.sources import CORPORA, FOLDERS, place_of
+from vlsafe.models import weights
 
 CHECKSUMS = "checksums.json"
 ROWS = 2000  # of a corpus that are read to see whether it is here; assumed; all of them where the doctor looks deep
@@ -91,6 +92,9 @@ def state(need: Need, deep: bool = False) -> Line:
         terms, wanted = f"; {origin.terms}" if origin.terms else "", f" ({', '.join(origin.files)})" if origin.files else ""
         detail = f"{origin.gigabytes:g} GB from {origin.repo}{wanted}{terms}"
         return Line(need.name, "gated" if terms else "missing", detail)
+    recorded_sums = recorded(CHECKSUMS).get(origin.repo, {})
+    if begun := [name for name, digest in recorded_sums.items() if digest is None and name in files]:
+        return Line(need.name, "missing", f"its download was cut off, and {begun[0]} is not checked; `vlsafe download` goes on")
     lacking, lost = _lacking(need, files), ""
     if _is_local(need):
         packed = [name for name in lacking if name in origin.files and name.endswith(".zip")]  # or unpacked: the reader knows
@@ -104,7 +108,7 @@ def state(need: Need, deep: bool = False) -> Line:
     size = sum(path.stat().st_size for path in files.values()) / GIGA
     if size < SMALL * origin.gigabytes:
         return Line(need.name, "too small", f"{size:.2f} of {origin.gigabytes:g} GB")
-    sums = {name: digest for name, digest in recorded(CHECKSUMS).get(origin.repo, {}).items() if name in files} if deep else {}
+    sums = {name: digest for name, digest in recorded_sums.items() if name in files} if deep else {}
     if changed := [name for name, digest in sums.items() if store.file_digest(files[name]) != digest]:
         return Line(need.name, "too small", f"not as downloaded: {', '.join(changed[:SHOWN])}")
     return Line(need.name, "present", f"{size:.2f} GB" + (f"; {lost}" if lost else ""))
@@ -172,8 +176,7 @@ def _lacking_weights(files: Mapping[str, Path]) -> list[str]:
     """The shards that weights are in; pickled ones are not downloaded where there are others."""
     kind = "safetensors" if any(".safetensors" in name for name in files) else "bin"
     if indices := sorted(fnmatch.filter(files, f"*.{kind}.index.json")):
-        shards = set(json.loads(files[indices[-1]].read_text(encoding="utf-8"))["weight_map"].values())  # the last one by name
-        return sorted(shards - set(files))
+        return sorted(set(weights.mapping(files[indices[-1]]).values()) - set(files))  # the last one by name
     return [] if fnmatch.filter(files, f"*.{kind}") else ["model.safetensors"]
 
 
@@ -195,9 +198,9 @@ def disks(missing: Sequence[Need]) -> list[Line]:
 
 
 def recorded(file: str) -> dict[str, Any]:
-    """What downloads have recorded by repository: pinned commits, or checksums."""
+    """What downloads have recorded by repository: pinned commits, or checksums, None of what is not wholly here."""
     path = (root := assets.outside()) and root / file
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    return texts.read_json(path) if path and path.is_file() else {}
 
 
 def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = False) -> None:
@@ -221,8 +224,10 @@ def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = Fa
             _fetch_repository(need)
             for file, address in need.origin.archives:
                 path = assets.outside_path(f"{need.folder}/{file}")
-                fetch(address, path, say)
-                _record(CHECKSUMS, need.origin.repo, {file: store.file_digest(path)})
+                if not path.exists() or file in recorded(CHECKSUMS).get(need.origin.repo, {}):  # or somebody has put it there
+                    _record(CHECKSUMS, need.origin.repo, {file: None})
+                    fetch(address, path, say)
+                    _record(CHECKSUMS, need.origin.repo, {file: store.file_digest(path)})
         except GatedRepoError:
             terms = need.origin.terms or "accept its terms"
             failed.append(f"{need.name} is gated: {terms} (hub: {need.origin.repo}), then log in with `hf auth login`")
@@ -248,6 +253,7 @@ def _fetch_repository(need: Need) -> None:
     names = [name for name in files if not origin.files or any(fnmatch.fnmatch(name, pattern) for pattern in origin.files)]
     if fnmatch.filter(names, "*.safetensors"):  # pickled weights only where there are no others
         names = [name for name in names if not fnmatch.fnmatch(name, "*.bin")]
+    _record(CHECKSUMS, origin.repo, dict.fromkeys(names))  # a kill from here on leaves what is known to be unchecked
     folder = Path(huggingface_hub.snapshot_download(
         origin.repo, repo_type=origin.kind, revision=info.sha, allow_patterns=names, local_dir=where
     ))  # fmt: skip
@@ -314,7 +320,7 @@ def _unpack(need: Need, say: Say) -> None:
         return  # safety is small, and its members' names do not say which split they are of
     downloaded = recorded(CHECKSUMS).get(need.origin.repo, {})
     for archive in sorted(root.rglob("*.zip")):
-        ours = str(archive.relative_to(root)) in downloaded
+        ours = downloaded.get(str(archive.relative_to(root))) is not None
         refuse_outside(archive, ours)
         target = root / UNPACKED.get(need.name, {}).get(archive.name, archive.parent.relative_to(root))
         say(f"{need.name}: unpacking {archive.name}")

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import yaml
-
+from vlsafe.core.presets import mapping_at
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
@@ -284,5 +283,5 @@ def gpus(study: Study, name: str) -> int:
     fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
             "sppft": lambda: study.scale.instruct, "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
     launch = fits[kind]().launch if kind in fits else ""
-    configuration = yaml.safe_load((project_root() / launch).read_text(encoding="utf-8")) if launch else {"num_processes": 1}
+    configuration = mapping_at(project_root() / launch) if launch else {"num_processes": 1}
     return 0 if configuration.get("use_cpu") else int(configuration["num_processes"])

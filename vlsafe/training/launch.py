@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset, load_from_disk
 
 from vlsafe.core import failures
+from vlsafe.core.presets import mapping_at
 from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
 from vlsafe.models import architectures, chat, checkpoints, devices, trainable
@@ -63,14 +63,9 @@ def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) ->
     Raises:   ChildProcessError when launched processes are lost; the same call resumes from the last complete checkpoint.
               ValueError, in their words, when one of them ends in an error that no other try can mend
     """
-    if job.fit.launch and process_count(_configuration(path := home / job.fit.launch), os.environ) > 1:
+    if job.fit.launch and process_count(mapping_at(path := home / job.fit.launch), os.environ) > 1:
         return _launched(job, data, progress, path)
     return _work(job, data, progress)
-
-
-def _configuration(path: Path) -> dict[str, Any]:
-    """What a file for `accelerate launch` says."""
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainers.History, int]:
@@ -92,7 +87,7 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
 
 def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) -> tuple[trainers.History, int]:
     """Write the job to files, start its processes, watch them, and read their result."""
-    configuration = _configuration(path)
+    configuration = mapping_at(path)
     count, folder = process_count(configuration, os.environ), Path(job.folder) / "job"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
