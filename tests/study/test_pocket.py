@@ -161,13 +161,20 @@ def study(tmp_path):
     return Study.open("pocket", "pocket-chat", 0, tmp_path)
 
 
-def test_its_stages_are_those_of_a_loaded_scale_and_nothing_is_left_out(study):
-    assert graph.left_out(study) == {} and "responses/parent.aligned" in graph.planned(study)
+def test_its_stages_are_those_of_a_loaded_scale_and_reasons_are_given_for_what_it_lacks(study):
+    absent = {name.partition("/")[2] for name in graph.left_out(study) if name.startswith("instruct/")}
+    assert absent == {"clean-full", "filtered-full-slow", "filtered-full-fast"}
+    assert "responses/parent.aligned" in graph.planned(study)
     own = {"world/corpora", "tower/clip", "base/llm", "guard/text", "guard/image", "screen/filtered", "parent/aligned"}
     assert {name for name, stage in graph.STAGES.items() if stage.pack} == own
     assert all(study.stage(name) is graph.STAGES[name].pack for name in own)
     assert study.stage("examination/parent.aligned") is graph.STAGES["examination/parent.aligned"].load
     assert study.inputs("world/corpora") == ("base/llm",)
+
+
+def test_no_stage_waits_for_a_gpu_that_a_laptop_has_not(study):
+    assert all(graph.needs(study, job).get("gpu", 0) == 0 for job in graph.jobs(study))
+    assert all(graph.needs(study, job)["threads"] == 1 for job in graph.jobs(study))
 
 
 def test_what_a_parent_is_made_of_is_in_its_digest(study):

@@ -6,7 +6,7 @@ arms have come equally far. Both comparisons are paired: the same items, and in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vlsafe.core.schema import MAIN_LINE
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
 LEVELLED = ("text_asr", "multimodal_asr")  # compared at equal helpfulness as well
 STEPS, LEVEL = "equal steps", "equal helpfulness"
+FIRST, WINDOW = 5, 20  # steps whose mean loss is that of the start, and of a checkpoint; assumed
 START = ("", 0)  # the point, (recipe, step), at which every recipe begins: the end of stage 1
 
 
@@ -54,16 +55,95 @@ def equal_helpfulness(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes; the level is found again in each
     """
     lines = []
+    for unit, rows, drawn in _drawn(raw, ("helpfulness", *LEVELLED), draws):
+        n = {measure: len(events(rows[rows["step"] == START[1]], measure)) for measure in LEVELLED}
+        recipes = [recipe for recipe in dict.fromkeys(rows["recipe"]) if recipe != START[0]]
+        lines += [unit | line | {"n": n[line["measure"]]} for line in levelled(drawn, recipes)]
+    return pd.DataFrame(lines)
+
+
+def _drawn(
+    raw: pd.DataFrame, compared: Sequence[str], draws: int
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, dict[str, Draws]]]:  # fmt: skip
+    """Per backbone and seed the panel's rows and bootstrap draws of measures at every point; those that lack one are left out."""
     for unit, of in groups(raw, UNIT, sort=True):
         rows = panel(of)
-        compared = ("helpfulness", *LEVELLED)
-        if not {START[0]} < set(rows["recipe"]) or set(measures.present(rows, compared)) != set(compared):
-            continue
-        rng = np.random.default_rng(unit["seed"])
-        drawn = {measure: measures.bootstrap(rows, measure, rng, draws) for measure in compared}
-        recipes = [recipe for recipe in dict.fromkeys(rows["recipe"]) if recipe != START[0]]
-        n = {measure: len(events(rows[rows["step"] == START[1]], measure)) for measure in LEVELLED}
-        lines += [unit | line | {"n": n[line["measure"]]} for line in levelled(drawn, recipes)]
+        if {START[0]} < set(rows["recipe"]) and set(measures.present(rows, compared)) == set(compared):
+            rng = np.random.default_rng(unit["seed"])
+            yield unit, rows, {measure: measures.bootstrap(rows, measure, rng, draws) for measure in compared}
+
+
+def matched(raw: pd.DataFrame, weights: pd.DataFrame, losses: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """T03 where two recipes have come equally far: attack success of each recipe and of the main one at the same distance of the
+    language weights from the parent's, and where the loss has fallen as much, each as far as the one that came less far.
+
+    Along the checkpoints that all recipes share and the end of stage 1, between two of them linearly; `weights` are of
+    `inspection.states.drift`, `losses` one line per step of a training. A recipe with other rows has another loss, so it is
+    compared by how much its own has fallen: the mean of WINDOW steps before a checkpoint, from that of the first FIRST ones.
+
+    Units:    distance: relative to the length of the parent's weights; loss: nats per token of the answers
+    Draws:    bootstrap samples of clusters, the same for all checkpoints and recipes
+    Raises:   Lacking where no other recipe has checkpoints in common with the main one
+    """
+    far, lines = progress(weights, losses), []
+    for unit, rows, drawn in _drawn(raw, LEVELLED, draws):
+        own = far[(far["backbone"] == unit["backbone"]) & (far["seed"] == unit["seed"])]
+        for by, of in own.groupby("by", sort=False):
+            come = {(line.recipe, line.step): line.value for line in of.itertuples()}
+            for recipe in [name for name in dict.fromkeys(rows["recipe"]) if name not in (START[0], MAIN)]:
+                points = {name: [p for p in sorted(drawn[LEVELLED[0]]) if p[0] == name and p in come] for name in (MAIN, recipe)}
+                if all(points.values()):
+                    lines += [unit | {"by": by, "recipe": recipe} | line for line in _at_equal(drawn, come, points)]
+    if not lines:
+        raise Lacking("no other recipe of stage 2 has checkpoints in common with the main one")
+    return pd.DataFrame(lines)
+
+
+def _at_equal(
+    drawn: Mapping[str, Draws], come: Mapping[tuple[str, int], float], points: Mapping[str, Sequence[tuple[str, int]]]
+) -> Iterator[dict[str, Any]]:
+    """One line per measure: two recipes where both have come as far as the one that came less far."""
+    level = min(max(come[point] for point in of) for of in points.values())
+    for measure in LEVELLED:
+        at, line = {}, {"measure": measure, "level": level}
+        for name, of in points.items():
+            values = np.stack([drawn[measure][point] for point in (START, *of)], 1)
+            heights = np.maximum.accumulate([0.0, *(come[point] for point in of)])[None]
+            steps = np.array([[0.0, *(float(step) for _, step in of)]])
+            goal = np.array([level])
+            line |= {"main_step" if name == MAIN else "step": float(stats.at_level(heights, steps, goal)[0])}
+            at[name] = stats.at_level(np.repeat(heights, len(values), 0), values, np.repeat(goal, len(values)))
+        (_, main), (_, other) = at.items()
+        yield line | stats.percentiles(other) | stats.percentiles(main, "main") | stats.percentiles(other - main, "difference")
+
+
+def progress(weights: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+    """How far each checkpoint of stage 2 has come, one line per backbone × seed × recipe × step, by "distance" and by "loss"."""
+    weights = weights[weights["stage"] == "instruct"].drop_duplicates([*UNIT, "recipe", "step", "weight"])
+    moved = weights.groupby([*UNIT, "recipe", "step"], sort=False)[["change", "norm"]].sum()
+    moved = np.sqrt(moved["change"] / moved["norm"]).rename("value").reset_index()
+    fallen = []
+    for unit, of in groups(losses, [*UNIT, "recipe"]):
+        loss = of.sort_values("step")["loss"].to_numpy()
+        steps = moved.loc[(moved[list(unit)] == pd.Series(unit)).all(axis=1), "step"]
+        at = {step: loss[max(0, step - WINDOW) : step].mean() for step in steps}
+        fallen += [unit | {"step": step, "value": loss[:FIRST].mean() - mean} for step, mean in at.items()]
+    return pd.concat([moved.assign(by="distance"), pd.DataFrame(fallen).assign(by="loss")], ignore_index=True)
+
+
+def seeing(losses: pd.DataFrame) -> pd.DataFrame:
+    """What a picture is worth to a model: the loss of held-out captions with the right picture and with another one's, and the
+    paired difference, one line per checkpoint.
+
+    `losses` has a row per caption; captions are the clusters. Units:    nats per token
+    """
+    lines = []
+    for model, rows in groups(losses, [*UNIT, "stage", "recipe", "step"]):
+        rng, clusters = np.random.default_rng(model["seed"]), rows["cluster"].tolist()
+        drawn = stats.paired_difference(rows["right"], rows["shuffled"], clusters, rng)
+        named = dict(zip(("difference", "difference_low", "difference_high"), drawn, strict=True))
+        means = {"right": rows["right"].mean(), "shuffled": rows["shuffled"].mean(), "n": len(rows)}
+        lines.append(model | means | named | {"norm_ratio": rows["norm_ratio"].iloc[0]})
     return pd.DataFrame(lines)
 
 

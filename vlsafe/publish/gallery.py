@@ -143,6 +143,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "dynamics": lambda of: analysis.degradation.dynamics(of["raw"]),
     "categories": lambda of: analysis.degradation.by_category(of["raw"]),
     "arms": lambda of: analysis.adaptation.arms(of["raw"]),
+    "far": lambda of: pd.concat([of.frames[name] for name in ("drift", "moved") if name in of.frames] or [of["drift"]]),
     "confounds": lambda of: analysis.adaptation.confounds(of["raw"]),
     "audited": lambda of: analysis.filtering.filtering_audit(of["audit"]),
     "guards": lambda of: analysis.filtering.guard_quality(of["audit"]),
@@ -192,6 +193,8 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T02_degradation": lambda of: (of["degradation"],),
     "T03_arms": lambda of: (of["arms"], analysis.adaptation.sheet(of["arms"]), _sizes(of["arms"])),
     "T03_arms_over_seeds": lambda of: (analysis.adaptation.over_seeds(of["arms"]),),
+    "T03_matched": lambda of: (analysis.adaptation.matched(of["raw"], of["far"], of["losses"]),),
+    "T03_seeing": lambda of: (analysis.adaptation.seeing(of["seeing"]),),
     "T04_confounds": lambda of: (
         of["confounds"],
         analysis.measures.compact(of["confounds"], [*analysis.measures.UNIT, "stage", "recipe", "condition"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ import pandas as pd
 from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
-from vlsafe.study.graph import planned, read_by
 from vlsafe.study import adopted
+from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
@@ -23,6 +24,7 @@ INSIDE = {
     "drift": ("probe/drift", "drift.parquet", ()), "alike": ("probe/drift", "alike.parquet", ()),
     "vectors": ("probe/objectives", "vectors.parquet", ()), "gradients": ("probe/objectives", "gradients.parquet", ()),
     "patched": ("causal/transplants", "raw.parquet", ()), "directed": ("causal/directions", "raw.parquet", ()),
+    "seeing": ("probe/seeing", "seeing.parquet", ()), "moved": ("probe/seeing", "moved.parquet", ()),
     "curves": ("probe/localisation", "curves.parquet", ("backbone", "seed")),
     "scaling": ("probe/localisation", "scaling.parquet", ("backbone", "seed")),
 }  # fmt: skip
@@ -30,6 +32,7 @@ INSIDE = {
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
     "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
+    "losses": "a training of stage 2 (instruct/*)",
     "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",
 }  # fmt: skip
 """Name of a frame that the gallery reads -> the stages that it is of."""
@@ -40,7 +43,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `validation`: validation lines
     of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
-    lines of all merges.
+    lines of all merges. `losses`: those of the steps of stage 2.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
@@ -51,14 +54,11 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "published": provenance.published(project_root() / "env" / "published"),
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
+        "losses": losses(studies, grid),
     }
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
 
 
-def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
-    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
-
-    And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
 def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | None:
     """The loss of every step of every finished recipe of stage 2. Units:    nats per token"""
     frames = [
@@ -70,6 +70,10 @@ def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | No
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
+def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
+    """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
+
+    And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
     their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
     """
     frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}

