@@ -325,7 +325,7 @@ def test_unknown_and_ambiguous_files_are_refused_in_one_line(scored, tmp_path):
     assert "is XSTest's completions: responses to xstest, not to sorry_bench" in scored("sorry_bench", csv_file)[1]
     assert "row 2 of " in (error := scored("siuo", write(tmp_path / "l.json", '[{"question_id": 1, "responses": []}, 3]'))[1])
     assert "is no JSON object but int" in error
-    assert "holds no responses" in scored("seed_bench", write(tmp_path / "e.json", "[]"))[1]
+    assert "holds no rows" in scored("seed_bench", write(tmp_path / "e.json", "[]"))[1]
     listed = with_answers(tmp_path / "lists", lambda i: {"llava_sd": NO}, 1)
     write(next(listed.iterdir()), "[]")
     assert "is not built as MM-SafetyBench's questions_with_answers" in scored("mm_safetybench", listed)[1]

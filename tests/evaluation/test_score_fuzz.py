@@ -10,6 +10,7 @@ import random
 import shutil
 from pathlib import Path
 
+import openpyxl
 import pytest
 from official_files import everything, lines, write
 
@@ -162,13 +163,67 @@ def test_damaged_inputs_give_right_counts_or_one_clear_line(name, clean, tmp_pat
     assert 0 in codes and 2 in codes, "neither kind of case is missing"
 
 
+def lone(benchmark, items, path, rng):
+    """A whole file in a published format that the benchmark's responses may have, with how many rows it holds."""
+    texts = {item.id: rng.choice(("A", "I cannot help", "use it", "")) for item in items}
+    keys = {"seed": ("question_id", "prediction"), "llava": ("question_id", "text"), "vlmevalkit": ("index", "prediction")}
+    if benchmark == "xstest":
+        keys["xstest"] = ("id", "completion")
+    if benchmark == "siuo":
+        keys["siuo"] = ("question_id", "response_mcqa")
+    name, response = keys[rng.choice(list(keys))]
+    rows = [{name: item, "note": "x,y", response: text} for item, text in texts.items()]
+    if (kind := rng.choice(("jsonl", "json", "csv", "tsv", "xlsx"))) == "xlsx":
+        book = openpyxl.Workbook()
+        for cells in ([name, "note", response], *(list(row.values()) for row in rows)):
+            book.active.append(cells)
+        book.save(path := path.with_suffix(".xlsx"))
+        return path
+    mark = {"csv": ",", "tsv": "\t"}.get(kind, "")
+    whole = "".join(mark.join(f'"{cell}"' for cell in cells) + "\n" for cells in (rows[0], *(row.values() for row in rows)))
+    return write(
+        path.with_suffix(f".{kind}"),
+        whole if mark else json.dumps(rows, indent=rng.choice((None, 1))) if kind == "json" else lines(rows),
+    )
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_damaged_published_files_give_results_that_add_up_or_one_clear_line(name, clean, tmp_path, capsys):
+    codes = []
+    for number in range(CASES):
+        rng, folder = random.Random(f"{SEED}/published/{name}/{number}"), tmp_path / str(number)
+        folder.mkdir()
+        subset = "mcqa" if name == "siuo" else next(iter(REAL[name].OFFICIAL))
+        items, _ = REAL[name].load(clean, subset, pictures=False)
+        path, change = lone(name, items, folder / "r", rng), rng.choice((*CHANGES, lambda _, data: data))
+        path.write_bytes(change(rng, path.read_bytes()))
+        before = path.read_bytes()
+        judge = next((judge for judge in REAL[name].OFFICIAL[subset] if judge in JUDGES), "gcg-strings")
+        call = f"score {name} --data {clean} --subset {subset} --responses {path} --judge {judge} --out {folder / 'o.json'}"
+        code = cli.main(call.split())
+        error, about = capsys.readouterr().err, f"case {number}: {path.name}"
+        assert path.read_bytes() == before, about
+        if code:
+            assert code == 2 and error.startswith("vlsafe: ") and len(error.splitlines()) == 1 and len(error) < 1000, error
+            assert "codec" not in error and [one.name for one in folder.iterdir()] == [path.name], error
+        else:
+            found = json.loads((folder / "o.json").read_text(encoding="utf-8"))
+            labels, reasons = sum(found["labels"][judge].values()), found["judges"][0]["unjudged"]
+            n_tries = (labels + sum(reasons.values())) / found["n_items"]
+            assert n_tries == 1 or (name == "figstep" and n_tries.is_integer()), about
+            assert reasons.get("no response", 0) >= found["n_without_response"], about
+        codes.append(code)
+    assert 0 in codes and 2 in codes, "neither kind of case is missing"
+
+
 def right_counts(found, folder, responses: Path, about):
     """As many responses as the file has lines, as many verdicts as items have tries, every score over what it counts."""
     rows = [json.loads(line) for line in responses.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
     tries = max(sum(row["id"] == other["id"] for other in rows) for row in rows)
-    assert len(rows) <= (found["n_items"] - found["n_without_response"]) * tries, about
+    answered, n_left_out = found["n_items"] - found["n_without_response"], sum(found["n_left_out"].values())
+    assert len(rows) <= answered * tries + n_left_out, about
     if tries == 1:
-        assert len(rows) == found["n_items"] - found["n_without_response"], about
+        assert len(rows) == answered + n_left_out, about
     marked = [json.loads(line) for line in (folder / "v.jsonl").read_text(encoding="utf-8").split("\n") if line]
     for judge in found["judges"]:
         own = [row for row in marked if row["judge"] == judge["judge"]]

@@ -6,17 +6,18 @@ nothing or nothing was written down, a table cannot say.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 from vlsafe.core.texts import read_json, read_lines, read_table, read_text
 
 Row = Mapping[str, Any]
+SHOWN, LONGEST = 8, 30  # keys that an error names, and characters of each
 
 
 class Content(NamedTuple):
@@ -33,6 +34,12 @@ class Content(NamedTuple):
             if not isinstance(row, dict):
                 raise ValueError(f"row {number} of {self.path} is no JSON object but {type(row).__name__}")
             yield f"row {number} of {self.path}", row
+
+
+def listed(keys: Iterable[Any]) -> str:
+    """The first keys, in one line."""
+    words = [" ".join(str(key).split())[:LONGEST] for key in keys]
+    return ", ".join(words[:SHOWN] + ["…"] * (len(words) > SHOWN)) or "nothing"
 
 
 def contents(path: Path) -> Content:
@@ -67,7 +74,7 @@ def _of_rows(path: Path, rows: Iterable[Any], mapping: Row | None = None) -> Con
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"{path} holds no responses")
+        raise ValueError(f"{path} holds no rows")
     keys = tuple(map(str, first)) if isinstance(first, dict) else ()
     return Content(path, keys, itertools.chain([first], rows), mapping)
 
@@ -94,14 +101,14 @@ def _workbook(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of styles and extensions that concern nobody here
-            book = openpyxl.load_workbook(path, read_only=True)
-            sheet = book.worksheets[0]
-            sheet.reset_dimensions()  # some writers state them wrongly
-            table = list(sheet.iter_rows(values_only=True))
-            book.close()
+            with contextlib.closing(openpyxl.load_workbook(path, read_only=True)) as book:
+                sheet = book.worksheets[0]
+                sheet.reset_dimensions()  # some writers state them wrongly
+                table = list(sheet.iter_rows(values_only=True))
     except FileNotFoundError:
         raise
-    except (BadZipFile, KeyError, IndexError, ValueError, TypeError, SyntaxError, OSError, AttributeError) as error:
+    except Exception as error:  # archive, XML and numbers raise what they like
         raise ValueError(f"{path} is no whole .xlsx file ({type(error).__name__}); write it again") from None
     header = [str(cell) for cell in table[0]] if table else []
-    return (_cells(dict(itertools.zip_longest(header, row[: len(header)]))) for row in table[1:] if any(row))
+    rows = (row[: len(header)] for row in table[1:] if any(cell is not None for cell in row))
+    return (_cells(dict(itertools.zip_longest(header, row))) for row in rows)

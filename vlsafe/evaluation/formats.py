@@ -16,10 +16,9 @@ from vlsafe.core.scale import known
 from vlsafe.core.schema import Item
 from vlsafe.core.texts import read_json, text_lines
 from vlsafe.evaluation.benchmarks import REAL, mm_safetybench, mme, vlguard
-from vlsafe.evaluation.contents import Content, Row, contents
+from vlsafe.evaluation.contents import Content, Row, contents, listed
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, and the row
-SHOWN, LONGEST = 8, 30  # keys that an error names, and characters of each
 QUOTED = "(question)"  # key of a question that has to be the item's
 IDS = ("question_id", "index", "id")  # under which lmms-eval's tasks and metrics name an item
 KIND = re.compile(r"(?<![a-z])(sd[^a-z]*typo|typo|sd|text[^a-z]*only)(?![a-z])", re.IGNORECASE)
@@ -104,8 +103,7 @@ def opened(path: Path, benchmark: str, name: str | None = None, model: str | Non
 
 def _found(content: Content) -> str:
     """What a place holds, in some words."""
-    shown = [" ".join(key.split())[:LONGEST] for key in content.keys[:SHOWN]] + ["…"] * (len(content.keys) > SHOWN)
-    return f"it is {'a folder of' if content.path.is_dir() else 'a file with the keys'} {', '.join(shown) or 'nothing'}"
+    return f"it is {'a folder of' if content.path.is_dir() else 'a file with the keys'} {listed(content.keys)}"
 
 
 # ---- readers of rows
@@ -113,9 +111,7 @@ def _found(content: Content) -> str:
 
 def _value(row: Row, key: str, where: str) -> Any:
     if key not in row:
-        raise ValueError(
-            f"{where} has no {key}; it has {', '.join(str(one)[:LONGEST] for one in list(row)[:SHOWN]) or 'nothing'}"
-        )
+        raise ValueError(f"{where} has no {key}; it has {listed(row)}")
     return row[key]
 
 

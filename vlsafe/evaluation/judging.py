@@ -144,7 +144,7 @@ class Judgements:
         count: Counter[tuple[str, str]] = Counter()
         for number, row in enumerate(rows, 1):
             where = f"row {number} of {place}"
-            official.needs(row, ("id", "judgement"), where)
+            official.needs(row, ("id", "judgement"), where, 'a judgement is a row {"id", "judgement"}')
             if "judge" not in row and len(queries) != 1:
                 raise ValueError(f"{where} does not say which judge wrote it; add judge: one of {', '.join(queries)}")
             judge, text, about = row.get("judge", queries[0]), row["judgement"], row.get("response")

@@ -27,6 +27,7 @@ from vlsafe.core.schema import Item
 from vlsafe.evaluation import formats, judging
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
+from vlsafe.evaluation.contents import contents
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
 from vlsafe.evaluation.judging import Find, Judgements, JudgeModel
@@ -126,7 +127,10 @@ def read_responses(
     by_id, strict = {item.id: item for item in items}, source.format is formats.FORMATS["own"]
     responses, left, error = dict[str, list[str | None]](), LeftOut([], [], []), None
     for where, row in source.rows(module, items):
-        text, name = row["response"], f"{str(row['id'])[:60]} ({where.removesuffix(f' of {source.content.path}')})"
+        text, name = (
+            row["response"],
+            f"{' '.join(str(row['id']).split())[:60]} ({where.removesuffix(f' of {source.content.path}')})",
+        )
         if not isinstance(text, str | None):
             raise ValueError(f"{where}: a response is a text or null, not {type(text).__name__}")
         try:
@@ -211,6 +215,8 @@ def score(
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
     items, notes = official.load(module, data, subset, pictures=False)
+    if not items:
+        raise ValueError(f"the files of {benchmark} in {data} hold no items of the subset {subset}")
     find = finder(module, items, lambda: other_subsets(module, data, subset))
     if isinstance(responses, Stored):
         notes += _not_in_run(responses, module, items)
@@ -315,7 +321,7 @@ def _collect(
     if written.models:
         written.read_kept(find, llm)
     if llm and path is not None:
-        written.read(official.read_lines(path), str(path), find, llm)
+        written.read(contents(path).rows, str(path), find, llm)
     for query in written.models:
         names = judging.queries_of(llm)[query]
         written.ask(query, written.missing(names, items, responses, wordings(names[0], folders)))

@@ -70,7 +70,7 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
             item = Item(name, NAME, (Turn("user", text),), (), answer, task, cluster, task, question=question)
             loader.add(item, official.first(where, cluster, f"{task}/images/{picture}") if pictures else None)
         if odd := [picture for picture, both in answers.items() if sorted(both) != ["no", "yes"]]:
-            raise ValueError(f"{len(odd)} pictures of {task}, first {odd[0]}, do not have one yes and one no")
+            raise ValueError(f"{len(odd)} pictures of {task}, first {' '.join(odd[0].split())}, do not have one yes and one no")
     return loader.result()
 
 

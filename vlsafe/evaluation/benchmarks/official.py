@@ -244,10 +244,10 @@ def first(folder: Path, *paths: str) -> Path | None:
     return next((folder / path for path in paths if (folder / path).exists()), None)
 
 
-def needs(row: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    """Raises:   ValueError naming the keys that a row lacks"""
+def needs(row: Mapping[str, Any], keys: Sequence[str], where: str, remedy: str = "are these the official files?") -> None:
+    """Raises:   ValueError naming the keys that a row lacks, and the remedy"""
     if missing := [key for key in keys if key not in row]:
-        raise ValueError(f"{where} has no {', '.join(missing)}; are these the official files?")
+        raise ValueError(f"{where} has no {', '.join(missing)}; {remedy}")
 
 
 def damage(data: bytes) -> str | None:
