@@ -49,7 +49,9 @@ def unless(study: Study, name: str) -> str | None:
     arm = RECIPES[name].data
     if RECIPES[name].rate != "usual" and not study.scale.rates:
         return "the scale trains stage 2 at one rate"
-    return data.arms.WITHOUT[arm] if study.scale.loaded and arm not in study.scale.loaded.arms else None
+    if study.scale.loaded is None or arm in study.scale.loaded.arms:
+        return None
+    return f"the scale leaves the data arm {arm!r} out" if study.packed else data.arms.WITHOUT[arm]
 
 
 def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
