@@ -43,7 +43,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
-.PHONY: setup dev reproduce parts test loaded soak perf perf-sources browser lab notebooks nbval lint types clean
+.PHONY: setup dev reproduce parts pocket-nano test loaded soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -60,26 +60,35 @@ dev: .venv/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/dev.lock
 	touch $@
 
-reproduce: setup
+reproduce: setup $(if $(findstring pocket,$(SCALE)),parts)
 	$(BIN)/vlsafe sweep --scale "$$SCALE" --seeds $(SEEDS) --backbones $(BACKBONES) --root "$$ROOT"
 	$(BIN)/vlsafe unlock --root . -- $(SNAKEMAKE)
+
+# The whole graph of scale pocket from its real parts with a few rows and steps, by one backbone: whether it runs, no number of it.
+pocket-nano: setup parts
+	$(MAKE) reproduce SCALE=env/scales/pocket-nano.yaml BACKBONES=pocket-chat
 
 # What scale `pocket` is made of, in .pocket: packages whose files are read and whose code is not imported, and a reader of GGUF
 # files. The pictures are Debian's and need no root here; where apt-get or dpkg is missing they are skipped, which is said.
 PICTURES  := openclipart-png tuxpaint-stamps-default
-parts: .pocket/.installed
+parts: .pocket/.installed .pocket/debian/.installed
 
 .pocket/.installed: .venv/.installed env/pocket.lock env/gguf.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r env/gguf.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile --upgrade \
 	    --target .pocket -r env/pocket.lock
+	touch $@
+
+.pocket/debian/.installed:
 	@mkdir -p .pocket/debian && cd .pocket/debian && rm -f *.deb && \
 	if ! { command -v apt-get && command -v dpkg; } > /dev/null; then \
-	    echo "make parts: skipped the pictures ($(PICTURES)): no apt-get and dpkg on this machine; scale pocket needs them"; \
+	    echo "make parts: skipped the pictures ($(PICTURES)): no apt-get and dpkg on this machine; scale pocket needs them," \
+	        "SCALE=env/scales/pocket-emoji.yaml does without"; \
 	elif apt-get -qq download $(PICTURES); then \
-	    for file in *.deb; do dpkg -x "$$file" . && rm "$$file" || exit 1; done && touch ../.installed; \
+	    for file in *.deb; do dpkg -x "$$file" . && rm "$$file" || exit 1; done && touch .installed; \
 	else \
-	    echo "make parts: skipped the pictures: apt-get knows no $(PICTURES); run 'apt-get update' as root, then again"; \
+	    echo "make parts: skipped the pictures: apt-get knows no $(PICTURES); run 'apt-get update' as root, then again; or use" \
+	        "SCALE=env/scales/pocket-emoji.yaml"; \
 	fi
 
 test: setup

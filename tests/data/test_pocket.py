@@ -191,3 +191,24 @@ def test_near_duplicates_are_linked_through_others_of_their_kind():
     ]  # fmt: skip
     assert prompts._clusters(rows) == ["x/1", "x/1", "x/1", "x/4", "x/4"]
     assert [row[0] for row in prompts._distinct(rows)] == ["x/1", "x/2", "x/3", "x/4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("1f996", "a t-rex"),
+        ("1f418", "an elephant"),
+        ("1f43e", "paw prints"),
+        ("1f191", None),
+        ("1f1e6", None),
+        ("1f9d1-1f3fb", None),
+    ],
+)
+def test_an_emoji_is_captioned_by_its_unicode_name_where_it_shows_a_thing(name, caption):
+    assert pictures._emoji_caption(None, name) == caption
+
+
+def test_without_debian_the_pictures_are_emoji():
+    packed = load_scale("env/scales/pocket-emoji.yaml").loaded.packed
+    assert {package.kind for package in packed.packages.values()} == {"pypi"}
+    assert {package for package in PACKED.packages if PACKED.packages[package].kind == "pypi"} < set(packed.packages)

