@@ -10,7 +10,7 @@ import pytest
 from official_files import everything, lines, picture, write
 from PIL import Image
 
-from vlsafe.evaluation import judges, score
+from vlsafe.evaluation import judges, reading, score
 from vlsafe.evaluation.benchmarks import REAL, mm_safetybench, mme, official, sorry_bench
 from vlsafe.evaluation.judges.llm import LLM_JUDGES, wordings
 from vlsafe.models.chat import open_picture
@@ -30,7 +30,7 @@ def test_scores_equal_those_worked_by_hand(case, root, tmp_path):
     rows = case["responses"]
     if "rest" in case:
         items, _ = module.load(root, subset or next(iter(module.OFFICIAL)), pictures=False)
-        answered = {score.finder(module, items)(row, "") for row in rows}
+        answered = {reading.finder(module, items)(row, "") for row in rows}
         others = [i for i in items if i.id not in answered and case.get("rest_of") in (None, official.own(module, "part")(i))]
         rows = rows + [{"id": item.id, "response": case["rest"]} for item in others]
     responses = write(tmp_path / "responses.jsonl", lines(rows))
@@ -51,7 +51,7 @@ def test_scores_equal_those_worked_by_hand(case, root, tmp_path):
 def test_items_are_found_by_every_name_and_look_alike_with_and_without_pictures(name, subset, root):
     module = REAL[name]
     items, _ = module.load(root, subset, pictures=False)
-    find = score.finder(module, items)
+    find = reading.finder(module, items)
     assert len({item.id for item in items}) == len(items) > 1
     for item in items:
         keys = {key: str(value_of(item)) for key, value_of in official.own(module, "QUALIFIERS").items()}

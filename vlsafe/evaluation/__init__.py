@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.evaluation import benchmarks, contents, engines, examine, formats, human, judges, judging, prompts, score, servers
-    from vlsafe.evaluation import validation
+    from vlsafe.evaluation import benchmarks, contents, engines, examine, formats, human, judges, judging, prompts, reading, score
+    from vlsafe.evaluation import servers, validation
 
 __getattr__ = lazily(__name__)

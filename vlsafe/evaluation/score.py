@@ -9,11 +9,9 @@ taken for either side.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -24,15 +22,13 @@ import numpy as np
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Item
-from vlsafe.evaluation import formats, judging
+from vlsafe.evaluation import formats, judging, reading
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
 from vlsafe.evaluation.contents import contents
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
 from vlsafe.evaluation.judging import Find, Judgements, JudgeModel
-
-SHOWN = 3  # responses of each kind that are left out and named
 
 
 class Stored(NamedTuple):
@@ -42,129 +38,6 @@ class Stored(NamedTuple):
     name: str
     responses: Mapping[str, str]
     judgements: Sequence[Mapping[str, Any]] = ()
-
-
-# ---- reading
-
-
-class UnknownItem(ValueError):
-    """A row that is about no item."""
-
-
-def finder(module: ModuleType, items: Sequence[Item], others: Callable[[], Sequence[Item]] = tuple) -> Find:
-    """A function from a row with an id, and where it stands, to the id of the item that it means.
-
-    `others` are items of the benchmark's other subsets, which are looked at where an id is none of `items`.
-    """
-    own, rest = _named(module, items), functools.cache(lambda: _named(module, others()))
-
-    def find(row: Mapping[str, Any], where: str) -> str:
-        """Raises:   ValueError, naming the place, where the id means no item or several"""
-        name = str(row["id"])
-        meant = _meant(module, own, name, row) or _meant(module, rest(), name, row)
-        if not meant:
-            raise UnknownItem(f"{where}: {name[:60]!r} is no item of {module.NAME}; its ids look like {items[0].id!r}")
-        if len(meant) > 1:
-            keys = ", ".join(official.own(module, "QUALIFIERS"))
-            raise ValueError(f"{where}: the id {name[:60]!r} means {len(meant)} items; add one of {keys}")
-        return meant[0].id
-
-    return find
-
-
-def _named(module: ModuleType, items: Sequence[Item]) -> dict[str, list[Item]]:
-    by_name: dict[str, list[Item]] = {}
-    for item in items:
-        for name in dict.fromkeys(official.own(module, "names")(item)):
-            by_name.setdefault(name, []).append(item)
-    return by_name
-
-
-def _meant(module: ModuleType, named: Mapping[str, list[Item]], name: str, row: Mapping[str, Any]) -> list[Item]:
-    meant = named.get(name, [])
-    return meant if len(meant) < 2 else [item for item in meant if official.fits(module, item, row)]
-
-
-def other_subsets(module: ModuleType, data: Path, subset: str) -> list[Item]:
-    """The items of a benchmark's other subsets, as far as their files are here."""
-    items: list[Item] = []
-    for other in module.OFFICIAL:
-        with contextlib.suppress(ValueError, OSError):
-            items += official.load(module, data, other, pictures=False)[0] if other != subset else []
-    return items
-
-
-class LeftOut(NamedTuple):
-    """What of a file of responses does not count: where, and the id."""
-
-    unknown: list[str]
-    elsewhere: list[str]
-    repeated: list[str]
-
-    def lines(self, benchmark: str, subset: str) -> Iterator[str]:
-        """A line for each kind of which there is any."""
-        kinds = (
-            f"no item of {benchmark} has their id",
-            f"outside of the subset {subset}",
-            "they repeat an item; the first counts",
-        )
-        for rows, kind in zip(self, kinds, strict=True):
-            if rows:
-                yield f"left out ({kind}): {len(rows):,}, such as {', '.join(rows[:SHOWN])}"
-
-
-def read_responses(
-    module: ModuleType, source: formats.Source, items: Sequence[Item], find: Find, tries: int = 1
-) -> tuple[dict[str, list[str | None]], LeftOut]:
-    """Responses per item, in the order of the file, and what was left out; null is a try without a response.
-
-    Of more responses to an item than `tries` the first count. In our own format others have to equal these, and every id has to
-    mean an item: whoever writes it writes it for us, while published files may be of another version of a benchmark.
-
-    Raises:   ValueError for a row without id or response, an unknown id or a second response as above, a question that is another
-              than the item's, and where no row is about any item
-    """
-    by_id, strict = {item.id: item for item in items}, source.format is formats.FORMATS["own"]
-    responses, left, error = dict[str, list[str | None]](), LeftOut([], [], []), None
-    for where, row in source.rows(module, items):
-        text, name = (
-            row["response"],
-            f"{' '.join(str(row['id']).split())[:60]} ({where.removesuffix(f' of {source.content.path}')})",
-        )
-        if not isinstance(text, str | None):
-            raise ValueError(f"{where}: a response is a text or null, not {type(text).__name__}")
-        try:
-            item = find(row, where)
-        except UnknownItem as unknown:
-            if strict:
-                raise
-            error = error or unknown
-            left.unknown.append(name)
-            continue
-        if item not in by_id:
-            left.elsewhere.append(name)
-            continue
-        _refuse_other_question(by_id[item], row, where)
-        of_item = responses.setdefault(item, [])
-        if len(of_item) < tries:
-            of_item.append(text)
-        elif strict and text not in of_item:
-            n, count = len(of_item) + 1, f"{module.NAME} counts at most {tries}"
-            raise ValueError(f"{where}: the item {row['id']} has {n} responses; {count}")
-        else:
-            left.repeated.append(name)
-    if not responses:
-        raise error or ValueError(f"{source.content.path} holds no responses" + " to this subset" * bool(left.elsewhere))
-    return responses, left
-
-
-def _refuse_other_question(item: Item, row: Mapping[str, Any], where: str) -> None:
-    """A row that quotes its question is about an item with this question; raises ValueError for another."""
-    if formats.QUOTED not in row:
-        return
-    prompt = f"{item.question or ''} {' '.join(turn.text for turn in item.turns)}"
-    if " ".join(str(row[formats.QUOTED]).split()) not in " ".join(prompt.split()):
-        raise ValueError(f"{where} has another question than the item {item.id}; is it of another version of {item.benchmark}?")
 
 
 # ---- judging
@@ -214,25 +87,8 @@ def score(
     _refuse_inputs(out, rows_to, written.keep if judge_model else None, data, responses, judgements)
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
-    items, notes = official.load(module, data, subset, pictures=False)
-    if not items:
-        raise ValueError(f"the files of {benchmark} in {data} hold no items of the subset {subset}")
-    find = finder(module, items, lambda: other_subsets(module, data, subset))
-    if isinstance(responses, Stored):
-        notes += _not_in_run(responses, module, items)
-        texts: dict[str, list[str | None]] = {name: [text] for name, text in responses.responses.items()}
-        left = LeftOut([], [], [])
-        items = [item for item in items if item.id in texts]
-    else:
-        texts, left = read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
-    part = official.own(module, "part")
-    parts = {part(item) for item in items if item.id in texts}  # parts (kinds, styles) without any response are not examined
-    absent = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
-    items = [item for item in items if part(item) in parts]
-    if judge_model is not None and any(LLM_JUDGES[name].pictures for name in llm):
-        pictured, notes = official.load(module, data, subset)
-        by_id = {item.id: item for item in pictured}
-        items = [by_id.get(item.id, item) for item in items]
+    pictures = judge_model is not None and any(LLM_JUDGES[name].pictures for name in llm)
+    items, texts, find, of_responses = _examined(module, data, subset, responses, pictures)
     written.models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
     _collect(written, llm, items, texts, find, of_run, judgements, official.places(data, module.FOLDER))
     found = {name: judging.marked(name, items, texts, written) for name in names}
@@ -244,16 +100,44 @@ def score(
     if not scores:
         raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
     result = {
-        "benchmark": benchmark, "subset": subset, "files": notes, "responses": responses.name,
-        "format": "a run's" if isinstance(responses, Stored) else responses.format.title,
-        "left_out": [*left.lines(benchmark, subset)], "n_left_out": {kind: len(rows) for kind, rows in left._asdict().items()},
-        "n_items": len(items), "labels": {name: _labels(rows) for name, rows in marks.items()},
-        "n_without_response": sum(item.id not in texts for item in items), "parts_without_responses": absent,
+        "benchmark": benchmark, "subset": subset, **of_responses, "labels": {name: _labels(rows) for name, rows in marks.items()},
         "judges": list(about.values()), "scores": scores, "agreement": _agreement(marks),
         "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
     }  # fmt: skip
     _write(result, out, marks, rows_to)
     return result
+
+
+def _examined(
+    module: ModuleType, data: Path, subset: str, responses: formats.Source | Stored, pictures: bool
+) -> tuple[list[Item], Mapping[str, list[str | None]], Find, dict[str, Any]]:
+    """The items of the parts of a benchmark that have responses, these, how rows find items, and what a result says of it all."""
+    items, notes = official.load(module, data, subset, pictures=False)
+    if not items:
+        raise ValueError(f"the files of {module.NAME} in {data} hold no items of the subset {subset}")
+    find = reading.finder(module, items, lambda: reading.other_subsets(module, data, subset))
+    texts: Mapping[str, list[str | None]]
+    if isinstance(responses, Stored):
+        notes, left = notes + _not_in_run(responses, module, items), reading.LeftOut([], [], [])
+        texts = {name: [text] for name, text in responses.responses.items()}
+        items = [item for item in items if item.id in texts]
+    else:
+        texts, left = reading.read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
+    part = official.own(module, "part")
+    parts = {part(item) for item in items if item.id in texts}  # parts (kinds, styles) without any response are not examined
+    absent = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
+    items = [item for item in items if part(item) in parts]
+    if pictures:
+        pictured, of_pictures = official.load(module, data, subset)
+        by_id, notes = {item.id: item for item in pictured}, list(dict.fromkeys(notes + of_pictures))
+        items = [by_id.get(item.id, item) for item in items]
+    return items, texts, find, {
+        "files": notes, "responses": responses.name,
+        "format": "a run's" if isinstance(responses, Stored) else responses.format.title,
+        "left_out": [*left.lines(module.NAME, subset)], "n_left_out": {kind: len(rows) for kind, rows in left._asdict().items()},
+        "n_items": len(items), "n_without_response": sum(item.id not in texts for item in items),
+        "parts_without_responses": absent,
+    }  # fmt: skip
 
 
 def _labels(rows: Iterable[Marked]) -> Counter[str]:
