@@ -210,3 +210,15 @@ def test_the_card_of_a_loaded_scale_names_its_judges_and_their_terms(tmp_path):
     for role, origin in found.items():
         assert f"- {role}: {origin.repo} at {origin.revision}; {origin.terms or 'terms: as its page says'}" in content
     assert ModelCard(content).data.base_model == [found["tower"].repo, found["parent"].repo]
+
+
+def test_the_card_of_a_scale_of_packages_names_them_and_says_what_loading_needs(tmp_path):
+    study = Study.open("pocket", "pocket-chat", 0, tmp_path)
+    found = modelcards.outside(study)
+    assert {link.repo for link in found.values()} == set(study.packed.packages)
+    noted = {name: {} for name in ("params", "inputs", "numbers", "packages")} | {"files": ["config.json", "model.safetensors"]}
+    noted |= {"backbone": "b", "stage": "s", "recipe": "r", "scale": "pocket", "seed": 0, "seconds": 1.0, "digest": "d"}
+    content = modelcards.render(noted | {"commit": "c", "finished": "f", "machine": "m", "threads": 1}, [], None, found)
+    for link in found.values():
+        assert f"{link.repo} at {link.revision}; {link.terms}" in content
+    assert "where `vlsafe` is installed" in content and ModelCard(content).data.base_model is None

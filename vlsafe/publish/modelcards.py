@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,6 +23,15 @@ from vlsafe.study.study import Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
 Manifest = Mapping[str, Any]
+
+
+class Link(NamedTuple):
+    """A package as a link of the licence chain, in the words of what comes from the hub."""
+
+    repo: str
+    revision: str
+    terms: str
+    kind: str = "package"
 
 
 def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
@@ -55,10 +64,14 @@ def lineage(study: Study, name: str) -> list[str]:
 
 
 def outside(study: Study) -> Mapping[str, Any]:
-    """What a study takes from others, by role: everything with a repository among what its scale loads, its judges included."""
+    """What a study takes from others, by role: everything with a repository among what its scale loads, its judges included; or
+    the packages that its parts come from."""
     loaded = getattr(study.scale, "loaded", None)
     if loaded is None:
         return {}
+    if loaded.packed:
+        of = loaded.packed.packages.values()
+        return {f"package {one.name}": Link(one.name, one.version, f"licence: {one.licence}") for one in of}
     values = {field.name: getattr(loaded, field.name) for field in fields(loaded)} | {"parent": loaded.parents[study.backbone]}
     values |= {f"judge {name}": origin for name, origin in loaded.judges.items()}
     origins = {role: getattr(value, "origin", value) for role, value in values.items()}
