@@ -255,6 +255,24 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Two ledgers side by side, one line per claim: the item-level verdict of every backbone, the effect in points, and whether
+    all backbones that measured the claim agree ("alike") or not ("differs"); the ledger's own backbones come first."""
+    both = pd.concat([ledger, other], ignore_index=True)
+    effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({100 * value:+.0f})")
+    wide = both.assign(cell=both["item_level"] + effect).pivot(index=["claim", "statement"], columns="backbone", values="cell")
+    wide = wide.reindex(list(dict.fromkeys(zip(both["claim"], both["statement"], strict=True))))[
+        list(dict.fromkeys(both["backbone"]))
+    ]
+    measured = both[both["item_level"] != NOT]
+    verdicts = measured.groupby("claim")["item_level"].agg(lambda of: "alike" if of.nunique() == 1 else "differs")
+    sides = measured.groupby("claim")["backbone"].agg(
+        lambda of: {name in set(ledger["backbone"]) for name in of} == {True, False}
+    )
+    alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim, _ in wide.index]
+    return wide.assign(**{"both scales": alike}).reset_index()
+
+
 def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     """Some claims of the ledger in a folder of artefacts, for the eye; no line where the folder has no ledger.
 

@@ -221,11 +221,13 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "F09_scaling": lambda of: (of["scaling"],),
     "T09_claims": lambda of: (of["ledger"], analysis.claims.sheet(of["ledger"])),
     "T09_by_seed": lambda of: (of["by seed"],),
+    "T09_beside": lambda of: (analysis.claims.beside(of["ledger"], of["miniature"]),),
     "T09_parts": lambda of: (of["parts"],),
     "F10_against_random": lambda of: (of["against random"],),
     "F10_directions": lambda of: (of["directions"],),
     "F11_task_vectors": lambda of: (of["task vectors"],),
     "F11_prediction": lambda of: (of["predicted"],),
+    "F15_people": lambda of: (of["people"],),
     "F15_agreement": lambda of: (of["judge pairs"],),
 }
 """Name of a table -> the frame, and where it needs them the form for the eye and what fills its caption's braces."""

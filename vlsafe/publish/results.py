@@ -13,7 +13,7 @@ import pandas as pd
 from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
-from vlsafe.study import adopted
+from vlsafe.study import pocket
 from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study, project_root
 
@@ -32,7 +32,8 @@ INSIDE = {
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
     "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
-    "losses": "a training of stage 2 (instruct/*)",
+    "losses": "a training of stage 2 (instruct/*)", "people": "labels of people, which packages hold",
+    "miniature": "the committed ledger of the miniature and another scale's",
     "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",
 }  # fmt: skip
 """Name of a frame that the gallery reads -> the stages that it is of."""
@@ -43,7 +44,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
 
     `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `validation`: validation lines
     of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
-    lines of all merges. `losses`: those of the steps of stage 2.
+    lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them. `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
@@ -55,8 +56,26 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
         "losses": losses(studies, grid),
+        "people": people(studies),
+        "miniature": miniature(studies[0].scale.name),
     }
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
+
+
+def people(studies: Sequence[Study]) -> pd.DataFrame | None:
+    """How far a judge agrees with people who labelled answers that a package ships, from the stage that read them."""
+    rows = [
+        {"judge": pocket.JUDGE, "people": kind, **found}
+        for study, name, _ in list(finished(studies, ["world/corpora"]))[:1] if study.packed
+        for kind, found in study.numbers(name)["judge"].items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows) if rows else None
+
+
+def miniature(scale: str) -> pd.DataFrame | None:
+    """The committed ledger of the miniature, for another scale's to stand beside."""
+    path = project_root() / "figures" / "mini" / "T09_claims.csv"
+    return pd.read_csv(path, dtype={"claim": str}) if path.exists() and scale != "mini" else None
 
 
 def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | None:
@@ -122,7 +141,8 @@ def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[S
     For a sweep of merges that only the grid "full" makes, the default one stands in, which is a part of it.
     """
     for study in studies:
-        for planned_name in (name for name in names if study.adopted is None or name in adopted.STAGES):
+        without = study.left_out("full") if study.adopted else {}
+        for planned_name in (name for name in names if name not in without):
             for name in dict.fromkeys((planned_name, planned_name.removesuffix(".full"))):
                 if store.status(study.run(name)) == "valid":
                     yield study, name, study.run(name).folder
