@@ -1,14 +1,40 @@
 """Somebody else's model: `vlsafe examine` and `vlsafe probe` on tiny random models in the hub's layout, with invented rows."""
 
+import json
+import multiprocessing
+import os
+import signal
 
+import families
+import numpy as np
 import official_files
 import pandas as pd
 import processors
 import pytest
+import torch
 
 from vlsafe import cli
+from vlsafe.core.schema import Item, Turn
+from vlsafe.evaluation import engines
+from vlsafe.models import chat, checkpoints
+from vlsafe.study import adopted
+from vlsafe.study.adopted import Request
 
 TWO = ["xstest", "vlguard"]
+EXAM = {"max_new_tokens": 4, "batch_size": 32}
+COSINES = ["cosine", "cosine_centred"]
+
+
+def written_prompts(place, n=10):
+    """Harmless prompts, half of them called harmful, half of them beside a picture: what counts is where they go."""
+    rows = ["text,label,image"]
+    for i in range(2 * n):
+        label = ("harmful", "benign")[i % 2]
+        rows += [f"how do i open jar {i},{label},", f"what is in picture {i},{label},{i % 3}.png"]
+    for i in range(3):
+        official_files.write(place / f"{i}.png", official_files.picture((80 * i, 40, 40)))
+    (place / "prompts.csv").write_text("\n".join(rows) + "\n")
+    return place / "prompts.csv"
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +50,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_home(home, tmp_path, monkeypatch):
     monkeypatch.setenv("VLSAFE_DATA", str(home / "data"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one thread: a fork of several would wait for the others
     monkeypatch.chdir(tmp_path)
 
 
@@ -40,3 +67,132 @@ def test_a_model_and_its_parent_are_examined_on_words_and_pictures(home, tmp_pat
     said = capsys.readouterr().out
     assert "| exaggerated refusal | " in said and "out/report.html" in said
     assert "T02. Parent and adapted model" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_is_examined_merged_and_probed(name, home, tmp_path, capsys):
+    """With words and with pictures, by its own processor and template. A model with its parent's language weights has similarity
+    1 and drift 0; another one has not."""
+    processors.published(name, tmp_path / "m")
+    processors.published_parent(name, tmp_path / "p")
+    study, _ = adopted.opened(Request("m", "p", benchmarks=TWO, exam=EXAM), tmp_path / "runs")
+    for stage, n in (("parent.aligned", 18), ("instruct.filtered-full", 18 + 5)):
+        raw = study.frame(f"examination/{stage}")
+        assert raw["item"].nunique() == n and raw["event"].notna().all()
+    run("merge", "linear", "m", "p", "--ratio", 1, "--language-only", "--out", "same")
+    prompts = written_prompts(tmp_path)
+    for model in ("same", "m"):
+        study, _ = adopted.opened(
+            Request(model, "p", prompts=prompts, validation=0.5, exam=EXAM), tmp_path / "runs", "", ".probed"
+        )
+        layers, drift = study.frame("probe/layers", "layers.parquet"), study.frame("probe/drift", "drift.parquet")
+        alike, sets = study.frame("probe/drift", "alike.parquet"), study.frame("probe/layers", "sets.parquet")
+        assert set(layers["group"]) == {"text", "picture"} and set(layers["harmful"]) == {True, False}
+        equal = np.isclose(layers[COSINES], 1, atol=1e-5).all(axis=1)
+        if model == "same":
+            assert equal.all() and (drift["change"] == 0).all() and np.allclose(sets["cka"], 1, atol=1e-4)
+            assert np.allclose(alike["cosine_centred"], 1, atol=1e-5) and np.allclose(
+                layers["projection"], layers["projection_reference"]
+            )
+        else:
+            assert not equal.any() and (drift["change"] > 0).all() and (alike["cosine_centred"] < 0.999).all()
+
+
+def killed_after(batches, typed):
+    """The command in a process of its own, which is killed when it has answered some batches; how it ended, how many it did."""
+    context = multiprocessing.get_context("fork")
+    done = context.Value("i", 0)
+
+    def begin():
+        greedy = engines._greedy
+
+        def counted(*arguments):
+            if done.value == batches:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.value += 1
+            return greedy(*arguments)
+
+        engines._greedy = counted
+        os._exit(cli.main([str(part) for part in typed]))
+
+    process = context.Process(target=begin)
+    process.start()
+    process.join(120)
+    process.kill()
+    return process.exitcode, done.value
+
+
+def test_killed_twice_and_resumed_it_gives_the_same_report(home, tmp_path):
+    typed = ["examine", home / "tiny", "--parent", home / "parent", "--benchmarks", *TWO, "--max-new-tokens", 6]
+    run(*typed, "--batch-size", 4, "--root", "undisturbed", "--out", "one")
+    killed = [*typed, "--batch-size", 4, "--root", "killed", "--out", "two"]
+    ends = [killed_after(n, killed) for n in (3, 5, -1)]
+    assert [code for code, _ in ends] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert sum(n for _, n in ends) == 5 + 5 + 2  # 18 words in batches of 4, twice, and 5 pictures: no batch is answered again
+    for name in ("report.html", "T02_degradation.csv", "T08_models.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert not list(tmp_path.rglob("answers-*"))
+    answers = list((tmp_path / "killed").rglob("responses.parquet"))
+    assert answers and all(path.exists() for path in answers)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(home, tmp_path, monkeypatch, caplog):
+    greedy, sizes = engines._greedy, []
+
+    def small(model, tokenizer, inputs, *more):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return greedy(model, tokenizer, inputs, *more)
+
+    model, processor = checkpoints.load(home / "tiny"), checkpoints.load_processor(home / "tiny")
+    items = [Item(str(i), "xstest", (Turn("user", f"line {i}"),)) for i in range(10)]
+    whole = engines.respond(model, processor, items, "m", 8, 4)
+    monkeypatch.setattr(engines, "_greedy", small)
+    assert engines.respond(model, processor, items, "m", 8, 4) == whole
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert "8 prompts at a time do not fit in memory; going on with 4" in caplog.text and "going on with 2" in caplog.text
+
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(engines, "_greedy", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        engines.respond(model, processor, items[:2], "m", 2, 4)
+
+
+def refused(capsys, *typed):
+    assert cli.main([str(part) for part in typed]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_without_a_template_is_refused_and_takes_one(home, tmp_path, capsys):
+    processors.published("llava", tmp_path / "mute", with_template=False)
+    said = refused(capsys, "examine", tmp_path / "mute", "--benchmarks", "xstest")
+    assert "mute has no chat template" in said and "--chat-template FILE" in said
+    (tmp_path / "own.jinja").write_text(processors.template("llava").replace("assistant: ", "answer: "))
+    run("examine", tmp_path / "mute", "--benchmarks", "xstest", "--max-new-tokens", 2, "--chat-template", "own.jinja")
+    text = chat.rendered(checkpoints.load_processor(next((tmp_path / "runs").rglob("filtered-full"))), [Turn("user", "a")], 0)
+    assert text == "<s>user: a\nanswer: "
+
+
+def test_what_cannot_be_examined_is_refused_with_the_remedy(home, tmp_path, capsys, monkeypatch):
+    config = json.loads((processors.published("llava", tmp_path / "odd") / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    assert "vlsafe/models/architectures.py" in refused(capsys, "examine", tmp_path / "odd")
+    assert "it is a language model, which can be a --parent" in refused(capsys, "examine", home / "parent")
+    processors.published_parent("qwen2_vl", tmp_path / "other")
+    wrong = ("examine", home / "tiny", "--parent", tmp_path / "other", "--benchmarks", "xstest")
+    assert "other is a decoder of the type 'qwen2', and that of the model is 'llama'" in refused(capsys, *wrong)
+    assert "nobody/nothing at main, is not here" in refused(capsys, "examine", "nobody/nothing")
+    assert "unknown benchmark 'xtest'; did you mean 'xstest'" in refused(
+        capsys, "examine", home / "tiny", "--benchmarks", "xtest"
+    )
+    assert "unknown judge that asks a model 'wildgard'" in refused(capsys, "examine", home / "tiny", "--judges", "wildgard")
+    idle = refused(capsys, "examine", home / "tiny", "--benchmarks", "xstest", "--judges", "llama-guard-3")
+    assert "the judge 'llama-guard-3' has nothing to judge" in idle
+    processors.published("llava", tmp_path / "elsewhere" / "tiny", 3)
+    run("examine", home / "tiny", "--benchmarks", "xstest", "--max-new-tokens", 2)
+    assert "choose another --name" in refused(capsys, "examine", tmp_path / "elsewhere" / "tiny", "--benchmarks", "xstest")
+    monkeypatch.delenv("VLSAFE_DATA")
+    assert "VLSAFE_DATA names no folder of official files" in refused(capsys, "examine", home / "tiny")

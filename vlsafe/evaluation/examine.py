@@ -179,11 +179,12 @@ def all_items(world: Any, split: str, n: int) -> list[Item]:
 
 def divided(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """The validation part of official items, and the rest, which is reported: whole clusters, `share` of each benchmark's harmful
-    and of its harmless ones, at least one where there are two. By a digest of their names, so that every study has the same.
+    and of its harmless ones, with and without pictures, at least one where there are two. By a digest of their names, so that
+    every study has the same.
     """
     first: dict[tuple[str, str], tuple[Any, ...]] = {}
     for item in items:
-        first.setdefault((item.benchmark, str(item.cluster or item.id)), (item.benchmark, item.harmful))
+        first.setdefault((item.benchmark, str(item.cluster or item.id)), (item.benchmark, item.harmful, bool(item.images)))
     strata: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
     for name, stratum in first.items():
         strata.setdefault(stratum, []).append(name)

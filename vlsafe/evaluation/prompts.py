@@ -132,8 +132,9 @@ def localisation_prompts(world: World | None, n: int, official: Sequence[Item] =
         alone = [item for item in official if item.harmful == harmful and not item.images]
         found = [[item for item in alone if item.benchmark == name] for name in benchmarks]
         items[kind] = evenly(next((of for of in found if of), []), n)
-        if not items[kind]:
-            raise ValueError(f"no {kind} prompt to locate a band with: the items hold none of {' or '.join(benchmarks)}")
+        if len(items[kind]) < 2:
+            held = f"one {kind} prompt is too few" if items[kind] else f"no {kind} prompt"
+            raise ValueError(f"{held} to locate a band with: the items hold no more of {' or '.join(benchmarks)}")
     if world is None:
         return items
     for kind, actions in LOCALISATION.items():

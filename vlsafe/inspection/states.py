@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import PreTrainedModel
+from transformers import LlavaProcessor, PreTrainedModel
 
 from vlsafe.core.schema import Picture, Turn
-from vlsafe.models import checkpoints
+from vlsafe.models import checkpoints, devices
 from vlsafe.models.architectures import PROJECTIONS, address, language_layers, read_out
 from vlsafe.models.chat import last_positions, prompt_batch
 from vlsafe.models.checkpoints import Place, as_tied, language_places, read_tensor, shared_rows
@@ -44,14 +45,21 @@ def last_states(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_
 @torch.inference_mode()
 def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_size: int = 64) -> Iterator[torch.Tensor]:
     """One batch [B, 1 + L, D] after the other, on the CPU, at the last position: the input of the first block, every output."""
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
+    for part in _batches(processor, prompts, batch_size):
         inputs = prompt_batch(processor, [turns for turns, _ in part], [images for _, images in part])
         rows, last = torch.arange(len(part)), last_positions(inputs["attention_mask"])
         states: list[torch.Tensor] = []
         with hooked(model, lambda state: states.append(state[rows, last].float().cpu())):  # noqa: B023 (called in this round only)
             model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
         yield torch.stack(states, 1)
+
+
+def _batches(processor: Any, prompts: Prompts, size: int) -> Iterator[Prompts]:
+    """Prompts in their order; with pictures and without apart, unless the model's processor takes both at once, as LLaVA's does."""
+    apart = not isinstance(processor, LlavaProcessor)
+    for _, run in groupby(prompts, key=lambda prompt: apart and bool(prompt[1])):
+        of = list(run)
+        yield from (of[start : start + size] for start in range(0, len(of), size))
 
 
 @contextmanager
@@ -261,7 +269,7 @@ def drift(before: Mapping[str, Place], after: Mapping[str, Place], with_rank: bo
 
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp of the entropy of the singular values as shares of their sum; 0 for a matrix of zeros."""
-    values = torch.linalg.svdvals(matrix.double())
+    values = torch.linalg.svdvals(matrix.double().to(devices.device()))
     return float(torch.special.entr(values / values.sum()).sum().exp()) if values.sum() > 0 else 0.0
 
 

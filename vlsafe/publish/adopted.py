@@ -72,11 +72,12 @@ def examine(arguments: Arguments) -> None:
 
 def probe(arguments: Arguments) -> None:
     """Compare a model with its parent inside."""
-    request = _request(arguments, prompts=arguments.prompts, validation=0.2)
+    request = _request(arguments, prompts=arguments.prompts, validation=0.5 if arguments.prompts else 0.2)  # a file holds fewer
     study, _ = adopted.opened(request, arguments.root, arguments.name, PROBED)
     out = made(study, list(PROBES), arguments.out, INSIDE, "What of the parent has moved in this model, and where?")
     band, direction = study.numbers("probe/localisation"), study.numbers("probe/direction")
-    print(f"safety band [{band['band'][0]}, {band['band'][1]}): {band['reason']}")
+    located = f"safety band [{band['band'][0]}, {band['band'][1]})" if band["located"] else "no safety band"
+    print(f"{located}: {band['reason']}")
     print(f"refusal direction: of block {direction['layer']}, by {direction['prompts']} prompts\n{out}/report.html")
 
 
@@ -85,7 +86,7 @@ def made(study: Study, names: Sequence[str], out: Path | None, artefacts: Sequen
     for name in names:
         study.folder(name)
     out = out or study.figures
-    frames, runs = publish.results.results([study]), publish.results.made_by([study], list(adopted.STAGES))
+    frames, runs = publish.results.results([study]), publish.results.made_by([study], sorted(adopted.STAGES))
     for line in publish.gallery.make(frames, study.scale.name, out, runs, only=artefacts).left_out.itertuples():
         print(f"left out: {line.what}: {line.reason}", file=sys.stderr)
     publish.provenance.report(out, out / "report.html", f"{study.scale.name}: {title}")

@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,11 +132,23 @@ def adopt(study: Study, work: Path, part: str) -> dict[str, Any]:
     return {"decoder": kind, "bytes": sum(path.stat().st_size for path in files(work))}
 
 
-def stage(part: str) -> Stage:
-    """The stage at which a model of others stands."""
-    return Stage(
-        functools.partial(adopt, part=part), (), functools.partial(params, part=part), 0, estimate="seconds", seedless=True
-    )
+def stages(ours: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The stages at which models of others stand, and those that compare them, as ours do."""
+
+    def adopting(part: str) -> Stage:
+        make, of = functools.partial(adopt, part=part), functools.partial(params, part=part)
+        return Stage(make, (), of, 0, estimate="seconds", seedless=True)
+
+    def probing(stage: Stage, inputs: tuple[str, ...]) -> Stage:
+        return replace(stage, inputs=inputs, params=lambda s: [stage.params(s), prompts(s)], gathers=False, estimate="not measured")
+
+    probes = {name: probing(ours[name], inputs) for name, inputs in PROBES.items()}
+    return {PARENT: adopting("parent"), MODEL: adopting("model"), **probes}
+
+
+def prompts(study: Study) -> str | None:
+    """The SHA-256 of a file of prompts: its rows are numbers that results depend on."""
+    return store.file_digest(Path(study.adopted.prompts)) if study.adopted and study.adopted.prompts else None
 
 
 # ---- the scale of such a study

@@ -154,11 +154,10 @@ def make_drift(study: Study, work: Path) -> dict[str, Any]:
     items = evaluation.prompts.probing_prompts(study.world(), "test", study.scale.probing.along, ["text"], official)
     attributes, conversations = evaluation.prompts.attributes(items), evaluation.prompts.conversations(items)
 
-    def states_of(folder: Path) -> Any:
-        model, processor = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
+    def states_of(model: Any, processor: Any) -> Any:
         return inspection.states.last_states(model, processor, conversations, study.scale.exam.batch_size)
 
-    parent, reference = models.checkpoints.language_places(study.folder(PARENT)), states_of(study.folder(PARENT))
+    parent, reference = models.checkpoints.language_places(study.folder(PARENT)), states_of(*parent_of(study))
     drift, alike, n = [], [], 0
     for run in study.inputs("probe/drift")[1:]:  # all but the parent
         folders = study.checkpoints(run)
@@ -166,7 +165,8 @@ def make_drift(study: Study, work: Path) -> dict[str, Any]:
         for folder in folders:
             places, model = models.checkpoints.language_places(folder), model_columns(study, run, folder)
             drift += [row | model for row in inspection.states.drift(parent, places, with_rank=folder == folders[-1])]
-            rows = inspection.states.compare_states(states_of(folder), reference, attributes.drop(columns="group"))
+            loaded = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
+            rows = inspection.states.compare_states(states_of(*loaded), reference, attributes.drop(columns="group"))
             alike += [model | row for row in rows.to_dict("records")]
     store.write_rows(work / "drift.parquet", drift)
     store.write_rows(work / "alike.parquet", alike)
