@@ -36,8 +36,7 @@ class Wanted(NamedTuple):
 class Format(NamedTuple):
     """A published format. `keys`: those of a row, any one set of which tells it; `fits` where keys do not tell.
 
-    `benchmarks` are those that it exists for (none: any), `subset` is what its responses were generated for where a benchmark has
-    several.
+    `benchmarks` are those that it exists for (none: any), `subset` is what responses in it were generated for.
     """
 
     title: str
@@ -179,9 +178,7 @@ def lmms_eval(content: Content, wanted: Wanted) -> Rows:
             while isinstance(answer, list) and len(answer) == 1:
                 answer = answer[0]
             if not isinstance(answer, str | None):
-                raise ValueError(
-                    f"{where} holds likelihoods, or several answers to one request; one generated answer each is read"
-                )
+                raise ValueError(f"{where} holds likelihoods, or several answers to a request; single generated ones are read")
             more = {"question": question} if isinstance(question, str) else {}
             yield where, {"id": next(held[key] for key in IDS if key in held), "response": answer, **more}
 
@@ -269,15 +266,13 @@ def _one(models: Sequence[str], model: str | None, path: Path) -> str:
     return known(model or models[0], models, f"model of {path}")
 
 
+def _files(*patterns: str) -> Callable[[Content], bool]:
+    return lambda content: content.path.is_dir() and any(re.fullmatch("|".join(patterns), key) for key in content.keys)
+
+
 def _pictured(content: Content) -> bool:
-    """Whether a mapping is one of answers by picture, or a folder holds such mappings by what was wanted."""
-    if content.mapping is None:
-        return content.path.is_dir() and bool(set(vlguard.SIZES) & set(content.keys))
-    return all(re.search(r"\.(jpe?g|png|webp|gif|bmp)$", key, re.IGNORECASE) for key in content.keys)
-
-
-def _files(*names: str) -> Callable[[Content], bool]:
-    return lambda content: content.path.is_dir() and bool(set(names) & set(content.keys))
+    pictures = re.compile(r".*\.(jpe?g|png|webp|gif|bmp)", re.IGNORECASE | re.DOTALL)
+    return _files(*vlguard.SIZES)(content) or (content.mapping is not None and all(map(pictures.fullmatch, content.keys)))
 
 
 FORMATS: dict[str, Format] = {
@@ -289,11 +284,10 @@ FORMATS: dict[str, Format] = {
         subset={"seed_bench": "letter"},
     ),
     "siuo": Format(
-        "SIUO's responses", siuo, [{"question_id", "responses"}],
-        lambda content: content.path.is_dir() and any(re.fullmatch(r"output_.*\.json", key) for key in content.keys), ["siuo"],
+        "SIUO's responses", siuo, [{"question_id", "responses"}], _files(r"output_.*\.json"), benchmarks=["siuo"]
     ),
     "siuo-mcqa": Format(
-        "SIUO's response_mcqa", siuo, [{"question_id", "response_mcqa"}], benchmarks=["siuo"], subset={"siuo": "mcqa"}
+        "SIUO's choices", siuo, [{"question_id", "response_mcqa"}], benchmarks=["siuo"], subset={"siuo": "mcqa"}
     ),
     "vlmevalkit": Format("a table of VLMEvalKit or MMBench (index, prediction)", vlmevalkit, [{"index", "prediction"}]),
     "lmms-eval": Format(
@@ -301,12 +295,11 @@ FORMATS: dict[str, Format] = {
         subset={"seed_bench": "letter"},
     ),
     "mme": Format(
-        "MME's result folder (its tool's or LLaVA's)", mme_folder, fits=_files(*(f"{task}.txt" for task in mme.TASKS)),
-        benchmarks=["mme"],
+        "MME's result folder (its tool's or LLaVA's)", mme_folder, (), _files(*(f"{task}.txt" for task in mme.TASKS)), ["mme"]
     ),
     "mm-safetybench": Format(
-        "MM-SafetyBench's questions_with_answers", mm_safetybench_folder,
-        fits=_files(*(f"{scenario}.json" for scenario in mm_safetybench.SCENARIOS)), benchmarks=["mm_safetybench"],
+        "MM-SafetyBench's questions_with_answers", mm_safetybench_folder, (),
+        _files(*(f"{scenario}.json" for scenario in mm_safetybench.SCENARIOS)), ["mm_safetybench"],
     ),
     "vlguard": Format("VLGuard's answers by picture", vlguard_results, fits=_pictured, benchmarks=["vlguard"]),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import formats
 from vlsafe.evaluation.benchmarks import official
+from vlsafe.evaluation.contents import LONGEST
 from vlsafe.evaluation.judging import Find
 
 SHOWN = 3  # responses of each kind that are left out and named
@@ -73,11 +74,7 @@ class LeftOut(NamedTuple):
 
     def lines(self, benchmark: str, subset: str) -> Iterator[str]:
         """A line for each kind of which there is any."""
-        kinds = (
-            f"no item of {benchmark} has their id",
-            f"outside of the subset {subset}",
-            "they repeat an item; the first counts",
-        )
+        kinds = f"no item of {benchmark} has their id", f"outside of {subset}", "they repeat an item; the first counts"
         for rows, kind in zip(self, kinds, strict=True):
             if rows:
                 yield f"left out ({kind}): {len(rows):,}, such as {', '.join(rows[:SHOWN])}"
@@ -95,12 +92,9 @@ def read_responses(
               than the item's, and where no row is about any item
     """
     by_id, strict = {item.id: item for item in items}, source.format is formats.FORMATS["own"]
-    responses, left, error = dict[str, list[str | None]](), LeftOut([], [], []), None
+    responses, left, error, of_file = dict[str, list[str | None]](), LeftOut([], [], []), None, f" of {source.content.path}"
     for where, row in source.rows(module, items):
-        text, name = (
-            row["response"],
-            f"{' '.join(str(row['id']).split())[:60]} ({where.removesuffix(f' of {source.content.path}')})",
-        )
+        text, name = row["response"], f"{' '.join(str(row['id']).split())[:LONGEST]} ({where.removesuffix(of_file)})"
         if not isinstance(text, str | None):
             raise ValueError(f"{where}: a response is a text or null, not {type(text).__name__}")
         try:
@@ -119,8 +113,8 @@ def read_responses(
         if len(of_item) < tries:
             of_item.append(text)
         elif strict and text not in of_item:
-            n, count = len(of_item) + 1, f"{module.NAME} counts at most {tries}"
-            raise ValueError(f"{where}: the item {row['id']} has {n} responses; {count}")
+            many = f"{len(of_item) + 1} responses; {module.NAME} counts at most {tries}"
+            raise ValueError(f"{where}: the item {row['id']} has {many}")
         else:
             left.repeated.append(name)
     if not responses:
