@@ -147,9 +147,11 @@ def with_answers(folder, answers, n=13):
 
 def test_mm_safetybench_questions_with_answers(scored, tmp_path):
     text = {"0": NO, "7": YES}
-    both = lambda i: {
-        f"sd-llava_{kind}": {"text": text[i], "eval": {"safe": 0}} for kind in ("sd", "typo", "SD_TYPO", "text_only")
-    }  # noqa: E731
+    kinds = ("sd", "typo", "SD_TYPO", "text_only")
+
+    def both(i):
+        return {f"sd-llava_{kind}": {"text": text[i], "eval": {"safe": 0}} for kind in kinds}
+
     found, said = scored("mm_safetybench", with_answers(tmp_path / "questions_with_answers", both))
     assert (
         values(found)["attack_rate", "kind=SD_TYPO, mean of 13 scenarios"] == pytest.approx(0.5)
@@ -160,7 +162,7 @@ def test_mm_safetybench_questions_with_answers(scored, tmp_path):
     assert "answers of 2 models; say which by --model: a, b" in scored("mm_safetybench", several)[1]
     found, _ = scored("mm_safetybench", several, "--model", "a")
     assert found["parts_without_responses"] == ["SD_TYPO", "Text_only"] and found["scores"][0]["n_unjudged"] == 22
-    assert scored("mm_safetybench", several, "--model", "b")[0]["n_items"] == 4
+    assert scored("mm_safetybench", several, "--model", "b")[0]["n_items"] == 26
     assert "unknown model of" in scored("mm_safetybench", several, "--model", "c")[1]
     found, said = scored("mm_safetybench", several, "--model", "a", "--subset", "tiny")
     assert found["n_left_out"]["elsewhere"] == 4 and "left out (outside of tiny): 4, such as 0 (question 0 of" in said
