@@ -1,6 +1,6 @@
 import pytest
 
-from vlsafe.core.presets import MINI, load_scale
+from vlsafe.core.presets import MINI, load_scale, mapping_at
 from vlsafe.study.study import Study
 
 
@@ -40,3 +40,13 @@ def test_yaml_extends_a_preset(tmp_path):
     assert (scale.name, scale.instruct.steps, scale.instruct.learning_rate) == ("mine", 7, 1e-4)
     assert scale.backbone("other") == MINI.backbone("mini-tulu")
     assert scale.projector == MINI.projector
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "a: 1\na: 2\n", "[" * 10**5, "a: 2026-99-99\n", "a: \0\n"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
+    """Of `accelerate launch`, for one, which may be a researcher's own file."""
+    path = tmp_path / "fsdp2.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"fsdp2.yaml (is not YAML: |must be a mapping)") as error:
+        mapping_at(path)
+    assert len(str(error.value).splitlines()) == 1
