@@ -142,3 +142,21 @@ def test_room_is_counted_per_file_system(monkeypatch, tmp_path):
     assert [(line.what, line.state) for line in outside.disks(needs)] == [
         ("disk of VLSAFE_DATA", "too small"), ("disk of HF_HOME", "present"),
     ]  # fmt: skip
+
+
+def test_of_a_scale_of_packages_each_is_looked_for_and_what_installs_them_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLSAFE_POCKET", str(tmp_path))
+    assert cli.main(["doctor", "--scale", "pocket"]) == 2
+    output = capsys.readouterr().out
+    for name in load_scale("pocket").loaded.packed.packages:
+        (line,) = [line for line in output.splitlines() if f"package {name} " in line]
+        assert line.startswith("missing") and "make parts" in line
+
+
+@pytest.mark.parametrize(("able", "state"), [(True, "yes"), (False, "no")])
+def test_a_machine_that_emulates_bfloat16_gets_another_scale_named(monkeypatch, able, state):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": able, "amx_bf16": False})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = doctor._bfloat16(load_scale("pocket"))
+    assert line.state == state and ("pocket-float32" in line.detail) is not able
+    assert "pocket-float32" not in doctor._bfloat16(load_scale("env/scales/pocket-float32.yaml")).detail

@@ -14,6 +14,7 @@ import huggingface_hub
 
 from vlsafe.core import assets
 from vlsafe.core.scale import Scale
+from vlsafe.data import pocket
 from vlsafe.data.sources import CORPORA
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.judges import LLM_JUDGES, llm
@@ -42,6 +43,8 @@ def doctor(scale: Scale, deep: bool = False) -> list[Line]:
     """Everything that a scale needs, in the order in which one would see to it; `deep` reads all rows and compares checksums."""
     root, things = assets.outside(), [(need, state(need, deep)) for need in needs(scale)]
     lines = [*(line for _, line in things), *benchmarks(scale), *judges(scale)]
+    if scale.loaded and scale.loaded.packed:
+        return [*map(_package, scale.loaded.packed.packages.values()), _bfloat16(scale), _gpu(scale.loaded.gpu_gigabytes)]
     return [
         *secrets(scale),
         Line("VLSAFE_DATA", "yes" if root and root.is_dir() else "no", "" if root else "names no folder"),
@@ -136,6 +139,26 @@ def _with_consequence(scale: Scale, line: Line) -> Line:
     every = len(planned(Study(scale, which if of else next(iter(scale.backbones)), 0, Path()), "full"))
     stages = f"{len(stopped)} of {every} stages{of} cannot run: {', '.join(stopped[:3])}{more}"
     return line._replace(detail=f"{line.detail}; without it {stages}")
+
+
+def _package(package: assets.Package) -> Line:
+    """A package whose files are read, each checked; on a machine without it, what installs it."""
+    try:
+        pocket.packages.record(assets.Packed({package.name: package}))
+    except (OSError, ValueError) as error:
+        return Line(f"package {package.name}", "missing", str(error))
+    return Line(f"package {package.name}", "present", f"{package.version}; licence: {package.licence}")
+
+
+def _bfloat16(scale: Scale) -> Line:
+    """Whether this machine multiplies bfloat16, where a scale computes in it."""
+    import torch
+
+    of = torch.cpu.get_capabilities()
+    wanted, able = scale.exam.dtype == "bfloat16" or scale.instruct.autocast, of.get("avx512_bf16") or of.get("amx_bf16")
+    if torch.cuda.is_available() or able or not wanted:
+        return Line("bfloat16", "yes" if able else "no", "" if wanted else "not wanted")
+    return Line("bfloat16", "no", "this CPU emulates it, at a tenth of the speed: use env/scales/pocket-float32.yaml")
 
 
 def _gpu(gigabytes: float) -> Line:
