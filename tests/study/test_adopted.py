@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 
 import families
 import numpy as np
@@ -15,12 +16,14 @@ import torch
 
 from vlsafe import cli
 from vlsafe.core.schema import Item, Turn
-from vlsafe.evaluation import engines
+from vlsafe.evaluation import engines, servers
 from vlsafe.models import chat, checkpoints
 from vlsafe.study import adopted
 from vlsafe.study.adopted import Request
 
 TWO = ["xstest", "vlguard"]
+SERVE = f"{sys.executable} -m transformers.cli.transformers serve {{folder}} --device cpu --dtype float32"
+SERVE += " --host 127.0.0.1 --port {port}"
 EXAM = {"max_new_tokens": 4, "batch_size": 32}
 COSINES = ["cosine", "cosine_centred"]
 
@@ -196,3 +199,25 @@ def test_what_cannot_be_examined_is_refused_with_the_remedy(home, tmp_path, caps
     assert "choose another --name" in refused(capsys, "examine", tmp_path / "elsewhere" / "tiny", "--benchmarks", "xstest")
     monkeypatch.delenv("VLSAFE_DATA")
     assert "VLSAFE_DATA names no folder of official files" in refused(capsys, "examine", home / "tiny")
+
+
+def test_a_server_and_the_local_engine_agree_as_reported(home, tmp_path, monkeypatch, capsys):
+    """A server of the tiny model at an address of this machine: the same answers, and `vlsafe agree` says that they are."""
+    pytest.importorskip("fastapi", reason="transformers serve needs the extra `test`")
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    typed = ["examine", home / "tiny", "--benchmarks", *TWO, "--limit", 4, "--max-new-tokens", 4]
+    run(*typed, "--root", "local")
+    with servers.serve(SERVE, home / "tiny") as server:
+        run(*typed, "--root", "served", "--serve", f"{server.url}#{server.model}")
+        capsys.readouterr()
+        scale = ["--scale", "local/tiny/scale.yaml", "--root", "local", "--backbone", "tiny"]
+        run("agree", "instruct/filtered-full", *scale, "--serve", f"{server.url}#{server.model}")
+    local, served = (
+        pd.read_parquet(next((tmp_path / root).rglob("responses/*/responses.parquet"))) for root in ("local", "served")
+    )
+    assert local["text"].str.len().gt(0).any() and len(local) > 5
+    pd.testing.assert_frame_equal(local, served)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"equal texts: 1.000 the same of {len(local)}"
+    assert any(line.startswith("vlguard vlguard-strings: 1.000 the same") for line in said)

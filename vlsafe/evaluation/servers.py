@@ -231,13 +231,14 @@ def respond(server: Server, items: Sequence[Item], name: str, max_new_tokens: in
 @contextlib.contextmanager
 def serve(command: str, folder: Path) -> Iterator[Server]:
     """A server of the model in a folder, for as long as the block lasts. `{folder}` and `{port}` of the command are filled in;
-    an address in place of a command is one that runs already, and is asked for the first model that it names.
+    an address in place of a command is one that runs already, asked for the model after `#`, or else for the first it names.
 
     Raises:   ChildProcessError with the end of the server's log when it exits before it answers; TimeoutError after `PATIENCE`;
               ConnectionAbortedError where nobody answers at the address
     """
     if command.startswith(("http://", "https://")):
-        yield Server(command, _first_model(command))
+        address, _, model = command.partition("#")
+        yield Server(address, model or _first_model(address))
         return
     from vlsafe.training import processes  # imports torch, which the client does not need
 

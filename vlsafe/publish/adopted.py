@@ -28,7 +28,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--benchmarks", nargs="+", default=[], help="by default all whose official files are below VLSAFE_DATA")
     added.add_argument("--judges", nargs="+", default=[], metavar="JUDGE[=WHERE]",
                        help="models that judge beside rules: a name, NAME=FOLDER or NAME=ADDRESS")  # fmt: skip
-    added.add_argument("--serve", default="", help="generate by a server: its address, or a command with {folder} and {port}")
+    added.add_argument("--serve", default="", help="generate by a server: its address (…#MODEL), or a command with {folder} and {port}")
     added.add_argument("--limit", type=int, default=0, help="items per benchmark, spread evenly; all without it")
     added.add_argument("--max-new-tokens", type=int, default=512)
     added = command(probe, "which layers of somebody else's model have moved from its parent, which way, and where safety lies")
