@@ -104,6 +104,54 @@ def test_a_bootstrap_redraws_items_once_for_all_points():
     assert (drawn["filtered-full", 2][0], low, high) == pytest.approx(wanted, abs=0.051)
 
 
+def moved(**curves):
+    """Squared lengths of one weight and its change, so that its distance is the one named; losses that fall as steps do."""
+    rows, losses = [], []
+    for recipe, points in curves.items():
+        unit = dict(backbone="b", seed=0, recipe=recipe.replace("_", "-"))
+        rows += [
+            {**unit, "stage": "instruct", "step": step, "weight": "w", "norm": 4.0, "change": 4 * far**2} for step, far in points
+        ]
+        losses += [{**unit, "step": step, "loss": 5.0 - 0.1 * step * (recipe == "filtered_full")} for step in range(100)]
+    return pd.DataFrame(rows), pd.DataFrame(losses)
+
+
+def test_recipes_are_compared_where_their_weights_have_moved_as_far():
+    """The twin moves half as far. At its end, .2, the main recipe stands at step 4 (asr 3 of 10); the twin has 8 of 10."""
+    raw = study(filtered_full=[(4, 3, 3), (8, 9, 8)], twin=[(4, 6, 3), (8, 8, 8)])
+    weights, losses = moved(filtered_full=[(4, 0.2), (8, 0.4)], twin=[(4, 0.1), (8, 0.2)])
+    found = adaptation.matched(raw, weights, losses, draws=50).query("by == 'distance' and measure == 'text_asr'").iloc[0]
+    assert (found["recipe"], found["level"], found["main_step"], found["step"]) == ("twin", 0.2, 4, 8)
+    assert (found["main"], found["value"]) == (0.3, 0.8) and found["difference"] == pytest.approx(0.5)
+    assert found["difference_low"] <= 0.5 <= found["difference_high"]
+    same = adaptation.matched(raw, pd.concat([weights, weights]), losses, draws=50)  # two stages measured the same checkpoints
+    assert same.query("by == 'distance' and measure == 'text_asr'")["level"].tolist() == [0.2]
+
+
+def test_recipes_are_compared_where_their_own_loss_has_fallen_as_much():
+    """Only the main recipe's loss falls, so that the twin has come nowhere: both are compared at the end of stage 1."""
+    raw = study(filtered_full=[(40, 3, 3), (80, 9, 8)], twin=[(40, 6, 3), (80, 8, 8)])
+    weights, losses = moved(filtered_full=[(40, 0.2), (80, 0.4)], twin=[(40, 0.1), (80, 0.2)])
+    far = adaptation.progress(weights, losses).query("by == 'loss'").set_index(["recipe", "step"])["value"]
+    assert far["filtered-full", 40] == pytest.approx(0.1 * (29.5 - 2)) and far["twin", 80] == 0
+    found = adaptation.matched(raw, weights, losses, draws=50).query("by == 'loss' and measure == 'text_asr'").iloc[0]
+    assert (found["level"], found["main_step"], found["main"], found["value"], found["difference"]) == (0, 0, 0.1, 0.1, 0)
+
+
+def test_without_another_recipe_nothing_is_matched():
+    weights, losses = moved(filtered_full=[(4, 0.2), (8, 0.4)])
+    with pytest.raises(measures.Lacking, match="no other recipe"):
+        adaptation.matched(study(filtered_full=[(4, 3, 3), (8, 9, 8)]), weights, losses, draws=5)
+
+
+def test_what_a_picture_is_worth_is_a_paired_difference_of_losses():
+    model = dict(backbone="b", seed=0, stage="projector", recipe="filtered", step=8, norm_ratio=1.5)
+    rows = [{**model, "item": f"i{i}", "cluster": f"c{i}", "right": 2.0 + i % 3, "shuffled": 2.5 + i % 3} for i in range(30)]
+    (line,) = adaptation.seeing(pd.DataFrame(rows)).to_dict("records")
+    assert (line["right"], line["shuffled"], line["n"], line["norm_ratio"]) == (3.0, 3.5, 30, 1.5)
+    assert line["difference"] == line["difference_low"] == line["difference_high"] == 0.5
+
+
 def test_points_with_other_items_are_refused():
     raw = study(filtered_full=[(2, 3, 3), (8, 9, 8)])
     gone = (raw["step"] == 2) & (raw["item"] == "sorry_bench0")

@@ -269,3 +269,19 @@ def test_the_ledger_of_a_folder_is_read_back_as_it_was_written(tmp_path):
     assert claims.committed(tmp_path / "nothing here", ["1"]).empty
     with pytest.raises(ValueError, match="unknown claim '4e'"):
         claims.committed(tmp_path, ["4e"])
+
+
+def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
+    one = three.reset_index()
+    measured = one[one["item_level"] != claims.NOT]
+    assert len(measured) > 3
+    other = one.assign(backbone="other")
+    first = measured["claim"].iloc[0]
+    other.loc[other["claim"] == first, "item_level"] = "contradicted"
+    last = measured["claim"].iloc[-1]
+    other.loc[other["claim"] == last, "item_level"] = claims.NOT
+    lines = claims.beside(one, other).set_index("claim")
+    assert list(lines.columns[1:]) == [*one["backbone"].unique(), "other", "both scales"]
+    assert lines.loc[first, "both scales"] == "differs" and lines.loc[last, "both scales"] == claims.NOT
+    assert set(lines.loc[measured["claim"].iloc[1:-1], "both scales"]) <= {"alike", "differs"}
+    assert lines.index.tolist() == list(dict.fromkeys(one["claim"]))
