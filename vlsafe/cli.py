@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlsafe import analysis, evaluation, models, planning, plots, publish, training
+from vlsafe import analysis, evaluation, planning, plots, publish, training
 from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
 from vlsafe.study import graph, judging
 from vlsafe.study.graph import STAGES
-from vlsafe.study.study import Study, keep_freed_memory
+from vlsafe.study.study import Study
 
 Arguments = argparse.Namespace
 Parser = argparse.ArgumentParser
@@ -79,7 +79,7 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    for group in (_add_runs, _add_outside, publish.adopted.add_commands, _add_results, _add_human):
+    for group in (_add_runs, _add_outside, publish.merged.add_commands, publish.adopted.add_commands, _add_results, _add_human):
         group(command)
     return parser
 
@@ -136,22 +136,6 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--gpu", default="A100-80G", help="the card to count with, by name")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
-    added = command(_merge, "merge two checkpoints into a new one, on disk and tensor by tensor")
-    added.add_argument(
-        "rule", help="linear or slerp; on task vectors, with --base: task_arithmetic, ties, dare_linear, dare_ties, model_stock"
-    )
-    added.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
-    added.add_argument("b", type=Path, help="another one with the same tensors")
-    added.add_argument("--ratio", type=float, help="the weight of B, from 0 to 1")
-    added.add_argument("--base", type=Path, help="what both started from, for rules on task vectors")
-    added.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    added.add_argument("--kept", type=float, default=0.2, help="TIES: the share of each task vector that is kept")
-    added.add_argument("--survived", type=float, default=0.5, help="DARE: the share of each task vector that is not dropped")
-    added.add_argument("--scaling", type=float, default=1.0, help="the factor of the merged task vector")
-    added.add_argument("--seed", type=int, default=0, help="of DARE's draws")
-    added.add_argument(
-        "--language-only", action="store_true", help="the rest is A's; B and the base may be language models of A's kind"
-    )
     added = command(_doctor, "say what a scale needs from outside and what of it is here", OUTSIDE)
     added.add_argument("--deep", action="store_true", help="compare checksums as well")
     added = command(_download, "fetch what a scale needs: weights into the hub's cache, corpora into VLSAFE_DATA", OUTSIDE)
@@ -295,19 +279,6 @@ def _dryrun(arguments: Arguments) -> None:
         print(f"measured {name}: {value}")
     print(planning.dryrun.table(planning.dryrun.lines(planning.dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
     print("\nComputed from shapes unless the last column says otherwise; assumptions are in dryrun.py and Scale.traffic.")
-
-
-def _merge(arguments: Arguments) -> None:
-    keep_freed_memory()
-    rated = models.merge.rules.RULES[known(arguments.rule, models.merge.rules.RULES, "merge rule")].rated
-    if rated == (arguments.ratio is None):
-        raise ValueError(f"{arguments.rule} {'needs' if rated else 'has no'} --ratio")
-    folders = {"a": arguments.a, "b": arguments.b, **({"base": arguments.base} if arguments.base else {})}
-    how = models.merge.rules.How(
-        0.5 if arguments.ratio is None else arguments.ratio, arguments.kept, arguments.survived, arguments.scaling
-    )
-    result = models.merge.files.merge(arguments.rule, folders, arguments.out, how, arguments.seed, arguments.language_only)
-    print(f"{arguments.out}: {models.merge.files.sentence(result)}")
 
 
 def _doctor(arguments: Arguments) -> None:

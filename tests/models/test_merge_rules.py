@@ -154,4 +154,6 @@ def test_what_cannot_be_merged_is_refused_by_name():
         with pytest.raises(ValueError, match="is a share in"):
             merged("linear", a, b, None, wrong)
     empty = torch.zeros(0, 3)
-    assert all(merged(name, empty, empty, empty, How()).shape == (0, 3) for name in RULES)
+    for name, rule in RULES.items():
+        how = How(1.5) if rule.beyond else How()
+        assert merged(name, empty, empty, empty, how, fisher=[empty] * 2 * rule.weighed).shape == (0, 3)

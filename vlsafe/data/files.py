@@ -110,7 +110,11 @@ def missing(picture: Stored) -> bool:
 
 def rows_of(place: Place, name: str) -> Iterator[dict[str, Any]]:
     """The rows of one file of a corpus, one by one: a Parquet file, JSON lines (also .xz, .gz), or one JSON list."""
-    path = path_of(place, name)
+    yield from rows_in(path_of(place, name))
+
+
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file in one of these formats."""
     read = _parquet if path.suffix == ".parquet" else json_lines if ".jsonl" in path.suffixes else json_list
     yield from read(path)
 

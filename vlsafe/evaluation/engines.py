@@ -19,7 +19,7 @@ from transformers.utils import logging
 from vlsafe.core import store
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.evaluation import decoding
-from vlsafe.models.chat import prompt_batch, rendered
+from vlsafe.models.chat import answer_length, prompt_batch
 
 Progress = Callable[[int], None]
 Text = tuple[str, bool]  # and whether the token limit cut it off
@@ -178,7 +178,9 @@ def _answer_losses(model: PreTrainedModel, processor: Any, answers: Sequence[tup
     """
     chats = [(*item.turns, Turn("assistant", option)) for item, option in answers]
     inputs = prompt_batch(processor, chats, [item.images for item, _ in answers]).to(model.device)
-    lengths = torch.tensor([_answer_length(processor, item, chat) for (item, _), chat in zip(answers, chats, strict=True)])
+    lengths = torch.tensor(
+        [answer_length(processor, chat, len(item.images), item.id) for (item, _), chat in zip(answers, chats, strict=True)]
+    )
     longest, tokens = int(lengths.max()), inputs["input_ids"]
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs = _seen_once(model, inputs, [item for item, _ in answers])
@@ -201,19 +203,6 @@ def _seen_once(model: PreTrainedModel, inputs: Any, items: Sequence[Item]) -> di
     of = dict(zip(first, features.pooler_output, strict=True))
     features.pooler_output = [of[picture] for picture in pictures]
     return {**rest, "mm_encoder_outputs": {"image": features}}
-
-
-def _answer_length(processor: Any, item: Item, chat: Sequence[Turn]) -> int:
-    """How many tokens the answer adds to its prompt.
-
-    Raises:   ValueError where the prompt is not the beginning of the whole: the loss would fall on other tokens
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts = rendered(processor, item.turns, len(item.images)), rendered(processor, chat, len(item.images))
-    prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-        raise ValueError(f"the answer {chat[-1].text!r} to {item.id} does not follow its prompt token by token")
-    return len(whole) - len(prompt)
 
 
 def _batches(items: Sequence[Item], size: int) -> list[list[int]]:

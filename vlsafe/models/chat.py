@@ -160,6 +160,19 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
     return inputs
 
 
+def answer_length(processor: Any, chat: Sequence[Turn], n_images: int, name: str) -> int:
+    """How many tokens the last answer of a conversation adds to what is before it; `name` is for the error.
+
+    Raises:   ValueError where the prompt is not the beginning of the whole: the loss would fall on other tokens
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    texts = rendered(processor, chat[:-1], n_images), rendered(processor, chat, n_images)
+    prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise ValueError(f"the answer {chat[-1].text!r} to {name} does not follow its prompt token by token")
+    return len(whole) - len(prompt)
+
+
 def _lacks_bos(processor: Any, texts: Sequence[str]) -> bool:
     """Whether the tokenizer is to write BOS: where a processor's template does not, as the library decides it. A language
     model's own template always has the say."""

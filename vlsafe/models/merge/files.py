@@ -21,7 +21,7 @@ from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.models.merge import inputs
 from vlsafe.models.merge.inputs import FLOATS, Checkpoint, Rows, checkpoint
-from vlsafe.models.merge.rules import RULES, How, seed_of, streams
+from vlsafe.models.merge.rules import RULES, How, refuse_unweighed, seed_of, streams
 from vlsafe.models.weights import Entry, header, listed, read_tensor, refuse_pointer
 
 PIECE = 2**18  # elements; some fp32 pieces fit into a processor's cache
@@ -31,13 +31,15 @@ LEFT = (store.MANIFEST, "trainer_state.json", "adapter_config.json", "config.jso
 
 class Plan(NamedTuple):
     """A merge: the rule's name, the models as "a", "b" and "base", its numbers, the seed, the rows of embedding and head where
-    not all are merged."""
+    not all are merged, the Fisher information of a and of b where it weighs; `measured` are numbers of tensors, as they come."""
 
     rule: str
     models: Mapping[str, Checkpoint]
     how: How
     seed: int
     rows: Mapping[str, Rows]
+    fisher: Sequence[Mapping[str, Entry]]
+    measured: dict[str, float]
 
     def merges(self, key: str) -> bool:
         """Whether a tensor of A is merged: not where it is not the language model's, no number, or empty."""
@@ -46,21 +48,24 @@ class Plan(NamedTuple):
 
 
 def merge(
-    name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int = 0, language_only: bool = False
-) -> dict[str, Any]:
-    """Merge the checkpoints `folders["a"]` and `["b"]`, with `["base"]` where the rule asks for it, into the folder `out`.
+    name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int = 0, language_only: bool = False,
+    fisher: Sequence[Path] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Merge the checkpoints `folders["a"]` and `["b"]`, with `["base"]` where the rule asks for it, into the folder `out`; files
+    of the `fisher` information of both where it weighs them.
 
     With `language_only` everything but the language model comes from A, and B and the base may be plain language models, or
     others of its kind. Their vocabularies may be padded differently: rows that all models have are merged, the rest is A's.
 
     Returns counts of A's tensors: `merged` by the rule; `copied`, as they are no numbers, empty or derived; `left`, as they are
-    not the language model's; and `changed`, of the merged ones. `rows` says of which tensors a part is merged.
+    not the language model's; and `changed`, of the merged ones. `rows` says of which tensors a part is merged, `measured` the
+    numbers that a rule tells of tensors, by their names.
 
     Raises:   ValueError before a byte is written where names, shapes, decoders or vocabularies differ, a task vector is zero, a
               file is damaged, or `out` exists or overlaps an input; ValueError naming the tensor, and nothing stays, where a
               weight is not finite, before or after; ValueError where nothing has changed
     """
-    plan = _planned(name, folders, Path(out), how, seed, language_only)
+    plan = _planned(name, folders, Path(out), how, seed, language_only, fisher)
     a, changed = plan.models["a"], set[str]()
     with store.whole(out) as work:
         files = {shard.name: _shard(plan, shard, work / shard.name, changed) for shard in a.shards}
@@ -71,11 +76,13 @@ def merge(
         merged = [key for key in a.tensors if plan.merges(key)]
         left = [key for key in a.tensors if language_only and key not in a.keys and not inputs.DERIVED.search(key)]
         counts = {"merged": len(merged), "copied": len(a.tensors) - len(merged) - len(left), "left": len(left)}
-        record = {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only, **counts}
+        record = {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only} | counts
+        record["measured"] = plan.measured
         store.write_text(work / store.MANIFEST, json.dumps({"merge": record, "files": files}, indent=1) + "\n")
         shutil.copyfile(a.folder / "config.json", work / "config.json")
     sizes = {"tensors": len(a.tensors), "bytes": sum(file["bytes"] for file in files.values()), "shards": len(files)}
-    return {**sizes, **counts, "changed": len(changed), "rows": {a.tensors[key].name: rows for key, rows in plan.rows.items()}}
+    rows = {a.tensors[key].name: rows for key, rows in plan.rows.items()}
+    return {**sizes, **counts, "changed": len(changed), "rows": rows, "measured": plan.measured}
 
 
 def sentence(result: Mapping[str, Any]) -> str:
@@ -87,13 +94,18 @@ def sentence(result: Mapping[str, Any]) -> str:
         *(f"of {name} {rows}" for name, rows in result["rows"].items()),
         f"{result['bytes'] / 2**20:.0f} MiB in {result['shards']} shard(s)",
     ]
+    if values := result["measured"].values():
+        parts.append(f"singular task interference of {len(values)} matrices: mean {sum(values) / len(values):.4g}")
     return "; ".join(parts)
 
 
-def _planned(name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int, language_only: bool) -> Plan:
+def _planned(
+    name: str, folders: Mapping[str, Path], out: Path, how: How, seed: int, language_only: bool, fisher: Sequence[Path]
+) -> Plan:  # fmt: skip
     """Read what is to be merged, and refuse what cannot be."""
     rule = RULES[known(name, RULES, "merge rule")]
-    how.checked()
+    how.checked(rule.beyond)
+    refuse_unweighed(name, len(fisher))
     if rule.based != ("base" in folders):
         raise ValueError(f"{name} {'needs a base' if rule.based else 'has no use for a base'} (--base)")
     models = {which: checkpoint(folder, language_only) for which, folder in folders.items()}
@@ -105,7 +117,8 @@ def _planned(name: str, folders: Mapping[str, Path], out: Path, how: How, seed: 
     for model in models.values():
         inputs.verify(model)
     inputs.refuse_zero(models)
-    return Plan(name, models, how, seed, inputs.shared_rows(models) if language_only else {})
+    weighing = [inputs.diagonal(path, models[which], language_only) for which, path in zip("ab", fisher, strict=False)]
+    return Plan(name, models, how, seed, inputs.shared_rows(models) if language_only else {}, weighing, {})
 
 
 def _beside(model: Checkpoint) -> list[Path]:
@@ -118,9 +131,14 @@ def _beside(model: Checkpoint) -> list[Path]:
     )  # fmt: skip
 
 
-def _pieces(entries: Sequence[Entry | None], rows: int | None) -> Iterator[Any]:
-    """The flat fp32 pieces of tensors of one shape, or of their first rows; None for one that is None."""
+def _pieces(entries: Sequence[Entry | None], rows: int | None, whole: bool = False) -> Iterator[Any]:
+    """The flat fp32 pieces of tensors of one shape, or of their first rows; None for one that is None. `whole`: all of each, in
+    its shape."""
     flat: list[Any] = [None if entry is None else _read(entry, rows) for entry in entries]
+    if whole:
+        shape = entries[0].shape if rows is None else (rows, *entries[0].shape[1:])  # type: ignore[union-attr]
+        yield tuple(None if values is None else values.reshape(shape).float() for values in flat)
+        return
     for start in range(0, len(flat[0]), PIECE):
         yield tuple(None if values is None else values[start : start + PIECE].float() for values in flat)
 
@@ -138,13 +156,21 @@ def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
     """
     rule, seeds = RULES[plan.rule], seed_of(plan.seed, inputs.seed_name(plan.models["a"], key))
     entries = [plan.models[which].tensors[key] if which in plan.models else None for which in ("a", "b", "base")]
+    entries += [weighing[key] for weighing in plan.fisher]
     own, rows = plan.models["a"].tensors[key], plan.rows[key].merged if key in plan.rows else None
-    summary, draws = rule.summarise(lambda: _pieces(entries, rows), plan.how, streams(seeds)), streams(seeds)
-    for piece in _pieces(entries, rows):
-        for entry, values in zip(entries, piece, strict=True):
-            if entry and not finite(values):
-                raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
-        result = rule.combine(*piece, plan.how, summary, draws).to(FLOATS[own.dtype])
+
+    def pieces(sound: bool = True) -> Iterator[Any]:
+        for piece in _pieces(entries, rows, rule.whole):
+            for entry, values in zip(entries, piece, strict=True):
+                if sound and entry and not finite(values):
+                    raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
+            yield piece
+
+    summary, draws = rule.summarise(lambda: pieces(rule.whole), plan.how, streams(seeds)), streams(seeds)
+    if (value := rule.measure(summary)) is not None:
+        plan.measured[own.name] = value
+    for piece in pieces():
+        result = rule.combine(*piece, plan.how, summary, draws).to(FLOATS[own.dtype]).reshape(-1)
         if not finite(result.float()):
             raise ValueError(f"{own.name} would not be finite in {own.dtype}, though all models' weights are; is B larger, or λ?")
         yield result

@@ -83,8 +83,7 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
         raise ValueError(unrecognised(unknown, str(folder)))
     tensors, keys = dict[str, Entry](), set[str]()
     for entry in entries:
-        within = language_name(entry.name, family) if language_only else None
-        name = within or canonical(entry.name, family)
+        within, name = _named(entry.name, family, language_only)
         if name in tensors:
             raise ValueError(f"{folder} holds one tensor under two names: {tensors[name].name} and {entry.name}")
         tensors[name] = entry
@@ -92,6 +91,30 @@ def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:
             keys.add(name)
     tables = (EMBEDDING, HEAD) if language_only else (f"{family.language}.{EMBEDDING}", HEAD)
     return Checkpoint(folder, weights.shards(folder), tensors, keys, family, tables, ties(folder), vocabulary(folder))
+
+
+def _named(name: str, family: Family, language_only: bool) -> tuple[str | None, str]:
+    """With `language_only` the name within the decoder, where it is the decoder's; and the name that models share."""
+    within = language_name(name, family) if language_only else None
+    return within, within or canonical(name, family)
+
+
+def diagonal(path: Path, model: Checkpoint, language_only: bool = False) -> dict[str, Entry]:
+    """The Fisher information of a model's weights, as `fisher.save` writes it, by the names that models share.
+
+    Raises:   ValueError naming the file where it is damaged, or lacks weights that are merged, or has them in another shape
+    """
+    weights.refuse_pointer(path)
+    held = [Entry(path, name, of["dtype"], tuple(of["shape"])) for name, of in weights.header(path)[1].items()]
+    found = {_named(entry.name, model.family, language_only)[1]: entry for entry in held}
+    if model.tied and model.tables[0] in found:
+        found.setdefault(model.tables[1], found[model.tables[0]])
+    lacking = [model.tensors[key].name for key in sorted(model.keys) if model.tensors[key].dtype in FLOATS
+               and (key not in found or found[key].shape != model.tensors[key].shape)]  # fmt: skip
+    if lacking:
+        names = ", ".join(lacking[:6]) + (", …" if len(lacking) > 6 else "")
+        raise ValueError(f"{path} has no Fisher information of {len(lacking)} weights of {model.folder} in their shapes: {names}")
+    return found
 
 
 def seed_name(model: Checkpoint, key: str) -> str:

@@ -2,7 +2,8 @@
 
 θ_a and θ_b are two models, θ_0 what both started from, τ = θ − θ_0 a task vector; `ratio` is the weight of b, 1 − ratio that
 of a. A rule has two steps, so that large tensors can pass in pieces: `summarise` reads a whole tensor and returns the few
-numbers that depend on all of it (a threshold, an angle), `combine` then works element by element. Arithmetic is in fp32.
+numbers that depend on all of it (a threshold, an angle), `combine` then works element by element; rules on whole matrices
+(`matrices`) get tensors in their shapes instead of pieces. Arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -19,28 +20,33 @@ from torch import Tensor
 
 from vlsafe.core.scale import known
 from vlsafe.models.architectures import block_of
+from vlsafe.models.merge import matrices
 
 Weights = Mapping[str, Tensor]
 """The tensors of a model in memory, by their names there."""
-Pieces = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
-"""Iterates over the flat fp32 pieces of (θ_a, θ_b, θ_0), again at every call."""
+Pieces = Callable[[], Iterator[Any]]
+"""Iterates over the flat fp32 pieces of (θ_a, θ_b, θ_0), for weighed rules also of (F_a, F_b), again at every call."""
 Draws = tuple[np.random.Generator, np.random.Generator]
 """One random stream for each model, so that masks do not depend on the size of the pieces."""
 
 
 class How(NamedTuple):
-    """The numbers of a merge: `kept` is TIES's share of each task vector, `survived` DARE's 1 − p, `scaling` λ."""
+    """The numbers of a merge: `kept` is TIES's share of each task vector, `survived` DARE's 1 − p, `scaling` λ, `rank` the share
+    of its singular vectors that TSV-M keeps of each task."""
 
     ratio: float = 0.5
     kept: float = 0.2
     survived: float = 0.5
     scaling: float = 1.0
+    rank: float = 0.5
 
-    def checked(self) -> How:
-        """Raises:   ValueError where a share is not one, or a factor not finite, by its name"""
-        if not 0 <= self.ratio <= 1:
+    def checked(self, beyond: bool = False) -> How:
+        """Raises:   ValueError where a share is not one, or a factor not finite, by its name; `beyond`: ratios from 1 on alone"""
+        if beyond and not 1 <= self.ratio < math.inf:
+            raise ValueError(f"ratio is a number from 1 on where a line is left at its end, not {self.ratio}")
+        if not beyond and not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is a share in [0, 1], not {self.ratio}")
-        for name in ("kept", "survived"):
+        for name in ("kept", "survived", "rank"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in (0, 1], not {getattr(self, name)}")
         if not math.isfinite(self.scaling):
@@ -49,31 +55,48 @@ class How(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`based`: it needs θ_0; `rated`: it has a ratio; `source`: the paper."""
+    """`based`: it needs θ_0; `rated`: it has a ratio, `beyond` one from 1 on; `whole`: it gets tensors in their shapes;
+    `weighed`: it needs the diagonals of both models' Fisher information; `measure`: a number that its summary of a tensor tells;
+    `source`: the paper."""
 
     combine: Callable[..., Tensor]
     source: str
     summarise: Callable[[Pieces, How, Draws], Any] = lambda pieces, how, draws: None
     based: bool = False
     rated: bool = True
+    beyond: bool = False
+    whole: bool = False
+    weighed: bool = False
+    measure: Callable[[Any], float | None] = lambda summary: None
 
 
-def merged(name: str, a: Tensor, b: Tensor, base: Tensor | None, how: How, seed: int | Sequence[int] = 0) -> Tensor:
-    """Two tensors of one shape merged by a rule, in a's precision.
+def merged(
+    name: str, a: Tensor, b: Tensor, base: Tensor | None, how: How, seed: int | Sequence[int] = 0, fisher: Sequence[Tensor] = ()
+) -> Tensor:  # fmt: skip
+    """Two tensors of one shape merged by a rule, in a's precision; `fisher` of both where it weighs them.
 
-    Shapes:   a, b, base  [...]  ->  [...]
+    Shapes:   a, b, base, fisher  [...]  ->  [...]
     Draws:    DARE's masks, from `seed` only
-    Raises:   ValueError for an unknown rule, or one that needs a base and has none
+    Raises:   ValueError for an unknown rule, or one that needs a base, or two diagonals of Fisher information, and lacks it
     """
     rule = RULES[known(name, RULES, "merge rule")]
     if rule.based and base is None:
         raise ValueError(f"{name} adds task vectors to what both models started from; it needs a base")
-    how.checked()
+    refuse_unweighed(name, len(fisher))
+    how.checked(rule.beyond)
     if a.numel() == 0:
         return a
-    flat = a.reshape(-1).float(), b.reshape(-1).float(), None if base is None else base.reshape(-1).float()
-    summary = rule.summarise(lambda: iter([flat]), how, streams(seed))
-    return rule.combine(*flat, how, summary, streams(seed)).reshape(a.shape).to(a.dtype)
+    shape = a.shape if rule.whole else (-1,)
+    tensors = tuple(None if tensor is None else tensor.reshape(shape).float() for tensor in (a, b, base, *fisher))
+    summary = rule.summarise(lambda: iter([tensors]), how, streams(seed))
+    return rule.combine(*tensors, how, summary, streams(seed)).reshape(a.shape).to(a.dtype)
+
+
+def refuse_unweighed(name: str, diagonals: int) -> None:
+    """Raises:   ValueError where a rule lacks the two diagonals of Fisher information, or has no use for them"""
+    if diagonals != 2 * RULES[name].weighed:
+        needs = "weighs with the Fisher information of a and of b" if RULES[name].weighed else "has no use for Fisher information"
+        raise ValueError(f"{name} {needs} (--fisher)")
 
 
 def streams(seed: int | Sequence[int]) -> Draws:
@@ -87,6 +110,28 @@ def linear(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: Any = N
     if how.ratio in (0, 1):
         return b if how.ratio else a
     return torch.lerp(a, b, how.ratio)  # a + r (b − a) below one half, b − (1 − r)(b − a) above: exact where a equals b
+
+
+def expo(a: Tensor, b: Tensor, base: Tensor | None, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
+    """θ_b + (ratio − 1)(θ_b − θ_a): the line from the less aligned a through b, left at its end; at ratio 1 it is b, bit for bit.
+
+    The paper's θ_1 + α Δθ with θ_0 = θ_a, θ_1 = θ_b, Δθ = θ_1 − θ_0 and α = ratio − 1; to extrapolate from what both started
+    from, that is a.
+    """
+    return torch.add(b, b - a, alpha=how.ratio - 1)
+
+
+def fisher(
+    a: Tensor, b: Tensor, base: Tensor | None, of_a: Tensor, of_b: Tensor, how: How, summary: Any = None,
+    draws: Draws | None = None,
+) -> Tensor:  # fmt: skip
+    """((1 − ratio) F_a θ_a + ratio F_b θ_b) / ((1 − ratio) F_a + ratio F_b), entry by entry; F of `fisher.diagonal`.
+
+    Departs:  where neither model's weight matters it is linear; the authors' code adds a floor of 1e-6 to F instead
+    """
+    mine, theirs = (1 - how.ratio) * of_a, how.ratio * of_b
+    whole = mine + theirs
+    return torch.lerp(a, b, torch.where(whole > 0, theirs / whole, how.ratio))
 
 
 def _cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
@@ -234,6 +279,24 @@ def model_stock(a: Tensor, b: Tensor, base: Tensor, how: How, summary: float, dr
     return torch.lerp(base, (a + b) / 2, summary)
 
 
+def singular(pieces: Pieces, how: How, draws: Draws) -> matrices.Components | None:
+    """The leading singular components of both task matrices; None for what is no matrix."""
+    a, b, base = next(pieces())
+    return matrices.joined([matrices.components(model - base, how.rank) for model in (a, b)]) if a.ndim == 2 else None
+
+
+def tsv_m(
+    a: Tensor, b: Tensor, base: Tensor, how: How, summary: matrices.Components | None, draws: Draws | None = None
+) -> Tensor:  # fmt: skip
+    """θ_0 + λ U_⊥ Σ V_⊥ᵀ (`matrices.decorrelated`); of vectors θ_0 + λ times the mean of both τ. One point, no ratio."""
+    return base + how.scaling * ((a + b) / 2 - base if summary is None else matrices.decorrelated(summary))
+
+
+def iso_c(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
+    """θ_0 + λ σ̄ U Vᵀ with U Σ Vᵀ = τ_a + τ_b and σ̄, the mean of Σ; of vectors θ_0 + λ times the mean of both τ. No ratio."""
+    return base + how.scaling * ((a + b) / 2 - base if a.ndim != 2 else matrices.isotropic(a - base + (b - base)))
+
+
 RULES: dict[str, Rule] = {
     "linear": Rule(linear, "Wortsman et al. 2022, model soups (arXiv 2203.05482); WiSE-FT (2109.01903)"),
     "slerp": Rule(slerp, "Shoemake 1985, section 3.3", summarise=angle),
@@ -244,6 +307,11 @@ RULES: dict[str, Rule] = {
     "dare_linear_l1": Rule(dare_linear, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
     "dare_ties_l1": Rule(dare_ties, "mergekit's rescaling to the same L1 norm", summarise=surviving_norm, based=True),
     "model_stock": Rule(model_stock, "Jang et al. 2024 (arXiv 2403.19522), equation 2", agreement, based=True, rated=False),
+    "expo": Rule(expo, "Zheng et al. 2024 (arXiv 2404.16792), equation 1", beyond=True),
+    "fisher": Rule(fisher, "Matena and Raffel 2022 (arXiv 2111.09832), section 3", weighed=True),
+    "tsv_m": Rule(tsv_m, "Gargiulo et al. 2025 (arXiv 2412.00081), algorithm 1", singular, based=True, rated=False, whole=True,
+                  measure=lambda summary: None if summary is None else matrices.interference(summary)),
+    "iso_c": Rule(iso_c, "Marczak et al. 2025 (arXiv 2502.04959), algorithm 1", based=True, rated=False, whole=True),
 }  # fmt: skip
 
 
@@ -253,12 +321,14 @@ def seed_of(seed: int, key: str) -> list[int]:
 
 
 def combined(
-    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0, blocks: Collection[int | None] | None = None
-) -> dict[str, Tensor]:
+    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0,
+    blocks: Collection[int | None] | None = None, fisher: Sequence[Weights] = (),
+) -> dict[str, Tensor]:  # fmt: skip
     """Two models merged by a rule.
 
-    What only A has (a tower and a projector, where B is a plain language model) comes from A. What has no base is merged
-    linearly. With `blocks` only these decoder blocks are merged, the rest is A's; None in it stands for all that is no block.
+    What only A has (a tower and a projector, where B is a plain language model) comes from A. What has no base, or no Fisher
+    information where that weighs, is merged linearly. With `blocks` only these decoder blocks are merged, the rest is A's; None
+    in it stands for all that is no block.
 
     Raises:   ValueError where B has what A lacks, or a task vector is zero
     """
@@ -271,8 +341,9 @@ def combined(
     weights = dict(a)
     for key in a:
         if key in b and (blocks is None or block_of(key) in blocks):
-            rule = "linear" if based and key not in base else name
-            weights[key] = merged(rule, a[key], b[key], base.get(key), how, seed_of(seed, key))
+            whole = all(key in of for of in ([base] if based else fisher))
+            of = [diagonal[key] for diagonal in fisher] if whole else []
+            weights[key] = merged(name if whole else "linear", a[key], b[key], base.get(key), how, seed_of(seed, key), of)
     return weights
 
 
