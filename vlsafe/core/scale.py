@@ -228,6 +228,8 @@ class Scale:
                 )
         if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
             raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
+        if len(self.rates) not in (0, 2):
+            raise ValueError(f"scale.rates must have 2 entries, slow and fast, or none, not {list(self.rates)}")
 
     def decoder(self, name: str) -> LanguageSpec:
         """The decoder of a backbone.
