@@ -6,7 +6,8 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.analysis import (
-        adaptation, agreement, causal, claims, comparisons, degradation, filtering, measures, merging, probing, stats, tuning,
+        adaptation, agreement, capability, causal, claims, comparisons, degradation, filtering, measures, merging,
+        probing, stats, tuning,
     )  # fmt: skip
 
 __getattr__ = lazily(__name__)

@@ -255,8 +255,11 @@ def families(stages: pd.Series) -> dict[str, list[str]]:
 
 
 def sheet(lines: pd.DataFrame, verdict: pd.DataFrame, reference: str = "adapted") -> pd.DataFrame:
-    """T07 for the eye: one line per rule × partner in percent, with changes from a reference and the verdicts on the others."""
+    """T07 for the eye: one line per rule × partner in percent, with changes from a reference and the verdicts on the others, and
+    whether the merge can answer at all, where the lines say so."""
     shown = analysis_measures.compact(lines[(lines["reference"] == reference) | lines["reference"].isna()], [*KEYS, "place"])
     wide = verdict.pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
     rivals = [name for name in ("mtl", "sl", "dpo", "ensemble") if name in wide.columns]
-    return shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")
+    whole = shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")
+    own = [name for name in ("capable",) if name in lines]
+    return whole.merge(lines[[*KEYS, *own]].drop_duplicates(KEYS), on=KEYS, how="left")

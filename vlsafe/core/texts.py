@@ -121,3 +121,9 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> lis
     except csv.Error as error:
         raise ValueError(f"line {table.line_num} of {path} cannot be read as a table ({error})") from None
     return rows
+
+
+def repeats(words: Sequence[str]) -> bool:
+    """Whether fewer than half of the runs of three words are different, or fewer than a third of a dozen words and more."""
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(runs)) < len(runs) / 2 or (12 <= len(words) <= 60 and len(set(words)) < len(words) / 3)

@@ -58,7 +58,7 @@ def make(
     frames: Mapping[str, pd.DataFrame], scale: str, folder: Path, runs: Sequence[Mapping[str, Any]],
     without: Mapping[str, str] | None = None, only: Sequence[str] = (),
 ) -> Gallery:  # fmt: skip
-    """Every table and figure that can be made of some frames, or `only` some, with CSV twins and sidecars of the runs behind them.
+    """Every table and figure that can be made of some frames, or `only` some, with CSV twins and sidecars of their runs.
 
     `frames` are those of `publish.results`, `runs` the manifests behind them, `without` the stages that are not there and why.
     What cannot be made is named in the table LEFT_OUT, and a file of it that an earlier gallery left in the folder is removed.
@@ -134,6 +134,13 @@ def _seen(of: Made) -> str:
     return analysis.merging.answer(of["verdicts"])
 
 
+def _guarded(of: Made, lines: pd.DataFrame) -> pd.DataFrame:
+    """Lines of models, or of merges alone, with what says whether each can answer at all."""
+    keys = analysis.capability.RUN if "stage" in lines else [*analysis.measures.UNIT, "recipe"]
+    found = of["capable"] if "stage" in lines else of["capable"][of["capable"]["stage"] == "merge"]
+    return analysis.capability.beside(lines, found, keys)
+
+
 def _labels() -> dict[str, str]:
     return {name: spec["label"] for name, spec in MEASURES.items()}
 
@@ -175,6 +182,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "ensembles": lambda of: analysis.merging.against_ensemble(of["panel"]),
     "barriers": lambda of: analysis.merging.barriers(of["merged"]),
     "models": lambda of: analysis.degradation.everything(of["raw"]),
+    "capable": lambda of: analysis.capability.guard(of["raw"], of.frames.get("texts")),
     "lineage": lambda of: plots.claims.lineage_points(of["models"]),
     "prepared": lambda of: analysis.claims.prepared({**of.frames, "without": of.without}),
     "ledger": lambda of: analysis.claims.ledger(of["prepared"]),
@@ -190,7 +198,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
 TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T01_filtering_audit": lambda of: (of["audited"],),
     "T01_guard_quality": lambda of: (of["guards"],),
-    "T02_degradation": lambda of: (of["degradation"],),
+    "T02_degradation": lambda of: (analysis.capability.of_main_line(of["degradation"], of["capable"]),),
     "T03_arms": lambda of: (of["arms"], analysis.adaptation.sheet(of["arms"]), _sizes(of["arms"])),
     "T03_arms_over_seeds": lambda of: (analysis.adaptation.over_seeds(of["arms"]),),
     "T03_matched": lambda of: (analysis.adaptation.matched(of["raw"], of["far"], of["losses"]),),
@@ -200,7 +208,7 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         analysis.measures.compact(of["confounds"], [*analysis.measures.UNIT, "stage", "recipe", "condition"]),
         _sizes(of["confounds"]),
     ),
-    "T05_safety_tuning": lambda of: (of["tuned"], analysis.tuning.sheet(of["tuned"])),
+    "T05_safety_tuning": lambda of: (_guarded(of, of["tuned"]), _guarded(of, analysis.tuning.sheet(of["tuned"]))),
     "T05_transfer": lambda of: (of["transfer"],),
     "T05_checkpoints": lambda of: (of["validation"],),
     "T05_conflict_free": lambda of: (of["conflict-free"],),
@@ -209,13 +217,21 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "F07_probes": lambda of: (of["probes"],),
     "F07_cka": lambda of: (of["aligned"],),
     "F07_drift": lambda of: (of["drifted"], analysis.probing.drift_sheet(of["drifted"])),
-    "T07_merging": lambda of: (of["merges"], analysis.merging.sheet(of["merges"], of["verdicts"]), {"answer": _seen(of)}),
+    "T07_merging": lambda of: (
+        _guarded(of, of["merges"]),
+        analysis.merging.sheet(_guarded(of, of["merges"]), of["verdicts"]),
+        {"answer": _seen(of)},
+    ),
     "T07_dominance": lambda of: (of["verdicts"],),
     "T07_hypervolume": lambda of: (of["areas"],),
     "T07_ensembles": lambda of: (of["ensembles"],),
     "T07_barriers": lambda of: (of["barriers"],),
     "T07_choice": lambda of: (of["merged"],),
-    "T08_models": lambda of: (of["models"], analysis.degradation.overview(of["models"])),
+    "T08_capable": lambda of: (of["capable"],),
+    "T08_models": lambda of: (
+        _guarded(of, of["models"]),
+        analysis.capability.beside(analysis.degradation.overview(of["models"]), of["capable"], ["backbone", "stage", "recipe"]),
+    ),
     "T08_precision": lambda of: (of["precision"],),
     "T08_published": lambda of: (provenance.compare_published(of["published"], of["models"]),),
     "F09_scaling": lambda of: (of["scaling"],),

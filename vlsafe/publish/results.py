@@ -30,6 +30,7 @@ INSIDE = {
 }  # fmt: skip
 
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
+    "texts": "an examination",
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
     "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
     "losses": "a training of stage 2 (instruct/*)", "people": "labels of people, which packages hold",
@@ -42,14 +43,15 @@ FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
-    `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed. `validation`: validation lines
-    of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
+    `texts`: answers. `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed.
+    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
     lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them. `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
     frames = {
         "raw": read(studies, of("tables"), "raw.parquet"),
+        "texts": read(studies, of("tables"), "responses.parquet", ("backbone", "seed"), optional=True),
         "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
         "validation": read(studies, of("tuned"), "validation.parquet", MODEL),
         "published": provenance.published(project_root() / "env" / "published"),

@@ -47,7 +47,7 @@ def diagonal(
 
 def _adding_to(total: torch.Tensor) -> Any:
     def add(weight: torch.Tensor) -> None:
-        total.addcmul_(weight.grad.float(), weight.grad.float())  # type: ignore[union-attr]
+        total.addcmul_(weight.grad.float(), weight.grad.float())
         weight.grad = None
 
     return add
