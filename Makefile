@@ -64,9 +64,21 @@ reproduce: setup $(if $(findstring pocket,$(SCALE)),parts)
 	$(BIN)/vlsafe sweep --scale "$$SCALE" --seeds $(SEEDS) --backbones $(BACKBONES) --root "$$ROOT"
 	$(BIN)/vlsafe unlock --root . -- $(SNAKEMAKE)
 
-# The whole graph of scale pocket from its real parts with a few rows and steps, by one backbone: whether it runs, no number of it.
-pocket-nano: setup parts
-	$(MAKE) reproduce SCALE=env/scales/pocket-nano.yaml BACKBONES=pocket-chat
+# Scale pocket from its real parts with a few rows and steps: one stage of each kind in one process, and its tables. No number of
+# it means anything. Where its packages cannot be installed it is skipped, which is said.
+NANO := --scale env/scales/pocket-nano.yaml --root build/pocket-nano/runs
+pocket-nano: setup
+	@$(MAKE) --no-print-directory parts; \
+	if ! [ -f .pocket/.installed ] || ! [ -f .pocket/debian/.installed ]; then \
+	    echo "make pocket-nano: skipped: the packages of scale pocket cannot be installed on this machine"; \
+	else \
+	    $(BIN)/vlsafe stage examination/parent.aligned examination/projector.filtered examination/instruct.filtered-full \
+	        examination/safety.sl-full examination/safety.dpo-both-full safety/grpo-text-full safety/mtl-pcgrad-full \
+	        judging/guard-text probe/localisation probe/direction probe/seeing causal/directions merge/sl-full \
+	        --backbone pocket-chat --seed 0 $(NANO) && \
+	    $(BIN)/vlsafe gallery $(NANO) --backbones pocket-chat --seeds 0 --out build/pocket-nano/figures && \
+	    test -s build/pocket-nano/figures/T02_degradation.csv && test -s build/pocket-nano/figures/T03_seeing.csv; \
+	fi
 
 # What scale `pocket` is made of, in .pocket: packages whose files are read and whose code is not imported, and a reader of GGUF
 # files. The pictures are Debian's and need no root here; where apt-get or dpkg is missing they are skipped, which is said.
