@@ -109,6 +109,7 @@ def test_the_diagonal_is_the_mean_square_of_each_rows_gradient(llavas):  # noqa:
     model, processor = checkpoints.load(llavas / "language"), checkpoints.load_processor(llavas / "language")
     found = fisher.diagonal(model, processor, iter([*ROWS, None]), limit=2)  # the third is never looked at
     expected = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])  # tied: one weight, counted once
     for row in ROWS:
         model.zero_grad()
         prompt, whole = (
@@ -121,9 +122,11 @@ def test_the_diagonal_is_the_mean_square_of_each_rows_gradient(llavas):  # noqa:
         for name, weight in model.named_parameters():
             expected[name] += weight.grad.square()
     length = torch.cat([value.flatten() for value in expected.values()]).norm()
-    assert found.keys() == expected.keys() and not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
-    for name, value in found.items():
-        assert torch.allclose(value, expected[name] / length, atol=1e-7), name
+    assert found.keys() == {*expected, "lm_head.weight"} and not any(
+        weight._post_accumulate_grad_hooks for weight in model.parameters()
+    )
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value / length, atol=1e-7), name
     with pytest.raises(ValueError, match="0 rows gave no gradient"):
         fisher.diagonal(model, processor, [])
     with pytest.raises(ValueError, match="r9 does not end with an answer"):
@@ -141,18 +144,13 @@ def test_the_commands_weigh_and_merge(llavas, tmp_path, capsys):  # noqa: F811
     assert cli.main(call) == 2 and "(--fisher)" in capsys.readouterr().err
     assert cli.main([*call, "--fisher", *weighed]) == 0
     a, b = (checkpoints.load(llavas / which).state_dict() for which in "ab")
-    expected = rules.combined("fisher", a, b, None, How(0.5), fisher=[tied(load_file(path), a) for path in weighed])
+    expected = rules.combined("fisher", a, b, None, How(0.5), fisher=[load_file(path) for path in weighed])
     result = checkpoints.load(tmp_path / "out").state_dict()
     assert all(torch.equal(result[key], value) for key, value in expected.items())
     assert sum(not torch.equal(value, torch.lerp(a[key], b[key], 0.5)) for key, value in result.items()) > 10
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "few.safetensors")
     assert cli.main([*call[:-1], str(tmp_path / "x"), "--fisher", weighed[0], str(tmp_path / "few.safetensors")]) == 2
     assert "few.safetensors has no Fisher information of" in capsys.readouterr().err and not (tmp_path / "x").exists()
-
-
-def tied(found, weights):
-    """Also under the head's name, as a model in memory has it."""
-    return {key: found["model.language_model.embed_tokens.weight" if key == "lm_head.weight" else key] for key in weights}
 
 
 def test_whole_matrices_and_lines_beyond_on_disk(tmp_path, capsys):

@@ -10,6 +10,7 @@ from analysis.test_adaptation import answers
 
 from vlsafe.analysis import merging
 from vlsafe.analysis import merging as analysis_merging
+from vlsafe.core.scale import Merging, as_plain
 from vlsafe.evaluation import engines, examine
 from vlsafe.evaluation.engines import option_losses, respond
 from vlsafe.models import chat, checkpoints
@@ -87,6 +88,12 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     said = merging.answer(told.assign(whole=True))
     assert said.startswith("Yes, some: 1 of 4 merges dominate every tuning and their ensemble (sl: 1 dominates, 1 trades, 1 not")
     assert analysis_merging.answer(told[told["rule"] != "linear"].assign(whole=True)).startswith("No: 0 of 3")
+    end = told.assign(whole=True, recipe=told["recipe"].str.replace("linear/filtered-full+sl-full/0.50", f"linear/{PAIR}/1.00"))
+    assert analysis_merging.answer(end).startswith("No: 0 of 3")  # α = 1 is SL itself
+    parent = told.assign(whole=True, partner=told["partner"].where(told["rule"] != "linear", "aligned"))
+    assert analysis_merging.answer(parent).startswith("No: 0 of 3")  # no merge of two tuned models
+    alone = told[(told["rule"] != "linear") | (told["reference"] != "ensemble")].assign(whole=True)
+    assert analysis_merging.answer(alone).startswith("No: 0 of 4")  # nobody compared the winner with its ensemble
 
 
 def test_holm_runs_over_all_rules_and_measures_of_one_reference():
@@ -214,6 +221,19 @@ def test_the_full_grid_trains_checkpoints_again_and_keeps_none(study, tmp_path):
     raw = pd.read_parquet(work / "raw.parquet")
     assert {name.partition("/")[0].rstrip("0") for name in raw["recipe"]} == {*study_merging.RULES}
     assert set(raw["item"]) == {item.id for item in study.items()} and not (work / "training").exists()
+
+
+def test_rules_of_the_full_grid_alone_leave_default_sweeps_and_their_digests_alone(study):
+    more = {name for name, rule in study_merging.RULES.items() if rule.grid == "full"}
+    assert {"expo", "fisher", "tsv_m", "iso_c"} < more and not {"beyond", "rank", "weighing"} & as_plain(Merging()).keys()
+    assert as_plain(Merging(beyond=(1.2,)))["beyond"] == [1.2]
+    for partner, default, full in zip(study_merging.LINEAGES, *map(study_merging.names, graph.GRIDS), strict=True):
+        assert graph.STAGES[default].version == 3 and graph.STAGES[full].version == 4  # sweeps of older full grids lack them
+        assert "screen/filtered" in graph.STAGES[full].inputs and "screen/filtered" not in graph.STAGES[default].inputs
+        ways = {grid: study_merging.points(study, partner, grid) for grid in graph.GRIDS}
+        assert not more & {way[0].rule for way in ways["default"]}
+        ratios = {way[0].rule: [point.ratio for point in way] for way in ways["full"]}
+        assert ratios["expo"] == [1.1, 1.25, 1.5] and ("tsv_m" in ratios) == ("fisher" in ratios) == (partner != "aligned")
 
 
 def test_results_and_gallery_know_the_merges(study):

@@ -63,6 +63,9 @@ class Merging:
     """Merging: `ratios` of the linear merge, `votes` of the ensemble, `few` of all other rules; the share of a task vector that
     TIES keeps (`kept`) and that survives DARE (`survived`).
 
+    Of the rules that the grid "full" alone has: `beyond` are ExPO's ratios, `rank` is the share of a task's singular vectors that
+    TSV-M keeps, `weighing` how many rows each of Fisher's two diagonals is a mean over; the first and the last are assumed.
+
     Where a ratio is chosen, `margin` is by how much the upper bound of a merge's ASR may exceed its parent's, and `items` the
     number of validation items per benchmark of helpfulness; `random_bands` have as many blocks as the located band.
     """
@@ -77,6 +80,9 @@ class Merging:
     items: int = 36
     random_bands: int = 3
     fixed: float = later(0.5)  # the ratio of every rule where there are no validation items to choose one by
+    beyond: tuple[float, ...] = later((1.1, 1.25, 1.5))
+    rank: float = later(0.5)  # Gargiulo et al. 2025: one part for each of two tasks
+    weighing: int = later(256)
     requests: int = later(100)  # assumed: official requests per kind and modality that choose a ratio where tuning.pairs is 0
 
 

@@ -53,7 +53,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def fisher(arguments: argparse.Namespace) -> None:
-    model, processor = models.checkpoints.load(arguments.model), models.checkpoints.load_processor(arguments.model)
+    model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
     rows = (from_row(Example, row) for row in data.files.rows_in(arguments.rows))
     found = models.merge.fisher.diagonal(model, processor, rows, arguments.limit)
     models.merge.fisher.save(found, arguments.out)

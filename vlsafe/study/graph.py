@@ -159,7 +159,8 @@ OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "me
 for _grid in GRIDS:
     for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
-            partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner), merging.params, 85, version=3
+            partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner, _grid), merging.params, 85,
+            version=3 if _grid == "default" else 4,
         ))  # fmt: skip
 
 

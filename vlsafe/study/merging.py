@@ -45,6 +45,10 @@ RULES: dict[str, Rule] = {
     "outside": Rule("linear", "outside"),
     "dare_linear_l1": Rule("dare_linear_l1", grid="full"),
     "dare_ties_l1": Rule("dare_ties_l1", grid="full"),
+    "expo": Rule("expo", grid="full"),
+    "fisher": Rule("fisher", grid="full"),
+    "tsv_m": Rule("tsv_m", grid="full"),
+    "iso_c": Rule("iso_c", grid="full"),
     "random": Rule("linear", "random", grid="full"),
     "ensemble": Rule(""),
     "checkpoint": Rule("", grid="full"),
@@ -70,9 +74,11 @@ def run_of(partner: str) -> str:
     return PARENT if LINEAGES[partner] == "parent" else f"safety/{partner}"
 
 
-def inputs_of(partner: str) -> tuple[str, ...]:
-    """The runs that a sweep reads: both members, the bases of their task vectors, the items, the safety band."""
-    return tuple(dict.fromkeys((ADAPTED, run_of(partner), PARENT, STAGE_1, "world/corpora", tuning.PROBED)))
+def inputs_of(partner: str, grid: str = "default") -> tuple[str, ...]:
+    """The runs that a sweep reads: both members, the bases of their task vectors, the items, the safety band; in the grid "full"
+    also the helpful rows by which Fisher's merge weighs."""
+    more = ("screen/filtered",) if grid == "full" else ()
+    return tuple(dict.fromkeys((ADAPTED, run_of(partner), PARENT, STAGE_1, "world/corpora", tuning.PROBED, *more)))
 
 
 def params(study: Study) -> Any:
@@ -88,12 +94,13 @@ def names(grid: str) -> list[str]:
 def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
     """All models of a sweep, a list for each rule, and for each draw of a random one. Checkpoints are known after their training.
 
-    A parent has no task vector of its own and no tuning, so rules that need them are left out.
+    A parent has no task vector of its own and no tuning, so rules that need them are left out, as is Fisher's merge: what weighs
+    the partner there are gradients of safety rows with pictures.
     """
     spec, found = study.scale.merging, []
     for name, rule in RULES.items():
         merge = models.merge.rules.RULES.get(rule.rule)
-        needs = name == "checkpoint" or (merge is not None and merge.based)
+        needs = name == "checkpoint" or (merge is not None and (merge.based or merge.weighed))
         if (rule.grid == "full" and grid != "full") or (needs and LINEAGES[partner] == "parent"):
             continue
         if name == "checkpoint" or (merge is not None and not merge.rated):
@@ -101,6 +108,7 @@ def points(study: Study, partner: str, grid: str) -> list[list[Point]]:
             continue
         few = spec.votes if name == "ensemble" else spec.few
         ratios = spec.ratios if name in ("linear", "inside") or grid == "full" else few
+        ratios = spec.beyond if merge is not None and merge.beyond else ratios
         ratios = tuple(ratio for ratio in ratios if name != "inside" or 0 < ratio < 1)
         for draw in range(spec.random_bands if rule.blocks == "random" else 1):
             known_as = f"{name}{draw}" if rule.blocks == "random" else name
@@ -115,7 +123,8 @@ def recipe_of(point: Point, partner: str) -> str:
 
 class Members(NamedTuple):
     """The adapted model, whose weights each merge overwrites, and its processor; the weights of the adapted model (`a`), of the
-    partner (`b`) and of what both started from (`base`); the partner's model, for ensembles; the number of decoder blocks.
+    partner (`b`) and of what both started from (`base`); the partner's model, for ensembles; the number of decoder blocks; the
+    Fisher information of both, of the adapted model over helpful rows and of the partner over safety rows, where it is used.
     """
 
     model: Any
@@ -125,9 +134,10 @@ class Members(NamedTuple):
     base: dict[str, Any]
     partner: Any
     layers: int
+    fisher: tuple[dict[str, Any], ...] = ()
 
 
-def members(study: Study, partner: str) -> Members:
+def members(study: Study, partner: str, grid: str = "default") -> Members:
     """Load both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model."""
 
     def weights(name: str) -> dict[str, Any]:
@@ -141,8 +151,22 @@ def members(study: Study, partner: str) -> Members:
     processor = models.checkpoints.load_processor(study.checkpoints(ADAPTED)[-1])
     return Members(
         model, processor, weights(ADAPTED), weights(run_of(partner)), weights(base), answering(run_of(partner)),
-        len(models.architectures.language_layers(model)),
+        len(models.architectures.language_layers(model)), weighing(study, partner) if grid == "full" else (),
     )  # fmt: skip
+
+
+def weighing(study: Study, partner: str) -> tuple[dict[str, Any], ...]:
+    """The diagonals of Fisher information that weigh the adapted model and a tuned partner; none for a parent."""
+    if LINEAGES[partner] == "parent":
+        return ()
+    found = []
+    for run, rows in ((ADAPTED, "general"), (run_of(partner), "safety")):
+        folder = study.checkpoints(run)[-1]
+        model, processor = models.checkpoints.ready(folder), models.checkpoints.load_processor(folder)
+        corpus, _ = tuning.rows_of(study, rows, processor, 0)
+        order = study.stream(f"fisher {rows}").permutation(len(corpus))[: study.scale.merging.weighing]
+        found.append(models.merge.fisher.diagonal(model, processor, (corpus[i] for i in order)))
+    return tuple(found)
 
 
 def blocks_of(study: Study, point: Point, kind: str, layers: int) -> set[int | None] | None:
@@ -166,7 +190,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
 
     for checkpoint in (work / "training").glob("step-*"):
         drop(checkpoint)  # an earlier attempt was killed after its training
-    sweep, items = Sweep(study, partner, members(study, partner), {}), items_of(study, grid)
+    sweep, items = Sweep(study, partner, members(study, partner, grid), {}), items_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
     rules = points(study, partner, grid)
     bar, seconds = Bar(f"merges with {partner}", sum(map(len, rules))), []
@@ -303,9 +327,10 @@ class Sweep(NamedTuple):
                 None,
             )
         spec, rule = self.study.scale.merging, RULES[point.rule if point.rule in RULES else "random"]
-        how = models.merge.rules.How(ratio, spec.kept, spec.survived, spec.scaling)
+        how = models.merge.rules.How(ratio, spec.kept, spec.survived, spec.scaling, spec.rank)
         blocks = blocks_of(self.study, point, rule.blocks, members.layers)
-        merged = models.merge.rules.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks)
+        weighed = members.fisher if models.merge.rules.RULES[rule.rule].weighed else ()
+        merged = models.merge.rules.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks, weighed)
         members.model.load_state_dict(merged)
         return members.model, members.processor, True, merged
 

@@ -24,7 +24,7 @@ def diagonal(
     Streamed: one row is in memory, and beside the sums, which are as large as the weights, one weight's gradient at a time.
 
     Departs:  the answers are the rows' own (the empirical Fisher information); the paper's are drawn from the model
-    Shapes:   -> float32, by the weights' names in memory; of tied ones the embedding's
+    Shapes:   -> float32 on the CPU, by the weights' names in memory, a tied one under both
     Raises:   ValueError where there is no row, or a row that does not end with an answer, or no gradient at all
     Source:   Matena and Raffel 2022 (arXiv 2111.09832), section 3; their code divides by the length as well
     """
@@ -42,7 +42,8 @@ def diagonal(
     length = torch.stack([total.double().square().sum() for total in sums.values()]).sum().sqrt().item()
     if not length:
         raise ValueError(f"{n} rows gave no gradient: there is nothing to weigh weights by")
-    return {name: total / length for name, total in sums.items()}
+    first = {weight: name for name, weight in weights.items()}
+    return {name: (sums[first[weight]] / length).cpu() for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
 def _adding_to(total: torch.Tensor) -> Any:
