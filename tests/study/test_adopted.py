@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 import families
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 
 from vlsafe import cli
 from vlsafe.core.schema import Item, Turn
-from vlsafe.evaluation import engines, servers
+from vlsafe.evaluation import engines, prompts, servers
 from vlsafe.models import chat, checkpoints
+from vlsafe.publish import readme
 from vlsafe.study import adopted
 from vlsafe.study.adopted import Request
 
+ROOT = Path(__file__).parents[2]
 TWO = ["xstest", "vlguard"]
 SERVE = f"{sys.executable} -m transformers.cli.transformers serve {{folder}} --device cpu --dtype float32"
 SERVE += " --host 127.0.0.1 --port {port}"
@@ -72,6 +75,18 @@ def test_a_model_and_its_parent_are_examined_on_words_and_pictures(home, tmp_pat
     assert "T02. Parent and adapted model" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_readme_shows_what_it_prints(tmp_path, capsys):
+    """The block in README is what the command prints of a tiny random model on invented rows; where it differs, copy it."""
+    processors.published("llava", tmp_path / "tiny-llava")
+    processors.published_parent("llava", tmp_path / "tiny-llama")
+    typed = "examine tiny-llava --parent tiny-llama --benchmarks sorry_bench mm_safetybench xstest --max-new-tokens 6"
+    run(*typed.split())
+    block = f"```\n$ vlsafe {typed}\n{capsys.readouterr().out}```\n"
+    (tmp_path / "examine.md").write_text(block)
+    assert (ROOT / "figures" / "examine.md").read_text() == block, f"cp {tmp_path}/examine.md figures/, then `vlsafe readme`"
+    assert readme.PARTS["examine"](ROOT / "figures" / "mini") == block.rstrip()
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_family_is_examined_merged_and_probed(name, home, tmp_path, capsys):
     """With words and with pictures, by its own processor and template. A model with its parent's language weights has similarity
@@ -83,11 +98,9 @@ def test_every_family_is_examined_merged_and_probed(name, home, tmp_path, capsys
         raw = study.frame(f"examination/{stage}")
         assert raw["item"].nunique() == n and raw["event"].notna().all()
     run("merge", "linear", "m", "p", "--ratio", 1, "--language-only", "--out", "same")
-    prompts = written_prompts(tmp_path)
+    file = written_prompts(tmp_path)
     for model in ("same", "m"):
-        study, _ = adopted.opened(
-            Request(model, "p", prompts=prompts, validation=0.5, exam=EXAM), tmp_path / "runs", "", ".probed"
-        )
+        study, _ = adopted.opened(Request(model, "p", prompts=file, validation=0.5, exam=EXAM), tmp_path / "runs", "", ".probed")
         layers, drift = study.frame("probe/layers", "layers.parquet"), study.frame("probe/drift", "drift.parquet")
         alike, sets = study.frame("probe/drift", "alike.parquet"), study.frame("probe/layers", "sets.parquet")
         assert set(layers["group"]) == {"text", "picture"} and set(layers["harmful"]) == {True, False}
@@ -221,3 +234,70 @@ def test_a_server_and_the_local_engine_agree_as_reported(home, tmp_path, monkeyp
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"equal texts: 1.000 the same of {len(local)}"
     assert any(line.startswith("vlguard vlguard-strings: 1.000 the same") for line in said)
+
+
+def test_other_commands_find_it_by_its_scale(home, tmp_path, capsys):
+    """The parent is added later, and the model is not asked again; responses are scored officially; no card is made."""
+    typed = ["examine", home / "tiny", "--benchmarks", *TWO, "--max-new-tokens", 2]
+    run(*typed, "--out", "alone")
+    table = pd.read_csv(tmp_path / "alone" / "T02_degradation.csv")
+    assert table["instruct_n"].notna().all() and "parent_n" not in table
+    before = next((tmp_path / "runs").rglob("responses/instruct*/manifest.json")).read_text()
+    run(*typed, "--parent", home / "parent", "--out", "both")
+    assert pd.read_csv(tmp_path / "both" / "T02_degradation.csv")["parent_n"].notna().any()
+    assert next((tmp_path / "runs").rglob("responses/instruct*/manifest.json")).read_text() == before
+    scale = ["--scale", "runs/tiny/scale.yaml", "--backbone", "tiny"]
+    run("score", "xstest", *scale, "--run", "examination/instruct.filtered-full", "--out", "score.json")
+    assert json.loads((tmp_path / "score.json").read_text())["scores"][0]["n"] in (8, 10, 18)
+    capsys.readouterr()
+    run("status", *scale[:2], "--backbones", "tiny")
+    said = capsys.readouterr().out
+    assert (
+        "valid     tiny seed 0 examination/instruct.filtered-full" in said and "projector/filtered: others have trained" in said
+    )
+    run("gallery", *scale[:2], "--backbones", "tiny", "--out", "everything")
+    assert not list((tmp_path / "runs").rglob("*.card.md"))
+    assert "its card is with them" in refused(capsys, "card", *scale, "instruct/filtered-full")
+
+
+def test_judges_that_ask_a_model_judge_beside_rules(home):
+    request = Request("m", judges=["llama-guard-3=http://127.0.0.1:9/v1", "wildguard"], benchmarks=["figstep", "xstest", "siuo"])
+    scale = adopted.scale_of(request, "m", request.benchmarks)
+    assert scale["exam"]["judges"]["figstep"] == ["wildguard", "llama-guard-3", "xstest-strings"]
+    assert scale["exam"]["judges"]["xstest"] == ["wildguard-refusal", "xstest-strings"]
+    assert scale["exam"]["judges"]["sorry_bench"] is None and scale["loaded"]["judges"]["sorry-bench"] is None
+    assert scale["exam"]["endpoints"] == {"llama-guard-3": {"address": "http://127.0.0.1:9/v1"}}
+    assert scale["loaded"]["judges"]["wildguard"] == {}  # as the paper's scale has it
+    with pytest.raises(ValueError, match="say who answers the judge 'siuo-safe': siuo-safe=FOLDER or siuo-safe=ADDRESS"):
+        adopted.scale_of(Request("m", judges=["siuo-safe"]), "m", ["siuo"])
+
+
+def test_templates_get_messages_as_they_read_them(home):
+    """Blocks, or text with the picture's token in front; BOS is written once."""
+    processor, parent = (checkpoints.load_processor(home / name) for name in ("tiny", "parent"))
+    turns = (Turn("user", "hello"),)
+    assert chat.rendered(processor, turns, 1) == "<s>user: <image>hello\nassistant: "
+    assert chat.rendered(parent, turns, 0) == "<s>user: hello\nassistant: "
+    processor.chat_template = processors.PLAIN.replace("{{ bos_token }}", "")
+    assert chat.rendered(processor, turns, 1) == "user: <image>\nhello\nassistant: "
+    processor.chat_template = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"  # would write the list as it is
+    assert chat.rendered(processor, turns, 1) == "<image>\nhello"
+    ids = chat.prompt_batch(parent, [turns], [()])["input_ids"][0].tolist()
+    assert ids.count(parent.bos_token_id) == 1 and parent.pad_token_id == parent.eos_token_id
+
+
+def test_prompts_of_a_file_are_checked(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "a", "label": "harmful"}\n{"text": "b", "label": "nice"}\n')
+    with pytest.raises(ValueError, match=r"unknown label in row 2 of .* 'nice'"):
+        prompts.from_file(path)
+    path.write_text('{"text": "a", "label": "harmful", "image": "x.png"}\n')
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"the picture x.png in row 1 of .* cannot be used"):
+        prompts.from_file(path)
+    path.write_text('{"text": "a", "label": "harmful", "id": 1}\n{"text": "b", "label": "benign", "id": 1}\n')
+    with pytest.raises(ValueError, match="two rows of one id"):
+        prompts.from_file(path)
+    with pytest.raises(ValueError, match="has no column label"):
+        (tmp_path / "p.csv").write_text("text\na\n")
+        prompts.from_file(tmp_path / "p.csv")

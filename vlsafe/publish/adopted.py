@@ -28,7 +28,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--benchmarks", nargs="+", default=[], help="by default all whose official files are below VLSAFE_DATA")
     added.add_argument("--judges", nargs="+", default=[], metavar="JUDGE[=WHERE]",
                        help="models that judge beside rules: a name, NAME=FOLDER or NAME=ADDRESS")  # fmt: skip
-    added.add_argument("--serve", default="", help="generate by a server: its address (…#MODEL), or a command with {folder} and {port}")
+    served = "generate by a server: its address (…#MODEL), or a command with {folder} and {port}"
+    added.add_argument("--serve", default="", help=served)
     added.add_argument("--limit", type=int, default=0, help="items per benchmark, spread evenly; all without it")
     added.add_argument("--max-new-tokens", type=int, default=512)
     added = command(probe, "which layers of somebody else's model have moved from its parent, which way, and where safety lies")
@@ -64,24 +65,29 @@ def examine(arguments: Arguments) -> None:
     for name, why in lacking.items():
         print(f"{name}: not at hand ({why})", file=sys.stderr)
     names = [name for name in EXAMINED if name not in study.left_out()]
-    out = made(study, names, arguments.out, EXAMINATION, "How safe is this model, and how safe was its parent?")
-    print(shown(pd.read_csv(out / "T02_degradation.csv")))
-    print(f"\n{out}/report.html; answers and verdicts: {', '.join(str(study.run(name).folder) for name in names)}")
-    print(f"scale: {study.file}, for other commands (--scale {shlex.quote(study.file)} --backbone {study.backbone})")
+    out = published(study, names, arguments.out, EXAMINATION, "How safe is this model, and how safe was its parent?")
+    caption = (out / "T02_degradation.md").read_text(encoding="utf-8").rstrip().splitlines()[-1]
+    print(shown(pd.read_csv(out / "T02_degradation.csv")), caption, sep="\n\n")
+    print(f"\n{_here(out / 'report.html')}; answers and verdicts: {', '.join(_here(study.run(name).folder) for name in names)}")
+    print(f"for other commands: --scale {shlex.quote(_here(Path(study.file)))} --backbone {study.backbone}")
 
 
 def probe(arguments: Arguments) -> None:
     """Compare a model with its parent inside."""
     request = _request(arguments, prompts=arguments.prompts, validation=0.5 if arguments.prompts else 0.2)  # a file holds fewer
     study, _ = adopted.opened(request, arguments.root, arguments.name, PROBED)
-    out = made(study, list(PROBES), arguments.out, INSIDE, "What of the parent has moved in this model, and where?")
+    out = published(study, list(PROBES), arguments.out, INSIDE, "What of the parent has moved in this model, and where?")
     band, direction = study.numbers("probe/localisation"), study.numbers("probe/direction")
     located = f"safety band [{band['band'][0]}, {band['band'][1]})" if band["located"] else "no safety band"
     print(f"{located}: {band['reason']}")
-    print(f"refusal direction: of block {direction['layer']}, by {direction['prompts']} prompts\n{out}/report.html")
+    print(f"refusal direction: of block {direction['layer']}, by {direction['prompts']} prompts\n{_here(out / 'report.html')}")
 
 
-def made(study: Study, names: Sequence[str], out: Path | None, artefacts: Sequence[str], title: str) -> Path:
+def _here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def published(study: Study, names: Sequence[str], out: Path | None, artefacts: Sequence[str], title: str) -> Path:
     """Make stages, then tables and figures of them and the report; where these are."""
     for name in names:
         study.folder(name)

@@ -36,8 +36,8 @@ class Link(NamedTuple):
 
 def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
     """The cards of those finished runs that left a model, each beside its run's folder: what is in a folder stays as it was."""
-    written = []
-    for name in names:
+    written: list[Path] = []
+    for name in names if study.adopted is None else ():  # others write the cards of their models
         run = study.run(name)
         if store.status(run) == "valid" and has_weights(store.manifest_of(run)):
             written.append(run.folder.with_name(f"{run.recipe}.card.md"))
@@ -48,8 +48,10 @@ def write_cards(study: Study, names: Sequence[str]) -> list[Path]:
 def card(study: Study, name: str) -> str:
     """The model card of a finished run, from its lineage and whatever examined it; nothing is made for it.
 
-    Raises:   FileNotFoundError for a run that is not there; ValueError for one that left no model
+    Raises:   FileNotFoundError for a run that is not there; ValueError for one that left no model, or holds one of others
     """
+    if study.adopted:
+        raise ValueError(f"{name} is a model that others have trained; its card is with them")
     if (status := store.status(study.run(name))) != "valid":
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {status}; `vlsafe stage {name}` makes it")
     ancestors = [store.manifest_of(study.run(before)) for before in lineage(study, name)]

@@ -74,4 +74,9 @@ def costs(folder: Path) -> str:
     return provenance.markdown(table.reset_index())
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"headline": headline, "costs": costs}
+def examine(folder: Path) -> str:
+    """What `vlsafe examine` printed of a tiny model, as a test records it beside the figures."""
+    return (folder.parent / "examine.md").read_text(encoding="utf-8").rstrip()
+
+
+PARTS: dict[str, Callable[[Path], str]] = {"headline": headline, "costs": costs, "examine": examine}

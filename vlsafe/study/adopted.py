@@ -140,7 +140,8 @@ def stages(ours: Mapping[str, Stage]) -> dict[str, Stage]:
         return Stage(make, (), of, 0, estimate="seconds", seedless=True)
 
     def probing(stage: Stage, inputs: tuple[str, ...]) -> Stage:
-        return replace(stage, inputs=inputs, params=lambda s: [stage.params(s), prompts(s)], gathers=False, estimate="not measured")
+        of = lambda study: [stage.params(study), prompts(study)]  # noqa: E731
+        return replace(stage, inputs=inputs, params=of, gathers=False, estimate="not measured")
 
     probes = {name: probing(ours[name], inputs) for name, inputs in PROBES.items()}
     return {PARENT: adopting("parent"), MODEL: adopting("model"), **probes}
