@@ -81,24 +81,27 @@ def test_verdicts_follow_from_the_counts(three):
     )
     assert models["4b"] == CONTRADICTED  # the twin complies more
     assert models["6"] == CONTRADICTED  # DPO complies more than the adapted model
-    assert models["5b"] == UNDECIDED  # multitask restores everything; 300 items do not rule out five points, corrected
+    assert models["5r"] == SUPPORTED and models["5h"] == CONTRADICTED  # SFT refuses twins and costs no help
+    assert models["5br"] == UNDECIDED  # multitask restores everything; 300 items do not rule out five points, corrected
     assert models["12"] == NOT and pd.isna(three.loc["12", "effect"])
     recipe = three["seed_level"].to_dict()
-    assert recipe["1"] == recipe["3"] == SUPPORTED and recipe["4b"] == CONTRADICTED
+    assert recipe["1"] == recipe["2"] == SUPPORTED
+    assert recipe["3"] == UNDECIDED and three.loc["3", "seed_p"] < 0.05 < three.loc["3", "seed_p_holm"]  # decided on the latter
 
 
 def test_a_cost_is_ruled_out_by_enough_items():
     ledger = claims.ledger(found(*(study(seed, n=300) for seed in range(3)))).set_index("claim")
-    assert ledger.loc["5b", "item_level"] == CONTRADICTED and ledger.loc["5", "item_level"] == SUPPORTED
+    assert ledger.loc["5br", "item_level"] == CONTRADICTED and ledger.loc["5r", "item_level"] == SUPPORTED
 
 
 def test_effects_by_hand(three):
     third = three.loc["3"]
     assert third["effect"] == pytest.approx(0.6) and third["effects"] == [0.6, 0.72, 0.48] and third["n"] == 300
     assert third["part"].startswith("text") or third["part"].startswith("multimodal")
-    assert third["seed_low"] == pytest.approx(0.6 - 4.3027 * 0.12 / 3**0.5, abs=1e-4)  # Student's t with two degrees of freedom
+    c = 4.3027**2 * 0.12**2 / 3 / (1 - 0.6**2)  # Student's t with two degrees of freedom, Wilson's formula on [-1, 1]
+    assert third["seed_low"] == pytest.approx((0.6 - (c * (1 + c - 0.6**2)) ** 0.5) / (1 + c), abs=1e-4)
     assert three.loc["4c", "effect"] == pytest.approx(0.6 - 0.1)  # ASR up by 60 points, refusals of twins down by 10
-    assert three.loc["5", "part"] == "refusal of benign twins rises by more than 5 points"
+    assert three.loc["5r", "part"] == "refusal of benign twins rises by more than 5 points"
     assert (three["p_holm"].dropna() >= three["p"].dropna()).all()
 
 
@@ -114,25 +117,6 @@ def test_a_claim_is_judged_on_the_seeds_that_measured_all_of_it():
     other = other[other["stage"] != "safety"]
     ledger = claims.ledger(found(study(0), other)).set_index("claim")
     assert ledger.loc["1", "seeds"] == 2 and ledger.loc["5", "seeds"] == 1
-
-
-def test_seeds_on_both_sides_decide_nothing():
-    part = comparisons.Part("x", 1, "a", "b")
-    one_side, both = (claims.over_seeds(effects, [0.01] * 3, part) for effects in ((0.2, 0.21, 0.22), (-0.01, 0.21, 0.22)))
-    assert one_side["seed_p"] < 0.01 and both["seed_p"] == 1
-    equal = claims.over_seeds([0.3] * 3, [0.05] * 3, part)  # seeds that agree by chance: the items' noise stays
-    assert equal["seed_high"] - equal["seed_low"] == pytest.approx(2 * 4.3027 * 0.05 / 3**0.5, abs=1e-4)
-    assert equal["sd_seeds"] == 0 and equal["sd_items"] == pytest.approx(0.05)
-
-
-def test_the_variance_of_seeds_and_items_is_separated():
-    """Seeds that truly differ by 0.1 and items that blur each by 0.05: both come back on average."""
-    rng = np.random.default_rng(0)
-    part, variances = comparisons.Part("x", 1, "a", "b"), []
-    for _ in range(300):
-        effects = rng.normal(0.3, 0.1, 8) + rng.normal(0, 0.05, 8)
-        variances.append(claims.over_seeds(list(effects), [0.05] * 8, part)["sd_seeds"] ** 2)
-    assert np.mean(variances) == pytest.approx(0.01, rel=0.1)
 
 
 def test_no_room_is_a_ceiling():
@@ -159,7 +143,7 @@ def test_the_ledger_says_who_judged_or_why_nothing_was_measured():
     ledger = claims.ledger(claims.prepared(frames)).set_index("claim")
     assert ledger.loc["1", ["judge", "reason"]].tolist() == ["world", ""]
     assert ledger.loc["3b", "reason"] == "no text_asr of instruct/clean-full: nobody knows the truth"
-    assert ledger.loc["8", "reason"] == "needs the SPPFT grid and a located band"
+    assert ledger.loc["8", "reason"] == "needs the SPPFT grid, a located band and such other sets"
     assert ledger.loc["12", "reason"] == "no study of this backbone"
     shown = claims.sheet(ledger.reset_index()).set_index("claim")["decided by"]
     assert shown["3b"] == ledger.loc["3b", "reason"] and shown["1"] == ledger.loc["1", "part"]
@@ -190,8 +174,8 @@ def merged(text, pictures, helpful, ensemble):
     tenth = next(claim for claim in claims.CLAIMS if claim.name == "10")
     tuned = {part.before: of_two(30, 40) for part in claims.leaves(tenth.decided_by)}
     assert len(tuned) == 9
-    own = {claims.MERGED[0].replace("[1-9]*", "60"): of_two(text, pictures, help=helpful)}
-    return study(n=200, **tuned, **own, **{claims.ENSEMBLE[0].replace("[1-9]*", "50"): ensemble})
+    own = {claims.MERGED[0].replace("0.*[1-9]*", "0.60"): of_two(text, pictures, help=helpful)}
+    return study(n=200, **tuned, **own, **{claims.ENSEMBLE[0].replace("0.*[1-9]*", "0.50"): ensemble})
 
 
 @pytest.mark.parametrize(
@@ -199,7 +183,7 @@ def merged(text, pictures, helpful, ensemble):
     [
         ((5, 10, 60), of_two(30, 40), SUPPORTED, SUPPORTED),
         ((80, 90, 30), of_two(30, 40), CONTRADICTED, CONTRADICTED),
-        ((30, 40, 60), of_two(30, 40), SUPPORTED, UNDECIDED),
+        ((30, 40, 60), of_two(30, 40), UNDECIDED, UNDECIDED),
     ],
 )
 def test_merging_against_the_front_and_the_ensemble(model, ensemble, front, better):
@@ -267,8 +251,8 @@ def test_the_ledger_of_a_folder_is_read_back_as_it_was_written(tmp_path):
     assert again.index.tolist() == wanted.index.tolist() and again["item level"].tolist() == wanted["item level"].tolist()
     assert again["effect"].tolist() == wanted["effect"].tolist()
     assert claims.committed(tmp_path / "nothing here", ["1"]).empty
-    with pytest.raises(ValueError, match="unknown claim '4e'"):
-        claims.committed(tmp_path, ["4e"])
+    with pytest.raises(ValueError, match="unknown claim '4z'"):
+        claims.committed(tmp_path, ["4z"])
 
 
 def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):

@@ -117,12 +117,19 @@ def _at_equal(
         yield line | stats.percentiles(other) | stats.percentiles(main, "main") | stats.percentiles(other - main, "difference")
 
 
-def progress(weights: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
-    """How far each checkpoint of stage 2 has come, one line per backbone × seed × recipe × step, by "distance" and by "loss"."""
+def distance(weights: pd.DataFrame) -> pd.Series:
+    """How far the language weights of each checkpoint of stage 2 are from the parent's, by backbone, seed, recipe and step.
+
+    Units:    relative to the length of the parent's weights
+    """
     weights = weights[weights["stage"] == "instruct"].drop_duplicates([*UNIT, "recipe", "step", "weight"])
     moved = weights.groupby([*UNIT, "recipe", "step"], sort=False)[["change", "norm"]].sum()
-    moved = np.sqrt(moved["change"] / moved["norm"]).rename("value").reset_index()
-    fallen = []
+    return np.sqrt(moved["change"] / moved["norm"]).rename("value")
+
+
+def progress(weights: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+    """How far each checkpoint of stage 2 has come, one line per backbone × seed × recipe × step, by "distance" and by "loss"."""
+    moved, fallen = distance(weights).reset_index(), []
     for unit, of in groups(losses, [*UNIT, "recipe"]):
         loss = of.sort_values("step")["loss"].to_numpy()
         steps = moved.loc[(moved[list(unit)] == pd.Series(unit)).all(axis=1), "step"]

@@ -1,35 +1,38 @@
 """The claims ledger: what the paper says, what was measured, how sure we are.
 
-A claim is a tree of comparisons, fixed before the results (`claims.yaml`): "all" of them must hold, or "any". Each claim has
-two verdicts. *Item-level*: the items are the sample and the models are fixed; verb–object pairs are resampled, seeds are strata.
-*Seed-level*: the training runs are the sample; all seeds must lie on one side, and the t-interval over them beside it. What
-was not measured has no verdict.
+A claim is a tree of comparisons of the registry (`env/claims.yaml`): "all" of them must hold, or "any". Each claim has two
+verdicts. *Item-level*: the items are the sample and the models are fixed; verb–object pairs are resampled, seeds are strata.
+*Seed-level*: the training runs are the sample (`stats.over_seeds`). Both are decided after Holm's correction, and neither where
+seeds disagree beyond their own intervals. What was not measured has no verdict.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
-from scipy.stats import t as student
 
 from vlsafe.analysis import comparisons, stats
-from vlsafe.analysis.comparisons import ADAPTED, METHODS, Changes, Frames, Part, Unit, changes
+from vlsafe.analysis.comparisons import ADAPTED, Changes, Frames, Part, Unit, changes
 from vlsafe.analysis.measures import Lacking
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
 LEVEL, SEEDS = 0.05, 3  # of a verdict; fewest seeds for a seed-level verdict
-SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, NOT = (
-    "supported", "contradicted", "undecided", "undecided (ceiling)", "not measured"
+SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, DIFFERS, NOT = (
+    "supported", "contradicted", "undecided", "undecided (ceiling)", "differs by seed", "not measured"
 )  # fmt: skip
+REGISTERED, EXPLORATORY = "registered", "exploratory"
 PARENT = MAIN_LINE["parent"]
-DRAWS = 9999  # p-values of the ledger are corrected for some twenty claims, so their tails must be known
+DRAWS = 4999  # p-values of the ledger are corrected for some ten claims a family, so their tails must be known
 
 
 class Joint(NamedTuple):
@@ -40,12 +43,19 @@ class Joint(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A statement of the paper or about it, and what decides it; `only`: of these backbones."""
+    """A statement of the paper or about it, and what decides it; `only`: of these backbones; `rule`: the digest of its entry.
+
+    `interest` is the smallest effect that would matter; `family` and `status` are what Holm's correction runs over.
+    """
 
     name: str
     text: str
     decided_by: Part | Joint
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...]
+    status: str
+    family: str
+    interest: float
+    rule: str
 
 
 def prepared(frames: Frames) -> dict[str, Any]:
@@ -69,29 +79,14 @@ def compared(part: Part, studies: Mapping[Unit, Changes]) -> dict[str, Any]:
     line = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
     line |= {"part": part.what, "sign": part.sign, "before": before, "after": after, "against": part.against}
     strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to change
-    ceiling = bool(strict and line["p"] >= LEVEL and room < line["detectable"])
-    line |= {"n": whole.n, "seeds": len(studies), "ceiling": ceiling}
-    return line | over_seeds([one.effect.item() for one in single], [one.se.item() for one in single], part)
-
-
-def over_seeds(effects: Sequence[float] | np.ndarray, se: Sequence[float], part: Part) -> dict[str, Any]:
-    """The t-interval over seeds, and how much of an effect's spread is due to seeds and how much to items.
-
-    The standard error is never below what the items alone would give. Seeds on both sides of the threshold decide nothing.
-    """
-    k, effects = len(effects), np.asarray(effects)
-    items = float(np.sqrt(np.mean(np.square(se))))
-    line = {"effects": effects.round(4).tolist(), "sd_items": items, "seed_p": 1.0}
-    if k < 2:
-        return line
-    between = effects.var(ddof=1)
-    error = np.sqrt(max(between, items**2) / k)
-    half, distance = student.ppf(0.975, k - 1) * error, effects.mean() - part.against
-    if len(set(np.sign(effects - part.against))) == 1 and distance != 0:
-        line["seed_p"] = float(2 * student.sf(abs(distance) / error, k - 1))
-    reach = student.ppf(0.975, k - 1) + student.ppf(stats.POWER, k - 1)
-    ends = {"seed_low": effects.mean() - half, "seed_high": effects.mean() + half, "seed_detectable": reach * error}
-    return line | ends | {"sd_seeds": float(np.sqrt(max(0.0, between - items**2)))}
+    clear = line["p"] < LEVEL and abs(line["effect"] - part.against) >= line["detectable"]  # more than what a bound brings about
+    ceiling = bool(strict and not clear and room < line["detectable"])
+    line |= {"n": whole.n, "seeds": len(studies), "ceiling": ceiling, "differs": False, "seed_p": 1.0}
+    reach = max(sum(abs(s.weight) * max(1.0, np.abs(s.least).max()) for s in one.strata) for one in studies.values())
+    effects, se, p = (np.array([getattr(one, name).item() for one in single]) for name in ("effect", "se", "p"))
+    se = np.where(se > 0, se, [reach / one.n for one in single])  # where every item changed alike, a bootstrap sees no spread
+    line |= {"effects": effects.round(4).tolist(), "sd_items": float(np.sqrt(np.mean(se**2)))}
+    return line | (stats.over_seeds(effects, se, p, part.against, reach) if len(effects) > 1 else {})
 
 
 class Weight(NamedTuple):
@@ -106,12 +101,14 @@ class Weight(NamedTuple):
 def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) -> Weight:
     """P-values of a tree from those of its parts: of "all" the greatest, of "any" the least times their number.
 
+    Where seeds disagree, a part counts for neither side.
+
     Source:   intersection-union test (Berger 1982) and Bonferroni's bound
     """
     if isinstance(tree, Part):
         line = lines[tree.what]
-        holds = tree.sign * (line["effect"] - tree.against) > 0
-        support, contradict = (line[p], 1.0) if holds else (1.0, line[p])
+        holds, value = tree.sign * (line["effect"] - tree.against) > 0, 1.0 if line.get("differs") else line[p]
+        support, contradict = (value, 1.0) if holds else (1.0, value)
         return Weight(support, contradict, tree.what, tree.what)
     parts = [weigh(part, lines, p) for part in tree.parts]
     pro = _joined([(part.support, part.supporting) for part in parts], tree.how == "all")
@@ -122,6 +119,13 @@ def weigh(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], p: str) ->
 def _joined(parts: list[tuple[float, str]], every: bool) -> tuple[float, str]:
     p, deciding = (max if every else min)(parts, key=lambda part: part[0])
     return p if every else min(1.0, len(parts) * p), deciding
+
+
+def hindered(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], by: str) -> bool:
+    """Whether a tree cannot hold because of a ceiling or of seeds that differ (`by`): "any" only if that is so of every part."""
+    if isinstance(tree, Part):
+        return bool(lines[tree.what][by])
+    return (any if tree.how == "all" else all)(hindered(part, lines, by) for part in tree.parts)
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -164,43 +168,52 @@ def results(frames: Frames, seeds: Sequence[int] | None = None) -> Lines:
             of = [unit for unit in units.get(backbone, []) if seeds is None or unit[1] in seeds]
             found = {unit: [change for part in parts if (change := changes(part, frames, unit))] for unit in of}
             whole = {unit: each for unit, each in found.items() if len(each) == len(parts)}
-            each = [compared(part, {u: whole[u][i] for u in whole}) for i, part in enumerate(parts) if whole]
             if of or claim.only:
-                judges = [comparisons.judge(part, frames) for part in parts]
                 lines[claim.name, backbone] = {
-                    line["part"]: line | {"judge": judge} for line, judge in zip(each, judges, strict=False)
+                    part.what: _once(part, {u: whole[u][i] for u in whole}, frames) for i, part in enumerate(parts) if whole
                 }
     return lines
 
 
+def _once(part: Part, studies: Mapping[Unit, Changes], frames: Frames) -> dict[str, Any]:
+    """A comparison and its judges; claims share some, and several tables show them."""
+    key, memory = (part._replace(what=""), *studies), frames["compared"]
+    if key not in memory:
+        memory[key] = compared(part, studies) | {"judge": comparisons.judge(part, frames)}
+    return memory[key] | {"part": part.what}
+
+
 def judged(lines: Lines) -> pd.DataFrame:
-    """Verdicts from the comparisons of all claims; Holm's family is the claims of one backbone."""
+    """Verdicts from the comparisons of all claims; Holm's family is that of the registry, of one backbone and status."""
     claims, rows = {claim.name: claim for claim in CLAIMS}, []
     for (name, backbone), of in lines.items():
-        row: dict[str, Any] = {"claim": name, "statement": claims[name].text, "backbone": backbone}
+        claim = claims[name]
+        row: dict[str, Any] = {"claim": name, "statement": claim.text, "backbone": backbone, "registry": REGISTRY}
+        row |= {column: getattr(claim, column) for column in ("status", "family", "interest", "rule")}
         if of:
-            item, seed = (weigh(claims[name].decided_by, of, p) for p in ("p", "seed_p"))
+            item, seed = (weigh(claim.decided_by, of, p) for p in ("p", "seed_p"))
             falls = item.contradict < min(LEVEL, item.support)
             row |= of[item.contradicting if falls else item.supporting]
-            row |= {"p": min(item[:2]), "seed_p": min(seed[:2]), "ceiling": any(part["ceiling"] for part in of.values())}
+            row |= {"p": min(item[:2]), "seed_p": min(seed[:2])}
+            row |= {by: hindered(claim.decided_by, of, by) for by in ("ceiling", "differs")}
             row |= {"item_holds": item.support < item.contradict, "seed_holds": seed.support < seed.contradict}
         rows.append(row)
-    head = ["claim", "statement", "backbone", *COLUMNS]
-    frame = pd.DataFrame(rows).reindex(columns=[*head, "item_holds", "seed_holds", "ceiling"])
+    head = ["claim", "statement", "status", "family", "backbone", *COLUMNS]
+    frame = pd.DataFrame(rows).reindex(columns=[*head, "item_holds", "seed_holds", "ceiling", "differs"])
     for p in ("p", "seed_p"):
-        frame[f"{p}_holm"] = stats.holm(frame[p], [frame["backbone"]])
+        frame[f"{p}_holm"] = stats.holm(frame[p], [frame[key] for key in ("backbone", "family", "status")])
     few = (frame["seeds"].fillna(0) < SEEDS) & frame["seed_p"].notna()
-    for level, p in (("item", frame["p_holm"]), ("seed", frame["seed_p"].mask(few, 1.0))):
-        clear = np.where(frame[f"{level}_holds"].eq(True), SUPPORTED, CONTRADICTED)
-        unclear = np.where(frame["ceiling"].eq(True), CEILING, UNDECIDED)
-        frame[f"{level}_level"] = np.select([p.isna(), p < LEVEL], [NOT, clear], unclear)
+    for level, p in (("item", frame["p_holm"]), ("seed", frame["seed_p_holm"].mask(few, 1.0))):
+        holds, ceiling, differs = (frame[name].eq(True) for name in (f"{level}_holds", "ceiling", "differs"))
+        cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs, CEILING: ceiling}
+        frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
     return frame[head]
 
 
 COLUMNS = [
     "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
-    "seeds", "detectable", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items", "sd_seeds",
-    "judge",
+    "seeds", "detectable", "interest", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items",
+    "sd_seeds", "heterogeneity", "judge", "rule", "registry",
 ]  # fmt: skip
 
 
@@ -239,19 +252,20 @@ def precision(frames: Frames) -> pd.DataFrame:
 
 def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     """T09 for the eye, in points."""
-    points = 100 * ledger[["effect", "low", "high", "seed_low", "seed_high", "detectable"]]
+    points = 100 * ledger[["effect", "low", "high", "seed_low", "seed_high", "detectable", "seed_detectable"]]
 
     def text(form: str, *columns: str) -> list[str]:
         return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
 
     decided = ledger["part"].astype(object).where(ledger["part"].notna(), ledger["reason"])
-    shown = ledger[["claim", "statement", "backbone", "item_level", "seed_level"]].copy()
+    shown = ledger[["claim", "statement", "status", "backbone", "item_level", "seed_level"]].copy()
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
-    shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger["p_holm"]]
+    for name, column in {"p (Holm)": "p_holm", "seed p (Holm)": "seed_p_holm", "heterogeneity": "heterogeneity"}.items():
+        shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
-    shown["detectable"] = text("{:.0f}", "detectable")
+    shown["detectable"], shown["over seeds, detectable"] = (text("{:.0f}", name) for name in ("detectable", "seed_detectable"))
     return shown
 
 
@@ -282,28 +296,54 @@ def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
         known(name, [claim.name for claim in CLAIMS], "claim")
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote neither judges nor reasons
+    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote no judges, reasons, statuses
     return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
 
 
-def _tree(node: Mapping[str, Any], values: Mapping[str, str]) -> Part | Joint:
-    """A tree of the data file; what `use` stands beside fills the braces of the shared tree that it names."""
+def entries(registry: Mapping[str, Any]) -> dict[str, Any]:
+    """The claims of a registry with shared trees written out: what is compared, and digested, of an entry."""
+    return {name: _written_out(claim, {}, registry["trees"]) for name, claim in registry["claims"].items()}
+
+
+def _written_out(node: Any, values: Mapping[str, str], trees: Mapping[str, Any]) -> Any:
+    """A node of the data file; what `use` stands beside fills the braces of the shared tree that it names."""
+    if isinstance(node, list):
+        return [_written_out(part, values, trees) for part in node]
+    if not isinstance(node, dict):
+        return node.format_map(values) if isinstance(node, str) else node
     if "use" in node:
-        return _tree(_DATA["trees"][node["use"]], {**values, **node})
+        tree = _written_out(trees[node["use"]], {**values, **node}, trees)
+        return {name: value for name, value in node.items() if name in HEAD} | tree
+    return {name: _written_out(value, values, trees) for name, value in node.items()}
+
+
+def _tree(node: Mapping[str, Any]) -> Part | Joint:
     for how in ("all", "any"):
         if how in node:
-            return Joint(how, tuple(_tree(part, values) for part in node[how]))
-    part = {name: node[name] for name in ("sign", "against") if name in node}
-    part |= {"method": METHODS[node["method"]]} if "method" in node else {}
-    before, after = (node[side].format_map(values) for side in ("before", "after"))
-    runs = {"before": MAIN_LINE.get(before, before), "after": MAIN_LINE.get(after, after)}
-    return Part(node["what"].format_map(values), **runs, **part, measures=tuple(node.get("measures", ("text_asr",))))
+            return Joint(how, tuple(map(_tree, node[how])))
+    fields = {name: node[name] for name in Part._fields if name in node}
+    runs = {side: MAIN_LINE.get(node[side], node[side]) for side in ("before", "after")}
+    return Part(**fields | runs | {"measures": tuple(node.get("measures", ("text_asr",)))})
 
 
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _claim(name: str, entry: Mapping[str, Any]) -> Claim:
+    head = {"status": entry["status"], "family": entry["family"], "interest": entry["interest"]}
+    return Claim(name, entry["text"], _tree(entry), tuple(entry.get("only", ())), **head, rule=rule(entry))
+
+
+def rule(entry: Mapping[str, Any]) -> str:
+    """The digest of a claim's entry, whatever its status."""
+    return _digest({name: value for name, value in entry.items() if name != "status"})
+
+
+HEAD = ("text", "status", "family", "interest", "only")
 _DATA = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-CLAIMS = tuple(
-    Claim(name, claim["text"], _tree(claim, {}), tuple(claim.get("only", ()))) for name, claim in _DATA["claims"].items()
-)
+REGISTRY = _digest(_DATA)
+CLAIMS = tuple(sorted(starmap(_claim, entries(_DATA).items()), key=lambda claim: claim.status != REGISTERED))
 PRECISION = {measure: MAIN_LINE[run] for run, measures in _DATA["precision"].items() for measure in measures}
 TUNED, MERGED, ENSEMBLE = tuple(_DATA["tuned"]), _DATA["merged"], _DATA["ensemble"]
 

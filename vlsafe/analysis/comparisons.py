@@ -5,19 +5,21 @@ Most of them compare runs by the answers of full examinations; others use checkp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from vlsafe.analysis import adaptation, stats
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis.measures import SAME, UNIT, events, run_names
 from vlsafe.analysis.stats import Stratum
 from vlsafe.core.schema import MAIN_LINE
 
 ADAPTED = MAIN_LINE["adapted"]
+EARLY = 0.25  # of the steps: the last checkpoint before is an early one
 Frames = Mapping[str, Any]
 Unit = tuple[str, int]  # backbone and seed of a study
 
@@ -33,7 +35,7 @@ class Changes(NamedTuple):
 class Part(NamedTuple):
     """`after` minus `before`, claimed to lie above (sign 1) or below (-1) `against`.
 
-    Runs are stage/recipe patterns; several that match are averaged. Several measures are added up. `method` finds the items.
+    Runs are stage/recipe patterns; several that match are averaged. Several measures are added up. `method`: one of METHODS.
     """
 
     what: str
@@ -42,12 +44,12 @@ class Part(NamedTuple):
     after: str
     measures: tuple[str, ...] = ("text_asr",)
     against: float = 0.0
-    method: Callable[[Part, Frames, Unit], Changes | None] | None = None
+    method: str = "answers"
 
 
 def changes(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """What a comparison finds in one study; None where it was not measured there."""
-    return (part.method or answers)(part, frames, unit)
+    return METHODS[part.method](part, frames, unit)
 
 
 def answers(part: Part, frames: Frames, unit: Unit) -> Changes | None:
@@ -74,16 +76,86 @@ def _strata(values: pd.Series, measure: str) -> list[Stratum]:
     return analysis_measures.strata(rows.assign(least=values.to_numpy(), most=values.to_numpy()), measure)
 
 
+def _curve(part: Part, frames: Frames, unit: Unit, run: str) -> pd.DataFrame:
+    """Item × step on the panel: a run's checkpoints that all recipes of stage 2 share, and the end of stage 1 as step 0."""
+    wide = frames["panels"].get((*unit, part.measures[0]), pd.DataFrame())
+    own = wide[[place for place in wide if place[0] in (adaptation.START[0], run.partition("/")[2])]].dropna()
+    return own.set_axis([step for _, step in own], axis=1)
+
+
 def trend(part: Part, frames: Frames, unit: Unit) -> Changes | None:
-    """The rise of a line fitted through a run's checkpoints, evenly spaced, from the first to the last; on the panel's items."""
-    wide = frames["panels"].get((*unit, part.measures[0]))
-    if wide is None or wide.shape[1] < 3:
+    """From an earlier to a later checkpoint, the mean change over all pairs of them; on the panel's items.
+
+    Source:   Mann 1945, for 0 and 1; only the order of the steps counts, and no line leaves their range
+    """
+    line = _curve(part, frames, unit, part.after)
+    n = line.shape[1]
+    return _along(part, line, (2 * np.arange(n) - n + 1) / (n * (n - 1) / 2)) if n > 2 else None
+
+
+def onset(part: Part, frames: Frames, unit: Unit) -> Changes | None:
+    """How far the mean over the steps lies above the middle of both ends: 0 on a straight line, above it for an early rise."""
+    line = _curve(part, frames, unit, part.after)
+    steps = line.columns.to_numpy(float)
+    if len(steps) < 3:
         return None
-    judged = wide.dropna()
-    place = np.linspace(-0.5, 0.5, judged.shape[1])
-    rise = pd.Series(judged.to_numpy(float) @ (place / (place**2).sum()), judged.index)
-    first, last = judged.iloc[:, 0].mean(), judged.iloc[:, -1].mean()
-    return Changes(_strata(rise, part.measures[0]), float(first), float(last))
+    gaps, ends = np.diff(steps) / np.ptp(steps), np.zeros(len(steps))
+    ends[[0, -1]] = 1.0
+    return _along(part, line, (np.r_[gaps, 0.0] + np.r_[0.0, gaps] - ends) / 2)
+
+
+def _along(part: Part, line: pd.DataFrame, weights: np.ndarray) -> Changes | None:
+    """A weighted sum over the checkpoints, per item."""
+    change = _strata(pd.Series(line.to_numpy(float) @ weights, line.index), part.measures[0]) if len(line) else []
+    return Changes(change, float(line.iloc[:, 0].mean()), float(line.iloc[:, -1].mean())) if change else None
+
+
+def matched(part: Part, frames: Frames, unit: Unit) -> Changes | None:
+    """Two recipes of stage 2 where their weights have moved equally far from the parent's; see `adaptation.matched`."""
+    weights = [rows for name in ("drift", "moved") if (rows := _of(frames, name, unit)) is not None]
+    far = adaptation.distance(pd.concat(weights)) if weights else pd.Series(dtype=float)
+    sides = {run: _curve(part, frames, unit, run) for run in (part.before, part.after)}
+    both = sides[part.before].index.intersection(sides[part.after].index)
+    heights = {}
+    for run, line in sides.items():
+        steps = [step for step in line if (*unit, run.partition("/")[2], step) in far.index]
+        if 0 not in line or not steps or both.empty:
+            return None
+        sides[run] = line.loc[both, [0, *steps]]
+        heights[run] = np.maximum.accumulate([0.0, *(far[(*unit, run.partition("/")[2], step)] for step in steps)])
+    level, n = min(height[-1] for height in heights.values()), len(both)
+    before, after = (
+        pd.Series(stats.at_level(np.tile(heights[run], (n, 1)), sides[run].to_numpy(float), np.full(n, level)), both)
+        for run in (part.before, part.after)
+    )
+    return Changes(_strata(after - before, part.measures[0]), float(before.mean()), float(after.mean()))
+
+
+def foreseen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
+    """How far from every recipe's final rate in one seed a line lies that was fitted to early and final rates of the other seeds,
+    less how far the recipe's mean over these seeds does. Recipes are the items; two other seeds are needed.
+    """
+    found = [
+        (seed, run, of[place].mean(), frames["answers"][backbone, seed, measure][run].mean())
+        for (backbone, seed, measure), of in frames["panels"].items() if (backbone, measure) == (unit[0], part.measures[0])
+        for place in _early(of) if (run := f"instruct/{place[0]}") in frames["answers"].get((backbone, seed, measure), ())
+    ]  # fmt: skip
+    points = pd.DataFrame(found, columns=["seed", "run", "early", "final"]).dropna()
+    others, own = points[points["seed"] != unit[1]], points[points["seed"] == unit[1]].set_index("run")
+    means = others.groupby("run")["final"].mean().reindex(own.index)
+    own, means = own[means.notna()], means.dropna()
+    if others["seed"].nunique() < 2 or others["early"].nunique() < 2 or len(own) < 3:
+        return None
+    slope, start = np.polyfit(others["early"], others["final"], 1)
+    after, before = ((guess - own["final"]).abs() for guess in ((start + slope * own["early"]).clip(0, 1), means))
+    return Changes([_stratum(after - before, own.index)], float(before.mean()), float(after.mean()))
+
+
+def _early(panel: pd.DataFrame) -> list[tuple[str, int]]:
+    """The early checkpoint of every recipe."""
+    steps = [step for recipe, step in panel if recipe != adaptation.START[0]]
+    early = max((step for step in steps if step <= EARLY * max(steps)), default=None)
+    return [place for place in panel if place[1] == early and place[0] != adaptation.START[0]]
 
 
 def band_similarity(part: Part, frames: Frames, unit: Unit) -> Changes | None:
@@ -106,7 +178,7 @@ def band_similarity(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
 
 def frozen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
-    """ASR after stage 2 with the located band frozen, less the mean over all other sets of as many blocks (the full grid's)."""
+    """ASR after stage 2 with the located band frozen, less the mean over other sets of as many blocks, those of `part.before`."""
     place, grid = _of(frames, "located", unit), _of(frames, "frozen", unit)
     if grid is None or place is None or not place["located"].iloc[0]:
         return None
@@ -114,9 +186,10 @@ def frozen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     grid = grid.assign(recipe=grid["recipe"].where(~grid["located"].astype(bool), "located"))
     counted = events(grid, part.measures[0])
     wide = counted.pivot_table(index=SAME, columns="recipe", values="event", aggfunc=lambda v: float(v.iloc[0])).dropna()
-    if "located" not in wide or wide.shape[1] < 2:
+    others = [name for name in wide if name != "located" and fnmatchcase(f"sppft/{name}", part.before)]
+    if "located" not in wide or not others:
         return None
-    after, before = wide["located"], wide.drop(columns="located").mean(axis=1)
+    after, before = wide["located"], wide[others].mean(axis=1)
     return Changes(_strata(after - before, part.measures[0]), float(before.mean()), float(after.mean()))
 
 
@@ -136,16 +209,21 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     return Changes(strata, before, float(sides["between"]["cosine"].mean()))
 
 
-METHODS = {"trend": trend, "band_similarity": band_similarity, "frozen": frozen, "gradients": gradients}
-NEEDS: dict[Any, str] = {  # what each needs of a study
-    trend: "three checkpoints of the adapted model", band_similarity: "its layers, and a located band that leaves some out",
-    frozen: "the SPPFT grid and a located band", gradients: "gradients of both tasks",
+METHODS = {
+    function.__name__: function
+    for function in (answers, trend, onset, matched, foreseen, band_similarity, frozen, gradients)
+}  # fmt: skip
+NEEDS = {  # what each needs of a study
+    "trend": "three checkpoints of the adapted model", "onset": "three checkpoints of the adapted model",
+    "matched": "panels of both recipes, the end of stage 1, and how far their weights moved",
+    "foreseen": "panels of three recipes, and two other seeds", "frozen": "the SPPFT grid, a located band and such other sets",
+    "band_similarity": "its layers, and a located band that leaves some out", "gradients": "gradients of both tasks",
 }  # fmt: skip
 
 
 def lacking(part: Part, frames: Frames, unit: Unit) -> str:
     """What a comparison lacks in one study: runs that nobody examined, with the reason where `frames["without"]` has one."""
-    if part.method:
+    if part.method in NEEDS:
         return f"needs {NEEDS[part.method]}"
     for measure in part.measures:
         runs = list(frames["answers"].get((*unit, measure), ()))
@@ -175,17 +253,17 @@ def _stratum(values: pd.Series, clusters: Iterable[Any], weight: float = 1.0) ->
 
 
 def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
-    """The frames with answers to some measures laid out by study: item × run at the end, item × checkpoint on the panel; and the
-    judges of each measure."""
-    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}}
+    """The frames with answers to some measures laid out by study: item × run at the end, item × (recipe, step) on the panel; and
+    the judges of each measure."""
+    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}, "compared": {}}
     for unit, raw in frames["raw"].groupby(UNIT):
-        final, line = raw[raw["exam"] == "full"], raw[(run_names(raw) == ADAPTED) & raw["exam"].isin(["panel", "full"])]
-        line = line[line["item"].isin(line.loc[line["exam"] == "panel", "item"])]
+        final, panel = raw[raw["exam"] == "full"], adaptation.panel(raw)
         for measure in sorted(set(measures) & set(analysis_measures.MEASURES)):
-            for name, rows, column in (("answers", final, "run"), ("panels", line, "step")):
+            for name, rows, columns in (("answers", final, ["run"]), ("panels", panel, ["recipe", "step"])):
                 counted = events(rows, measure)
                 if len(counted):
                     result["judges"].setdefault(measure, {}).update(dict.fromkeys(counted["judge"]))
                     counted = counted.assign(run=run_names(counted), event=pd.to_numeric(counted["event"].astype("Float64")))
-                    result[name][(*unit, measure)] = counted.pivot(index=SAME, columns=column, values="event").astype(float)
+                    wide = counted.pivot(index=SAME, columns=columns, values="event").astype(float)
+                    result[name][(*unit, measure)] = wide.set_axis(wide.columns.tolist(), axis=1)
     return result

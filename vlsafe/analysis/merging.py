@@ -136,16 +136,21 @@ def verdicts(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def answer(verdict: pd.DataFrame) -> str:
-    """Does merging dominate? The statistics' own answer, over merges that were examined on all five measures."""
+    """Does merging dominate? The statistics' own answer, over merges of two tuned models that were examined on all five measures.
+
+    A merge with the parent is none, nor is an end of the line; one that was not compared with every rival dominates not all.
+    """
     rivals = [*TUNED, "ensemble"]
-    of = verdict[~verdict["rule"].isin(CONTROLS) & verdict["whole"] & verdict["reference"].isin(rivals)]
+    end = verdict["recipe"].str.rpartition("/")[2].isin(["0.00", "1.00"])
+    whole = verdict["whole"] & ~end & (verdict["partner"] != MAIN_LINE["parent"].partition("/")[2])
+    of = verdict[whole & ~verdict["rule"].isin(CONTROLS) & verdict["reference"].isin(rivals)]
     if of.empty:
-        return "Nothing can be said: no merge was examined on all five measures."
-    parts = []
-    for name in [rival for rival in rivals if rival in set(of["reference"])]:
+        return "Nothing can be said: no merge of two tuned models was examined on all five measures."
+    parts, there = [], [rival for rival in rivals if rival in set(of["reference"])]
+    for name in there:
         counts = of.loc[of["reference"] == name, "verdict"].value_counts()
         parts.append(f"{name}: " + ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in VERDICTS.values()))
-    best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].all()
+    best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].sum() == len(there)
     start = "Yes, some" if best.any() else "No"
     return f"{start}: {best.sum()} of {len(best)} merges dominate every tuning and their ensemble ({'; '.join(parts)})."
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -280,6 +280,39 @@ def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: i
     kept = rng.integers(2, size=(draws, len(values)), dtype=np.int8) @ values  # the rest is flipped
     flipped = 2 * kept - values.sum()
     return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
+
+
+def over_seeds(
+    effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: float = 0.0, bound: float = 1.0, level: float = 0.95
+) -> dict[str, Any]:  # fmt: skip
+    """The mean effect over training runs as the sample, none of which lies outside ±`bound`; `p` are those of each run's items.
+
+    Wilson's interval of a clustered share, the runs its clusters, stretched from [0, 1] to ±bound, with Student's quantile: the
+    spread of a mean shrinks towards a bound as it would for shares. The error is never below what the items alone would give.
+    Runs "differ" where some lie above the threshold and some below it, each with Bonferroni's correction over the runs;
+    `heterogeneity` is the p-value of no spread beyond the items', `sd_seeds` that spread.
+
+    Shapes:   effects, se, p  [K] or [K, D], K runs at least two  ->  each value [] or [D]
+    Source:   Korn and Graubard 1998 (clustered shares by an effective size, with Student's quantile); Cochran 1954 (Q);
+              Piantadosi and Gail 1993 (differences of sign: the range test)
+    """
+    k, mean, between, items = len(effects), effects.mean(0), effects.var(0, ddof=1), np.mean(se**2, 0)
+    variance = np.maximum(between, items) / k
+    room = np.maximum(bound**2 - mean**2, 2 * bound * np.sqrt(items) / k)  # runs without any variation lie at a bound
+    quantile, share = stats.t.ppf(0.5 + level / 2, k - 1), mean / bound
+    c = quantile**2 * variance / room
+    half = np.sqrt(c * np.maximum(0.0, 1 + c - share**2))
+    error = np.sqrt(variance * (bound**2 - against**2) / room)  # were the threshold the truth
+    weight = 1 / se**2
+    q = (weight * (effects - (weight * effects).sum(0) / weight.sum(0)) ** 2).sum(0)
+    beyond = [((p < (1 - level) / k) & (sign * (effects - against) > 0)).any(0) for sign in (1, -1)]
+    return {
+        "seed_low": bound * (share - half) / (1 + c), "seed_high": bound * (share + half) / (1 + c),
+        "seed_p": 2 * stats.t.sf(np.abs(mean - against) / error, k - 1),
+        "seed_detectable": (quantile + stats.t.ppf(POWER, k - 1)) * np.sqrt(variance),
+        "sd_seeds": np.sqrt(np.maximum(0.0, between - items)), "heterogeneity": stats.chi2.sf(q, k - 1),
+        "differs": beyond[0] & beyond[1],
+    }  # fmt: skip
 
 
 def at_level(heights: np.ndarray, values: np.ndarray, level: np.ndarray) -> np.ndarray:

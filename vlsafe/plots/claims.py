@@ -29,8 +29,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     """
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
     height, heads = 0.0, {}
-    note = "thick: 95 % interval over items, clustered by what was asked; thin: t-interval over seeds; ticks: seeds; "
-    note += "item-level: Holm over the claims of a backbone; blue: supported, orange: contradicted, grey: undecided"
+    note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds; "
+    note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique())
     caption = f"{style.origin(scale)}; {note}"
