@@ -184,10 +184,10 @@ def test_score_with_an_endpoint(killer, tmp_path, say):
 
         for kills in rounds(warm, call, place, [data, responses.parent], prepare, look):
             counts.append(kills)
-            asked = Counter(requests)
-            assert len(asked) == len(items)
-            assert asked.total() - len(asked) <= kills * parallel
-            again += asked.total() - len(asked)
+            sent = Counter(requests)
+            assert len(sent) == len(items)
+            assert sent.total() - len(sent) <= kills * parallel
+            again += sent.total() - len(sent)
     say("score", counts, f"{again} requests of {len(items)} a round were asked again, {sum(counts) * parallel} may be")
 
 
