@@ -14,8 +14,10 @@ import pandas as pd
 import processors
 import pytest
 import torch
+from huggingface_hub import constants
 
 from vlsafe import cli
+from vlsafe.core import store
 from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation import engines, prompts, servers
 from vlsafe.models import chat, checkpoints
@@ -301,3 +303,25 @@ def test_prompts_of_a_file_are_checked(tmp_path):
     with pytest.raises(ValueError, match="has no column label"):
         (tmp_path / "p.csv").write_text("text\na\n")
         prompts.from_file(tmp_path / "p.csv")
+
+
+def test_models_in_the_hubs_cache_are_known_by_their_blobs_and_folders_by_their_content(home, tmp_path, monkeypatch):
+    cache, commit = tmp_path / "hub" / "models--me--tiny", "0123456789abcdef0123456789abcdef01234567"
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    official_files.write(cache / "refs" / "main", commit)
+    for path in (home / "tiny").iterdir():
+        blob = cache / "blobs" / store.file_digest(path)
+        blob.write_bytes(path.read_bytes())
+        (cache / "snapshots" / commit / path.name).symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    request = Request("me/tiny@main", benchmarks=["xstest"], exam=EXAM)
+    study, _ = adopted.opened(request, tmp_path / "runs")
+    assert study.backbone == "tiny" and study.run(adopted.MODEL).params[0] == adopted.contents(home / "tiny")
+    before = study.run("examination/instruct.filtered-full").digest
+    assert study.frame("examination/instruct.filtered-full")["item"].nunique() == 18
+    weights = study.folder(adopted.MODEL) / "model.safetensors"
+    assert weights.is_symlink() and weights.resolve() == (cache / "snapshots" / commit / "model.safetensors").resolve()
+    processors.published("llava", tmp_path / "local" / "tiny", 7)
+    study, _ = adopted.opened(Request(str(tmp_path / "local" / "tiny"), benchmarks=["xstest"]), tmp_path / "other")
+    assert study.run("examination/instruct.filtered-full").digest != before

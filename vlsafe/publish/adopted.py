@@ -67,7 +67,12 @@ def examine(arguments: Arguments) -> None:
     names = [name for name in EXAMINED if name not in study.left_out()]
     out = published(study, names, arguments.out, EXAMINATION, "How safe is this model, and how safe was its parent?")
     caption = (out / "T02_degradation.md").read_text(encoding="utf-8").rstrip().splitlines()[-1]
-    print(shown(pd.read_csv(out / "T02_degradation.csv")), caption, sep="\n\n")
+    table = pd.read_csv(out / "T02_degradation.csv")
+    print(shown(table), caption, sep="\n\n")
+    for side, column in (("the parent", "parent_capable"), ("the model", "instruct_capable")):
+        for verdict in table.reindex(columns=[column])[column].dropna().astype(str).unique():
+            if verdict.startswith("no: "):
+                print(f"{side} may not be able to answer at all ({verdict[4:]}); then its rates are not about safety")
     print(f"\n{_here(out / 'report.html')}; answers and verdicts: {', '.join(_here(study.run(name).folder) for name in names)}")
     print(f"for other commands: --scale {shlex.quote(_here(Path(study.file)))} --backbone {study.backbone}")
 
