@@ -118,7 +118,7 @@ perf-sources: setup
 	PYTHONPATH=. $(BIN)/python tests/perf_sources.py
 
 # At NANO: the chain of notebooks from an empty run store, and the whole graph through Snakemake and papermill under twenty random
-# kills. A quarter of an hour, so not a part of `make test`.
+# kills; then merge, score, human import and download under forty each. A quarter of an hour, so not a part of `make test`.
 soak: setup
 	$(BIN)/python -m pytest -m soak -p no:xdist
 
