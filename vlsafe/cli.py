@@ -14,9 +14,10 @@ from vlsafe import analysis, evaluation, planning, plots, publish, training
 from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
+from vlsafe.core.schema import MAIN_LINE
 from vlsafe.study import graph, judging
 from vlsafe.study.graph import STAGES
-from vlsafe.study.study import Study
+from vlsafe.study.study import Study, project_root
 
 Arguments = argparse.Namespace
 Parser = argparse.ArgumentParser
@@ -150,6 +151,8 @@ def _add_results(command: Callable[..., Parser]) -> None:
     added = command(_diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
     added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
+    added = command(_published, "hold a model of a gallery's folder against published numbers; 1 where one is missed", FIGURES)
+    added.add_argument("--run", dest="stage", metavar="STAGE", default=MAIN_LINE["adapted"], help="the model, as T08 names it")
     added = command(_report, "one HTML file of a gallery's folder, the claims on top", FIGURES)
     added.add_argument("--out", type=Path, default=Path("report.html"))
 
@@ -333,6 +336,13 @@ def _diff(arguments: Arguments) -> int:
     frame = publish.provenance.differences(before, after, arguments.atol)
     print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
     return int(len(frame) > 0)
+
+
+def _published(arguments: Arguments) -> int:
+    printed = publish.provenance.published(project_root() / "env" / "published")
+    frame, agree = publish.provenance.held(printed, arguments.figures, arguments.stage)
+    print(publish.provenance.markdown(frame.round(4)))
+    return int(not agree)
 
 
 def _report(arguments: Arguments) -> None:

@@ -54,6 +54,8 @@ COMMANDS = {
     "dryrun --scale paper --gpu H10": ("GPU", "'H10'", "did you mean 'H100'"),
     "human import --key k.csv --out o f.csv": ("key", "k.csv", "`vlsafe human export`"),
     "merge lineer a b --ratio 0.5 --out o": ("merge rule", "'lineer'", "did you mean 'linear'"),
+    "fisher afile rows.jsonl --out f": ("afile", "holds no model", "name its folder"),
+    "published --figures none": ("none", "no results of models", "`vlsafe gallery`"),
     "report --figures none": ("ledger", "none", "`vlsafe gallery`"),
     "score xstest --responses r.jsonl --out o": ("official files", "where", "--data DIR"),
     "sttus": ("argument", "'sttus'", "choose from .*status"),

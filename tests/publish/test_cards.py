@@ -16,6 +16,7 @@ from PIL import Image
 
 from vlsafe import cli
 from vlsafe.analysis import degradation
+from vlsafe.analysis.measures import MEASURES
 from vlsafe.core.scale import as_plain
 from vlsafe.plots import claims as plots_claims
 from vlsafe.publish import modelcards, provenance
@@ -74,13 +75,20 @@ def test_published_numbers_are_checked_and_stand_beside_ours(tmp_path):
     ours = pd.DataFrame(
         {"stage": "instruct", "recipe": "filtered-full", "measure": "mme_score", "backbone": "b", "value": [0.4, 0.6]}
     )
-    (tmp_path / "a.csv").write_text("model,measure,value,maximum,source\nL,mme_score,1500,2000,table 1\n")
-    line = provenance.compare_published(provenance.published(tmp_path), ours).iloc[0]
-    assert line["fraction"] == 0.75 and line["ours, b"] == 0.5
-    (tmp_path / "b.csv").write_text("model,measure,value,maximum,source\nL,mme_scor,1,2,x\n")
+    head = "model,measure,value,maximum,tolerance,source\n"
+    (tmp_path / "a.csv").write_text(f"{head}L,mme_score,1500,2000,499,table 1\nM,mme_score,1500,2000,500,table 2\n")
+    found = provenance.compare_published(provenance.published(tmp_path), ours)
+    line = found.iloc[0]
+    assert line["fraction"] == 0.75 and line["ours, b"] == 0.5 and found["agrees, b"].tolist()[:3] == ["no", "yes", ""]
+    assert found["measure"].tolist()[2:] == [measure for measure in MEASURES if measure != "mme_score"]
+    assert found["value"].notna().sum() == 2 and found["ours, b"].notna().sum() == 2
+    (tmp_path / "b.csv").write_text(f"{head}L,mme_score,1,2,,x\n")
+    with pytest.raises(ValueError, match="every value has a tolerance above 0"):
+        provenance.published(tmp_path)
+    (tmp_path / "b.csv").write_text(f"{head}L,mme_scor,1,2,1,x\n")
     with pytest.raises(ValueError, match="did you mean 'mme_score'"):
         provenance.published(tmp_path)
-    (tmp_path / "b.csv").write_text("model,measure,value,maximum,source\nL,mme_score,3,2,x\n")
+    (tmp_path / "b.csv").write_text(f"{head}L,mme_score,3,2,1,x\n")
     with pytest.raises(ValueError, match="between 0 and its maximum"):
         provenance.published(tmp_path)
     (tmp_path / "b.csv").write_text("model,value\nL,3\n")
@@ -90,8 +98,28 @@ def test_published_numbers_are_checked_and_stand_beside_ours(tmp_path):
 
 
 def test_the_known_published_numbers_are_in_the_repository():
-    found = provenance.published(Path(__file__).parents[2] / "env" / "published").set_index("measure")
-    assert found["value"].to_dict() == {"mme_score": 1510.7, "mmbench_circular": 64.3, "seed_likelihood": 58.6}
+    found = provenance.published(Path(__file__).parents[2] / "env" / "published").set_index(["model", "measure"])
+    assert found.loc["LLaVA-1.5 7B", "value"].to_dict() == {
+        "mme_score": 1510.7,
+        "mmbench_circular": 64.3,
+        "seed_likelihood": 58.6,
+    }
+    assert found.loc["LLaVA-1.5 13B", "value"].to_dict() == {
+        "mme_score": 1531.3,
+        "mmbench_circular": 67.7,
+        "seed_likelihood": 61.6,
+    }
+
+
+def test_results_are_held_against_published_numbers(tmp_path, capsys):
+    line = {"backbone": "llava", "seed": 0, "stage": "instruct", "recipe": "filtered-full", "measure": "mme_score"}
+    for value, code, word in ((0.75, 0, "yes"), (0.735, 1, "no")):  # 1500 and 1470 of 2000; 7B's 1510.7 ± 30, 13B's 1531.3 ± 30
+        pd.DataFrame([line | {"value": value}, line | {"value": value + 0.01, "seed": 1}]).to_csv(tmp_path / "T08_models.csv")
+        assert cli.main(["published", "--figures", str(tmp_path)]) == code
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) == 4 and shown[2].endswith(f"| {value + 0.005} | {word} |"), shown
+    assert cli.main(["published", "--figures", str(tmp_path), "--run", "instruct/filtred"]) == 2
+    assert "did you mean 'instruct/filtered-full'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -43,14 +43,16 @@ def guard(raw: pd.DataFrame, texts: pd.DataFrame | None = None) -> pd.DataFrame:
 def _answers(final: pd.DataFrame, texts: pd.DataFrame | None) -> pd.DataFrame:
     """Shares over the answers to harmless requests, each counted once."""
     parts = [events(final, measure) for measure in REFUSALS]
-    asked = pd.concat([part for part in parts if len(part)] or parts[:1]).drop_duplicates([*RUN, "item"])
-    asked = asked.assign(answered=1 - pd.to_numeric(asked["event"].astype("Float64")), broken=asked["label"].isin(BROKEN))
+    harmless = pd.concat([part for part in parts if len(part)] or parts[:1]).drop_duplicates([*RUN, "item"])
+    harmless = harmless.assign(
+        answered=1 - pd.to_numeric(harmless["event"].astype("Float64")), broken=harmless["label"].isin(BROKEN)
+    )
     if texts is not None:
-        asked = asked.merge(texts.drop_duplicates([*UNIT, "item", "model"]), on=[*UNIT, "item", "model"], how="left")
-        words = asked["text"].str.lower().str.findall(r"[^\W_]+")
-        asked["broken"] |= words.map(lambda of: isinstance(of, list) and (not of or repeats(of)))
-        asked["answer"] = words.str.join(" ")
-    by = asked.groupby(RUN, sort=False)
+        harmless = harmless.merge(texts.drop_duplicates([*UNIT, "item", "model"]), on=[*UNIT, "item", "model"], how="left")
+        words = harmless["text"].str.lower().str.findall(r"[^\W_]+")
+        harmless["broken"] |= words.map(lambda of: isinstance(of, list) and (not of or repeats(of)))
+        harmless["answer"] = words.str.join(" ")
+    by = harmless.groupby(RUN, sort=False)
     found = by.agg(requests=("item", "size"), answered=("answered", "mean"), broken=("broken", "mean"))
     if texts is not None:
         found["distinct"] = by["answer"].nunique() / by["answer"].count().where(lambda n: n > 0)

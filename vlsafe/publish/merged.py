@@ -53,6 +53,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def fisher(arguments: argparse.Namespace) -> None:
+    models.weights.shards(arguments.model)  # refuses what is no folder of safetensors, with the remedy
     model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
     rows = (from_row(Example, row) for row in data.files.rows_in(arguments.rows))
     found = models.merge.fisher.diagonal(model, processor, rows, arguments.limit)

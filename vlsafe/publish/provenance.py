@@ -19,10 +19,11 @@ import yaml
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.core import store
 from vlsafe.core.scale import known
+from vlsafe.core.schema import MAIN_LINE
 
 DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
 COORDINATES = ("seed", "step", "layer", "start", "width", "claim")  # numbers that say which line it is
-PUBLISHED = ["model", "measure", "value", "maximum", "source"]
+PUBLISHED = ["model", "measure", "value", "maximum", "tolerance", "source"]
 OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yaml").read_text(encoding="utf-8"))
 
@@ -113,7 +114,8 @@ def _keyed(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def published(folder: Path) -> pd.DataFrame:
     """Published numbers, from every CSV of a folder, as fractions of their maximum; empty where there is none.
 
-    Raises:   ValueError for other columns, an unknown measure (with the nearest known one), a number outside [0, maximum]
+    Raises:   ValueError for other columns, an unknown measure (with the nearest known one), a number outside [0, maximum], or one
+              without a source or a tolerance
     """
     frames = []
     for path in sorted(folder.glob("*.csv")):
@@ -124,16 +126,43 @@ def published(folder: Path) -> pd.DataFrame:
             known(measure, MEASURES, f"measure in {path.name}")
         if not frame["value"].between(0, frame["maximum"]).all() or frame["source"].isna().any():
             raise ValueError(f"{path.name}: every value lies between 0 and its maximum, and has a source")
+        if not (frame["tolerance"] > 0).all():
+            raise ValueError(f"{path.name}: every value has a tolerance above 0, in its own unit")
         frames.append(frame)
     printed = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=PUBLISHED)
     return printed.assign(fraction=(printed["value"] / printed["maximum"]).astype(float))
 
 
-def compare_published(printed: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """Published numbers beside ours: the adapted models' mean over seeds per backbone, from T08's lines."""
-    ours = lines[(lines["stage"] == "instruct") & (lines["recipe"] == "filtered-full")]
-    ours = ours.groupby(["measure", "backbone"])["value"].mean().unstack().add_prefix("ours, ")
-    return printed.join(ours, on="measure")
+def compare_published(printed: pd.DataFrame, lines: pd.DataFrame, run: str = MAIN_LINE["adapted"]) -> pd.DataFrame:
+    """Published numbers beside a model's mean over seeds per backbone, from T08's lines, and whether it lies within the tolerance
+    ("yes", "no"); then one line for each measure that has no published number.
+
+    Units:    fractions; the value, its maximum and tolerance are as printed
+    """
+    ours = lines[lines["stage"] + "/" + lines["recipe"] == run].groupby(["measure", "backbone"])["value"].mean().unstack()
+    without = [measure for measure in MEASURES if measure not in set(printed["measure"])]
+    whole = pd.concat([printed, pd.DataFrame({"measure": without})], ignore_index=True)
+    for backbone in ours:
+        own = whole["measure"].map(ours[backbone])
+        apart, unknown = (own - whole["fraction"]).abs() * whole["maximum"], own.isna() | whole["value"].isna()
+        agrees = np.where(apart <= whole["tolerance"], "yes", "no")
+        whole[f"ours, {backbone}"], whole[f"agrees, {backbone}"] = own, np.where(unknown, "", agrees)
+    return whole
+
+
+def held(printed: pd.DataFrame, folder: Path, run: str) -> tuple[pd.DataFrame, bool]:
+    """`compare_published` of a model in a gallery's folder, the measures that it has; and whether all of them agree.
+
+    Raises:   FileNotFoundError where the folder has no T08; ValueError for a model that it does not have
+    """
+    path = folder / "T08_models.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no results of models (T08_models.csv); run `vlsafe gallery` first")
+    lines = pd.read_csv(path)
+    known(run, set(lines["stage"] + "/" + lines["recipe"]), "run in T08_models.csv")
+    frame = compare_published(printed, lines, run)
+    own, agrees = (frame.filter(like=f"{column}, ") for column in ("ours", "agrees"))
+    return frame[own.notna().any(axis=1)], not (agrees == "no").any(axis=None)
 
 
 def report(folder: Path, out: Path, title: str = "What the paper claims, what was measured, how sure we are") -> Path:

@@ -43,7 +43,9 @@ def diagonal(
     if not length:
         raise ValueError(f"{n} rows gave no gradient: there is nothing to weigh weights by")
     first = {weight: name for name, weight in weights.items()}
-    return {name: (sums[first[weight]] / length).cpu() for name, weight in model.named_parameters(remove_duplicate=False)}
+    found = {name: total.div_(length).cpu() for name, total in sums.items()}
+    same = {name: first[weight] for name, weight in model.named_parameters(remove_duplicate=False) if name not in found}
+    return found | {name: found[other].clone() for name, other in same.items()}  # files hold no tensor under two names
 
 
 def _adding_to(total: torch.Tensor) -> Any:
