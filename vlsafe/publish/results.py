@@ -59,7 +59,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "merged": read(studies, of("merging"), "validation.parquet"),
         "losses": losses(studies, grid),
         "people": people(studies),
-        "miniature": miniature(studies[0].scale.name),
+        "miniature": miniature(studies),
     }
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
 
@@ -74,10 +74,11 @@ def people(studies: Sequence[Study]) -> pd.DataFrame | None:
     return pd.DataFrame(rows) if rows else None
 
 
-def miniature(scale: str) -> pd.DataFrame | None:
-    """The committed ledger of the miniature, for another scale's to stand beside."""
+def miniature(studies: Sequence[Study]) -> pd.DataFrame | None:
+    """The committed ledger of the miniature, for that of a scale that loads to stand beside."""
     path = project_root() / "figures" / "mini" / "T09_claims.csv"
-    return pd.read_csv(path, dtype={"claim": str}) if path.exists() and scale != "mini" else None
+    loaded = any(study.scale.loaded for study in studies)
+    return pd.read_csv(path, dtype={"claim": str}) if path.exists() and loaded else None
 
 
 def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | None:
