@@ -109,6 +109,11 @@ def rendered(processor: Any, turns: Sequence[Turn], n_images: int) -> str:
     return _rendered(key, tuple(turns), n_images)
 
 
+def _writer(key: Any) -> Any:
+    """A tokenizer: processors of some families also want to know about videos."""
+    return getattr(_WRITERS[key], "tokenizer", _WRITERS[key])
+
+
 @functools.lru_cache(maxsize=2**14)
 def _rendered(key: Any, turns: tuple[Turn, ...], n_images: int) -> str:
     options = {"chat_template": key[0], "add_generation_prompt": turns[-1].role != "assistant", "tokenize": False}
@@ -117,7 +122,7 @@ def _rendered(key: Any, turns: tuple[Turn, ...], n_images: int) -> str:
         lines = "".join(f"{_WRITERS[key].image_token}\n" for _ in range(n_images))
         first = next((place for place, turn in enumerate(turns) if turn.role == "user"), 0)
         written = [{"role": t.role, "content": lines * (place == first) + t.text} for place, t in enumerate(turns)]
-    text = _WRITERS[key].apply_chat_template(written, **options)
+    text = _writer(key).apply_chat_template(written, **options)
     return text if options["add_generation_prompt"] else text.rstrip()  # Tulu's template writes a line break after EOS
 
 
@@ -125,7 +130,7 @@ def _rendered(key: Any, turns: tuple[Turn, ...], n_images: int) -> str:
 def _takes_blocks(key: Any) -> bool:
     """Whether a template reads messages in blocks: processors' and ours do, those of many language models want text."""
     try:
-        text = _WRITERS[key].apply_chat_template(messages([Turn("user", "a line")]), chat_template=key[0], tokenize=False)
+        text = _writer(key).apply_chat_template(messages([Turn("user", "a line")]), chat_template=key[0], tokenize=False)
     except (TypeError, jinja2.TemplateError):
         return False
     return "a line" in text and "'text'" not in text  # a list that is written as it is
