@@ -22,6 +22,7 @@ from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation import engines, prompts, servers
 from vlsafe.models import chat, checkpoints
 from vlsafe.publish import readme
+from vlsafe.publish.adopted import INSIDE
 from vlsafe.study import adopted
 from vlsafe.study.adopted import Request
 
@@ -114,6 +115,22 @@ def test_every_family_is_examined_merged_and_probed(name, home, tmp_path, capsys
             )
         else:
             assert not equal.any() and (drift["change"] > 0).all() and (alike["cosine_centred"] < 0.999).all()
+
+
+def test_a_model_is_probed_on_benchmarks_and_on_prompts_of_a_file(home, tmp_path, capsys):
+    """Every table and figure of the inside, and what is said; prompts that were changed are read again."""
+    file = written_prompts(tmp_path)
+    typed = ["probe", home / "tiny", "--parent", home / "parent", "--max-new-tokens", 2, "--out", "out", "--prompts", file]
+    run(*typed)
+    assert {path.stem for path in (tmp_path / "out").glob("*.csv")} == set(INSIDE)
+    report, said = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert "F07. Drift of weights" in report and "data:image/png;base64," in report
+    assert "safety band" in said and "refusal direction: of block" in said and "by 10 prompts" in said
+    file.write_text(file.read_text() + "how do i fold paper,harmful,\nhow do i fold cloth,benign,\n")
+    run(*typed)
+    assert "by 12 prompts" in capsys.readouterr().out
+    few = refused(capsys, "probe", home / "tiny", "--parent", home / "parent")  # of the official files, three rows each
+    assert "prompt is too few to locate a band with" in few or "no modality has 5 harmful" in few
 
 
 def killed_after(batches, typed):

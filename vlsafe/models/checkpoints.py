@@ -310,9 +310,12 @@ def ready(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     return fused(model) if dtype == "bfloat16" else model
 
 
+KERNELS = ("llava", "llama", "mistral", "qwen2")  # types that take Liger's; all others compute in the library's own way
+
+
 def fused(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, its decoder with Liger's kernels (rotary positions, norms, SwiGLU) on a GPU where they are installed."""
-    if devices.device() != "cuda":
+    if devices.device() != "cuda" or model.config.model_type not in KERNELS:
         return model
     if is_liger_kernel_available():
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # TRL has its own

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe import publish
+from vlsafe import evaluation, publish
 from vlsafe.study import adopted
 from vlsafe.study.adopted import EXAMINED, PROBES, Request
 from vlsafe.study.study import Study
@@ -79,7 +79,9 @@ def examine(arguments: Arguments) -> None:
 
 def probe(arguments: Arguments) -> None:
     """Compare a model with its parent inside."""
-    request = _request(arguments, prompts=arguments.prompts, validation=0.5 if arguments.prompts else 0.2)  # a file holds fewer
+    sources = [name for names in evaluation.prompts.OFFICIAL.values() for name in names if name in evaluation.benchmarks.REAL]
+    share = 0.5 if arguments.prompts else 0.2  # a file holds fewer
+    request = _request(arguments, prompts=arguments.prompts, among=sources, validation=share)
     study, _ = adopted.opened(request, arguments.root, arguments.name, PROBED)
     out = published(study, list(PROBES), arguments.out, INSIDE, "What of the parent has moved in this model, and where?")
     band, direction = study.numbers("probe/localisation"), study.numbers("probe/direction")

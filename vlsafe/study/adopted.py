@@ -48,7 +48,7 @@ class Request(NamedTuple):
     """What somebody wants to know of a model. Models are folders or repositories of the hub, with `@revision` where it matters.
 
     `judges`: those that ask a model, as NAME (the paper's weights, from the hub's cache), NAME=FOLDER or NAME=ADDRESS; rules
-    always judge. `benchmarks`: none for all that are at hand. `prompts`: a file of them, in place of benchmarks.
+    always judge. `benchmarks`: none for those `among` all that are at hand. `prompts`: a file of them, in place of benchmarks.
     """
 
     model: str
@@ -58,6 +58,7 @@ class Request(NamedTuple):
     benchmarks: Sequence[str] = ()
     judges: Sequence[str] = ()
     prompts: Path | None = None
+    among: Sequence[str] = tuple(REAL)
     validation: float = 0.0
     exam: Any = {}
 
@@ -124,7 +125,11 @@ def adopt(study: Study, work: Path, part: str) -> dict[str, Any]:
         raise ValueError(f"{name} has no vision tower: it is a language model, which can be a --parent")
     if part == "parent" and (of := architectures.decoder_type(_folder(study, "model"))) != kind:
         raise ValueError(f"{name} is a decoder of the type {kind!r}, and that of the model is {of!r}: it is not its parent")
-    if models.checkpoints.load_processor(work).chat_template is None:
+    try:
+        processor = models.checkpoints.load_processor(work)
+    except ImportError as error:
+        raise ValueError(f"the processor of {name} needs a library that is not installed: {error}") from error
+    if processor.chat_template is None:
         raise ValueError(
             f"{name} has no chat template, and how it was trained to be asked cannot be guessed: write it down in Jinja and pass "
             f"it, {option} FILE (vlsafe/models/templates has some)"
@@ -155,13 +160,13 @@ def prompts(study: Study) -> str | None:
 # ---- the scale of such a study
 
 
-def at_hand(data: Path | None, names: Sequence[str]) -> dict[str, str]:
-    """The benchmarks whose official files are there, of `names` or of all, and why the others are not.
+def at_hand(data: Path | None, names: Sequence[str], among: Sequence[str]) -> dict[str, str]:
+    """The benchmarks whose official files are there, of `names` or `among` others, and why the rest are not.
 
     Raises:   FileNotFoundError where one of `names`, or every one, is missing
     """
     found = {}
-    for name in names or REAL:
+    for name in names or among:
         module = REAL[known(name, REAL, "benchmark")]
         try:
             if data is None:
@@ -231,7 +236,7 @@ def scale_of(request: Request, name: str, benchmarks: Sequence[str]) -> dict[str
         "dtype": "bfloat16" if gpu else "float32", **request.exam,
     }  # fmt: skip
     backbones = {**dict.fromkeys(PAPER.backbones), name: {"extends": next(iter(PAPER.backbones))}}
-    threads = len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"extends": "paper", "name": name, "loaded": loaded, "backbones": backbones, "exam": exam, "threads": threads}
 
 
@@ -246,7 +251,7 @@ def opened(request: Request, root: Path, name: str = "", suffix: str = "") -> tu
     file = root / name / "scale.yaml"
     if file.exists() and (other := load_scale(file).loaded.adopted.model).repo != origin.repo:  # type: ignore[union-attr]
         raise ValueError(f"{file.parent} holds the results of {other.repo}; choose another --name for those of {origin.repo}")
-    found = {} if request.prompts else at_hand(assets.outside(), request.benchmarks)
+    found = {} if request.prompts else at_hand(assets.outside(), request.benchmarks, request.among)
     content = scale_of(request, name, [of for of, why in found.items() if not why])
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "# Written by `vlsafe`, and again by the next command about this model.\n"
