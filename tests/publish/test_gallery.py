@@ -50,7 +50,8 @@ def read():
 
     def kept(path):
         frame = whole(path)
-        return frame[frame["recipe"].str.match("(inside|ensemble)/|linear/.*/0.50")] if "/merge/" in str(path) else frame
+        swept = "/merge/" in str(path) and "recipe" in frame  # answers have none
+        return frame[frame["recipe"].str.match("(inside|ensemble)/|linear/.*/0.50")] if swept else frame
 
     whole = pd.read_parquet
     return cache(kept)
