@@ -61,7 +61,7 @@ def decorrelated(tasks: Components) -> Tensor:
     """U_⊥ Σ V_⊥ᵀ: the tasks' components with their singular vectors made orthogonal to each other's. TSV-M's merged Δ."""
     if not len(tasks.s):
         return tasks.u @ tasks.v.T
-    return (orthogonal(tasks.u) * tasks.s) @ orthogonal(tasks.v).T
+    return orthogonal(tasks.u).mul_(tasks.s) @ orthogonal(tasks.v).T
 
 
 def interference(tasks: Components) -> float:
@@ -76,4 +76,4 @@ def interference(tasks: Components) -> float:
 def isotropic(total: Tensor) -> Tensor:
     """A matrix with the singular vectors of `total` and the mean of its singular values in place of each. Iso-C's merged Δ."""
     u, s, vt = torch.linalg.svd(total, full_matrices=False)
-    return s.mean() * (u @ vt)
+    return (u @ vt).mul_(s.mean())

@@ -289,12 +289,12 @@ def tsv_m(
     a: Tensor, b: Tensor, base: Tensor, how: How, summary: matrices.Components | None, draws: Draws | None = None
 ) -> Tensor:  # fmt: skip
     """θ_0 + λ U_⊥ Σ V_⊥ᵀ (`matrices.decorrelated`); of vectors θ_0 + λ times the mean of both τ. One point, no ratio."""
-    return base + how.scaling * ((a + b) / 2 - base if summary is None else matrices.decorrelated(summary))
+    return torch.add(base, (a + b) / 2 - base if summary is None else matrices.decorrelated(summary), alpha=how.scaling)
 
 
 def iso_c(a: Tensor, b: Tensor, base: Tensor, how: How, summary: Any = None, draws: Draws | None = None) -> Tensor:
     """θ_0 + λ σ̄ U Vᵀ with U Σ Vᵀ = τ_a + τ_b and σ̄, the mean of Σ; of vectors θ_0 + λ times the mean of both τ. No ratio."""
-    return base + how.scaling * ((a + b) / 2 - base if a.ndim != 2 else matrices.isotropic(a - base + (b - base)))
+    return torch.add(base, (a + b) / 2 - base if a.ndim != 2 else matrices.isotropic(a - base + (b - base)), alpha=how.scaling)
 
 
 RULES: dict[str, Rule] = {
