@@ -136,6 +136,7 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--backbone")
     added.add_argument("--gpu", default="A100-80G", help="the card to count with, by name")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
+    added.add_argument("--stages", action="store_true", help="a line for every stage, in place of one for each kind")
     added.add_argument("--readme", type=Path, help="write the summary of all scales into this file instead")
     added = command(_doctor, "say what a scale needs from outside and what of it is here", OUTSIDE)
     added.add_argument("--deep", action="store_true", help="compare checksums as well")
@@ -269,19 +270,26 @@ def _score(arguments: Arguments) -> None:
 
 
 def _dryrun(arguments: Arguments) -> None:
+    costs, dryrun = planning.costs, planning.dryrun
     if arguments.readme:
-        rows = [(many, gpu, load_scale(scale), backbone) for many, gpu, scale, backbone in planning.dryrun.README_ROWS]
+        rows = [(many, gpu, Study.open(scale, backbone, 0, Path("runs"))) for many, gpu, scale, backbone in dryrun.README_ROWS]
         text = arguments.readme.read_text(encoding="utf-8")
-        store.write_text(arguments.readme, planning.dryrun.in_readme(text, planning.dryrun.summary(rows)))
+        store.write_text(arguments.readme, dryrun.in_readme(text, costs.summary(rows)))
         return
-    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, planning.dryrun.GPUS, "GPU")
-    backbone = arguments.backbone or next(iter(scale.backbones))
-    scale.backbone(backbone)
-    measured = planning.dryrun.measure(scale, backbone) if arguments.measure else {}
-    for name, value in measured.items():
+    scale, gpu = load_scale(arguments.scale), known(arguments.gpu, dryrun.GPUS, "GPU")
+    study = Study(scale, arguments.backbone or next(iter(scale.backbones)), 0, arguments.root)
+    scale.backbone(study.backbone)
+    found = dryrun.measure(scale, study.backbone) if arguments.measure else {}
+    for name, value in found.items():
         print(f"measured {name}: {value}")
-    print(planning.dryrun.table(planning.dryrun.lines(planning.dryrun.plan(scale, backbone, gpu, measured.get("mfu")), gpu)))
-    print("\nComputed from shapes unless the last column says otherwise; assumptions are in dryrun.py and Scale.traffic.")
+    plan = costs.Plan(study, gpu, costs.Rates(found.get("mfu"), found.get("prefill_mfu"), found.get("bandwidth")))
+    stages = plan.stages()
+    print(dryrun.table(costs.lines(stages, gpu, arguments.stages)))
+    for many in (1, 8):
+        time = costs.schedule(study, stages, many)
+        chain = ", ".join(time.chain) or "none"
+        print(f"\n{many} × {gpu}: {time.hours:,.1f} h; longest chain {time.chain_hours:,.1f} h: {chain}")
+    print("\nComputed from shapes unless a line says otherwise; assumptions are in planning/costs.py and Scale.traffic.")
 
 
 def _doctor(arguments: Arguments) -> None:

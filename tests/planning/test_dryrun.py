@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import loaded
 import pytest
 from conftest import NANO
 
@@ -10,7 +11,7 @@ from vlsafe import cli
 from vlsafe.core.presets import PAPER, SMALL, load_scale
 from vlsafe.core.scale import Fit
 from vlsafe.models import checkpoints
-from vlsafe.planning import dryrun
+from vlsafe.planning import costs, dryrun
 from vlsafe.study import graph
 from vlsafe.study.study import Study
 
@@ -47,10 +48,66 @@ def test_operations_by_hand():
     assert pictured == pytest.approx(6 * 15 * 110 + 6 * 5 * 4 + 6 * 2 * 8 * 15**2 + 2 * 6 * 50)
 
 
-def test_hours_come_near_the_published_ones():
-    """LLaVA-1.5 7B on eight A100: stage 1 in 3.5 hours, stage 2 in 10 (its README)."""
-    hours = {work.name: work.hours / 8 for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G")}
-    assert hours["stage 2"] == pytest.approx(10, rel=0.1) and hours["stage 1"] == pytest.approx(3.5, rel=0.25)
+def planned(scale, backbone, gpu, tmp_path, **rates):
+    study = Study.open(scale, backbone, 0, tmp_path)
+    return study, costs.Plan(study, gpu, costs.Rates(**rates)).stages()
+
+
+def by_name(stages):
+    return {cost.stage: cost for cost in stages}
+
+
+def test_hours_come_near_the_published_ones(tmp_path):
+    """LLaVA-1.5 7B on eight A100 at a quarter of the peak: stage 1 in 3.5 hours, stage 2 in 10 (its README)."""
+    found = by_name(planned("paper", "llama2-chat", "A100-80G", tmp_path, training=0.25)[1])
+    assert found["instruct/filtered-full"].hours / 8 == pytest.approx(10, rel=0.1)
+    assert found["projector/filtered"].hours / 8 == pytest.approx(3.5, rel=0.25)
+
+
+@pytest.mark.parametrize("grid", graph.GRIDS)
+def test_every_stage_of_the_graph_is_in_the_plan(tmp_path, grid):
+    """Of the tiny scale that loads, of the paper's, of pocket's and of the miniature's."""
+    scales = [(loaded.written(tmp_path), "tiny-a"), ("paper", "llama2-chat"), ("pocket", "pocket-chat"), ("mini", "mini-chat")]
+    for scale, backbone in scales:
+        study = Study.open(str(scale), backbone, 0, tmp_path)
+        stages = costs.Plan(study, "H200", grid=grid).stages()
+        assert [cost.stage for cost in stages] == graph.planned(study, grid)
+        rows = costs.lines(stages, "H200", every=True)
+        assert [row["stage"] for row in rows] == [*graph.planned(study, grid), "all"]
+        assert sum(row["stages"] for row in costs.lines(stages, "H200")[:-1]) == len(stages)
+        free = {cost.stage.partition("/")[0] for cost in stages if not cost.hours}
+        assert free <= {"world", "tower", "base", "guard", "parent", "screen", "examination", "merge"}  # nothing to compute there
+
+
+def test_what_was_forgotten_once_costs_something(tmp_path):
+    found = by_name(planned("paper", "llama2-chat", "H200", tmp_path)[1])
+    for name in ("screen/filtered", "safety/grpo-text-full", "safety/mtl-pcgrad-full", "judging/guard-text", "probe/localisation",
+                 "probe/direction", "probe/objectives", "causal/transplants", "responses/merge.sl-full", "merge/sl-full",
+                 "examination/instruct.filtered-full", "responses/confounds.parent"):  # fmt: skip
+        assert found[name].hours > 0.001, name
+    screened = found["screen/filtered"]
+    rows = 558_128 + costs.EXCHANGES * 665_298
+    assert screened.tokens == pytest.approx(rows * 350, rel=0.01)
+
+
+def test_a_schedule_by_hand(tmp_path):
+    """Two chains of two stages of one GPU: four hours on one, two on two; a stage that can use two GPUs takes half as long."""
+    of = Study.open("mini", "mini-chat", 0, tmp_path)
+    names = ["parent/aligned", "projector/filtered", "examination/parent.aligned"]  # the last two wait for the first
+    stages = [costs.Cost(name, hours=hours, gpus=1) for name, hours in zip(names, (1.0, 3.0, 2.0), strict=True)]
+    assert costs.schedule(of, stages, 1).hours == 6.0
+    found = costs.schedule(of, stages, 2)
+    assert (found.hours, found.chain, found.chain_hours) == (4.0, names[:2], 4.0)
+    assert costs.schedule(of, stages, 8) == found  # more GPUs do not help
+    assert costs.schedule(of, [stages[0], stages[1]._replace(gpus=2), stages[2]], 2).hours == pytest.approx(1 + 1.5 + 2)
+
+
+@pytest.mark.parametrize("many", [1, 2, 8])
+def test_no_schedule_is_shorter_than_its_chain_or_its_work(tmp_path, many):
+    study, stages = planned("paper", "llama2-chat", "H200", tmp_path)
+    found, work = costs.schedule(study, stages, many), sum(cost.hours for cost in stages)
+    assert found.hours >= max(found.chain_hours, work / many) - 1e-9 and found.hours <= work + 1e-9
+    assert found.chain[0] == "screen/filtered" and "instruct/filtered-full" in found.chain
 
 
 @pytest.mark.parametrize(
@@ -70,18 +127,20 @@ def test_memory_is_what_one_gpu_took(method, trained, rows, recompute, peak):
     assert planned / 1e9 == pytest.approx(peak, rel=0.1)
 
 
-def test_memory_of_whole_and_of_sharded_weights():
-    works = {work.name: work for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G")}
-    assert works["stage 2"].memory[1] > 16 * 6.7e9 and works["stage 2"].memory[8] < 40e9
-    assert works["stage 1"].memory[8] == works["stage 1"].memory[1]  # DDP: every GPU holds the whole model
-    small = [work.memory[1] for work in dryrun.plan(SMALL, "smollm2", "RTX-4090")]
+def test_memory_of_whole_and_of_sharded_weights(tmp_path):
+    found = by_name(planned("paper", "llama2-chat", "A100-80G", tmp_path)[1])
+    stage_2, stage_1 = found["instruct/filtered-full"].memory, found["projector/filtered"].memory
+    assert stage_2[1] > 16 * 6.7e9 and stage_2[8] < 40e9
+    assert stage_1[8] == stage_1[1]  # DDP: every GPU holds the whole model
+    small = [cost.memory[1] for cost in planned("small", "smollm2", "RTX-4090", tmp_path)[1]]
     assert max(small) < dryrun.GPUS["RTX-4090"]["memory"]
 
 
-def test_every_part_says_whether_it_was_computed_or_measured():
-    assert {work.how for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G")} == {"computed"}
-    result = {work.name: work.how for work in dryrun.plan(PAPER, "llama2-chat", "A100-80G", 0.4)}
-    assert result["stage 2"] == dryrun.MEASURED and result["screening"] == result["examinations"] == "computed"
+def test_every_stage_says_whether_it_was_computed_or_measured(tmp_path):
+    assert {cost.how for cost in planned("paper", "llama2-chat", "A100-80G", tmp_path)[1]} == {"computed"}
+    found = by_name(planned("paper", "llama2-chat", "A100-80G", tmp_path, training=0.4, decoding=0.6)[1])
+    assert found["instruct/filtered-full"].how == found["responses/parent.aligned"].how == dryrun.MEASURED
+    assert found["screen/filtered"].how == "computed"
 
 
 def test_steps_are_measured_by_the_trainer_itself():
@@ -89,6 +148,9 @@ def test_steps_are_measured_by_the_trainer_itself():
     assert result["device"] == "cpu" and result["mfu"] is None and result["peak_bytes"] is None
     assert result["tokens_per_row"] > 200 and result["tokens_per_second"] == pytest.approx(
         2 * result["tokens_per_row"] / result["seconds_per_step"]
+    )
+    assert result["step_seconds"] > 0 and result["generated_per_second"] == pytest.approx(
+        NANO.exam.batch_size / result["step_seconds"]
     )
 
 
@@ -102,7 +164,10 @@ def test_the_readme_says_what_the_dry_run_says(tmp_path):
 
 def test_the_command_prints_the_plan(capsys):
     assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H100"]) == 0
-    assert "| stage 2 | 1 |" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "| instruct | 6 |" in output and "longest chain" in output
+    assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H100", "--stages"]) == 0
+    assert "| instruct/filtered-full | 1 |" in capsys.readouterr().out
     assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H10"]) == 2
     assert "did you mean 'H100'" in capsys.readouterr().err
 
