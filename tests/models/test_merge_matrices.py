@@ -153,6 +153,26 @@ def test_the_commands_weigh_and_merge(llavas, tmp_path, capsys):  # noqa: F811
     assert "few.safetensors has no Fisher information of" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_a_plain_language_model_is_weighed_by_its_own_names(llavas, tmp_path):  # noqa: F811
+    rows, weighed = tmp_path / "rows.jsonl", [tmp_path / f"{which}.safetensors" for which in "ab"]
+    rows.write_text("".join(json.dumps(to_row(row)) + "\n" for row in ROWS))
+    for name, out in zip(("a", "language"), weighed, strict=True):
+        assert cli.main(["fisher", str(llavas / name), str(rows), "--limit", "1", "--out", str(out)]) == 0
+    call = ["merge", "fisher", str(llavas / "a"), str(llavas / "language"), "--ratio", "0.3", "--out", str(tmp_path / "out")]
+    assert cli.main([*call, "--language-only", "--fisher", *map(str, weighed)]) == 0
+    merged_one, a, b = (checkpoints.load(where).state_dict() for where in (tmp_path / "out", llavas / "a", llavas / "language"))
+    of_a, of_b = map(load_file, weighed)
+    for key, value in merged_one.items():
+        plain = key.replace("model.language_model.", "model.")
+        if plain not in b:
+            assert torch.equal(value, a[key]), key
+            continue
+        mine, theirs = 0.7 * of_a[key].double(), 0.3 * of_b[plain].double()
+        share = torch.where(mine + theirs > 0, theirs / (mine + theirs), 0.3)
+        assert torch.allclose(value.double(), a[key] + share * (b[plain].double() - a[key]), atol=1e-5), key
+    assert not torch.allclose(merged_one["lm_head.weight"], torch.lerp(a["lm_head.weight"], b["lm_head.weight"], 0.3), atol=1e-3)
+
+
 def test_whole_matrices_and_lines_beyond_on_disk(tmp_path, capsys):
     folders, tensors = three(tmp_path)
     for name, based, how in (("tsv_m", True, How(scaling=0.7)), ("iso_c", True, How()), ("expo", False, How(1.4))):
