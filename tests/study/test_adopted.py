@@ -25,6 +25,7 @@ from vlsafe.publish import readme
 from vlsafe.publish.adopted import INSIDE
 from vlsafe.study import adopted
 from vlsafe.study.adopted import Request
+from vlsafe.study.study import official
 
 ROOT = Path(__file__).parents[2]
 TWO = ["xstest", "vlguard"]
@@ -277,6 +278,21 @@ def test_other_commands_find_it_by_its_scale(home, tmp_path, capsys):
     run("gallery", *scale[:2], "--backbones", "tiny", "--out", "everything")
     assert not list((tmp_path / "runs").rglob("*.card.md"))
     assert "its card is with them" in refused(capsys, "card", *scale, "instruct/filtered-full")
+
+
+def test_what_is_asked_is_part_of_what_answers_are(home, tmp_path, monkeypatch):
+    """Official files that change between two commands: the answers to the older ones are no longer valid."""
+    official_files.xstest_file(tmp_path / "data")
+    monkeypatch.setenv("VLSAFE_DATA", str(tmp_path / "data"))
+    request, digests = Request(str(home / "tiny"), benchmarks=["xstest"]), []
+    for change in ("", "kettle", ""):
+        official.cache_clear()
+        for path in (tmp_path / "data").rglob("*.csv") if change else ():
+            text = path.read_text()
+            path.write_text(text.replace(" ", f" {change} ", 1))
+        study, _ = adopted.opened(request, tmp_path / "runs")
+        digests.append(study.run("responses/instruct.filtered-full").digest)
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_judges_that_ask_a_model_judge_beside_rules(home):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import huggingface_hub
@@ -106,13 +106,15 @@ class Packed:
 @dataclass(frozen=True)
 class Adopted:
     """A vision-language model that others have trained, in place of what stage 2 would make, and the language model that it came
-    from. Templates are Jinja, in place of their own; `prompts` is a file of prompts for probing, in place of benchmarks."""
+    from. Templates are Jinja, in place of their own; `prompts` is a file of prompts for probing, in place of benchmarks; `items`
+    is the digest of what is asked: files of benchmarks lie elsewhere and may change."""
 
     model: Origin
     parent: Origin | None = None
     template: str = ""
     parent_template: str = ""
     prompts: str = ""
+    items: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Loaded:
     adopted: Adopted | None = later(None)
 
 
-MEMBER = "!"  # between the path of an archive and the name of a file in it
+MEMBER = "!"  # between the path of an archive and the name of a file in it, or of a Parquet file and the number of a row
+PARQUET, PICTURES = ".parquet", "image"  # a picture of such a row is in this column, as the hub writes it
 LARGEST = 2**28  # bytes of one file from outside that are read into memory; assumed
 PINS = "pins.json"
 
@@ -191,12 +194,45 @@ def outside_bytes(place: str) -> bytes:
         if path.stat().st_size > LARGEST:
             raise TooLarge(f"{archive} has {path.stat().st_size:,} bytes, more than a picture may have")
         return path.read_bytes()
+    if archive.endswith(PARQUET):
+        return _pictures_of(str(_existing(archive)), *_group(archive, int(member)), os.getpid())[int(member)]
     if member not in members(archive):
         raise FileNotFoundError(f"{archive} has no member {member!r}")
     info = members(archive)[member]
     if info.file_size > LARGEST:
         raise TooLarge(f"{member} of {archive} unpacks to {info.file_size:,} bytes, more than a picture may have")
     return _archive(archive_at(archive), os.getpid()).read(info)
+
+
+def _group(table: str, row: int) -> tuple[int, int]:
+    """The row group of a Parquet file below `VLSAFE_DATA` that holds a row, and the group's first row.
+
+    Raises:   FileNotFoundError for a row that the file does not have
+    """
+    metadata, first = _metadata(str(_existing(table))), 0
+    for group in range(metadata.num_row_groups):
+        after = first + metadata.row_group(group).num_rows
+        if row < after:
+            return group, first
+        first = after
+    raise FileNotFoundError(f"{table} has {first} rows and no row {row}")
+
+
+@lru_cache(maxsize=16)
+def _metadata(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path)
+
+
+@lru_cache(maxsize=2)
+def _pictures_of(path: str, group: int, first: int, process: int) -> dict[int, bytes]:
+    """The pictures of one row group, by row: a group is read as a whole, and workers that take rows at random hold two."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        column = file.read_row_group(group, columns=[f"{PICTURES}.bytes"]).column(PICTURES)
+    return {first + at: cell["bytes"] for at, cell in enumerate(column.to_pylist()) if cell and cell["bytes"] is not None}
 
 
 def outside_path(name: str) -> Path:

@@ -133,8 +133,8 @@ def localisation_prompts(world: World | None, n: int, official: Sequence[Item] =
         found = [[item for item in alone if item.benchmark == name] for name in benchmarks]
         items[kind] = evenly(next((of for of in found if of), []), n)
         if len(items[kind]) < 2:
-            held = f"one {kind} prompt is too few" if items[kind] else f"no {kind} prompt"
-            raise ValueError(f"{held} to locate a band with: the items hold no more of {' or '.join(benchmarks)}")
+            held, more = (f"one {kind} prompt is too few", "no more") if items[kind] else (f"no {kind} prompt", "none")
+            raise ValueError(f"{held} to locate a band with: the items hold {more} of {' or '.join(benchmarks)}")
     if world is None:
         return items
     for kind, actions in LOCALISATION.items():

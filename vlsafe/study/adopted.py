@@ -8,6 +8,7 @@ links to their files, and is identified by what is in these.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -19,17 +20,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vlsafe import models
+from vlsafe import evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.presets import PAPER, load_scale
 from vlsafe.core.scale import as_plain, known
-from vlsafe.core.schema import MAIN_LINE
-from vlsafe.evaluation.benchmarks import OWN, REAL, official
+from vlsafe.core.schema import MAIN_LINE, content_digest
+from vlsafe.evaluation.benchmarks import OWN, REAL
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES
 from vlsafe.study.judging import QUERIES
 from vlsafe.study.probing import DIRECTION, LOCALISATION
-from vlsafe.study.study import Stage, Study
+from vlsafe.study.study import Stage, Study, official
 
 PARENT, MODEL = MAIN_LINE["parent"], MAIN_LINE["adapted"]
 EXAMINED = ("examination/parent.aligned", "examination/instruct.filtered-full")
@@ -37,7 +38,8 @@ PROBES = {  # and what they read
     LOCALISATION: (PARENT, MODEL), DIRECTION: (PARENT, MODEL), "probe/layers": (PARENT, DIRECTION, MODEL),
     "probe/drift": (PARENT, MODEL),
 }  # fmt: skip
-STAGES = {PARENT, MODEL, *EXAMINED, *(name.replace("examination/", "responses/") for name in EXAMINED), *PROBES}
+RESPONSES = tuple(name.replace("examination/", "responses/") for name in EXAMINED)
+STAGES = {PARENT, MODEL, *EXAMINED, *RESPONSES, *PROBES}
 FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a model folder; pickles where there is nothing else
 OTHERS = ("manifest.json", "trainer_state.json")
 TEMPLATES = "chat_template."  # how files begin that hold nothing else
@@ -144,17 +146,12 @@ def stages(ours: Mapping[str, Stage]) -> dict[str, Stage]:
         make, of = functools.partial(adopt, part=part), functools.partial(params, part=part)
         return Stage(make, (), of, 0, estimate="seconds", seedless=True)
 
-    def probing(stage: Stage, inputs: tuple[str, ...]) -> Stage:
-        of = lambda study: [stage.params(study), prompts(study)]  # noqa: E731
+    def asking(stage: Stage, inputs: tuple[str, ...]) -> Stage:
+        of = lambda study: [stage.params(study), study.adopted.items]  # noqa: E731
         return replace(stage, inputs=inputs, params=of, gathers=False, estimate="not measured")
 
-    probes = {name: probing(ours[name], inputs) for name, inputs in PROBES.items()}
-    return {PARENT: adopting("parent"), MODEL: adopting("model"), **probes}
-
-
-def prompts(study: Study) -> str | None:
-    """The SHA-256 of a file of prompts: its rows are numbers that results depend on."""
-    return store.file_digest(Path(study.adopted.prompts)) if study.adopted and study.adopted.prompts else None
+    inputs = {name: ours[name].inputs for name in RESPONSES} | PROBES
+    return {PARENT: adopting("parent"), MODEL: adopting("model"), **{name: asking(ours[name], inputs[name]) for name in inputs}}
 
 
 # ---- the scale of such a study
@@ -171,7 +168,8 @@ def at_hand(data: Path | None, names: Sequence[str], among: Sequence[str]) -> di
         try:
             if data is None:
                 raise FileNotFoundError("the environment variable VLSAFE_DATA names no folder of official files")
-            official.load(module, data, official.subset(module, generated=True), pictures=False)
+            files = evaluation.benchmarks.official
+            files.load(module, data, files.subset(module, generated=True), pictures=False)
             found[name] = ""
         except FileNotFoundError as error:
             if name in names:
@@ -210,14 +208,22 @@ def _judges(requests: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return weights, endpoints
 
 
-def scale_of(request: Request, name: str, benchmarks: Sequence[str]) -> dict[str, Any]:
-    """The content of the scale file of a request: the paper's measures, none of its models."""
+def _items_of(request: Request, benchmarks: Sequence[str]) -> str:
+    """The digest of all that may be asked: of a file of prompts, or of the official files of benchmarks with their pictures."""
+    folder = assets.outside() or Path()
+    items = evaluation.prompts.from_file(request.prompts) if request.prompts else official(folder, tuple(benchmarks), True)
+    lines = (f"{item.id} {content_digest(item)} {item.harmful}" for item in items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def scale_of(request: Request, name: str, benchmarks: Sequence[str], items: str = "") -> dict[str, Any]:
+    """The content of the scale file of a request: the paper's measures, none of its models. `items`: a digest of them."""
     weights, endpoints = _judges(request.judges)
     texts = {"template": request.template, "parent_template": request.parent_template}
     adopted = {
         "model": _origin(request.model), **({"parent": _origin(request.parent)} if request.parent else {}),
         **{key: path.read_text(encoding="utf-8") for key, path in texts.items() if path},
-        **({"prompts": str(request.prompts.resolve())} if request.prompts else {}),
+        **({"prompts": str(request.prompts.resolve())} if request.prompts else {}), "items": items,
     }  # fmt: skip
     nothing = ("captions", "instructions", "safety", "safe_rlhf", "spa_vl", "text_guard", "image_guard", "tower")
     of_paper = as_plain(PAPER.loaded)
@@ -252,7 +258,8 @@ def opened(request: Request, root: Path, name: str = "", suffix: str = "") -> tu
     if file.exists() and (other := load_scale(file).loaded.adopted.model).repo != origin.repo:  # type: ignore[union-attr]
         raise ValueError(f"{file.parent} holds the results of {other.repo}; choose another --name for those of {origin.repo}")
     found = {} if request.prompts else at_hand(assets.outside(), request.benchmarks, request.among)
-    content = scale_of(request, name, [of for of, why in found.items() if not why])
+    benchmarks = [of for of in PAPER.exam.judges if found.get(of) == ""]  # in the scale's order, in which they are read once
+    content = scale_of(request, name, benchmarks, _items_of(request, benchmarks))
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "# Written by `vlsafe`, and again by the next command about this model.\n"
     store.write_text(file, text + yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True))

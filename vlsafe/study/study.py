@@ -250,7 +250,7 @@ class Study:
             raise FileNotFoundError("the benchmarks lie below VLSAFE_DATA, which is not set; `vlsafe doctor` says what is where")
         exam = self.scale.exam
         validation, test = evaluation.examine.divided(
-            _official(folder, tuple(exam.judges), self.adopted is not None), exam.validation
+            official(folder, tuple(exam.judges), self.adopted is not None), exam.validation
         )
         return validation if part == "validation" else evaluation.examine.panel(test, exam.full)
 
@@ -273,7 +273,7 @@ def _refuse_unknown(scale: Scale, backbone: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _official(folder: Path, benchmarks: tuple[str, ...], generated: bool) -> list[Item]:
+def official(folder: Path, benchmarks: tuple[str, ...], generated: bool) -> list[Item]:
     """All items of some benchmarks below a folder, read once by a process that makes several stages; `generated`: none that are
     ranked, which not every model and no server does."""
     items: list[Item] = []
