@@ -7,6 +7,7 @@ one that goes on. Peak memory is that of a fresh process that does nothing else.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -14,11 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROWS, TURNS, BOUND = 665_298, 5, 500
 LINES = 1_223_426  # both corpora
-OWN = 100  # MB that a screen may need beyond what it imports, which is torch and all
+MANY, GROUP, SIDE = 24_000, 100, 560  # pictures, in a row group, pixels: about 140 kB each, 3.2 GiB in each file
+OWN, HELD = 100, 1536  # MB that a screen, and that a dataset of pictures, may need beyond what is imported, torch and all
 PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
 READ = f"""
 import resource, time
@@ -65,6 +68,45 @@ rows = (Example(f"row#{{i}}", "instructions", turns) for i in range({LINES}))
 intake.append_lines(Path(os.environ["VLSAFE_DATA"]) / "lines.jsonl", rows, marked)
 print(seen[0], 0, 0, before, {PEAK}, round(time.process_time() - start))
 """
+
+
+PICTURES = f"""
+import os, random, resource, sys, time
+from pathlib import Path
+import torch, transformers, trl
+from vlsafe.core.schema import Example, Stored, Turn
+from vlsafe.training import datasets
+places, folder = sys.argv[1], Path(os.environ["VLSAFE_DATA"])
+turns = (Turn("user", "a"), Turn("assistant", "b"))
+before, start = {PEAK}, time.process_time()
+rows = [Example(str(n), "captions", turns, (Stored(places.format(n)),)) for n in range({MANY})]
+data = datasets.chat_dataset(rows, True)
+order = random.Random(0).sample(range(len(data)), 1600)
+pixels = sum(picture.size[0] for at in range(0, len(order), 16) for row in data[order[at : at + 16]]["images"] for picture in row)
+size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+print(pixels, size, before, {PEAK}, round(time.process_time() - start))
+"""
+
+
+def synthesise_pictures(folder: Path) -> None:
+    """More than 3 GiB of pictures in a zip file and as many in Parquet; neither makes noise smaller."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(buffer, "JPEG", quality=90)
+    jpeg = buffer.getvalue()
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        for number in range(MANY):
+            file.writestr(f"{number}.jpg", jpeg)
+    with pq.ParquetWriter(
+        folder / "images.parquet", pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+    ) as file:
+        for _ in range(MANY // GROUP):
+            cell = {"bytes": jpeg, "path": None}
+            file.write_table(pa.Table.from_pylist([{"image": cell}] * GROUP, schema=file.schema), row_group_size=GROUP)
 
 
 def synthesise(path: Path) -> None:
@@ -115,6 +157,13 @@ def main() -> int:
         whole = killed and numbers == list(range(LINES))
         what = f"{len(numbers):,} audit lines, {rows:,} of them after a SIGKILL, none lost or twice"
         held.append(line(what, *cost, whole, cost[0] + OWN))
+    with tempfile.TemporaryDirectory() as folder:
+        synthesise_pictures(Path(folder))
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        for places in ("images.zip!{}.jpg", "images.parquet!{}"):
+            pixels, after, *cost = child(PICTURES, folder, places)
+            what = f"1,600 of {MANY:,} pictures, {size / 2**31:.1f} GiB, from {places[:12].rstrip('!')}, at random"
+            held.append(line(what, *cost, pixels == 1600 * SIDE and after == size, cost[0] + HELD))
     return 0 if all(held) else 1
 
 

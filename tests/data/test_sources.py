@@ -115,6 +115,32 @@ def test_spa_vl_in_both_layouts(data, as_parquet):
             read("spa_vl")
 
 
+def whole(row):
+    """A row with its pictures in it; those of local files are places."""
+    return row if isinstance(row, Refused) else dataclasses.replace(row, images=tuple(map(bytes, row.images)))
+
+
+def test_pictures_in_parquet_stay_there_until_their_row_is_taken(data, tmp_path):
+    """Rows of several files and row groups, one without a picture: each place gives its own row's picture."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (data / "SPA-VL/data").mkdir(parents=True)
+    pictures = [f"picture {n}".encode() for n in range(7)]
+    for part, rows in enumerate((range(4), range(4, 7))):
+        table = [
+            {"question": f"q{n}", "chosen": "a", "rejected": "b", "class1": None,
+             "image": None if n == 2 else {"bytes": pictures[n], "path": None}} for n in rows
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(table), data / f"SPA-VL/data/train-{part}.parquet", row_group_size=2)
+    rows = read("spa_vl")
+    found = {row.turns[0].text: row.images[0] for row in rows if not isinstance(row, files.Refused)}
+    assert {name: bytes(picture) for name, picture in found.items()} == {f"q{n}": pictures[n] for n in range(7) if n != 2}
+    assert {picture.place for picture in found.values()} >= {"SPA-VL/data/train-0.parquet!3", "SPA-VL/data/train-1.parquet!0"}
+    with pytest.raises(FileNotFoundError, match="4 rows and no row 4"):
+        bytes(Stored("SPA-VL/data/train-0.parquet!4"))
+
+
 def test_from_the_hub_through_datasets_the_rows_are_the_same(data, monkeypatch):
     """`load_dataset` is pointed at a local copy of the repository; everything else is the library's own streaming."""
     import datasets
@@ -132,7 +158,7 @@ def test_from_the_hub_through_datasets_the_rows_are_the_same(data, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", at_home)
     for name in ("safe_rlhf", "spa_vl"):
         origin = getattr(LOADED, name)
-        assert list(sources.CORPORA[name].rows(files.Place(origin))) == local[name]
+        assert list(map(whole, sources.CORPORA[name].rows(files.Place(origin)))) == list(map(whole, local[name]))
     assert calls == [
         ("PKU-Alignment/PKU-SafeRLHF", None, "train", LOADED.safe_rlhf.revision, True),
         ("sqrti/SPA-VL", "default", "train", "main", True),

@@ -19,7 +19,7 @@ from vlsafe import cli
 from vlsafe.core import store
 from vlsafe.core.scale import as_plain
 from vlsafe.study.study import Study
-from vlsafe.training import checkpoints, launch
+from vlsafe.training import checkpoints, datasets, launch
 
 
 def workers(process):
@@ -65,11 +65,11 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, t
 def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):  # noqa: F811
     """A stage that is killed must not leave processes behind that write into the folder of its successor."""
     of = job(begun, tmp_path / "x", launch=written(tmp_path, DDP))
-    rows.save_to_disk(tmp_path / "rows")
+    datasets.save(rows, tmp_path / "rows")
     (tmp_path / "of.json").write_text(json.dumps(as_plain(of)))
     code = (
-        "import sys; from pathlib import Path; from datasets import load_from_disk; from vlsafe.training import launch; "
-        f"launch.trained(launch.Job.read(Path(r'{tmp_path}/of.json')), load_from_disk(r'{tmp_path}/rows'), print, Path('/'))"
+        "import sys; from pathlib import Path; from vlsafe.training import datasets, launch; "
+        f"launch.trained(launch.Job.read(Path(r'{tmp_path}/of.json')), datasets.load(r'{tmp_path}/rows'), print, Path('/'))"
     )
     stage = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE)  # else the step is told at the end
     stage.stdout.readline()  # a first step was made

@@ -105,6 +105,8 @@ def missing(picture: Stored) -> bool:
     file, _, member = picture.place.partition(assets.MEMBER)
     if "://" in file:
         return not member or member not in assets.members(file)
+    if member and file.endswith(assets.PARQUET):
+        return False  # its row was read
     return not assets.outside_path(file).is_file() or bool(member and member not in assets.members(file))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlsafe.core import assets
 from vlsafe.core.assets import Origin
-from vlsafe.core.schema import Example, Pair, Picture, Turn
+from vlsafe.core.schema import Example, Pair, Picture, Stored, Turn
 from vlsafe.data.files import Place, Refused, converted, names, picture, rows_of, text_of
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -190,15 +190,19 @@ def spa_vl_published(place: Place, split: str = "train") -> Iterator[tuple[Mappi
     pictures beside it. The training split has no categories; the others have three classes.
     """
     files = names(place, (f"**/{split}-*.parquet", f"**/{split}.parquet")) or [f"{split}.json"]
-    rows: Any = (row for file in files for row in rows_of(place, file))
+    rows: Any = ((row, f"{file}{assets.MEMBER}{n}") for file in files for n, row in enumerate(rows_of(place, file)))
     if place.folder is None:
         from datasets import Image, load_dataset
 
         rows = load_dataset(place.origin.repo, SPA_VL_CONFIGS[split], split=split, revision=place.revision, streaming=True)
-        rows = rows.cast_column("image", Image(decode=False))
-    for row in rows:
+        rows = ((row, "") for row in rows.cast_column("image", Image(decode=False)))
+    for row, at in rows:
         image = row.get("image")
-        yield row, image.get("bytes") if isinstance(image, dict) else picture(place, _in_images(image)) if image else None
+        if isinstance(image, dict):
+            held = image.get("bytes")
+            yield row, Stored(f"{place.folder}/{at}") if held and at else held
+        else:
+            yield row, picture(place, _in_images(image)) if image else None
 
 
 def spa_vl(place: Place) -> Iterator[Pair | Refused]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, List, Value, load_from_disk
 
-from vlsafe.core import assets
 from vlsafe.core.schema import Example, Pair, Picture, Stored, Turn
+from vlsafe.models.chat import open_picture
 
 IMAGE_LENGTH = 17  # words that a picture counts for where rows are sorted by length; an order, not a token count
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
+IMAGES = List({"place": Value("string"), "bytes": Value("binary")})  # of each picture one of the two
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -19,7 +21,10 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def _dataset(columns: Mapping[str, Sequence[Sequence[Turn]]], rows: Sequence[Example | Pair], with_images: bool) -> Dataset:
-    """Columns of conversations, with each row's length and pictures. A row without pictures has an empty list, never a null."""
+    """Columns of conversations, with each row's length and pictures. A row without pictures has an empty list, never a null.
+
+    A stored picture is a place until a worker takes its row (`opened`), so that nothing holds or writes it a second time.
+    """
     table: dict[str, list[Any]] = {name: [_messages(turns) for turns in column] for name, column in columns.items()}
     parts = zip(*columns.values(), strict=True)
     words = [sum(len(turn.text.split()) for turns in row for turn in turns) for row in parts]
@@ -28,14 +33,35 @@ def _dataset(columns: Mapping[str, Sequence[Sequence[Turn]]], rows: Sequence[Exa
     if with_images:
         table["images"] = [[_cell(picture) for picture in row.images] for row in rows]
         table["pictures"] = [len(row.images) for row in rows]
-        features |= {"images": List(Image(mode="RGB")), "pictures": Value("int64")}
-    return Dataset.from_dict(table, features=Features(features))
+        features |= {"images": IMAGES, "pictures": Value("int64")}
+    return opened(Dataset.from_dict(table, features=Features(features)))
 
 
 def _cell(picture: Picture) -> dict[str, Any]:
-    """A stored file is referenced and read with its row; members of archives are read now."""
-    path = assets.outside_path(picture.place) if isinstance(picture, Stored) and assets.MEMBER not in picture.place else None
-    return {"bytes": None, "path": str(path)} if path else {"bytes": bytes(picture), "path": None}
+    return {"place": picture.place} if isinstance(picture, Stored) else {"bytes": bytes(picture)}
+
+
+def opened(data: Dataset) -> Dataset:
+    """The same rows, whose pictures are read and decoded when a row is taken."""
+    return data.with_transform(_pictures, ["images"], output_all_columns=True) if "images" in data.column_names else data
+
+
+def save(data: Dataset, folder: Path) -> None:
+    """Write rows, of stored pictures their places; `load` reads them back."""
+    data.with_format(None).save_to_disk(folder)
+
+
+def load(folder: Path) -> Dataset:
+    """Rows that `save` has written, as they were."""
+    return opened(load_from_disk(folder))
+
+
+def _pictures(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "images": [
+            [open_picture(Stored(one["place"]) if one["place"] else one["bytes"]) for one in row] for row in batch["images"]
+        ]
+    }
 
 
 def chat_dataset(rows: Sequence[Example], with_images: bool) -> Dataset:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from vlsafe.core import failures
 from vlsafe.core.presets import mapping_at
 from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
 from vlsafe.models import architectures, chat, checkpoints, devices, trainable
-from vlsafe.training import processes, trainers
+from vlsafe.training import datasets, processes, trainers
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
 NODES = "SLURM_JOB_NUM_NODES"
@@ -91,7 +91,7 @@ def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) 
     count, folder = process_count(configuration, os.environ), Path(job.folder) / "job"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    data.save_to_disk(folder / "data")
+    datasets.save(data, folder / "data")
     write_text(folder / "job.json", json.dumps(as_plain(job)))
     sharded = str(int(configuration["distributed_type"] == "FSDP"))
     environment = {**os.environ, processes.PROCESSES: str(count), processes.SHARDED: sharded}
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
             (path.parent / "step").write_text(str(step), encoding="utf-8")
 
     try:
-        result = _work(Job.read(path), load_from_disk(path.parent / "data"), progress)
+        result = _work(Job.read(path), datasets.load(path.parent / "data"), progress)
     except Exception as error:
         if not failures.passing(error):
             write_text(path.parent / f"error-{rank}", f"{type(error).__name__}: {error}")
