@@ -17,7 +17,7 @@ from vlsafe.study.adopted import EXAMINED, PROBES, Request
 from vlsafe.study.study import Study
 
 Arguments = argparse.Namespace
-EXAMINATION = ("T02_degradation", "F03_categories", "T08_models", "F15_judges", "F15_agreement")
+EXAMINATION = ("T02_degradation", "F03_categories", "T08_models", "T08_capable", "F15_judges", "F15_agreement")
 INSIDE = ("F07_drift", "F07_layer_similarity", "F07_cka", "F07_probes", "F09_localisation", "F09_scaling")
 PROBED = ".probed"  # what is added to the name of a study that probes: a part of its prompts chooses, and is not reported
 

@@ -44,8 +44,9 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
     `texts`: answers. `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed.
-    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`: panel answers and validation
-    lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them. `miniature`: its ledger.
+    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`:
+    panel answers and validation lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them.
+    `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
