@@ -9,6 +9,7 @@ from pathlib import Path
 
 import families
 import numpy as np
+import official
 import official_files
 import pandas as pd
 import processors
@@ -25,7 +26,7 @@ from vlsafe.publish import readme
 from vlsafe.publish.adopted import INSIDE
 from vlsafe.study import adopted
 from vlsafe.study.adopted import Request
-from vlsafe.study.study import official
+from vlsafe.study.study import official as official_items
 
 ROOT = Path(__file__).parents[2]
 TWO = ["xstest", "vlguard"]
@@ -286,7 +287,7 @@ def test_what_is_asked_is_part_of_what_answers_are(home, tmp_path, monkeypatch):
     monkeypatch.setenv("VLSAFE_DATA", str(tmp_path / "data"))
     request, digests = Request(str(home / "tiny"), benchmarks=["xstest"]), []
     for change in ("", "kettle", ""):
-        official.cache_clear()
+        official_items.cache_clear()
         for path in (tmp_path / "data").rglob("*.csv") if change else ():
             text = path.read_text()
             path.write_text(text.replace(" ", f" {change} ", 1))
@@ -305,6 +306,20 @@ def test_judges_that_ask_a_model_judge_beside_rules(home):
     assert scale["loaded"]["judges"]["wildguard"] == {}  # as the paper's scale has it
     with pytest.raises(ValueError, match="say who answers the judge 'siuo-safe': siuo-safe=FOLDER or siuo-safe=ADDRESS"):
         adopted.scale_of(Request("m", judges=["siuo-safe"]), "m", ["siuo"])
+
+
+def test_a_folder_of_weights_judges_too(home, tmp_path):
+    """Its verdicts stand first; judgements are kept in a file; with and without it, the model answers once."""
+    official.tiny_llama_guard(tmp_path / "guard")
+    typed = ["examine", home / "tiny", "--benchmarks", "vlguard", "--max-new-tokens", 2]
+    run(*typed)
+    answers = next((tmp_path / "runs").rglob("responses/instruct*/manifest.json")).read_text()
+    run(*typed, "--judges", f"llama-guard-3={tmp_path / 'guard'}")
+    examined = next((tmp_path / "runs").rglob("examination/instruct.filtered-full/raw.parquet"))
+    raw = pd.read_parquet(examined)
+    assert raw["judge"].unique().tolist() == ["llama-guard-3", "vlguard-strings"] and raw["event"].notna().all()
+    assert len((examined.parent / "judgements.jsonl").read_text().splitlines()) == 5
+    assert next((tmp_path / "runs").rglob("responses/instruct*/manifest.json")).read_text() == answers
 
 
 def test_templates_get_messages_as_they_read_them(home):
