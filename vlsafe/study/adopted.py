@@ -1,7 +1,7 @@
 """Models that others have trained, at the stages where this project's own stand: a vision-language model at the end of stage 2,
 the language model that it came from at the parent. What examines, judges and probes them is what does so with ours.
 
-A scale is written for each (`scale_file`), by which every other command finds its runs. Models stay where they are: a run holds
+A scale is written for each (`opened`), by which every other command finds its runs. Models stay where they are: a run holds
 links to their files, and is identified by what is in these.
 """
 
