@@ -32,7 +32,6 @@ SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, DIFFERS, NOT = (
 )  # fmt: skip
 REGISTERED, EXPLORATORY = "registered", "exploratory"
 PARENT = MAIN_LINE["parent"]
-DRAWS = 4999  # p-values of the ledger are corrected for some ten claims a family, so their tails must be known
 
 
 class Joint(NamedTuple):
@@ -72,7 +71,7 @@ def leaves(tree: Part | Joint) -> list[Part]:
 def compared(part: Part, studies: Mapping[Unit, Changes]) -> dict[str, Any]:
     """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample."""
     pooled = [s._replace(weight=s.weight / len(studies)) for one in studies.values() for s in one.strata]
-    whole = stats.compare(pooled, np.random.default_rng(0), part.against, DRAWS)
+    whole = stats.compare(pooled, np.random.default_rng(0), part.against)
     single = [stats.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
     before, after = (float(np.mean([one[side] for one in studies.values()])) for side in (1, 2))
     room = part.sign * ((part.sign > 0) - before - part.against)

@@ -168,8 +168,9 @@ def compare(
 
     A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE items
     that changed, whole clusters are resampled, and the percentiles are moved out as far as a t-interval's bounds
-    lie from a normal one's. With fewer, the interval adds up Wilson's for rises and for falls, and the p-value is the
-    sign test's over clusters: McNemar's exact test where every cluster is one item.
+    lie from a normal one's; where few samples lie beyond `against`, the tail of a normal distribution says how many would.
+    With fewer, the interval adds up Wilson's for rises and for falls, and the p-value is the sign test's over clusters:
+    McNemar's exact test where every cluster is one item.
 
     Draws:    from `rng` only
     Raises:   ValueError where there is nothing to compare
@@ -186,9 +187,12 @@ def compare(
         changed += (values != 0).sum(0)
     free = max(1, n_clusters - len(parts))
     stretch = np.sqrt((free + 1) / free)
-    tail = stats.norm.cdf(stretch * stats.t.ppf((1 - level) / 2, free))
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
-    beyond = (1 + np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))) / (1 + draws)
+    end = stats.norm.cdf(stretch * stats.t.ppf((1 - level) / 2, free))
+    low, high = np.quantile(drawn, [end, 1 - end], axis=0)
+    few = np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))
+    distance = np.abs(effect - against)
+    tail = stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
+    beyond = np.where((few < RARE) & (distance > 0), np.minimum(tail, (1 + few) / (1 + draws)), (1 + few) / (1 + draws))
     p = 2 * stats.t.cdf(stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
     for k in np.flatnonzero(changed < RARE):
         column = [(weight, values[:, k], index, sizes) for weight, values, index, sizes in parts]

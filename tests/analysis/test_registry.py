@@ -1,0 +1,136 @@
+"""The registry of claims: where it is, that nothing in it moves unseen, and that ledgers agree with other tables."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from vlsafe.analysis import claims
+from vlsafe.analysis.claims import EXPLORATORY, REGISTERED, SUPPORTED
+
+ROOT = Path(__file__).parents[2]
+LEDGERS = sorted(path.relative_to(ROOT) for path in (ROOT / "figures").glob("*/T09_claims.csv"))
+PARTNER = {"10": "sl-full", "10b": "dpo-both-full", "11": "sl-full", "11b": "dpo-both-full"}
+
+
+def test_the_package_reads_the_registry_and_not_a_copy_of_it():
+    link, registry = ROOT / "vlsafe/analysis/claims.yaml", ROOT / "env/claims.yaml"
+    assert link.resolve() == registry.resolve() and not registry.is_symlink()
+
+
+def test_registered_claims_come_first_and_each_says_what_it_needs():
+    statuses = [claim.status for claim in claims.CLAIMS]
+    assert set(statuses) == {REGISTERED, EXPLORATORY} and statuses == sorted(statuses, reverse=True)
+    for claim in claims.CLAIMS:
+        assert claim.family and 0 < claim.interest < 1 and claim.rule, claim.name
+        assert len({part.what for part in claims.leaves(claim.decided_by)}) == len(claims.leaves(claim.decided_by)), claim.name
+    ledger = claims.judged({(claim.name, "b"): {} for claim in claims.CLAIMS})
+    assert ledger["status"].tolist() == statuses and set(ledger["registry"]) == {claims.REGISTRY}
+
+
+def test_a_digest_is_of_the_whole_rule_and_not_of_its_status():
+    data = yaml.safe_load((ROOT / "env/claims.yaml").read_text())
+    before = {name: claims.rule(entry) for name, entry in claims.entries(data).items()}
+    assert before == {claim.name: claim.rule for claim in claims.CLAIMS} and len(set(before.values())) == len(before)
+    data["claims"]["1"]["status"] = EXPLORATORY
+    data["trees"]["below"]["against"] = 0.01  # a shared tree
+    after = {name: claims.rule(entry) for name, entry in claims.entries(data).items()}
+    assert {name for name in before if before[name] != after[name]} == {"3c", "8b", "10", "10b", "11", "11b"}
+
+
+def git(root, *command):
+    try:
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def runs_at(root, commit, ledger):
+    """The digests of the runs behind a ledger as it was committed."""
+    text = git(root, "show", f"{commit}:{ledger.with_suffix('.provenance.json').as_posix()}")
+    return set(json.loads(text)["runs"].values()) if text else set()
+
+
+def changed_after(root, ledger):
+    """Claims that a ledger calls registered although their entry was another one, or none, when a ledger of any of its runs was
+    first committed: results were seen before the rule."""
+    table = pd.read_csv(root / ledger, dtype={"claim": str})
+    own = set(json.loads((root / ledger.with_suffix(".provenance.json")).read_text())["runs"].values())
+    seen = [commit for commit in git(root, "log", "--format=%H", "--", ledger).split() if own & runs_at(root, commit, ledger)]
+    old = git(root, "show", f"{seen[-1]}:env/claims.yaml") if seen else ""
+    then = {name: claims.rule(entry) for name, entry in claims.entries(yaml.safe_load(old)).items()} if old else {}
+    registered = table[table["status"] == REGISTERED] if "status" in table else table[:0]  # before the registry: none
+    if not seen:
+        return []  # it is not committed yet
+    return sorted({line.claim for line in registered.itertuples() if then.get(line.claim) != line.rule})
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=str)
+def test_a_claim_that_changed_after_its_results_is_exploratory(ledger):
+    if not git(ROOT, "log", "-1", "--format=%H"):
+        pytest.skip("no git history here: whether claims were registered in time cannot be seen")
+    assert changed_after(ROOT, ledger) == []
+
+
+def test_a_rule_made_after_the_results_is_caught(tmp_path):
+    """A ledger, then the rule of one claim changed and the ledger made again from the same runs; then from others."""
+    ledger = Path("figures/mini/T09_claims.csv")
+    data = yaml.safe_load((ROOT / "env/claims.yaml").read_text())
+
+    def commit(run):
+        entries = claims.entries(data)
+        lines = [{"claim": name, "status": entry["status"], "rule": claims.rule(entry)} for name, entry in entries.items()]
+        (tmp_path / ledger).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "env").mkdir(exist_ok=True)
+        (tmp_path / "env/claims.yaml").write_text(yaml.safe_dump(data))
+        pd.DataFrame(lines).to_csv(tmp_path / ledger, index=False)
+        (tmp_path / ledger.with_suffix(".provenance.json")).write_text(json.dumps({"runs": {"mini/seed0/examination/x": run}}))
+        git(tmp_path, "add", ".")
+        assert git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-m", "x")
+
+    git(tmp_path, "init")
+    commit("first")
+    assert changed_after(tmp_path, ledger) == []
+    data["claims"]["4b"]["sign"], data["claims"]["5"]["after"] = -1, "safety/other"  # 5 says that it is exploratory
+    commit("first")
+    assert changed_after(tmp_path, ledger) == ["4b"]
+    data["claims"]["4b"]["status"] = EXPLORATORY
+    commit("first")
+    assert changed_after(tmp_path, ledger) == []
+    data["claims"]["4b"]["status"] = REGISTERED
+    commit("other seeds")
+    assert changed_after(tmp_path, ledger) == []
+
+
+def contradictions(ledger, dominance):
+    """Claims on merging that a ledger supports while T07 calls the interior merge dominated, or trading, in some seed."""
+    found = []
+    for line in ledger[ledger["claim"].isin(list(PARTNER)) & (ledger["item_level"] == SUPPORTED)].itertuples():
+        own = dominance[(dominance["backbone"] == line.backbone) & (dominance["rule"] == "inside")]
+        own = own[own["partner"] == PARTNER[line.claim]]
+        rivals = own[(own["reference"] == "ensemble") == line.claim.startswith("11")]
+        rivals = rivals[rivals["reference"] != "adapted"]
+        if rivals["verdict"].isin(["is dominated", "trades"]).any():
+            found.append((line.claim, line.backbone))
+    return found
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=str)
+def test_no_ledger_supports_what_the_table_of_merges_denies(ledger):
+    table = pd.read_csv(ROOT / ledger, dtype={"claim": str})
+    other = (ROOT / ledger).with_name("T07_dominance.csv")
+    if "status" not in table or not other.exists():
+        pytest.skip(f"{ledger} was made before claims had a registry, or has no merges beside it")
+    assert contradictions(table, pd.read_csv(other)) == []
+
+
+def test_the_first_ledger_is_what_the_crossing_refuses():
+    """Claim 10 was "supported" where T07 says that the merge is dominated: its rule let the unmerged model pass."""
+    line = {"claim": "10", "backbone": "b", "item_level": SUPPORTED}
+    rival = {"backbone": "b", "rule": "inside", "partner": "sl-full", "reference": "dpo"}
+    lost, won = (pd.DataFrame([rival | {"verdict": verdict}]) for verdict in ("is dominated", "dominates"))
+    assert contradictions(pd.DataFrame([line]), lost) == [("10", "b")] and contradictions(pd.DataFrame([line]), won) == []
