@@ -182,7 +182,7 @@ def test_every_rule_finds_what_was_planted_and_excludes_what_it_must(table):
     held = table["item_level"] == SUPPORTED
     right = np.where(table["expected"] == f"not {SUPPORTED}", ~held, table["item_level"] == table["expected"])
     if RECORD:
-        table.assign(right=right).to_csv(os.environ.get("VLSAFE_RECORD_AT", "planted.csv"), index=False)
+        table.assign(right=right).to_csv(os.environ.get("VLSAFE_RECORD_AT", "figures/planted_claims.csv"), index=False)
         print(table.groupby(["case", "expected", "item_level", "seed_level"]).size().to_string())
     wrong = table[~right]
     assert wrong.empty, wrong[["case", "claim", "expected", "item_level", "part"]].to_string()
