@@ -27,8 +27,9 @@ WITHOUT_FRAMES = ("world/", "base/", "tower/", "guard/", "parent/", "projector/"
 GONE = {  # stage: the tables that nothing else can make
     "screen/filtered": {"T01_filtering_audit", "T01_guard_quality"},
     "probe/localisation": {"F09_scaling", "F10_against_random"},
-    "examination/instruct.filtered-full": {"T08_precision"},
-    "probe/layers": {"F07_cka", "F07_probes"}, "probe/drift": {"F07_drift", "F11_prediction"},
+    "examination/instruct.filtered-full": {"T08_precision", "T03_matched"},
+    "examination/instruct.textonly-full": {"T03_matched"}, "examination/projector.filtered": {"T03_matched"},
+    "probe/layers": {"F07_cka", "F07_probes"}, "probe/drift": {"F07_drift", "F11_prediction", "T03_matched"},
     "probe/objectives": {"F11_task_vectors"}, "causal/transplants": {"F10_against_random"},
     "causal/directions": {"F10_directions"},
     "merge/sl-full": {
@@ -134,7 +135,7 @@ def test_all_but_one_stage(made, runs):
         more = lines[~lines.index.isin([*whole, name])]
         assert more["missing"].str.contains(name, regex=False).all(), (name, more)
         gone[name] = set(more.index)
-    assert whole == {"T06_sppft", "T06_sppft_over_seeds"}
+    assert whole == {"T06_sppft", "T06_sppft_over_seeds", "T03_seeing", "T09_beside", "F15_people"}  # pocket's, and a grid's
     assert {stage: names for stage, names in gone.items() if names} == GONE
 
 
