@@ -235,9 +235,9 @@ def _examination(plan: Plan, recipe: str) -> Cost:
     exam, loaded = plan.study.scale.exam, plan.study.scale.loaded
     if loaded is None:
         return _responses(plan, recipe)
-    asked = [[name for name in judges if name in LLM_JUDGES and name not in exam.endpoints] for judges in exam.judges.values()]
+    judges = [[name for name in of if name in LLM_JUDGES and name not in exam.endpoints] for of in exam.judges.values()]
     requests, _ = plan.exam(*plan.models(recipe))
-    return plan.judged(requests * sum(map(len, asked)) / max(1, sum(map(bool, asked))))
+    return plan.judged(requests * sum(map(len, judges)) / max(1, sum(map(bool, judges))))
 
 
 def _merge(plan: Plan, recipe: str) -> Cost:
