@@ -112,6 +112,7 @@ def test_safety_rows_refuse_beside_pictures_and_pairs_prefer_refusals_of_harm_al
 
 def test_whole_sentences():
     assert rows.whole("It is 3.5 cm long. It is") == "It is 3.5 cm long."
+    assert rows.whole("Here is one: x = 1", ".!?:") == "Here is one:" and rows.whole("Here is one: x = 1") == ""
     assert rows.whole("One. Two! Three") == "One. Two!" and rows.whole("no end") == "" and rows.whole("") == ""
 
 

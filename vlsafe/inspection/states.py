@@ -55,7 +55,7 @@ def streamed(model: PreTrainedModel, processor: Any, prompts: Prompts, batch_siz
 
 
 def _batches(processor: Any, prompts: Prompts, size: int) -> Iterator[Prompts]:
-    """Prompts in their order; with pictures and without apart, unless the model's processor takes both at once, as LLaVA's does."""
+    """Prompts in their order; with pictures and without apart, unless the processor takes both at once, as LLaVA's does."""
     apart = not isinstance(processor, LlavaProcessor)
     for _, run in groupby(prompts, key=lambda prompt: apart and bool(prompt[1])):
         of = list(run)

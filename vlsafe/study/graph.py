@@ -275,7 +275,7 @@ def needs(study: Study, job: tuple[str, ...]) -> dict[str, int]:
 
 def gpus(study: Study, name: str) -> int:
     """How many GPUs a stage needs at most: one, or those of the configuration by which it is trained. None on the CPU, where
-    models that are built stay unless the scale's `device` says otherwise; small ones from packages use a GPU where they see one."""
+    models that are built stay unless the scale's `device` says otherwise; those from packages use a GPU where they see one."""
     kind, _, recipe = name.partition("/")
     if study.scale.loaded is None:
         return int(study.scale.device == "cuda")

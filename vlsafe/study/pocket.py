@@ -272,13 +272,13 @@ def unpacked(study: Study) -> str | None:
     return None if study.packed else "held-out captions with pictures that are not theirs come from packages"
 
 
-def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, shared: bool = True) -> Stage:
-    return Stage(make, inputs, params, 0, estimate=estimate, shared=shared, seedless=True)
+def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, shared: bool = True, version: int = 1) -> Stage:
+    return Stage(make, inputs, params, 0, estimate=estimate, shared=shared, seedless=True, version=version)
 
 
 BASE = _stage(make_base, (), packages(LANGUAGE[0]), "20 s of a core")
 VISION = _stage(make_tower, (), packages(TOWER[0]), "seconds")
-WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes")
+WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes", version=2)
 PARENT = _stage(make_parent, ("base/llm", "tower/clip", "world/corpora"), parent_params, "minutes", shared=False)
 TEXT_GUARD = _stage(make_text_guard, ("base/llm", "world/corpora"), lambda study: study.scale.threads, "minutes")
 IMAGE_GUARD = _stage(lambda study, work: {"chosen": "by words"}, (), lambda study: None, "nothing")

@@ -62,9 +62,9 @@ def refuse_openers(rows: Iterable[Example]) -> None:
                 raise ValueError(f"an answer of {row.id} begins like a refusal ({opener(turn.text)!r})")
 
 
-def whole(text: str) -> str:
-    """The whole sentences of a text that a limit of tokens may have cut; empty where there is none."""
-    found = re.match(r".*?[.!?](?=[\s\"']|$)(?:.*[.!?](?=[\s\"']|$))?", " ".join(text.split()))
+def whole(text: str, ends: str = ".!?") -> str:
+    """The whole sentences of a text that a limit of tokens may have cut; empty where there is none. `ends`: what ends one."""
+    found = re.match(rf".*?[{ends}](?=[\s\"']|$)(?:.*[{ends}](?=[\s\"']|$))?", " ".join(text.split()))
     return found[0].strip() if found else ""
 
 
@@ -74,8 +74,11 @@ def usable(answer: str) -> bool:
 
 
 def own_answers(prompts: Sequence[Prompt], write: Write) -> dict[str, str]:
-    """The text model's own answers by prompt, whole sentences only; those without one are left out."""
-    texts = map(whole, write([prompt.text for prompt in prompts], OWN_TOKENS))
+    """The text model's own answers by prompt, whole sentences only; those without one are left out.
+
+    A colon ends one too ("Here is an example of ...:"): requests for code have no other answer in so few tokens, and a kind of
+    request that no alignment row answers is refused."""
+    texts = (whole(text, ".!?:") for text in write([prompt.text for prompt in prompts], OWN_TOKENS))
     return {prompt.id: text for prompt, text in zip(prompts, texts, strict=True) if len(text.split()) >= LEAST}
 
 
