@@ -273,3 +273,5 @@ def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
     assert lines.loc[first, "both scales"] == "differs" and lines.loc[last, "both scales"] == claims.NOT
     assert set(lines.loc[measured["claim"].iloc[1:-1], "both scales"]) <= {"alike", "differs"}
     assert lines.index.tolist() == list(dict.fromkeys(one["claim"]))
+    again = pd.concat([one, other.iloc[:1].assign(item_level=claims.NOT)])  # a claim about a backbone of the other ledger alone
+    assert claims.beside(again, other.assign(statement="as it was")).set_index("claim").equals(lines)

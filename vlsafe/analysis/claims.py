@@ -271,18 +271,18 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
 def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Two ledgers side by side, one line per claim: the item-level verdict of every backbone, the effect in points, and whether
     all backbones that measured the claim agree ("alike") or not ("differs"); the ledger's own backbones come first."""
+    ledger = ledger[~ledger["backbone"].isin(other["backbone"])]  # a claim about one backbone has its line in every ledger
     both = pd.concat([ledger, other], ignore_index=True)
     effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({100 * value:+.0f})")
-    wide = both.assign(cell=both["item_level"] + effect).pivot(index=["claim", "statement"], columns="backbone", values="cell")
-    wide = wide.reindex(list(dict.fromkeys(zip(both["claim"], both["statement"], strict=True))))[
-        list(dict.fromkeys(both["backbone"]))
-    ]
+    statements = both.drop_duplicates("claim").set_index("claim")["statement"]  # that of the claims as they are now
+    wide = both.assign(cell=both["item_level"] + effect).pivot(index="claim", columns="backbone", values="cell")
+    wide = wide.reindex(statements.index)[list(dict.fromkeys(both["backbone"]))]
     measured = both[both["item_level"] != NOT]
     verdicts = measured.groupby("claim")["item_level"].agg(lambda of: "alike" if of.nunique() == 1 else "differs")
-    sides = measured.groupby("claim")["backbone"].agg(
-        lambda of: {name in set(ledger["backbone"]) for name in of} == {True, False}
-    )
-    alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim, _ in wide.index]
+    own = set(ledger["backbone"])
+    sides = measured.groupby("claim")["backbone"].agg(lambda of: {name in own for name in of} == {True, False})
+    alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim in wide.index]
+    wide.insert(0, "statement", statements)
     return wide.assign(**{"both scales": alike}).reset_index()
 
 

@@ -244,7 +244,10 @@ def make_seeing(study: Study, work: Path) -> dict[str, Any]:
     per token, with the right picture and with another one's; how long pictures' tokens are, relative to words' embeddings; and
     how far the language weights have moved from the parent's."""
     items = [item for item in study.items() if item.benchmark == "pocket_captions"]
-    right = [dataclasses.replace(item, options=(item.options["ABCD".index(str(item.reference))],)) for item in items]
+    right = [
+        dataclasses.replace(item, options=(item.options["ABCD".index(str(item.reference))],), scoring="generated")
+        for item in items
+    ]
     dtype, size, rows = study.scale.exam.dtype, study.scale.exam.batch_size, list[dict[str, Any]]()
     shown: dict[str, list[Item]] = {group: [item for item in right if item.group == group] for group in ("seen", "shuffled")}
     folders = [(run, folder) for run in SEEING for folder in study.checkpoints(run)]
