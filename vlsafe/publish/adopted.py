@@ -23,6 +23,7 @@ PROBED = ".probed"  # what is added to the name of a study that probes: a part o
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Describe `vlsafe examine` and `vlsafe probe` to the parser; `command` makes the one of a function."""
     added = command(examine, "examine a vision-language model that others have trained, and the language model that it came from")
     _add_model(added, "--parent", dict(default="", help="the language model that it came from: it is asked what has no picture"))
     added.add_argument("--benchmarks", nargs="+", default=[], help="by default all whose official files are below VLSAFE_DATA")

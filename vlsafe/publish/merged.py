@@ -13,6 +13,7 @@ from vlsafe.study.study import keep_freed_memory
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Describe `vlsafe merge` and `vlsafe fisher` to the parser; `command` makes the one of a function."""
     added = command(merge, "merge two checkpoints into a new one, on disk and tensor by tensor")
     based = "task_arithmetic, ties, dare_linear, dare_ties, model_stock, tsv_m, iso_c"
     added.add_argument("rule", help=f"linear, slerp; expo (beyond B); fisher; on task vectors, with --base: {based}")
@@ -38,6 +39,10 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
+    """Merge two checkpoints on disk, and say how many tensors were merged, copied and left alone.
+
+    Raises:   ValueError for an unknown rule, or a ratio that is missing or that the rule has not
+    """
     keep_freed_memory()
     rules = models.merge.rules
     rated = rules.RULES[known(arguments.rule, rules.RULES, "merge rule")].rated
@@ -53,6 +58,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def fisher(arguments: argparse.Namespace) -> None:
+    """Write the diagonal of a model's Fisher information over the first rows of a file (`models.merge.fisher`)."""
     models.weights.shards(arguments.model)  # refuses what is no folder of safetensors, with the remedy
     model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
     rows = (from_row(Example, row) for row in data.files.rows_in(arguments.rows))
