@@ -99,7 +99,7 @@ def weights(far, seeds=SEEDS):
     return pd.DataFrame(rows)
 
 
-def predicted_early(by_seed):
+def early(by_seed):
     """Curves of six recipes whose end is that of the seed, seen early, or that of the recipe, which no early rate tells."""
     ends = {"filtered-full": 0.2} | {f"{arm}-full": end for arm, end in zip("abcde", (0.3, 0.4, 0.5, 0.6, 0.8), strict=True)}
 
@@ -116,7 +116,7 @@ FAST, SLOW = (0.2, 0.5, 0.8), (0.05, 0.1, 0.2)
 INSIDE = {  # claims with methods of their own: frames of a winner, of a loser, of nothing
     "4": [{"raw": panels({"filtered-full": curve})} for curve in ((0, 0.2, 0.5, 0.6), (0.6, 0.5, 0.2, 0.1), (0.4,) * 4)],
     "4e": [{"raw": panels({"filtered-full": curve})} for curve in ((0, 0.5, 0.6, 0.6), (0, 0, 0.1, 0.8), (0.4,) * 4)],
-    "4f": [{"raw": panels(predicted_early(True))}, {"raw": panels(predicted_early(False))}, {"raw": panels({"filtered-full": (0.4,) * 4})}],
+    "4f": [{"raw": panels(early(True))}, {"raw": panels(early(False))}, {"raw": panels({"filtered-full": (0.4,) * 4})}],
     "4g": [
         {"raw": panels(TWINS), "drift": weights({"filtered-full": main, "textonly-full": twin})}
         for main, twin in ((SLOW, FAST), (FAST, SLOW), (SLOW, SLOW))
