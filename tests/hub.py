@@ -151,6 +151,7 @@ def filled(server, folder):
         "  image_guard: {origin: {gigabytes: 0.00001}}\n"
         "  safe_rlhf: null\n  spa_vl: null\n  text_guard: null\n  tower: null\n  gpu_gigabytes: 0\n"
         "  parents: {llama2-chat: {gigabytes: 0.00001}, tulu2: {gigabytes: 0.00001}}\n"
+        "  judges: {sorry-bench: {gigabytes: 0}, wildguard: {gigabytes: 0}, llama-guard-3: {gigabytes: 0}}\n"
     )
     return path
 
