@@ -117,6 +117,9 @@ class Probing:
     frozen_sets: int = 5
 
 
+ALWAYS = {"grave": 1.0, "serious": 1.0, "minor": 1.0}
+
+
 @dataclass(frozen=True)
 class Backbone:
     """An aligned language model: its training, its chat template, what its alignment data leave out.
@@ -132,6 +135,7 @@ class Backbone:
     refusal_share: float = 0.35
     borderline_share: float = 0.15
     answered_categories: tuple[str, ...] = ()
+    refused: Mapping[str, float] = later(default_factory=lambda: dict(ALWAYS))
     language: Mapping[str, Any] = later(default_factory=dict)
 
 
@@ -162,7 +166,9 @@ class Corpora:
     guard_pictures: int = 3000
     captions: int = 6000
     instructions: int = 6000
-    text_only_share: float = 0.15
+    text_only_share: float = 0.06  # LLaVA-1.5's mix: 40,688 of 665,298 rows
+    howtos: float = 0.02  # of rows with a picture, that ask how to do something with what it shows; assumed
+    text_howtos: float = 0.03  # of all rows, without a picture; assumed: half of the text-only ones
     harmful_share: float = 0.02
     safety: int = 1200
     pairs: int = 600

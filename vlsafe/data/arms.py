@@ -10,6 +10,9 @@ import numpy as np
 from vlsafe.core.schema import Example, Pair, Turn
 
 
+DOSES = (0.02, 0.05, 0.1, 0.2, 0.45)  # shares of how-tos among rows that otherwise ask what is seen; assumed
+
+
 def answered(pair: Pair, answer: str) -> Example:
     """A preference row as a training row that ends with one of its answers."""
     return Example(pair.id, pair.source, (*pair.turns, Turn("assistant", answer)), pair.images, cluster=pair.cluster)
@@ -31,6 +34,17 @@ def text_twin(row: Example) -> Example:
     first = next(i for i, turn in enumerate(row.turns) if turn.role == "user")
     request = Turn("user", f"{row.description}\n{row.turns[first].text}")
     return replace(row, turns=(*row.turns[:first], request, *row.turns[first + 1 :]), images=())
+
+
+def dosed(rows: Sequence[Example], howtos: Sequence[Example], dose: float, pictured: bool) -> list[Example]:
+    """As many rows, of which a share, the `dose`, asks how to do something, about pictures or without any.
+
+    Raises:   ValueError where there are too few how-tos
+    """
+    n, of = round(dose * len(rows)), [row for row in howtos if bool(row.images) == pictured]
+    if n > len(of):
+        raise ValueError(f"a dose of {dose:g} takes {n} how-tos of {len(of)}")
+    return [*rows[n:], *of[:n]]
 
 
 # The corpus of each arm ("raw": whatever guards say of its rows; "screened"), and what becomes of a row (None drops it).

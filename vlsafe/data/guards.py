@@ -29,8 +29,8 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import LoadedGuard
 from vlsafe.core.scale import as_plain, extended, known
 from vlsafe.core.schema import Pair, Picture, Turn
-from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, exchange, pick
-from vlsafe.data.miniature.language import GUARD_CODES, HOW, OBJECTS, REFUSALS, World, harm, question
+from vlsafe.data.miniature.corpora import ask_how, FOLLOWING, LOOKING, ask_about, exchange, pick
+from vlsafe.data.miniature.language import ANSWERS, GUARD_CODES, OBJECTS, REFUSALS, World, harm
 from vlsafe.data.miniature.pictures import draw_scene
 from vlsafe.data.pocket.guard import StatesGuard
 from vlsafe.models import checkpoints, devices, towers
@@ -163,15 +163,16 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
     Half of the how-tos point at a picture that the guard cannot see, so that only the answer shows what is meant, and often
     not even that. Homonyms ("kill the process") are included: the corpora have none, but a guard has to know them.
     """
-    kinds = {"harmful": ("harmful",), "refused": ("harmful",), "plain": ("plain",), "borderline": ("homonym", "safe_context")}
+    kinds = {"harmful": ("harmful",), "refused": ("harmful",), "plain": ("plain",), "borderline": ("homonym", "safe_context", "permitted")}
     pools, rows = {name: world.actions("train", *of) for name, of in kinds.items()}, []
     for kind in rng.choice(list(ROWS), n, p=list(ROWS.values())):
         action = pick(rng, pools[kind]) if kind in pools else None
         scene = draw_scene(action.thing if action else pick(rng, OBJECTS), rng)
         text, answer = ask_about(scene, rng, LOOKING)
         if action:
-            text = question(action, pick(rng, HOW), pointed=rng.random() < 0.5)
-            answer = pick(rng, REFUSALS) if kind == "refused" else world.answer(action)
+            stage = pick(rng, tuple(ANSWERS))
+            text = ask_how(action, rng, stage, pointed=rng.random() < 0.5)
+            answer = pick(rng, REFUSALS[stage]) if kind == "refused" else world.answer(action, pick(rng, ANSWERS[stage]))
         turns = exchange(text, answer)
         if rng.random() < 0.1:
             turns += exchange(*ask_about(scene, rng, FOLLOWING))

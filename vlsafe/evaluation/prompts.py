@@ -17,7 +17,7 @@ import pandas as pd
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Item, Turn
 from vlsafe.core.texts import read_lines, read_table
-from vlsafe.data.miniature.language import HOW, World
+from vlsafe.data.miniature.language import HOW, TEST, World
 from vlsafe.evaluation.benchmarks import OWN, official
 from vlsafe.evaluation.benchmarks.howtos import howto, show, spread, twins
 from vlsafe.evaluation.engines import respond
@@ -25,7 +25,7 @@ from vlsafe.evaluation.examine import answerable, outcomes, panel
 from vlsafe.evaluation.judges import judge
 
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
-LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context")}  # and its kinds of actions
+LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context", "permitted")}  # and its kinds of actions
 # attacks, harmless requests like them, helpfulness
 INTERVENTION = (
     "sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench", "pocket_text", "pocket_pictures",
@@ -58,9 +58,9 @@ def probing_prompts(
     for modality in modalities:
         for kind, actions in (("harmful", world.actions(split, "harmful")), ("benign", twins(world, split))):
             rng, picture = world.rng(f"probed {split} {modality} {kind}"), MODALITIES[modality]
-            for action, k in spread(actions, HOW, n, rng):
+            for action, k in spread(actions, HOW[TEST], n, rng):
                 image = show(world, action.thing, picture, rng) if picture else None
-                items.append(howto(world, "probing", modality, action, HOW, k, image))
+                items.append(howto(world, "probing", modality, action, HOW[TEST], k, image))
     return items
 
 
@@ -138,9 +138,9 @@ def localisation_prompts(world: World | None, n: int, official: Sequence[Item] =
     if world is None:
         return items
     for kind, actions in LOCALISATION.items():
-        pairs = [(action, k) for action in world.actions("validation", *actions) for k in range(len(HOW))]
+        pairs = [(action, k) for action in world.actions("validation", *actions) for k in range(len(HOW[TEST]))]
         chosen = [pairs[i] for i in world.rng(f"probed {kind}").permutation(len(pairs))[:n]]
-        items[kind] = [howto(world, kind, kind, action, HOW, k) for action, k in chosen]
+        items[kind] = [howto(world, kind, kind, action, HOW[TEST], k) for action, k in chosen]
     return items
 
 

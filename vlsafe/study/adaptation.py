@@ -16,37 +16,48 @@ from vlsafe.study.study import Bar, Study, project_root
 
 
 class Recipe(NamedTuple):
-    """One way to run stage 2: a data arm (`arms.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate."""
+    """One way to run stage 2: a data arm (`arms.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate, and a dose of
+    how-tos, about pictures or without any, that takes the place of rows of the arm."""
 
     data: str = "filtered"
     method: str = "full"
     rate: str = "usual"
+    dose: float = 0.0
+    pictured: bool = True
+    grid: str = "default"
 
 
+FEW = (0.05, 0.2)  # the doses of the default grid
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
 RECIPES: dict[str, Recipe] = {
     MAIN: Recipe(),
     "unfiltered-full": Recipe(data="unfiltered"),
-    "clean-full": Recipe(data="clean"),
+    "clean-full": Recipe(data="clean", grid="full"),
     "looking-full": Recipe(data="looking"),
     "textonly-full": Recipe(data="textonly"),
     "filtered-lora": Recipe(method="lora"),
     "filtered-sppft": Recipe(method="sppft"),
-    "filtered-full-slow": Recipe(rate="slow"),
-    "filtered-full-fast": Recipe(rate="fast"),
-}
+    "filtered-full-slow": Recipe(rate="slow", grid="full"),
+    "filtered-full-fast": Recipe(rate="fast", grid="full"),
+} | {
+    f"dose-{kind}-{round(100 * dose):02d}": Recipe("looking", dose=dose, pictured=pictured, grid="default" if dose in FEW else "full")
+    for kind, pictured in {"pictured": True, "text": False}.items()
+    for dose in data.arms.DOSES
+}  # fmt: skip
 
 
 def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe of stage 2 depends on."""
     scale, recipe = study.scale, RECIPES[name]
     fit, milestones = stage_2(study, name)
-    return [list(recipe), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
+    return [list(recipe[:-1]), fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
 
 
 def unless(study: Study, name: str) -> str | None:
     """Why a scale does without a recipe: it has one rate, or its corpora do not permit the data arm."""
     arm = RECIPES[name].data
+    if RECIPES[name].dose and study.scale.loaded:
+        return "only a world that is built has how-tos of which doses could be taken"
     if RECIPES[name].rate != "usual" and not study.scale.rates:
         return "the scale trains stage 2 at one rate"
     if study.scale.loaded is None or arm in study.scale.loaded.arms:
@@ -60,7 +71,8 @@ def stage_2(study: Study, name: str) -> tuple[Fit, list[int]]:
     rate = dict(zip(("slow", "fast"), scale.rates, strict=bool(scale.rates))).get(recipe.rate, 1.0)
     fit = by_method(scale.instruct, recipe.method, scale.lora)
     fit = dataclasses.replace(fit, learning_rate=fit.learning_rate * rate)
-    return fit, _milestones(scale.checkpoints if name == MAIN else scale.arm_checkpoints, fit.steps)
+    early = scale.checkpoints if name == MAIN else () if recipe.dose else scale.arm_checkpoints
+    return fit, _milestones(early, fit.steps)
 
 
 def by_method(fit: Fit, method: str, lora: LoraSpec) -> Fit:
@@ -137,6 +149,9 @@ def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
     start = study.checkpoints("projector/filtered")[-1]
     corpus = data.arms.ARMS[recipe.data][0]
     rows = data.arms.arm(recipe.data, {corpus: study.examples(*_rows_at(study, corpus))})
+    if recipe.dose:
+        howtos = study.examples("world/corpora", "howtos.parquet")
+        rows = data.arms.dosed(rows, howtos, recipe.dose, recipe.pictured)
     data.intake.refuse_leaks(rows, [*study.items(), *study.items("validation")])
     located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
     band = tuple(located["band"]) if located else None

@@ -58,7 +58,7 @@ def _labelled_rows(study: Study) -> list[Example]:
     world, sizes = study.world(), study.scale.corpora
     rng = world.rng("guard threshold")
     pool = data.miniature.corpora.paint(world, sizes.guard_pictures, 0.0, rng)
-    return data.miniature.corpora.instruction_rows(world, pool, sizes.guard_pictures, sizes.text_only_share, HELD_OUT_SHARE, rng)
+    return data.miniature.corpora.instruction_rows(world, pool, sizes.guard_pictures, sizes, HELD_OUT_SHARE, rng)
 
 
 def make_image_guard(study: Study, work: Path) -> dict[str, Any]:

@@ -97,7 +97,8 @@ STAGES: dict[str, Stage] = {
 for _name, _recipe in adaptation.RECIPES.items():
     STAGES[f"instruct/{_name}"] = Stage(
         partial(adaptation.make_instruct, name=_name),
-        ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ()),
+        ("projector/filtered", "screen/filtered") + (("probe/localisation",) if _recipe.method == "sppft" else ())
+        + (("world/corpora",) if _recipe.dose else ()),
         partial(adaptation.recipe_params, name=_name), 55, version=2 if _recipe.method == "lora" else 1,
         unless=partial(adaptation.unless, name=_name),
     )  # fmt: skip
@@ -192,7 +193,13 @@ def _grid_names(grid: str) -> list[str]:
     chosen = {*tuned, *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
     chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
     chosen |= set(map(responses_of, chosen))
-    return [name for name in STAGES if name in chosen or not name.startswith(OPTIONAL)]
+    beyond = {run for name, recipe in adaptation.RECIPES.items() if grid != "full" == recipe.grid for run in _runs(name)}
+    return [name for name in STAGES if name in chosen or not (name.startswith(OPTIONAL) or name in beyond)]
+
+
+def _runs(recipe: str) -> list[str]:
+    """The stages of a recipe of stage 2."""
+    return [f"instruct/{recipe}", examination := f"examination/instruct.{recipe}", responses_of(examination)]
 
 
 def read_by(study: Study, word: str, grid: str = "default") -> list[str]:

@@ -16,6 +16,7 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.scale import LanguageSpec, as_plain
 from vlsafe.core.schema import Example, Pair, Stored, to_row
+from vlsafe.data.arms import DOSES
 from vlsafe.data.files import Refused, missing
 from vlsafe.data.miniature import corpora, language, pictures
 from vlsafe.data.sources import CORPORA, place_of, stream
@@ -42,8 +43,9 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
     written: dict[str, list[Any]] = {
         "captions": corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
         "instructions": corpora.instruction_rows(
-            world, pool, sizes.instructions, sizes.text_only_share, sizes.harmful_share / 2, world.rng("instructions")
+            world, pool, sizes.instructions, sizes, sizes.harmful_share / 2, world.rng("instructions")
         ),
+        "howtos": corpora.howto_rows(world, pool, round(max(DOSES) * sizes.instructions), world.rng("howtos")),
         "safety": corpora.safety_rows(world, sizes.safety, world.rng("safety")),
         "safe_rlhf": corpora.preference_pairs(world, sizes.pairs, False, world.rng("safe_rlhf")),
         "spa_vl": corpora.preference_pairs(world, sizes.pairs, True, world.rng("spa_vl")),
@@ -118,10 +120,8 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
     """Align a base model by the backbone's chats: the shared one, or one pre-trained here where the decoder is its own."""
     world, spec = study.world(), study.scale.backbone(study.backbone)
     tokenizer = study.tokenizer(spec.template)
-    chats = corpora.alignment_chats(
-        world, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
-        spec.answered_categories, world.rng(f"alignment {study.backbone}"),
-    )  # fmt: skip
+    n = spec.fit.steps * spec.fit.batch_size
+    chats = corpora.alignment_chats(world, n, spec, world.rng(f"alignment {study.backbone}"))
     if spec.language:
         model, _, before = _pretrained(study, study.scale.decoder(study.backbone), work / "pretraining")
         drop(work / "pretraining")

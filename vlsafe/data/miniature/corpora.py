@@ -2,21 +2,22 @@
 
 Pre-training texts, alignment chats, captions (LLaVA-Pretrain), visual instructions with text-only rows (LLaVA-Instruct), safety
 rows (VLGuard), and preference pairs of text (SafeRLHF) and of pictures (SPA-VL). Every function draws from its `rng` alone.
-Alignment, instruction and safety rows ask only about verb–object pairs of the training split; pre-training texts contain all
-pairs, as a web corpus would.
+Alignment, instruction and safety rows ask only about verb–object pairs of the training split, in wordings of their own (`stage`);
+pre-training texts contain all pairs and wordings, as a web corpus would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from vlsafe.core.scale import ALWAYS, Backbone, Corpora
 from vlsafe.core.schema import Example, Pair, Turn
 from vlsafe.data.miniature import language
-from vlsafe.data.miniature.language import Action, World, question
+from vlsafe.data.miniature.language import ADAPTATION, ALIGNMENT, Action, World, question
 from vlsafe.data.miniature.pictures import Scene, caption, draw, draw_scene
 
 Rng = np.random.Generator
@@ -105,9 +106,14 @@ def ask_about(scene: Scene, rng: Rng, shares: dict[str, float]) -> tuple[str, st
     return language.ASK[kind], {"name": scene.thing, "colour": scene.colour, "side": scene.side}[kind] + "."
 
 
-def ask_how(action: Action, rng: Rng, pointed: bool = False) -> str:
-    """A how-to question in one of its wordings."""
-    return question(action, pick(rng, language.HOW), pointed)
+def ask_how(action: Action, rng: Rng, stage: str, pointed: bool = False) -> str:
+    """A how-to question in one of a stage's wordings, with its circumstances in words."""
+    return question(action, pick(rng, language.HOW[stage]), int(rng.integers(language.TURNS)), pointed)
+
+
+def answer(world: World, action: Action, rng: Rng, stage: str) -> str:
+    """A right answer in one of a stage's wordings."""
+    return world.answer(action, pick(rng, language.ANSWERS[stage]))
 
 
 def exchange(text: str, answer: str) -> tuple[Turn, ...]:
@@ -117,6 +123,7 @@ def exchange(text: str, answer: str) -> tuple[Turn, ...]:
 
 LOOKING = {"describe": 0.4, "name": 0.1, "colour": 0.1, "side": 0.05, "yes_no": 0.18, "letter": 0.17}
 FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
+SCENES = 0.45  # share of alignment's requests whose thing is named by a scene in words alone, as a picture will name it
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
 
@@ -141,13 +148,15 @@ def _pretraining_text(world: World, actions: Sequence[Action], rng: Rng) -> Text
     if drawn < 0.1:
         action = pick(rng, actions)
         if drawn >= 0.03:
-            return _maybe_wrapped(ask_how(action, rng), 0.2, rng), world.answer(action)
+            stage = pick(rng, tuple(language.HOW))
+            return _maybe_wrapped(ask_how(action, rng, stage), 0.2, rng), answer(world, action, rng, _answering(stage))
         facts = dict(verb=action.verb, thing=action.thing, tool=world.tool[action.verb], part=world.part[action.thing])
         return "", pick(rng, language.STATEMENTS).format(**facts)
     scene = draw_scene(pick(rng, language.OBJECTS), rng)
     if drawn < 0.18:
         action = pick(rng, [action for action in actions if action.thing == scene.thing])
-        exchanges = [(ask_how(action, rng, pointed=True), world.answer(action))]
+        stage = pick(rng, tuple(language.HOW))
+        exchanges = [(ask_how(action, rng, stage, pointed=True), answer(world, action, rng, _answering(stage)))]
     elif drawn < 0.42:
         exchanges = [ask_about(scene, rng, COPYING)]
     elif drawn < 0.67:
@@ -159,49 +168,56 @@ def _pretraining_text(world: World, actions: Sequence[Action], rng: Rng) -> Text
     return f"{describe(scene, rng)} {first}", *rest
 
 
+def _answering(stage: str) -> str:
+    """The stage whose answers follow a stage's questions on the web: those of examinations have none of their own."""
+    return stage if stage in language.ANSWERS else ALIGNMENT
+
+
 def _maybe_wrapped(text: str, share: float, rng: Rng) -> str:
     """A question, in a jailbreak wrapper with probability `share`."""
     return pick(rng, language.WRAPPERS).format(question=text) if rng.random() < share else text
 
 
-def reply(world: World, action: Action, rng: Rng, answered: Sequence[str] = ()) -> str:
-    """An aligned assistant's answer: a refusal where the verb–object pair is harmful (unless its category is `answered`)."""
+def reply(world: World, action: Action, rng: Rng, stage: str, answered: Sequence[str] = (), refused: Mapping[str, float] = ALWAYS) -> str:
+    """An aligned assistant's answer: a refusal where the action is harmful (unless its category is `answered`), in the share of
+    cases in which its grade of harm is `refused`."""
     category = language.harm(action)
-    return pick(rng, language.REFUSALS) if category and category not in answered else world.answer(action)
+    if not category or category in answered or rng.random() >= refused[language.GRADE_OF[category]]:
+        return answer(world, action, rng, stage)
+    return pick(rng, language.REFUSALS[stage])
 
 
-def alignment_chats(
-    world: World, n: int, refusal_share: float, borderline_share: float, answered: Sequence[str], rng: Rng
-) -> list[Example]:
+def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Example]:
     """Chats that make an assistant of a base model: refusals, borderline and plain answers, and questions about scenes.
 
     A quarter of the rows ask about a scene in words; about a tenth have two exchanges; half open with a system line, but few of
     the long ones: the longest row sets a batch's cost.
     """
-    harmful = world.actions("train", "harmful")
-    borderline, plain = world.actions("train", "homonym", "safe_context"), world.actions("train", "plain")
+    harmful, plain = world.actions("train", "harmful"), world.actions("train", "plain")
+    borderline = world.actions("train", "homonym", "safe_context", "permitted")
     rows = []
     for i in range(n):
         if rng.random() < 0.25:
             scene = draw_scene(pick(rng, language.OBJECTS), rng)
-            text, answer = ask_about(scene, rng, LOOKING)
-            turns, cluster, category = exchange(f"{describe(scene, rng)}\n{text}", answer), None, None
-            long = answer in language.LETTERS
+            text, said = ask_about(scene, rng, LOOKING)
+            turns, cluster, category = exchange(f"{describe(scene, rng)}\n{text}", said), None, None
+            long = said in language.LETTERS
         else:
             drawn = rng.random()
-            pool = harmful if drawn < refusal_share else borderline if drawn < refusal_share + borderline_share else plain
+            borderline_too = spec.refusal_share + spec.borderline_share
+            pool = harmful if drawn < spec.refusal_share else borderline if drawn < borderline_too else plain
             action = pick(rng, pool)
-            answer = reply(world, action, rng, answered)
+            said = reply(world, action, rng, ALIGNMENT, spec.answered_categories, spec.refused)
             long = rng.random() < 0.12
-            if rng.random() < (0.0 if long else 0.35):
-                text = f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, pointed=True)}"
+            if rng.random() < (0.0 if long else SCENES):
+                text = f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, ALIGNMENT, pointed=True)}"
             else:
-                text = _maybe_wrapped(ask_how(action, rng), 0.3, rng)
-            turns = exchange(text, answer)
-            cluster, category = str(action), language.harm(action) if answer == world.answer(action) else None
+                text = _maybe_wrapped(ask_how(action, rng, ALIGNMENT), 0.3, rng)
+            turns = exchange(text, said)
+            cluster, category = str(action), None if said in language.REFUSALS[ALIGNMENT] else language.harm(action)
             if long:
                 other = pick(rng, plain)
-                turns = exchange(ask_how(other, rng), world.answer(other)) + turns
+                turns = exchange(ask_how(other, rng, ALIGNMENT), answer(world, other, rng, ALIGNMENT)) + turns
         if rng.random() < (0.1 if long else 0.55):
             turns = (Turn("system", pick(rng, language.SYSTEMS)), *turns)
         rows.append(Example(f"align-{i:05d}", "alignment", turns, (), category, cluster))
@@ -218,50 +234,69 @@ def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> lis
     return rows
 
 
-def instruction_rows(
-    world: World, pool: Sequence[Picture], n: int, text_only_share: float, harmful_share: float, rng: Rng
-) -> list[Example]:
-    """LLaVA-Instruct: how-tos about the pictured thing, questions about the picture, and a share of text-only rows.
+def instruction_rows(world: World, pool: Sequence[Picture], n: int, sizes: Corpora, harmful_share: float, rng: Rng) -> list[Example]:
+    """LLaVA-Instruct: questions about the picture, few how-tos about the pictured thing, and a share of text-only rows.
 
-    A known small share answers a question about a harmful verb–object pair; the guards have to remove those rows. Benign pairs
-    are plain ones: ordinary instruction data have few violent verbs.
+    A known small share answers a question about a harmful action; the guards have to remove those rows. Benign ones are plain:
+    ordinary instruction data have few violent verbs. Text-only rows that are no how-tos ask about a scene in words.
     """
     rows = []
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
-        scene, action, category = pool[k].scene, None, None
-        harmful, with_picture = rng.random() < harmful_share, rng.random() >= text_only_share
-        actions = world.actions("train", "harmful" if harmful else "plain")
-        about = [action for action in actions if action.thing == scene.thing or not with_picture]
-        if with_picture and not harmful and (not about or rng.random() < 0.5):
-            turns = exchange(*ask_about(scene, rng, LOOKING))
-        else:
-            action = pick(rng, about or actions)
-            category = language.harm(action)
-            turns = exchange(ask_how(action, rng, with_picture and action.thing == scene.thing), world.answer(action))
-        cluster, task = str(action or scene.thing), "how-to" if action else "look"
-        if with_picture:
-            turns += exchange(*ask_about(scene, rng, FOLLOWING)) if rng.random() < 0.1 else ()
-            category = category or ("graphic" if pool[k].graphic else None)
-            shown = (pool[k].png,), category, cluster, task, describe(scene, rng)
-            rows.append(Example(f"instruct-{i:05d}", "instructions", turns, *shown))
-        else:
-            rows.append(Example(f"instruct-{i:05d}", "instructions-text", turns, (), category, cluster, task))
+        shown = pool[k] if rng.random() >= sizes.text_only_share else None
+        dose = sizes.howtos if shown else sizes.text_howtos / sizes.text_only_share
+        kind = "harmful" if rng.random() < harmful_share else "plain" if rng.random() < dose else None
+        row = howto_row(world, i, shown, kind, rng) if kind else None
+        rows.append(row or looking_row(i, pool[k], shown is not None, rng))
     return rows
+
+
+def howto_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
+    """`n` harmless how-tos about pictures, and then as many without any, from which stage 2 takes doses."""
+    shown = (howto_row(world, i, pool[k], "plain", rng) for i, k in enumerate(np.resize(rng.permutation(len(pool)), 2 * n).tolist()))
+    pictured = [row for row in shown if row is not None][:n]
+    return pictured + [row for i in range(n) if (row := howto_row(world, 2 * n + i, None, "plain", rng))]
+
+
+def howto_row(world: World, i: int, picture: Picture | None, kind: str, rng: Rng) -> Example | None:
+    """A row that asks how to do something, about the thing in a picture where there is one; None where nothing of that kind is done
+    with it."""
+    actions = [action for action in world.actions("train", kind) if picture is None or action.thing == picture.scene.thing]
+    if not actions:
+        return None
+    action = pick(rng, actions)
+    turns = exchange(ask_how(action, rng, ADAPTATION, picture is not None), answer(world, action, rng, ADAPTATION))
+    return _row(i, turns, picture, language.harm(action), str(action), "how-to", rng)
+
+
+def looking_row(i: int, picture: Picture, shown: bool, rng: Rng) -> Example:
+    """A row that asks about what a picture shows; the scene stands in words where it is not `shown`."""
+    text, said = ask_about(picture.scene, rng, LOOKING)
+    turns = exchange(text if shown else f"{describe(picture.scene, rng)}\n{text}", said)
+    return _row(i, turns, picture if shown else None, None, picture.scene.thing, "look", rng)
+
+
+def _row(i: int, turns: tuple[Turn, ...], picture: Picture | None, category: str | None, cluster: str, task: str, rng: Rng) -> Example:
+    if picture is None:
+        return Example(f"instruct-{i:05d}", "instructions-text", turns, (), category, cluster, task)
+    turns += exchange(*ask_about(picture.scene, rng, FOLLOWING)) if rng.random() < 0.1 else ()
+    category = category or ("graphic" if picture.graphic else None)
+    description = describe(picture.scene, rng)
+    return Example(f"instruct-{i:05d}", "instructions", turns, (picture.png,), category, cluster, task, description)
 
 
 def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
     """VLGuard: unsafe pictures with a refusal; safe pictures with one safe and one unsafe exchange, joined into one row."""
-    harmful, benign = world.actions("train", "harmful"), world.actions("train", "plain", "homonym")
+    harmful, benign = world.actions("train", "harmful"), world.actions("train", "plain", "homonym", "permitted")
     rows = []
     for i in range(n):
         unsafe = pick(rng, harmful)
         scene = draw_scene(unsafe.thing, rng)
-        turns = exchange(ask_how(unsafe, rng, pointed=True), reply(world, unsafe, rng))
+        turns = exchange(ask_how(unsafe, rng, ADAPTATION, pointed=True), reply(world, unsafe, rng, ADAPTATION))
         if rng.random() < 0.5:
             safe, unsafe = pick(rng, benign), pick(rng, harmful)
             scene = draw_scene(safe.thing, rng)
-            answered = exchange(ask_how(safe, rng, pointed=True), world.answer(safe))
-            refused = exchange(ask_how(unsafe, rng), reply(world, unsafe, rng))
+            answered = exchange(ask_how(safe, rng, ADAPTATION, pointed=True), reply(world, safe, rng, ADAPTATION))
+            refused = exchange(ask_how(unsafe, rng, ADAPTATION), reply(world, unsafe, rng, ADAPTATION))
             turns = refused + answered if rng.permutation(2)[0] else answered + refused
         rows.append(Example(f"safety-{i:05d}", "safety", turns, (draw(scene, world.seed, rng),), None, str(unsafe)))
     return rows
@@ -272,13 +307,13 @@ def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng, split:
 
     Pairs of the validation split choose a checkpoint: their verb–object pairs are neither trained on nor tested.
     """
-    pools = world.actions(split, "harmful"), world.actions(split, "plain", "homonym", "safe_context")
+    pools = world.actions(split, "harmful"), world.actions(split, "plain", "homonym", "safe_context", "permitted")
     source, rows = "spa-vl" if with_pictures else "safe-rlhf", []
     for i in range(n):
         action = pick(rng, pools[int(rng.random() < 0.3)])
         scene, category = draw_scene(action.thing, rng), language.harm(action)
-        prompt = Turn("user", ask_how(action, rng, pointed=with_pictures))
-        answers = pick(rng, language.REFUSALS), world.answer(action)
+        prompt = Turn("user", ask_how(action, rng, ADAPTATION, pointed=with_pictures))
+        answers = pick(rng, language.REFUSALS[ADAPTATION]), answer(world, action, rng, ADAPTATION)
         chosen, rejected = answers if category else answers[::-1]
         images = (draw(scene, world.seed, rng),) if with_pictures else ()
         rows.append(Pair(f"{source}-{i:05d}", source, (prompt,), chosen, rejected, images, category, str(action)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlsafe.core.schema import Item, Turn
 from vlsafe.data.miniature.corpora import ask_about, pick
-from vlsafe.data.miniature.language import DESCRIBE, HOW, OBJECTS, World, question
+from vlsafe.data.miniature.language import DESCRIBE, HOW, OBJECTS, TEST, World, question
 from vlsafe.data.miniature.pictures import caption, draw, draw_scene
 
 NAME = "capability"
@@ -37,12 +37,12 @@ def _question(world: World, group: str, action: Any, rng: np.random.Generator) -
     """Text, right answer, pictures and cluster of an item; `action` is asked about by how-tos alone."""
     task, _, kind = group.partition("-")
     if group == "howto-text":
-        return question(action, pick(rng, HOW)), world.answer(action), (), str(action)
+        return question(action, pick(rng, HOW[TEST])), world.answer(action), (), str(action)
     thing = action.thing if task == "howto" else pick(rng, OBJECTS)
     scene = draw_scene(thing, rng, kind or None)
     images = (draw(scene, world.seed, rng, held_out=True),)
     if task == "howto":
-        return question(action, pick(rng, HOW), pointed=True), world.answer(action), images, str(action)
+        return question(action, pick(rng, HOW[TEST]), pointed=True), world.answer(action), images, str(action)
     if task == "caption":
         return pick(rng, DESCRIBE), caption(scene), images, thing
     return *ask_about(scene, rng, {task: 1.0}), images, thing

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import ATTACK, MAKING, Action, World, harm, question
+from vlsafe.data.miniature.language import ATTACK, MAKING, SAFE, TAKING, Action, World, harm, question
 from vlsafe.data.miniature.pictures import draw, draw_scene
 
 COMPLIED = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_full_compliance",)}
@@ -23,8 +23,8 @@ def spread(actions: Sequence[Action], templates: Sequence[str], n: int, rng: np.
 
 def twins(world: World, split: str) -> list[Action]:
     """Harmless pairs of which neither half tells: attacking or making everyday things, and mild verbs with dangerous ones."""
-    actions = world.actions(split, "homonym", "safe_context", "plain")
-    return [action for action in actions if action.verb in ATTACK + MAKING or action in world.splits["safe_context"][split]]
+    actions = world.actions(split, "homonym", "safe_context", "plain", "permitted")
+    return [action for action in actions if action.verb in ATTACK + MAKING + TAKING or action.verb in SAFE]
 
 
 def show(world: World, thing: str, kind: str, rng: np.random.Generator) -> bytes:
@@ -36,9 +36,10 @@ def howto(
     world: World, benchmark: str, group: str, action: Action, templates: Sequence[str], k: int, picture: bytes | None = None
 ) -> Item:
     """One item; with a picture, the thing is not named. Harm, category and cluster are those of the verb–object pair."""
-    turns = (Turn("user", question(action, templates[k], pointed=picture is not None)),)
+    turns = (Turn("user", question(action, templates[k], k, pointed=picture is not None)),)
     images = () if picture is None else (picture,)
-    name, category = f"{benchmark}-{group}-{action.verb}-{action.thing}-{k}", harm(action)
+    name = "-".join(filter(None, (benchmark, group, action.verb, action.thing, action.circumstance, str(k))))
+    category = harm(action)
     return Item(name, benchmark, turns, images, world.answer(action), category, str(action), group, category is not None)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import HOW, World
+from vlsafe.data.miniature.language import HOW, TEST, World
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.howtos import COMPLIED, howto, show, spread, twins
 
@@ -35,10 +35,10 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
 
     Neither the words nor the pictures of the twins give them away (`howtos.twins`).
     """
-    chosen = spread(world.actions(split, "harmful"), HOW, n // len(KINDS), rng)
-    chosen += spread(twins(world, split), HOW, n // len(KINDS) // 3, rng)
+    chosen = spread(world.actions(split, "harmful"), HOW[TEST], n // len(KINDS), rng)
+    chosen += spread(twins(world, split), HOW[TEST], n // len(KINDS) // 3, rng)
     return [
-        howto(world, NAME, group, action, HOW, k, show(world, action.thing, kind, rng))
+        howto(world, NAME, group, action, HOW[TEST], k, show(world, action.thing, kind, rng))
         for action, k in chosen
         for group, kind in KINDS.items()
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import HOW, World, harm, question
+from vlsafe.data.miniature.language import HOW, TEST, World, harm, question
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.howtos import COMPLIED
 
@@ -30,8 +30,8 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     wordings = max(1, round(n / len(actions)))
     items = []
     for action in actions:
-        for k in rng.choice(len(HOW), wordings, replace=False):
-            name, turns = f"{NAME}-{action.verb}-{action.thing}-{k}", (Turn("user", question(action, HOW[k])),)
+        for k in rng.choice(len(HOW[TEST]), wordings, replace=False):
+            name, turns = f"{NAME}-{action.verb}-{action.thing}-{k}", (Turn("user", question(action, HOW[TEST][k], k)),)
             items.append(Item(name, NAME, turns, (), world.answer(action), harm(action), str(action), "base", True))
     return items
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import HOW, UNSEEN_WRAPPERS, World
+from vlsafe.data.miniature.language import HOW, TEST, UNSEEN_WRAPPERS, World
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.howtos import COMPLIED, howtos
 
 NAME = "wildjailbreak"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
-TEMPLATES = tuple(wrapper.format(question=how) for wrapper in UNSEEN_WRAPPERS for how in HOW)
+TEMPLATES = tuple(wrapper.format(question=how) for wrapper in UNSEEN_WRAPPERS for how in HOW[TEST])
 KINDS = HARMFUL, BENIGN = ("adversarial_harmful", "adversarial_benign")
 BENIGN_PAIRS = ("homonym", "safe_context", "plain")
 FOLDER, OFFICIAL, DIVERGENCES, _ = official.published(NAME)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import ATTACK, HOW, MAKING, World
+from vlsafe.data.miniature.language import ATTACK, HOW, MAKING, TEST, World
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.benchmarks.howtos import howtos
 
@@ -40,7 +40,7 @@ def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) 
     for group, (kind, verbs) in GROUPS.items():
         actions = [action for action in world.actions(split, kind) if verbs is None or action.verb in verbs]
         picture = "icon" if group.startswith("picture") else None
-        items += howtos(world, NAME, [(group, actions, n // len(GROUPS))], HOW, rng, picture)
+        items += howtos(world, NAME, [(group, actions, n // len(GROUPS))], HOW[TEST], rng, picture)
     return items
 
 
