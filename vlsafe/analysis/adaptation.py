@@ -18,6 +18,10 @@ from vlsafe.core.schema import MAIN_LINE
 
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
 LEVELLED = ("text_asr", "multimodal_asr")  # compared at equal helpfulness as well
+DOSED = (
+    "text_asr", "text_refusal_probability", "multimodal_asr", "picture_refusal_probability", "twin_refusal", "helpfulness",
+)  # fmt: skip
+NO_HOWTOS = "looking-full"
 STEPS, LEVEL = "equal steps", "equal helpfulness"
 FIRST, WINDOW = 5, 20  # steps whose mean loss is that of the start, and of a checkpoint; assumed
 START = ("", 0)  # the point, (recipe, step), at which every recipe begins: the end of stage 1
@@ -152,6 +156,27 @@ def seeing(losses: pd.DataFrame) -> pd.DataFrame:
         means = {"right": rows["right"].mean(), "shuffled": rows["shuffled"].mean(), "n": len(rows)}
         lines.append(model | means | named | {"norm_ratio": rows["norm_ratio"].iloc[0]})
     return pd.DataFrame(lines)
+
+
+def doses(raw: pd.DataFrame) -> pd.DataFrame:
+    """F04: what a dose of harmless how-tos among rows that ask what is seen does, about pictures or without any: one line per
+    backbone × seed × kind × dose × measure, with its paired difference from a dose of nothing, which both kinds share.
+
+    Units:    dose: percent of the rows of stage 2
+    Raises:   Lacking where no dose was examined
+    """
+    final = raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")]
+    runs = pd.Series(final["recipe"].unique()).to_frame("recipe")
+    found = runs["recipe"].str.extract(r"^dose-(?P<kind>pictured|text)-(?P<dose>\d+)$")
+    dosed = runs.assign(**found).dropna()
+    if dosed.empty:
+        raise Lacking("no model of stage 2 was trained with a dose of how-tos")
+    none = pd.DataFrame({"recipe": NO_HOWTOS, "kind": dosed["kind"].unique(), "dose": "0"})
+    dosed = pd.concat([none, dosed], ignore_index=True).astype({"dose": int})
+    final = final[final["recipe"].isin(dosed["recipe"])]
+    lines = measures.rates(final, [name for name in DOSED if measures.present(final, [name])], [*UNIT, "recipe"])
+    change = measures.differences(final, f"instruct/{NO_HOWTOS}", [f"instruct/{name}" for name in dosed["recipe"]], DOSED)
+    return dosed.merge(measures.with_changes(lines, change), on="recipe").sort_values(["backbone", "seed", "kind", "dose"])
 
 
 def panel(raw: pd.DataFrame) -> pd.DataFrame:

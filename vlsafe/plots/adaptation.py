@@ -1,7 +1,8 @@
-"""Notebook 02: training losses."""
+"""Notebook 02: training losses; F04: what doses of how-tos do."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -17,3 +18,33 @@ def losses(frame: pd.DataFrame, smooth: int = 1) -> Figure:
         axes["", ""].set_yscale("log")
         axes["", ""].legend(ncols=2)
     return figure
+
+
+DOSES = {"pictured": dict(color="#D55E00", marker="s"), "text": dict(color="#0072B2", marker="o", linestyle="--")}
+DRAWN = {"text_asr": "attacks in text", "multimodal_asr": "attacks beside pictures", "helpfulness": "helpfulness"}
+
+
+def doses(frame: pd.DataFrame, scale: str) -> Figure:
+    """F04: ASR and helpfulness against the dose of harmless how-tos, about pictures and without any, a row per backbone."""
+    columns = {name: text for name, text in DRAWN.items() if name in set(frame["measure"])}
+    rows, xlabel = style.by_backbone(frame, "percent"), "how-tos, percent of stage 2's rows (square-root scale)"
+    notes = (f"bands: {style.band(frame)}", "all other rows ask what a picture shows", style.judges(frame))
+    handles = style.handles(DOSES, frame["kind"], linestyle="-")
+    title = _steepest(frame)
+    with style.panels(rows, columns, 2.2, title, style.caption(frame, scale, *notes), xlabel, handles, sharey=True) as (figure, axes):
+        for measure, axis, own in style.facets(axes, style.percent(frame), "measure"):
+            for kind, of in own.assign(root=np.sqrt(own["dose"])).groupby("kind", sort=False):
+                style.draw_line(axis, of, "root", seed_range=True, **DOSES[kind])
+            shown = sorted(own["dose"].unique())
+            axis.set_xticks(np.sqrt(shown), [str(dose) for dose in shown])
+            axis.set_ylim(-3, 103)
+    return figure
+
+
+def _steepest(frame: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: text ASR without any how-to and at the largest dose of each kind."""
+    mean = frame[frame["measure"] == "text_asr"].groupby(["kind", "dose"])["value"].mean() * 100
+    ends = {kind: mean[kind] for kind in mean.index.unique("kind")}
+    names = {"pictured": "how-tos about pictures", "text": "text-only how-tos"}
+    parts = [f"{names[kind]} {of.loc[0]:.0f} → {of.iloc[-1]:.0f} % at a dose of {of.index[-1]} %" for kind, of in ends.items()]
+    return f"Text ASR by dose: {', '.join(parts)}"
