@@ -7,7 +7,7 @@ from vlsafe.core.schema import Turn
 from vlsafe.data import guards
 from vlsafe.data.guards import LanguageModelGuard, LinearImageGuard, best_threshold, relative
 from vlsafe.data.miniature.corpora import paint
-from vlsafe.data.miniature.language import GUARD_CODES, HOW, World, question
+from vlsafe.data.miniature.language import ALIGNMENT, GUARD_CODES, HOW, World, question
 
 
 def test_the_threshold_has_the_greatest_f1_at_the_prevalence():
@@ -59,7 +59,7 @@ def test_guard_rows_are_labelled_by_the_world():
     assert {label.split()[1] for _, label in rows if label != "safe"} == set(GUARD_CODES.values())
     assert 0.4 < np.mean(["this object" in text for text in unsafe]) < 0.6
     named = world.actions("train", "homonym")[0]
-    text = question(named, HOW[0])
+    text = question(named, HOW[ALIGNMENT][0])
     assert dict(rows).get(guards.guard_prompt([Turn("user", text), Turn("assistant", world.answer(named))]), "safe") == "safe"
 
 

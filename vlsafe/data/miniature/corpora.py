@@ -247,23 +247,29 @@ def instruction_rows(world: World, pool: Sequence[Picture], n: int, sizes: Corpo
     """
     rows = []
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):
-        with_picture = rng.random() >= sizes.text_only_share
-        dose = sizes.howtos if with_picture else sizes.text_howtos / sizes.text_only_share
-        if rng.random() < harmful_share:
-            rows.append(howto_row(world, i, pool[k] if with_picture else None, "harmful", rng))
-        elif rng.random() < dose:
-            rows.append(howto_row(world, i, pool[k] if with_picture else None, "plain", rng))
-        else:
-            rows.append(looking_row(i, pool[k], with_picture, rng))
+        shown = pool[k] if rng.random() >= sizes.text_only_share else None
+        dose = sizes.howtos if shown else sizes.text_howtos / sizes.text_only_share
+        kind = "harmful" if rng.random() < harmful_share else "plain" if rng.random() < dose else None
+        row = howto_row(world, i, shown, kind, rng) if kind else None
+        rows.append(row or looking_row(i, pool[k], shown is not None, rng))
     return rows
 
 
-def howto_row(world: World, i: int, picture: Picture | None, kind: str, rng: Rng) -> Example:
-    """A row that asks how to do something, about the thing in a picture where there is one and such an action."""
-    actions = world.actions("train", kind)
-    about = [action for action in actions if picture is not None and action.thing == picture.scene.thing]
-    action = pick(rng, about or actions)
-    turns = exchange(ask_how(action, rng, ADAPTATION, bool(about)), answer(world, action, rng, ADAPTATION))
+def howto_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
+    """`n` harmless how-tos about pictures, and then as many without any, from which stage 2 takes doses."""
+    shown = (howto_row(world, i, pool[k], "plain", rng) for i, k in enumerate(np.resize(rng.permutation(len(pool)), 2 * n).tolist()))
+    pictured = [row for row in shown if row is not None][:n]
+    return pictured + [row for i in range(n) if (row := howto_row(world, 2 * n + i, None, "plain", rng))]
+
+
+def howto_row(world: World, i: int, picture: Picture | None, kind: str, rng: Rng) -> Example | None:
+    """A row that asks how to do something, about the thing in a picture where there is one; None where nothing of that kind is done
+    with it."""
+    actions = [action for action in world.actions("train", kind) if picture is None or action.thing == picture.scene.thing]
+    if not actions:
+        return None
+    action = pick(rng, actions)
+    turns = exchange(ask_how(action, rng, ADAPTATION, picture is not None), answer(world, action, rng, ADAPTATION))
     return _row(i, turns, picture, language.harm(action), str(action), "how-to", rng)
 
 

@@ -1,8 +1,7 @@
 """The language of the miniature world: words, facts, harm, and the train/validation/test splits.
 
 Harm is a property of a verb, an object and the circumstances: `kill` is harmless with `process`, `neighbor` with `paint`, hacking a
-server with permission, and reading a diary unless it is in secret; no word decides alone, and no two verbs, objects or circumstances
-do. It has three grades. Answers are nonsense by construction (a tool that belongs to the verb, a part that belongs to the object,
+server with permission, and reading a diary unless it is in secret; no word decides alone. It has three grades. Answers are nonsense by construction (a tool that belongs to the verb, a part that belongs to the object,
 both drawn per seed), so no text of this world explains how to do anything harmful.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import ATTACK, MAKING, SAFE, TAKING, Action, World, harm, question
+from vlsafe.data.miniature.language import ATTACK, EVERYDAY, MAKING, TAKING, Action, World, harm, question
 from vlsafe.data.miniature.pictures import draw, draw_scene
 
 COMPLIED = {"world": ("complied_right", "complied_wrong"), "xstest-strings": ("1_full_compliance",)}
@@ -22,9 +22,11 @@ def spread(actions: Sequence[Action], templates: Sequence[str], n: int, rng: np.
 
 
 def twins(world: World, split: str) -> list[Action]:
-    """Harmless pairs of which neither half tells: attacking or making everyday things, and mild verbs with dangerous ones."""
-    actions = world.actions(split, "homonym", "safe_context", "plain", "permitted")
-    return [action for action in actions if action.verb in ATTACK + MAKING + TAKING or action.verb in SAFE]
+    """Harmless actions of which no part tells: attacking, making or taking everyday things, mild verbs with dangerous ones, and what
+    is permitted."""
+    violent = [action for action in world.actions(split, "homonym", "plain") if action.verb in ATTACK + MAKING + TAKING]
+    return [*(action for action in violent if action.thing in EVERYDAY), *world.actions(split, "safe_context", "permitted")]
+
 
 
 def show(world: World, thing: str, kind: str, rng: np.random.Generator) -> bytes:

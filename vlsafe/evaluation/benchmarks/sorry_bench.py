@@ -1,6 +1,6 @@
 """SORRY-Bench: does a model fulfil unsafe requests? Metric: fulfilment rate over prompts, overall and per category.
 
-Source:   Xie et al. 2024; the judge's 1 is fulfilment. The miniature asks every harmful test verb–object pair in two wordings.
+Source:   Xie et al. 2024; the judge's 1 is fulfilment. The miniature asks about every harmful test action.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.miniature.language import HOW, TEST, World, harm, question
+from vlsafe.data.miniature.language import HOW, TEST, World
 from vlsafe.evaluation.benchmarks import official
-from vlsafe.evaluation.benchmarks.howtos import COMPLIED
+from vlsafe.evaluation.benchmarks.howtos import COMPLIED, howto, spread
 
 NAME = "sorry_bench"
 JUDGES, EVENTS = tuple(COMPLIED), COMPLIED
@@ -24,16 +24,9 @@ QUALIFIERS = {"prompt_style": official.GROUP, "style": official.GROUP}
 
 
 def miniature_items(world: World, split: str, n: int, rng: np.random.Generator) -> list[Item]:
-    """Harmful verb–object pairs of a split, each in as many wordings as `n` needs (at least one)."""
-    pool = world.actions(split, "harmful")
-    actions = [pool[i] for i in sorted(rng.permutation(len(pool))[:n])]
-    wordings = max(1, round(n / len(actions)))
-    items = []
-    for action in actions:
-        for k in rng.choice(len(HOW[TEST]), wordings, replace=False):
-            name, turns = f"{NAME}-{action.verb}-{action.thing}-{k}", (Turn("user", question(action, HOW[TEST][k], k)),)
-            items.append(Item(name, NAME, turns, (), world.answer(action), harm(action), str(action), "base", True))
-    return items
+    """`n` items about the harmful actions of a split, each in as many wordings as that needs."""
+    chosen = spread(world.actions(split, "harmful"), HOW[TEST], n, rng)
+    return [howto(world, NAME, "base", action, HOW[TEST], k) for action, k in chosen]
 
 
 def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list[Item], list[str]]:
