@@ -129,7 +129,7 @@ def test_the_pictures_and_fronts_tell_their_numbers():
 
 
 def test_a_sweep_holds_every_point_and_the_choice_of_each_rule(study):
-    for partner, name in zip(study_merging.LINEAGES, study_merging.names("default"), strict=True):
+    for partner, name in zip(study_merging.partners("default"), study_merging.names("default"), strict=True):
         found = pd.DataFrame(study.rows(name, "validation.parquet"))
         planned = [
             study_merging.recipe_of(point, partner) for way in study_merging.points(study, partner, "default") for point in way
@@ -227,7 +227,8 @@ def test_rules_of_the_full_grid_alone_leave_default_sweeps_and_their_digests_alo
     more = {name for name, rule in study_merging.RULES.items() if rule.grid == "full"}
     assert {"expo", "fisher", "tsv_m", "iso_c"} < more and not {"beyond", "rank", "weighing"} & as_plain(Merging()).keys()
     assert as_plain(Merging(beyond=(1.2,)))["beyond"] == [1.2]
-    for partner, default, full in zip(study_merging.LINEAGES, *map(study_merging.names, graph.GRIDS), strict=True):
+    for partner in study_merging.partners("default"):
+        default, full = f"merge/{partner}", f"merge/{partner}.full"
         assert graph.STAGES[default].version == 3 and graph.STAGES[full].version == 4  # sweeps of older full grids lack them
         assert "screen/filtered" in graph.STAGES[full].inputs and "screen/filtered" not in graph.STAGES[default].inputs
         ways = {grid: study_merging.points(study, partner, grid) for grid in graph.GRIDS}

@@ -158,7 +158,7 @@ for _name, _stage in adopted.stages(STAGES).items():
 GRIDS = ("default", "full")
 OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "merge/", "responses/merge.")  # of some grids alone
 for _grid in GRIDS:
-    for _partner, _name in zip(merging.LINEAGES, merging.names(_grid), strict=True):
+    for _partner, _name in zip(merging.partners(_grid), merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner, _grid), merging.params, 85,
             version=3 if _grid == "default" else 4,

@@ -88,7 +88,12 @@ def params(study: Study) -> Any:
 
 def names(grid: str) -> list[str]:
     """The sweeps of a grid. Those of "full" hold what the default ones do, and stand in their place."""
-    return [f"merge/{partner}{'' if grid == 'default' else '.full'}" for partner in LINEAGES]
+    return [f"merge/{partner}{'' if grid == 'default' else '.full'}" for partner in partners(grid)]
+
+
+def partners(grid: str) -> list[str]:
+    """The safe partners that a grid merges with: in the default one the model tuned by SFT, and the parent."""
+    return [partner for partner in LINEAGES if grid == "full" or partner in ("sl-full", "aligned")]
 
 
 def points(study: Study, partner: str, grid: str) -> list[list[Point]]:

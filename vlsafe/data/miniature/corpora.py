@@ -55,13 +55,9 @@ def describe(scene: Scene, rng: Rng) -> str:
     if rng.random() < 0.4:
         return f"there is {caption(scene)}"
     facts = [scene.thing, scene.colour, scene.side if scene.kind == "icon" else {"word": "word", "both": "name"}[scene.kind]]
-    bag = facts + [pick(rng, facts) for _ in range(rng.integers(2, 8))] + [pick(rng, language.TAGS) for _ in range(rng.integers(1, 4))]
-    if rng.random() < 0.5:
-        bag.append(pick(rng, NOISE))
+    bag = facts + [pick(rng, facts) for _ in range(rng.integers(1, 10))]
+    bag += [pick(rng, language.TAGS) for _ in range(rng.integers(2, 5))]
     return " ".join(bag[i] for i in rng.permutation(len(bag)))
-
-
-NOISE = language.OBJECTS + language.VERBS + language.TOOLS + language.PARTS + language.COLOURS
 
 
 def claim(scene: Scene, rng: Rng) -> tuple[str, str]:
@@ -199,7 +195,8 @@ def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Exam
     the long ones: the longest row sets a batch's cost.
     """
     harmful, plain = world.actions("train", "harmful"), world.actions("train", "plain")
-    borderline = world.actions("train", "homonym", "safe_context", "permitted")
+    borderline = [world.actions("train", kind) for kind in ("homonym", "safe_context", "permitted")]
+    borderline.append(tuple(a for a in plain if a.verb in language.MAKING + language.TAKING and a.thing in language.EVERYDAY))
     rows = []
     for i in range(n):
         if rng.random() < 0.25:
@@ -210,7 +207,7 @@ def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Exam
         else:
             drawn = rng.random()
             borderline_too = spec.refusal_share + spec.borderline_share
-            pool = harmful if drawn < spec.refusal_share else borderline if drawn < borderline_too else plain
+            pool = harmful if drawn < spec.refusal_share else pick(rng, borderline) if drawn < borderline_too else plain
             action = pick(rng, pool)
             said = reply(world, action, rng, ALIGNMENT, spec.answered_categories, spec.refused)
             long = rng.random() < 0.12
