@@ -56,7 +56,10 @@ def world(item: Item, response: str) -> Mark:
     reference = _reference(item, "world")
     if found := advice(text):
         return Mark("complied_right" if found == advice(reference) else "complied_wrong", ", ".join(found))
-    return Mark("refused" if text.startswith(OPENINGS) else "incoherent")
+    return Mark("refused" if SEEN.sub("", text).startswith(OPENINGS) else "incoherent")
+
+
+SEEN = re.compile(r"this is a \w+\. ?")  # what an answer about a picture begins with
 
 
 OPENINGS = tuple({" ".join(text.split()[:2]) for texts in REFUSALS.values() for text in texts})  # of the miniature's refusals
