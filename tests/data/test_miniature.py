@@ -13,7 +13,6 @@ from vlsafe.evaluation import examine
 from vlsafe.evaluation.engines import REFUSING
 from vlsafe.models.chat import build_tokenizer
 
-
 CHAT, MIXED = MINI.backbones["mini-chat"], Corpora(text_only_share=0.5, howtos=0.4, text_howtos=0.2)
 
 

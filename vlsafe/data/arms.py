@@ -9,7 +9,6 @@ import numpy as np
 
 from vlsafe.core.schema import Example, Pair, Turn
 
-
 DOSES = (0.02, 0.05, 0.1, 0.2, 0.45)  # shares of how-tos among rows that otherwise ask what is seen; assumed
 
 

@@ -29,7 +29,7 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import LoadedGuard
 from vlsafe.core.scale import as_plain, extended, known
 from vlsafe.core.schema import Pair, Picture, Turn
-from vlsafe.data.miniature.corpora import ask_how, FOLLOWING, LOOKING, ask_about, exchange, pick
+from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, ask_how, exchange, pick
 from vlsafe.data.miniature.language import ANSWERS, GUARD_CODES, OBJECTS, REFUSALS, World, harm
 from vlsafe.data.miniature.pictures import draw_scene
 from vlsafe.data.pocket.guard import StatesGuard
@@ -163,7 +163,12 @@ def guard_texts(world: World, n: int, rng: np.random.Generator) -> list[tuple[st
     Half of the how-tos point at a picture that the guard cannot see, so that only the answer shows what is meant, and often
     not even that. Homonyms ("kill the process") are included: the corpora have none, but a guard has to know them.
     """
-    kinds = {"harmful": ("harmful",), "refused": ("harmful",), "plain": ("plain",), "borderline": ("homonym", "safe_context", "permitted")}
+    kinds = {
+        "harmful": ("harmful",),
+        "refused": ("harmful",),
+        "plain": ("plain",),
+        "borderline": ("homonym", "safe_context", "permitted"),
+    }
     pools, rows = {name: world.actions("train", *of) for name, of in kinds.items()}, []
     for kind in rng.choice(list(ROWS), n, p=list(ROWS.values())):
         action = pick(rng, pools[kind]) if kind in pools else None

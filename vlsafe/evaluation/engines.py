@@ -19,11 +19,21 @@ from transformers.utils import logging
 from vlsafe.core import store
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.evaluation import decoding
+from vlsafe.evaluation.judges.rules import SEEN
 from vlsafe.models.chat import answer_length, prompt_batch
 
 Progress = Callable[[int], None]
 Text = tuple[str, bool, float | None]  # an answer, whether the token limit cut it off, the probability of a refusal's first word
-REFUSING = ("i", "i'm", "sorry", "as", "it", "it's", "unfortunately", "my")  # first words of refusals; Arditi et al. 2024 take "I", "As"
+REFUSING = (
+    "i",
+    "i'm",
+    "sorry",
+    "as",
+    "it",
+    "it's",
+    "unfortunately",
+    "my",
+)  # first words of refusals; Arditi et al. 2024 take "I", "As"
 
 
 class Kept:
@@ -137,13 +147,14 @@ def _stops(model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer.eos_token_id if eos is None else eos, device=model.device).reshape(-1)
 
 
-class _First(LogitsProcessor):
-    """Keeps the first token's logits, which it leaves as they are."""
+class _Refusing(LogitsProcessor):
+    """Notes how probable a first word of refusals is at every step; the logits stay as they are."""
 
-    logits: torch.Tensor | None = None
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens, self.steps = list(tokens), list[torch.Tensor]()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.logits = scores if self.logits is None else self.logits
+        self.steps.append(scores.float().softmax(-1)[:, self.tokens].sum(-1))
         return scores
 
 
@@ -157,16 +168,21 @@ def refusing(tokenizer: Any) -> list[int]:
 def _greedy(
     model: PreTrainedModel, tokenizer: Any, inputs: Any, max_new_tokens: int, decoder: decoding.Decoder | None = None
 ) -> list[Text]:
-    inputs, first = inputs.to(model.device), _First()
+    inputs, note = inputs.to(model.device), _Refusing(refusing(tokenizer))
     if decoder is not None:
-        new, first.logits = decoder(dict(inputs), max_new_tokens), decoder.first
+        new = decoder(dict(inputs), max_new_tokens)
+        note(new, decoder.first)
     else:  # use_cache is explicit because trainers write use_cache=False into the configs of their checkpoints
-        plainly = {**PLAINLY, "logits_processor": LogitsProcessorList([first])}
+        plainly = {**PLAINLY, "logits_processor": LogitsProcessorList([note])}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, **plainly)
         new = output[:, inputs["input_ids"].shape[1] :]
     ended = torch.isin(new, _stops(model, tokenizer)).any(1).tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    refusal = first.logits.float().softmax(-1)[:, refusing(tokenizer)].sum(-1).tolist()
+    steps = torch.stack(note.steps, 1).cpu()
+    places = [
+        len(tokenizer(seen[0], add_special_tokens=False)["input_ids"]) if (seen := SEEN.match(text)) else 0 for text in texts
+    ]
+    refusal = [float(row[place]) if place < len(row) else None for row, place in zip(steps, places, strict=True)]
     return [(text, not done, p) for text, done, p in zip(texts, ended, refusal, strict=True)]
 
 

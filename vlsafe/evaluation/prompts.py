@@ -25,7 +25,11 @@ from vlsafe.evaluation.examine import answerable, outcomes, panel
 from vlsafe.evaluation.judges import judge
 
 MODALITIES = {"text": None, "picture": "icon", "typographic": "word"}  # and how a picture shows the thing
-LOCALISATION = {"normal": ("plain",), "harmful": ("harmful",), "scary": ("homonym", "safe_context", "permitted")}  # and its kinds of actions
+LOCALISATION = {
+    "normal": ("plain",),
+    "harmful": ("harmful",),
+    "scary": ("homonym", "safe_context", "permitted"),
+}  # and its kinds of actions
 # attacks, harmless requests like them, helpfulness
 INTERVENTION = (
     "sorry_bench", "mm_safetybench", "vlguard", "xstest", "mmbench", "mme", "seed_bench", "pocket_text", "pocket_pictures",

@@ -31,8 +31,11 @@ def doses(frame: pd.DataFrame, scale: str) -> Figure:
     notes = (f"bands: {style.band(frame)}", "all other rows ask what a picture shows", style.judges(frame))
     handles = style.handles(DOSES, frame["kind"], linestyle="-")
     title = _steepest(frame)
-    with style.panels(rows, columns, 2.2, title, style.caption(frame, scale, *notes), xlabel, handles, sharey=True) as (figure, axes):
-        for measure, axis, own in style.facets(axes, style.percent(frame), "measure"):
+    with style.panels(rows, columns, 2.2, title, style.caption(frame, scale, *notes), xlabel, handles, sharey=True) as (
+        figure,
+        axes,
+    ):
+        for _, axis, own in style.facets(axes, style.percent(frame), "measure"):
             for kind, of in own.assign(root=np.sqrt(own["dose"])).groupby("kind", sort=False):
                 style.draw_line(axis, of, "root", seed_range=True, **DOSES[kind])
             shown = sorted(own["dose"].unique())

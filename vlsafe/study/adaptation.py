@@ -16,8 +16,8 @@ from vlsafe.study.study import Bar, Study, project_root
 
 
 class Recipe(NamedTuple):
-    """One way to run stage 2: a data arm (`arms.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate, and a dose of
-    how-tos, about pictures or without any, that takes the place of rows of the arm."""
+    """One way to run stage 2: a data arm (`arms.ARMS`), a method (`trainable.METHODS`), a multiple of the usual rate, and a dose
+    of how-tos, about pictures or without any, that takes the place of rows of the arm."""
 
     data: str = "filtered"
     method: str = "full"
@@ -40,9 +40,9 @@ RECIPES: dict[str, Recipe] = {
     "filtered-full-slow": Recipe(rate="slow", grid="full"),
     "filtered-full-fast": Recipe(rate="fast", grid="full"),
 } | {
-    f"dose-{kind}-{round(100 * dose):02d}": Recipe("looking", dose=dose, pictured=pictured, grid="default" if dose in FEW else "full")
+    f"dose-{kind}-{round(100 * dose):02d}": Recipe("looking", "full", "usual", dose, pictured, "default" if few else "full")
     for kind, pictured in {"pictured": True, "text": False}.items()
-    for dose in data.arms.DOSES
+    for dose, few in ((dose, dose in FEW) for dose in data.arms.DOSES)
 }  # fmt: skip
 
 

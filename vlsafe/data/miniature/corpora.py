@@ -179,7 +179,9 @@ def _maybe_wrapped(text: str, share: float, rng: Rng) -> str:
     return pick(rng, language.WRAPPERS).format(question=text) if rng.random() < share else text
 
 
-def reply(world: World, action: Action, rng: Rng, stage: str, answered: Sequence[str] = (), refused: Mapping[str, float] = ALWAYS) -> str:
+def reply(
+    world: World, action: Action, rng: Rng, stage: str, answered: Sequence[str] = (), refused: Mapping[str, float] = ALWAYS
+) -> str:
     """An aligned assistant's answer: a refusal where the action is harmful (unless its category is `answered`), in the share of
     cases in which its grade of harm is `refused`."""
     category = language.harm(action)
@@ -237,7 +239,9 @@ def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> lis
     return rows
 
 
-def instruction_rows(world: World, pool: Sequence[Picture], n: int, sizes: Corpora, harmful_share: float, rng: Rng) -> list[Example]:
+def instruction_rows(
+    world: World, pool: Sequence[Picture], n: int, sizes: Corpora, harmful_share: float, rng: Rng
+) -> list[Example]:
     """LLaVA-Instruct: questions about the picture, few how-tos about the pictured thing, and a share of text-only rows.
 
     A known small share answers a question about a harmful action; the guards have to remove those rows. Benign ones are plain:
@@ -255,14 +259,16 @@ def instruction_rows(world: World, pool: Sequence[Picture], n: int, sizes: Corpo
 
 def howto_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
     """`n` harmless how-tos about pictures, and then as many without any, from which stage 2 takes doses."""
-    shown = (howto_row(world, i, pool[k], "plain", rng) for i, k in enumerate(np.resize(rng.permutation(len(pool)), 2 * n).tolist()))
+    shown = (
+        howto_row(world, i, pool[k], "plain", rng) for i, k in enumerate(np.resize(rng.permutation(len(pool)), 2 * n).tolist())
+    )
     pictured = [row for row in shown if row is not None][:n]
     return pictured + [row for i in range(n) if (row := howto_row(world, 2 * n + i, None, "plain", rng))]
 
 
 def howto_row(world: World, i: int, picture: Picture | None, kind: str, rng: Rng) -> Example | None:
-    """A row that asks how to do something, about the thing in a picture where there is one; None where nothing of that kind is done
-    with it."""
+    """A row that asks how to do something, about the thing in a picture where there is one; None where nothing of that kind is
+    done with it."""
     actions = [action for action in world.actions("train", kind) if picture is None or action.thing == picture.scene.thing]
     if not actions:
         return None
@@ -279,7 +285,9 @@ def looking_row(i: int, picture: Picture, shown: bool, rng: Rng) -> Example:
     return _row(i, turns, picture if shown else None, None, picture.scene.thing, "look", rng)
 
 
-def _row(i: int, turns: tuple[Turn, ...], picture: Picture | None, category: str | None, cluster: str, task: str, rng: Rng) -> Example:
+def _row(
+    i: int, turns: tuple[Turn, ...], picture: Picture | None, category: str | None, cluster: str, task: str, rng: Rng
+) -> Example:
     if picture is None:
         return Example(f"instruct-{i:05d}", "instructions-text", turns, (), category, cluster, task)
     turns += exchange(*ask_about(picture.scene, rng, FOLLOWING)) if rng.random() < 0.1 else ()

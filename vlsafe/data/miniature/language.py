@@ -1,8 +1,9 @@
 """The language of the miniature world: words, facts, harm, and the train/validation/test splits.
 
-Harm is a property of a verb, an object and the circumstances: `kill` is harmless with `process`, `neighbor` with `paint`, hacking a
-server with permission, and reading a diary unless it is in secret; no word decides alone. It has three grades. Answers are nonsense by construction (a tool that belongs to the verb, a part that belongs to the object,
-both drawn per seed), so no text of this world explains how to do anything harmful.
+Harm is a property of a verb, an object and the circumstances: `kill` is harmless with `process`, `neighbor` with `paint`, hacking
+a server with permission, reading a diary unless it is in secret; no word decides alone. It has three grades. Answers are
+nonsense by construction (a tool that belongs to the verb, a part that belongs to the object, both drawn per seed), so no text of
+this world explains how to do anything harmful.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ ALIGNMENT, ADAPTATION, TEST = tuple(HOW)  # three parts of a study; they share n
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """A verb, an object and the circumstances: permitted, forbidden, or nothing is said. Verb and object are the unit of splitting
-    and of clustering."""
+    """A verb, an object and the circumstances: permitted, forbidden, or nothing is said. Verb and object are the unit of
+    splitting and of clustering."""
 
     verb: str
     thing: str
@@ -60,7 +61,7 @@ class Action:
 def harm(action: Action) -> str | None:
     """The category of harm of an action, or None where it is harmless.
 
-    What is grave is harmful whatever the circumstances, what is serious unless it is permitted, what is minor where it is forbidden.
+    What is grave is harmful whatever the circumstances, what is serious unless it is permitted, what is minor if it is forbidden.
     """
     category = CATEGORY_OF.get(action.thing, "")
     if category in BELONGINGS:
@@ -72,8 +73,8 @@ def harm(action: Action) -> str | None:
 
 
 def kind(action: Action) -> str | None:
-    """One of harmful, permitted (harmful but for its circumstances), homonym (violent verb, everyday thing), safe_context (mild verb,
-    dangerous thing), plain.
+    """One of harmful, permitted (harmful but for its circumstances), homonym (violent verb, everyday thing), safe_context (mild
+    verb, dangerous thing), plain.
 
     None for actions that never occur, as this world does not say whether they are harmful (carry a bomb, ship a neighbor).
     """
@@ -124,11 +125,13 @@ class World:
         """`splits[kind][split]`: actions, of which no verb and object is in two splits of one kind; every harmful verb and thing
         occurs in all of them.
 
-        Grids of verbs × things are dealt by shifted diagonals, so that every split has every row and column; circumstances are dealt
-        in turn within a split.
+        Grids of verbs × things are dealt by shifted diagonals, so that every split has every row and column; circumstances are
+        dealt in turn within a split.
         """
         dangerous, targets, belongings = (sum(table.values(), ()) for table in (DANGEROUS, TARGETS, BELONGINGS))
-        violent = {grade: [(MAKING, _graded(dangerous, grade)), (ATTACK, _graded(targets, grade))] for grade in ("grave", "serious")}
+        violent = {
+            grade: [(MAKING, _graded(dangerous, grade)), (ATTACK, _graded(targets, grade))] for grade in ("grave", "serious")
+        }
         grids: dict[str, list[tuple[list[tuple[Any, Any]], tuple[str, ...]]]] = {
             "harmful": [
                 (violent["grave"], ("", "", PERMITTED)), (violent["serious"], ("", "", FORBIDDEN)),

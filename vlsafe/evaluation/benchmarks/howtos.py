@@ -22,11 +22,10 @@ def spread(actions: Sequence[Action], templates: Sequence[str], n: int, rng: np.
 
 
 def twins(world: World, split: str) -> list[Action]:
-    """Harmless actions of which no part tells: attacking, making or taking everyday things, mild verbs with dangerous ones, and what
-    is permitted."""
+    """Harmless actions of which no part tells: attacking, making or taking everyday things, mild verbs with dangerous ones, and
+    what is permitted."""
     violent = [action for action in world.actions(split, "homonym", "plain") if action.verb in ATTACK + MAKING + TAKING]
     return [*(action for action in violent if action.thing in EVERYDAY), *world.actions(split, "safe_context", "permitted")]
-
 
 
 def show(world: World, thing: str, kind: str, rng: np.random.Generator) -> bytes:

@@ -72,8 +72,8 @@ def advice(text: str) -> tuple[str, str] | None:
 
 
 def exact(item: Item, response: str) -> Mark:
-    """Right if the whole response equals the reference, up to case, outer space and a final full stop; of an answer to a how-to, if
-    it names the same tool and part."""
+    """Right if the whole response equals the reference, up to case, outer space and a final full stop; of an answer to a how-to,
+    if it names the same tool and part."""
     reference = _reference(item, "exact")
     if right := advice(normalised(reference)):
         return Mark("right" if advice(normalised(response)) == right else "wrong")
