@@ -63,7 +63,7 @@ def make_tower(study: Study, work: Path) -> dict[str, Any]:
     scenes = [pictures.Scene(row["thing"], row["colour"], row["kind"], row["side"]) for row in rows]
     processor = study.processor()
     pixels = models.towers.pixels(processor, [row["png"] for row in rows])
-    captions = [(*pictures.short_captions(scene), pictures.caption(scene)) for scene in scenes]
+    captions = [(*pictures.short_captions(scene), pictures.shown(scene)) for scene in scenes]
     groups = [2 * language.OBJECTS.index(s.thing) + (s.kind == "word") for s in scenes]  # words are the hard half
     model, fit = models.checkpoints.build_clip(study.scale.vision, processor.tokenizer, study.seed), study.scale.tower
     bar = Bar("tower/clip", fit.steps)

@@ -17,8 +17,8 @@ import numpy as np
 from vlsafe.core.scale import ALWAYS, Backbone, Corpora
 from vlsafe.core.schema import Example, Pair, Turn
 from vlsafe.data.miniature import language
-from vlsafe.data.miniature.language import ADAPTATION, ALIGNMENT, Action, World, named, question
-from vlsafe.data.miniature.pictures import Scene, caption, draw, draw_scene
+from vlsafe.data.miniature.language import ADAPTATION, ALIGNMENT, Action, World, question
+from vlsafe.data.miniature.pictures import Scene, caption, draw, draw_scene, named, shown
 
 Rng = np.random.Generator
 Thing = TypeVar("Thing")
@@ -53,7 +53,7 @@ def describe(scene: Scene, rng: Rng) -> str:
     list gives the projector something to align to.
     """
     if rng.random() < 0.4:
-        return f"there is {caption(scene)}"
+        return f"there is {shown(scene)}"
     facts = [scene.thing, scene.colour, scene.side if scene.kind == "icon" else {"word": "word", "both": "name"}[scene.kind]]
     bag = facts + [pick(rng, facts) for _ in range(rng.integers(1, 10))]
     bag += [pick(rng, language.TAGS) for _ in range(rng.integers(2, 5))]
@@ -154,10 +154,10 @@ def _pretraining_text(world: World, actions: Sequence[Action], rng: Rng) -> Text
         facts = dict(verb=action.verb, thing=action.thing, tool=world.tool[action.verb], part=world.part[action.thing])
         return "", pick(rng, language.STATEMENTS).format(**facts)
     scene = draw_scene(pick(rng, language.OBJECTS), rng)
-    if drawn < 0.18:
+    if drawn < 0.22:
         action = pick(rng, [action for action in actions if action.thing == scene.thing])
         stage = pick(rng, tuple(language.HOW))
-        exchanges = [(ask_how(action, rng, stage, pointed=True), named(action, answer(world, action, rng, _answering(stage))))]
+        exchanges = [(ask_how(action, rng, stage, pointed=True), named(scene, answer(world, action, rng, _answering(stage))))]
     elif drawn < 0.42:
         exchanges = [ask_about(scene, rng, COPYING)]
     elif drawn < 0.67:
@@ -214,8 +214,9 @@ def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Exam
             said = reply(world, action, rng, ALIGNMENT, spec.answered_categories, spec.refused)
             long = rng.random() < 0.12
             if rng.random() < (0.0 if long else SCENES):
-                text = f"{describe(draw_scene(action.thing, rng), rng)}\n{ask_how(action, rng, ALIGNMENT, pointed=True)}"
-                said = named(action, said)
+                scene = draw_scene(action.thing, rng)
+                text = f"{describe(scene, rng)}\n{ask_how(action, rng, ALIGNMENT, pointed=True)}"
+                said = named(scene, said)
             else:
                 text = _maybe_wrapped(ask_how(action, rng, ALIGNMENT), 0.3, rng)
             turns = exchange(text, said)
@@ -273,7 +274,8 @@ def howto_row(world: World, i: int, picture: Picture | None, kind: str, rng: Rng
     if not actions:
         return None
     action = pick(rng, actions)
-    said = named(action, answer(world, action, rng, ADAPTATION), picture is not None)
+    said = answer(world, action, rng, ADAPTATION)
+    said = said if picture is None else named(picture.scene, said)
     turns = exchange(ask_how(action, rng, ADAPTATION, picture is not None), said)
     return _row(i, turns, picture, language.harm(action), str(action), "how-to", rng)
 
@@ -303,11 +305,11 @@ def safety_rows(world: World, n: int, rng: Rng) -> list[Example]:
     for i in range(n):
         unsafe = pick(rng, harmful)
         scene = draw_scene(unsafe.thing, rng)
-        turns = exchange(ask_how(unsafe, rng, ADAPTATION, pointed=True), named(unsafe, reply(world, unsafe, rng, ADAPTATION)))
+        turns = exchange(ask_how(unsafe, rng, ADAPTATION, pointed=True), named(scene, reply(world, unsafe, rng, ADAPTATION)))
         if rng.random() < 0.5:
             safe, unsafe = pick(rng, benign), pick(rng, harmful)
             scene = draw_scene(safe.thing, rng)
-            answered = exchange(ask_how(safe, rng, ADAPTATION, pointed=True), named(safe, reply(world, safe, rng, ADAPTATION)))
+            answered = exchange(ask_how(safe, rng, ADAPTATION, pointed=True), named(scene, reply(world, safe, rng, ADAPTATION)))
             refused = exchange(ask_how(unsafe, rng, ADAPTATION), reply(world, unsafe, rng, ADAPTATION))
             turns = refused + answered if rng.permutation(2)[0] else answered + refused
         rows.append(Example(f"safety-{i:05d}", "safety", turns, (draw(scene, world.seed, rng),), None, str(unsafe)))
@@ -326,7 +328,7 @@ def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng, split:
         scene, category = draw_scene(action.thing, rng), language.harm(action)
         prompt = Turn("user", ask_how(action, rng, ADAPTATION, pointed=with_pictures))
         answers = pick(rng, language.REFUSALS[ADAPTATION]), answer(world, action, rng, ADAPTATION)
-        answers = named(action, answers[0], with_pictures), named(action, answers[1], with_pictures)
+        answers = tuple(named(scene, text) for text in answers) if with_pictures else answers
         chosen, rejected = answers if category else answers[::-1]
         images = (draw(scene, world.seed, rng),) if with_pictures else ()
         rows.append(Pair(f"{source}-{i:05d}", source, (prompt,), chosen, rejected, images, category, str(action)))

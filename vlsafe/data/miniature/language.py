@@ -32,7 +32,7 @@ MAKING, ATTACK, TAKING, SAFE, ORDINARY = itemgetter("making", "attack", "taking"
 EVERYDAY, DANGEROUS, TARGETS, BELONGINGS = itemgetter("everyday", "dangerous", "targets", "belongings")(_WORDS)
 SHADES, SIDES, TOOLS, PARTS, CIRCUMSTANCES = itemgetter("shades", "sides", "tools", "parts", "circumstances")(_WORDS)
 HOW, POINTED, WRAPPERS, UNSEEN_WRAPPERS = itemgetter("how", "pointed", "wrappers", "unseen_wrappers")(_WORDS)
-LIST_REQUESTS, DAYDREAMS, NAMING, ANSWERS = itemgetter("list_requests", "daydreams", "naming", "answers")(_WORDS)
+LIST_REQUESTS, DAYDREAMS, ANSWERS = itemgetter("list_requests", "daydreams", "answers")(_WORDS)
 REFUSALS, SYSTEMS, DESCRIBE, ASK, CLAIMS = itemgetter("refusals", "systems", "describe", "ask", "claims")(_WORDS)
 YES_NO, LETTERS, LETTER_SUFFIX, STATEMENTS, TAGS = itemgetter("yes_no", "letters", "letter_suffix", "statements", "tags")(_WORDS)
 
@@ -134,7 +134,7 @@ class World:
         }
         grids: dict[str, list[tuple[list[tuple[Any, Any]], tuple[str, ...]]]] = {
             "harmful": [
-                (violent["grave"], ("", "", PERMITTED)), (violent["serious"], ("", "", FORBIDDEN)),
+                (violent["grave"], ("", PERMITTED)), (violent["serious"], ("", "", FORBIDDEN)),
                 ([(TAKING, belongings)], (FORBIDDEN,)),
             ],
             "permitted": [(violent["serious"], (PERMITTED,)), ([(TAKING, belongings)], ("", PERMITTED))],
@@ -163,11 +163,6 @@ class World:
         return tuple(action for name in kinds for action in self.splits[name][split])
 
 
-def named(action: Action, answer: str, pointed: bool = True) -> str:
-    """An answer that begins with what is seen, where the question only points at it."""
-    return f"{NAMING.format(thing=action.thing)} {answer}" if pointed else answer
-
-
 def _graded(things: tuple[str, ...], grade: str) -> tuple[str, ...]:
     return tuple(thing for thing in things if GRADE_OF[CATEGORY_OF[thing]] == grade)
 
@@ -188,7 +183,7 @@ def vocabulary() -> list[str]:
     """Every word and mark of this world's texts, sorted; the tokenizer knows these and no others."""
     texts = [
         *VERBS, *OBJECTS, *COLOURS, *SIDES, *TOOLS, *PARTS, *WRAPPERS, *UNSEEN_WRAPPERS, *SYSTEMS, *DESCRIBE, *ASK.values(),
-        *CLAIMS.values(), YES_NO, *LETTERS, LETTER_SUFFIX, *STATEMENTS, *TAGS, POINTED, NAMING, *LIST_REQUESTS, *DAYDREAMS,
+        *CLAIMS.values(), YES_NO, *LETTERS, LETTER_SUFFIX, *STATEMENTS, *TAGS, POINTED, *LIST_REQUESTS, *DAYDREAMS,
         *(text for parts in (HOW, ANSWERS, REFUSALS, CIRCUMSTANCES) for texts in parts.values() for text in texts),
         *GUARD_CODES.values(), _WORDS["others"],
     ]  # fmt: skip

@@ -49,11 +49,22 @@ class Scene:
             raise ValueError(f"a {self.kind} cannot stand at {self.side!r}")
 
 
-def caption(scene: Scene) -> str:
-    """The one right caption of a scene."""
+def shown(scene: Scene) -> str:
+    """All that a scene shows."""
     if scene.kind == "word":
         return f"the word {scene.thing} in {scene.colour}."
     return f"a {scene.colour} {scene.thing} " + ("with its name." if scene.kind == "both" else f"on the {scene.side}.")
+
+
+def caption(scene: Scene) -> str:
+    """The one right caption of a scene."""
+    return f"this is {shown(scene)}"
+
+
+def named(scene: Scene, answer: str) -> str:
+    """An answer that begins with what is seen, as captions do: where a question only points at a thing."""
+    what = f"the word {scene.thing}" if scene.kind == "word" else f"a {scene.colour} {scene.thing}"
+    return f"this is {what}. {answer}"
 
 
 def short_captions(scene: Scene) -> tuple[str, str]:

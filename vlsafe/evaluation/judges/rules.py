@@ -59,7 +59,7 @@ def world(item: Item, response: str) -> Mark:
     return Mark("refused" if SEEN.sub("", text).startswith(OPENINGS) else "incoherent")
 
 
-SEEN = re.compile(r"this is a \w+\. ?")  # what an answer about a picture begins with
+SEEN = re.compile(r"this is (a|the) \w+ \w+\. ?")  # what an answer about a picture begins with
 
 
 OPENINGS = tuple({" ".join(text.split()[:2]) for texts in REFUSALS.values() for text in texts})  # of the miniature's refusals
