@@ -232,3 +232,24 @@ def test_confounds_by_hand():
     assert value == 0 and -low == high > 0  # no change among so few verb–object pairs
     assert np.isnan(found.loc[("confounds_asr", "none"), "difference"])
     assert measures.rates(raw, ["text_asr", "exaggerated_refusal"]).empty and degradation.dynamics(raw, ["confounds_asr"]).empty
+
+
+def test_doses_begin_at_the_arm_that_only_looks_and_kinds_share_it():
+    raw = pd.concat(
+        [answers("instruct", recipe, 300, "full", asr, 6) for recipe, asr in
+         (("looking-full", 1), ("dose-pictured-05", 4), ("dose-pictured-20", 9), ("dose-text-20", 2), ("filtered-full", 5))],
+    )  # fmt: skip
+    found = adaptation.doses(raw).query("measure == 'text_asr'").set_index(["kind", "dose"])
+    assert found.index.tolist() == [("pictured", 0), ("pictured", 5), ("pictured", 20), ("text", 0), ("text", 20)]
+    assert found["value"].tolist() == pytest.approx([1 / 12, 4 / 12, 9 / 12, 1 / 12, 2 / 12])
+    assert found["difference"].fillna(0).tolist() == pytest.approx([0, 3 / 12, 8 / 12, 0, 1 / 12])
+    with pytest.raises(measures.Lacking, match="dose of how-tos"):
+        adaptation.doses(raw[raw["recipe"] == "looking-full"])
+
+
+def test_a_probability_is_a_measure_and_older_tables_lack_it():
+    raw = answers("instruct", "filtered-full", 300, "full", 5, 6)
+    raw = raw[raw["benchmark"] == "sorry_bench"].assign(judge="xstest-strings", refusal=np.linspace(0, 1, 12))
+    rate = measures.rates(raw, ["text_refusal_probability"]).iloc[0]
+    assert rate["value"] == pytest.approx(0.5) and 0 < rate["low"] < 0.5 < rate["high"] < 1
+    assert measures.rates(raw.drop(columns="refusal"), ["text_refusal_probability"]).empty
