@@ -146,6 +146,7 @@ def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_p
 
 def test_sharded_steps_of_mixed_rows_are_refused(begun, rows, tmp_path, monkeypatch):
     monkeypatch.setenv(processes.SHARDED, "1")
+    monkeypatch.setattr(launch, "_loader", lambda fit: lambda start, prepared: prepared(checkpoints.load(start)))
     mixed = job(begun, tmp_path / "x")
     with pytest.raises(ValueError, match="needs `grouped: true`"):
         trained(dataclasses.replace(mixed, fit=dataclasses.replace(mixed.fit, grouped=False)), rows)

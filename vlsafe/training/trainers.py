@@ -5,12 +5,15 @@ The trainers are TRL's own, unmodified; this module adds arguments and callbacks
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer
 
 from vlsafe.core.scale import Fit, Preference, Rollout, known
 from vlsafe.core.store import write_text
@@ -242,15 +246,13 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
         data = data if IN_ORDER.items() <= own.items() else _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
-    with warnings.catch_warnings(), processes.head_with_norm(model):
+    with warnings.catch_warnings(), _hashed_in_parts():
         warnings.simplefilter("ignore")
         trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
             train_dataset=data, args=arguments, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(),
                                                            Milestones(frozenset(milestones), progress)], **more,
         )  # fmt: skip
-        if processes.sharded() and (arguments.bf16 or fit.dtype == "bfloat16"):
-            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = precision.SHARDED
         trainer.optimizer_cls_and_kwargs = _optimizer(model, fit, masters)  # not every trainer takes it as argument
         trainer.optimizer = optimizer  # None: made from the line above
         trainer.remove_callback(PrinterCallback)
@@ -258,6 +260,18 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     model.eval()
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _hashed_in_parts() -> contextlib.AbstractContextManager[Any]:
+    """Let TRL take the digest of a sharded reference, by which it names the file of its log-probabilities, over a process's own
+    part; it fails on sharded weights. The first process's name is used; the file lies with the job's data, new at every start."""
+    whole = dpo_trainer.hash_module
+
+    def own(model: Any) -> str:
+        parts = {name: getattr(held, "to_local", lambda held=held: held)() for name, held in model.state_dict().items()}
+        return str(whole(SimpleNamespace(state_dict=lambda: parts)))
+
+    return mock.patch.object(dpo_trainer, "hash_module", own)
 
 
 def _lowered(model: PreTrainedModel, kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any],
@@ -271,13 +285,11 @@ def _lowered(model: PreTrainedModel, kind: type[TrainingArguments], fit: Fit, fo
         return None
     if fit.saved != "bfloat16":
         raise ValueError("`dtype: bfloat16` makes checkpoints in bfloat16: set `saved: bfloat16` in this fit as well")
-    device = _arguments(kind, fit, folder, seed, own).device
-    for each in [model, *([reference] if reference is not None else [])]:
-        if not processes.sharded():
-            each.to(device)
-        fused(each)
     if processes.sharded():
         return None
+    device = _arguments(kind, fit, folder, seed, own).device
+    for each in [model, *([reference] if reference is not None else [])]:
+        fused(each.to(device))
     if reference is not None:
         precision.halve(reference.requires_grad_(False))
     return precision.halve(model, trainable=processes.world_size() == 1) or None
