@@ -214,8 +214,8 @@ for rule in ("linear", "slerp", "ties", "dare_linear", "model_stock", "ensemble"
 
 
 def test_a_sweep_holds_the_result_alone_and_an_ensemble_its_two_models(tmp_path):
-    """Members and base stay on disk: what is held beside the imports is one model in fp32 and a few tensors, for every rule; it was
-    six models."""
+    """Members and base stay on disk: what is held beside the imports is one model in fp32 and a few tensors, for every rule, and
+    not six models."""
     config = LlamaConfig(vocab_size=100, hidden_size=512, intermediate_size=2048, num_hidden_layers=5, num_attention_heads=8)
     for seed, name in enumerate(("a", "b", "base")):
         torch.manual_seed(seed)

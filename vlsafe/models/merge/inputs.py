@@ -77,9 +77,8 @@ class OnDisk(Mapping[str, torch.Tensor]):
         held = checkpoint(folder)
         found = {key: held.tensors[key] for key in held.tensors if key in held.keys}
         embedding, head = held.tables
-        if held.tied and not found.keys().isdisjoint(held.tables):
-            found.setdefault(embedding, found.get(head))
-            found[head] = found.pop(head, found[embedding])
+        if held.tied and (one := found.get(embedding) or found.get(head)):
+            found = {embedding: one, **found, head: found.pop(head, one)}
         self.entries = {rename(key): entry for key, entry in found.items()}
 
     def __getitem__(self, key: str) -> torch.Tensor:
