@@ -97,6 +97,7 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
     folder = tmp_path / "two" / "checkpoint-3"
     noted = json.loads((folder / training_checkpoints.COMPLETE).read_text())
     assert {"model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(noted)
+    assert not [name for name in noted if "fsdp" in name], "weights are written once"
     again = tmp_path / "again"
     again.mkdir()
     os.rename(folder, again / "checkpoint-3")

@@ -278,10 +278,10 @@ def in_memory_layout(model: PreTrainedModel) -> PreTrainedModel:
     """Make every save of this model use the key names that it has in memory.
 
     The library's default writes LLaVA in an older hub layout. The Trainer's own resume loads raw keys, matches none of
-    them, warns, and continues from the initialisation; mergekit drops the language model. Both read this layout.
+    them, warns, and continues from the initialisation; mergekit drops the language model. Both read this layout, one file.
     """
     if not isinstance(model.save_pretrained, functools.partial):
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False, max_shard_size="1000GB")
     return model
 
 

@@ -21,8 +21,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as hf_trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
 
@@ -247,7 +250,7 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
     saved = Milestones(frozenset(milestones), progress)
-    with warnings.catch_warnings(), _hashed_in_parts(), contextlib.closing(saved):
+    with warnings.catch_warnings(), _hashed_in_parts(), _weights_once(model), contextlib.closing(saved):
         warnings.simplefilter("ignore")
         trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, args=arguments,
@@ -260,6 +263,22 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     model.eval()
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _weights_once(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Write and read a sharded model's weights in its checkpoints as `model.safetensors` alone: the trainer would gather them
+    again and write a second copy for resumption. Adapters are small and stay as they are."""
+    held = contextlib.ExitStack()
+    if processes.sharded() and not isinstance(model, PeftModel):
+        held.enter_context(mock.patch.object(hf_trainer, "save_fsdp_model", lambda *_, **__: None))
+        held.enter_context(mock.patch.object(hf_trainer, "load_fsdp_model", _read_shards))
+    return held
+
+
+def _read_shards(plugin: Any, accelerator: Any, model: Any, folder: str, **_: Any) -> None:
+    """Give every process its part of a checkpoint's weights, which the first one reads."""
+    weights = load_file(Path(folder) / "model.safetensors") if accelerator.is_main_process else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def _hashed_in_parts() -> contextlib.AbstractContextManager[Any]:
