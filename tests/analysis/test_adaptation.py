@@ -232,3 +232,11 @@ def test_confounds_by_hand():
     assert value == 0 and -low == high > 0  # no change among so few verb–object pairs
     assert np.isnan(found.loc[("confounds_asr", "none"), "difference"])
     assert measures.rates(raw, ["text_asr", "exaggerated_refusal"]).empty and degradation.dynamics(raw, ["confounds_asr"]).empty
+
+
+def test_a_probability_is_a_measure_and_older_tables_lack_it():
+    raw = answers("instruct", "filtered-full", 300, "full", 5, 6)
+    raw = raw[raw["benchmark"] == "sorry_bench"].assign(judge="xstest-strings", refusal=np.linspace(0, 1, 12))
+    rate = measures.rates(raw, ["text_refusal_probability"]).iloc[0]
+    assert rate["value"] == pytest.approx(0.5) and 0 < rate["low"] < 0.5 < rate["high"] < 1
+    assert measures.rates(raw.drop(columns="refusal"), ["text_refusal_probability"]).empty

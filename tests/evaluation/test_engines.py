@@ -64,3 +64,20 @@ def test_a_picture_is_seen_once_for_all_options(tools, monkeypatch):
     handle.remove()
     assert sum(seen) == len(ranked) + sum(len(item.options) for item in ranked)
     assert torch.allclose(torch.tensor(once), torch.tensor(plain), atol=1e-5, rtol=0)
+
+
+def test_the_probability_of_refusal_is_that_of_the_first_words(tools, monkeypatch):
+    """By the library's way of decoding, by the one for GPUs, and by a plain forward pass of one prompt."""
+    model, processor, items = tools
+    tokenizer, some = processor.tokenizer, [item for item in items if item.scoring == "generated"][::9][:8]
+    words = set(tokenizer.convert_ids_to_tokens(engines.refusing(tokenizer)))
+    assert {"i", "sorry"} <= words <= set(engines.REFUSING) and tokenizer.unk_token not in words
+    plain = []
+    for item in some:
+        inputs = chat.prompt_batch(processor, [item.turns], [item.images])
+        with torch.inference_mode():
+            plain.append(float(model(**inputs).logits[0, -1].softmax(-1)[engines.refusing(tokenizer)].sum()))
+    found = engines.respond(model, processor, some, "m", 8, 4)
+    assert [response.refusal for response in found] == pytest.approx(plain, abs=1e-5) and len(set(plain)) > 1
+    monkeypatch.setattr(engines, "_decoder", lambda m, t: decoding.Decoder(m, engines._stops(m, t), t.pad_token_id))
+    assert [response.refusal for response in engines.respond(model, processor, some, "m", 8, 4)] == pytest.approx(plain, abs=1e-5)

@@ -86,6 +86,8 @@ def _judged(rows: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
             happened = (leading["outcome"] == spec["headline"]).astype(object)
             return leading.assign(event=happened.where(leading["outcome"].notna(), None))
     rows = rows[rows["judge"] == spec["judge"]]
+    if "column" in spec:  # older raw tables lack it
+        rows = rows.assign(event=rows[spec["column"]]) if spec["column"] in rows else rows.iloc[:0]
     rows = rows.assign(event=rows["event"].astype(object))
     if "labels" in spec:
         rows["event"] = rows["label"].isin(spec["labels"]).astype(object).where(rows["event"].notna(), None)

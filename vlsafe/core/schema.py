@@ -116,13 +116,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered to an item. `truncated`: the token limit cut it off."""
+    """What a model answered to an item. `truncated`: the token limit cut it off. `refusal`: the probability that it begins with a
+    word that refusals begin with, after a sentence that names what is seen; None where the engine does not say, and of ranked
+    options."""
 
     item: str
     benchmark: str
     model: str
     text: str
     truncated: bool = False
+    refusal: float | None = None
 
 
 @dataclass(frozen=True)

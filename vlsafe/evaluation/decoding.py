@@ -43,6 +43,7 @@ class Decoder:
         out = self.model(input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=self.cache,
                          use_cache=True, logits_to_keep=1, **rest)  # fmt: skip
         self.position.copy_(positions[:, -1:])
+        self.first = out.logits[:, -1]
         self._choose(out.logits)
         for done in range(1, max_new_tokens):
             if done % LOOK == 1 and self.ended.all():

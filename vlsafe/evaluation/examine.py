@@ -96,7 +96,7 @@ def raw_table(
                 row = dict(
                     benchmark=name, group=item.group, category=item.category, cluster=item.cluster, item=item.id,
                     harmful=item.harmful, judge=judge_name, label=verdict.label, event=columns["event"],
-                    truncated=response.truncated,
+                    truncated=response.truncated, refusal=response.refusal,
                 )  # fmt: skip
                 rows.append({**record, **row, **columns})
     return rows

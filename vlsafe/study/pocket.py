@@ -75,7 +75,7 @@ def writer(study: Study) -> Any:
     def write(prompts: list[str], max_new_tokens: int) -> list[str]:
         items = [Item(str(number), "written", (Turn("user", prompt),)) for number, prompt in enumerate(prompts)]
         bar = Bar("answers", len(items))
-        return [text for text, _ in evaluation.engines.generate(model, tokenizer, items, AT_ONCE, max_new_tokens, bar)]
+        return [text for text, *_ in evaluation.engines.generate(model, tokenizer, items, AT_ONCE, max_new_tokens, bar)]
 
     return write
 
