@@ -201,7 +201,7 @@ a, b, base = (Path(sys.argv[1]) / name for name in ("a", "b", "base"))
 study = SimpleNamespace(scale=MINI, seed=0, numbers=lambda name: {"band": (0, 1)}, checkpoints=lambda name: [a])
 before, during, plain = held(), [0], rules.merged
 checkpoints.load_processor = lambda folder: None
-rules.merged = lambda *given: (during.append(held() - before), plain(*given))[1]
+rules.merged = lambda *rest: (during.append(held() - before), plain(*rest))[1]
 model = checkpoints.ready(a)
 members = merging.Members(model, None, *map(inputs.OnDisk, (a, b, base)), b, len(model.model.layers))
 sweep = merging.Sweep(study, "sl-full", members, {})
