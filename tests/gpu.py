@@ -1,7 +1,8 @@
 """`tests/gpu.sh [SECONDS]`: what a 7B model costs on one GPU, with random weights and synthetic rows, as a table.
 
-Every line is a training by the trainers, or answers by the engine, that a reproduction uses. What does not fit this card, or no
-longer fits the time, is skipped by name. The merge of two checkpoints runs beside the rest, on the CPU.
+Every line is a training by the trainers, or answers by the engine, that a reproduction uses. What this card is too small for, by
+the plan or as it turns out, or what no longer fits the time, is skipped by name. The merge of two checkpoints runs beside the
+rest, on the CPU. `tests/planning/test_gpu_script.py` runs all lines at tiny sizes, without a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from vlsafe.evaluation.decoding import Decoder
 from vlsafe.models import chat, checkpoints, trainable
 from vlsafe.models.merge.files import merge
 from vlsafe.models.merge.rules import How
-from vlsafe.planning import dryrun
+from vlsafe.planning import costs, dryrun
+from vlsafe.study.study import Study
 from vlsafe.training import datasets, precision, trainers
 
 SECONDS = float(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 340.0  # in all
@@ -45,6 +47,8 @@ ROWS = {"stage 2, full": 128}  # a step's, 64 where no number is given: the opti
 EXCHANGES = 96  # that the guard reads
 BACKBONE = "llama2-chat"
 GPU, SEEN = "cuda", [torch.profiler.ProfilerActivity.CUDA]
+GUARD = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+WORDS = 128_000  # of the guard's vocabulary
 COPY = 4.3e12  # bytes a second that an H200 copies, as measured
 BEGUN = time.perf_counter()
 
@@ -77,6 +81,13 @@ def emptied() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def on_card(planned: float) -> None:
+    """Raises:   OutOfMemoryError where the plan says that this card is too small, before anything is tried"""
+    size = torch.cuda.get_device_properties().total_memory
+    if planned > size:
+        raise torch.OutOfMemoryError(f"the plan is {planned / 1e9:.0f} GB, it has {size / 1e9:.0f}")
+
+
 def on_time(needed: float) -> None:
     left = SECONDS - (time.perf_counter() - BEGUN)
     if left < needed:
@@ -91,6 +102,8 @@ def trained(what: str, model: Any, fit: Fit, passes: int, method: str, run: Call
     """Seconds a row, MFU and peak memory of a training's second step, beside the plan's memory."""
     shapes, ticks = dryrun._shapes(PAPER, BACKBONE, getattr(model, "get_base_model", lambda: model)()), []
     moving = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    planned = dryrun.gpu_memory(shapes, moving, 1, False, True) + (dryrun.CAST * shapes.all if what.startswith("DPO") else 0)
+    on_card(planned)
     with tempfile.TemporaryDirectory() as folder:
         rest = (fit, Path(folder), 0, (), lambda step: ticks.append(time.perf_counter()))
         history = run(*rest)
@@ -98,12 +111,10 @@ def trained(what: str, model: Any, fit: Fit, passes: int, method: str, run: Call
     counts = trainers.tokens_seen(history)
     seconds, tokens = (ticks[-1] - ticks[-2]) / rows, (counts[-1] - counts[-2]) / rows
     done = dryrun.operations(shapes, tokens - shapes.image_tokens, 1.0, passes)
-    planned = dryrun.gpu_memory(shapes, moving, 1, False, True)
     planned += dryrun.activations(shapes, at_once * tokens, method, recompute)
     if what.startswith("DPO"):  # tokens are those of both answers; the reference reads them as well
         one = tokens / 2 - shapes.image_tokens
         done = 2 * (dryrun.operations(shapes, one, 1.0, passes) + dryrun.operations(shapes, one, 1.0, 2))
-        planned += dryrun.CAST * shapes.all
     mfu = done / seconds / (dryrun.peak_operations() or float("nan"))
     peak = torch.cuda.max_memory_allocated() / 1e9
     say(what, f"{seconds * 1e3:.1f} ms a row", f"{tokens:.0f} tokens a row", f"MFU {mfu:.1%}", f"peak {peak:.0f} GB",
@@ -125,6 +136,7 @@ def tuned(what: str, method: str, fit: Fit, passes: int, needed: float) -> None:
 def profiled() -> None:
     """What the GPU does in a step of two micro-batches of four rows, the optimiser included, and while it reads 64 prompts.
     After what is timed for training: a profiler can slow what comes after it."""
+    model = None
     with line("profile of a step of stage 2, 2 x 4 rows"), tempfile.TemporaryDirectory() as folder:
         on_time(14)
         model, processor, rows = dryrun.stand_ins(PAPER, BACKBONE, 24)
@@ -144,7 +156,8 @@ def profiled() -> None:
         busiest(profile, ticks[-1] - ticks[-2])
     with line("profile of reading 64 prompts"), torch.inference_mode():
         on_time(5)
-        emptied()
+        if model is None:
+            raise TimeoutError("it takes the model of the profile before it")
         decoder, inputs = Decoder(model.eval(), torch.tensor([-1]), 0), prompts(processor, 64)
         for profile in (None, torch.profiler.profile(activities=SEEN)):
             with profile or contextlib.nullcontext():
@@ -180,14 +193,6 @@ def preferred(method: str, passes: int, needed: float) -> None:
                 lambda *rest: trainers.dpo(model, reference, processor, data, spec, *rest), many)  # fmt: skip
 
 
-class CuDnn(Decoder):
-    """The same, with cuDNN's attention in the captured steps."""
-
-    def _step(self) -> None:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            super()._step()
-
-
 def prompts(processor: Any, rows: int) -> dict[str, Any]:
     size, turns = PAPER.vision.image_size, (Turn("user", " ".join(["word"] * 60)),)
     picture = to_png(np.full((size, size, 3), 60, np.uint8))
@@ -196,18 +201,21 @@ def prompts(processor: Any, rows: int) -> dict[str, Any]:
 
 def answered() -> None:
     """Answers to a picture and 60 words, none of which ends before its last token: with random weights no token means an end."""
-    emptied()
-    model, processor, _ = dryrun.stand_ins(PAPER, BACKBONE, 1)
+    model = None
+    with line("a model that answers"):
+        model, processor, _ = dryrun.stand_ins(PAPER, BACKBONE, 1)
+    if model is None:
+        return
     precision.halve(model.eval().requires_grad_(False))
     checkpoints.fused(model)
     shapes = dryrun._shapes(PAPER, BACKBONE, model)
     weights = 2 * (shapes.blocks + shapes.head)
-    for rows, kind in ((16, Decoder), (64, Decoder), (64, CuDnn)):
-        what = f"{NEW} tokens, {rows} prompts" + (", cuDNN's attention" if kind is CuDnn else "")
+    for rows in (16, 64):
+        what = f"{NEW} tokens, {rows} prompts"
         with line(what), torch.inference_mode():
             on_time(10)
             inputs = prompts(processor, rows)
-            decoder, took = kind(model, torch.tensor([-1]), 0), {}
+            decoder, took = Decoder(model, torch.tensor([-1]), 0), {}
             decoder(dict(inputs), NEW)
             for new in (1, NEW):
                 torch.cuda.synchronize()
@@ -218,22 +226,27 @@ def answered() -> None:
             shape = decoder.shape
             del decoder, tokens
             step = (took[NEW] - took[1]) / (NEW - 1)
-            cache = 2 * 2 * shapes.width * shapes.layers * shape[1] * rows
+            cache = rows * dryrun.cache_bytes(shapes, shape[1])
             say(what, f"{rows * NEW / took[NEW]:,.0f} tokens/s", f"{rows / step:,.0f} without the prompt ({took[1]:.2f} s)",
                 f"{step * 1e3:.2f} ms a step", f"{step / (weights + cache) * COPY:.1f} × reading weights and cache",
                 f"{step / weights * COPY:.1f} × weights",
-                f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB")  # fmt: skip
+                f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB",
+                f"plan {(dryrun.CAST * shapes.all + 2 * cache) / 1e9:.0f} GB")  # fmt: skip
 
 
 def guarded() -> None:
-    """Exchanges of usual length through Llama-Guard-3's shapes; every answer runs to its last token: the slowest case."""
+    """Exchanges of usual length through Llama-Guard-3's shapes, beside the plan; every answer runs to its last token, which is
+    the slowest case."""
     with line("guard"):
         on_time(15)
-        words = [f"word{i}" for i in range(128_000)]
+        known = next((name for name in costs.GPUS if name.split("-")[0] in dryrun._name()), "H100")
+        with tempfile.TemporaryDirectory() as folder:
+            planned = costs.Plan(Study.open("paper", BACKBONE, 0, folder), known).judged(EXCHANGES)
+        on_card(planned.memory[1])
+        words = [f"word{i}" for i in range(WORDS)]
         tokenizer = chat.build_tokenizer([*words, "safe", "unsafe"], 8192)
         config = transformers.AutoConfig.for_model(
-            "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=128_256, max_position_embeddings=8192, dtype="bfloat16", eos_token_id=None,
+            "llama", **GUARD, vocab_size=WORDS + 256, max_position_embeddings=8192, dtype="bfloat16", eos_token_id=None,
         )  # fmt: skip
         with torch.device(GPU):
             model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().eval()
@@ -244,8 +257,9 @@ def guarded() -> None:
         start = time.perf_counter()
         guard.assess(exchanges)
         seconds = time.perf_counter() - start
-        say("guard", f"{EXCHANGES / seconds:.0f} exchanges/s", f"{EXCHANGES * PAPER.traffic.screened / seconds:,.0f} words/s",
-            f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB")  # fmt: skip
+        say("guard", f"{EXCHANGES / seconds:.1f} exchanges/s", f"plan {EXCHANGES / planned.hours / 3600:.1f} on one {known}",
+            f"{EXCHANGES * PAPER.traffic.screened / seconds:,.0f} words/s",
+            f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB", f"plan {planned.memory[1] / 1e9:.0f} GB")  # fmt: skip
 
 
 def random_checkpoint(folder: Path, seed: int) -> Path:
@@ -299,8 +313,8 @@ def main() -> int:
     preferred("lora", 4, 15)
     preferred("full", 6, 10)
     answered()
-    profiled()
     guarded()
+    profiled()
     try:
         beside.wait(max(0.0, SECONDS - (time.perf_counter() - BEGUN)))
     except subprocess.TimeoutExpired:

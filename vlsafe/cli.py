@@ -289,6 +289,8 @@ def _dryrun(arguments: Arguments) -> None:
         time = costs.schedule(study, stages, many)
         chain = ", ".join(time.chain) or "none"
         print(f"\n{many} × {gpu}: {time.hours:,.1f} h; longest chain {time.chain_hours:,.1f} h: {chain}")
+    for line in costs.too_large(stages, gpu):
+        print(f"\n{line}")
     print("\nComputed from shapes unless a line says otherwise; assumptions are in planning/costs.py and Scale.traffic.")
 
 

@@ -171,7 +171,12 @@ def test_every_measure_bounds_what_its_judge_left_open(measure):
     group, harmful = spec.get("groups", ("g",))[0], spec.get("harmful", False)
     row = dict(benchmark=spec["benchmark"], judge=spec["judge"], group=group, harmful=harmful, label=spec.get("labels", ("",))[0])
     events = [True, None]
-    table = pd.DataFrame([{**FACTS, **row, "item": f"i{i}", "cluster": f"c{i}", "event": e} for i, e in enumerate(events)])
+    table = pd.DataFrame(
+        [
+            {**FACTS, **row, "item": f"i{i}", "cluster": f"c{i}", "event": e, spec.get("column", "event"): e}
+            for i, e in enumerate(events)
+        ]
+    )
     line = measures.rates(table, [measure]).iloc[0]
     assert (line["value"], line["value_high"], line["n"], line["n_unjudged"]) == (0.5, 1.0, 2, 1)
 

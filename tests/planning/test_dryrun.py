@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import loaded
 import pytest
@@ -10,9 +11,9 @@ from conftest import NANO
 from vlsafe import cli
 from vlsafe.core.presets import PAPER, SMALL, load_scale
 from vlsafe.core.scale import Fit
-from vlsafe.models import checkpoints
+from vlsafe.models import checkpoints, devices
 from vlsafe.planning import costs, dryrun
-from vlsafe.study import graph
+from vlsafe.study import graph, tuning
 from vlsafe.study.study import Study
 
 ENV = Path(__file__).parents[2] / "env"
@@ -88,6 +89,29 @@ def test_what_was_forgotten_once_costs_something(tmp_path):
     screened = found["screen/filtered"]
     rows = 558_128 + costs.EXCHANGES * 665_298
     assert screened.tokens == pytest.approx(rows * 350, rel=0.01)
+
+
+def test_a_recipe_that_no_such_gpu_holds_is_named_and_can_be_left_out(tmp_path, monkeypatch):
+    """GRPO of seven billion weights is not sharded: it takes a GPU of 141 GB."""
+    [line] = costs.too_large(planned("paper", "llama2-chat", "H100", tmp_path)[1], "H100")
+    assert line.startswith("safety (GRPO) is not sharded and needs one GPU of 129 GB, more than one H100 has")
+    assert costs.too_large(planned("paper", "llama2-chat", "H200", tmp_path)[1], "H200") == []
+    file = tmp_path / "smaller.yaml"
+    file.write_text(f"extends: paper\nname: smaller\n{line.split('`')[1]}\n")
+    study, stages = planned(str(file), "llama2-chat", "H100", tmp_path)
+    assert costs.too_large(stages, "H100") == []
+    reason = "the scale leaves the recipe 'grpo-text-full' out (`tuning.without`)"
+    assert study.left_out()["safety/grpo-text-full"] == reason
+    assert reason in study.left_out()["examination/safety.grpo-text-full"]
+    kept = {cost.stage for cost in planned("paper", "llama2-chat", "H100", tmp_path)[1]} - {cost.stage for cost in stages}
+    assert kept and all("grpo" in name for name in kept) and "judging/guard-text" in graph.planned(study)
+    assert study.run("safety/sl-full").digest == Study.open("paper", "llama2-chat", 0, tmp_path).run("safety/sl-full").digest
+    monkeypatch.setattr(devices, "memory", lambda: 80_000_000)
+    weights = SimpleNamespace(num_parameters=lambda only_trainable: 6_000_000)
+    monkeypatch.setattr(tuning.models.checkpoints, "load", lambda start: weights)
+    monkeypatch.setattr(tuning.models.trainable, "choose", lambda model, *_: model)
+    with pytest.raises(ValueError, match=r"not sharded: .* take 0 GB .*`tuning: {without: \[grpo-text-full\]}` in the scale"):
+        tuning.train_by(study, "grpo-text-full", tmp_path, tmp_path, [], study.scale.tuning.rollout.fit)
 
 
 def test_a_schedule_by_hand(tmp_path):

@@ -1,12 +1,17 @@
 """T07, F12 and F13 against numbers counted by hand; and what the sweeps of the NANO study wrote."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from analysis.test_adaptation import answers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlsafe.analysis import merging
 from vlsafe.analysis import merging as analysis_merging
@@ -178,6 +183,50 @@ def test_lineages_have_the_base_that_they_started_from(study):
     graft = checkpoints.load(study.checkpoints("projector/filtered")[-1]).state_dict()
     assert all(torch.equal(graft[key], value) for key, value in child.items()) and not any("projector" in key for key in child)
     assert set(sibling) == set(graft) and all(torch.equal(graft[key], value) for key, value in sibling.items())
+
+
+HELD = """
+import json, re, sys
+from pathlib import Path
+from types import SimpleNamespace
+from vlsafe.models import checkpoints
+from vlsafe.models.merge import inputs, rules
+from vlsafe.core.presets import MINI
+from vlsafe.study import merging
+
+def held():  # bytes of memory that no file backs
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+a, b, base = (Path(sys.argv[1]) / name for name in ("a", "b", "base"))
+study = SimpleNamespace(scale=MINI, seed=0, numbers=lambda name: {"band": (0, 1)}, checkpoints=lambda name: [a])
+before, during, plain = held(), [0], rules.merged
+checkpoints.load_processor = lambda folder: None
+rules.merged = lambda *rest: (during.append(held() - before), plain(*rest))[1]
+model = checkpoints.ready(a)
+members = merging.Members(model, None, *map(inputs.OnDisk, (a, b, base)), b, len(model.model.layers))
+sweep = merging.Sweep(study, "sl-full", members, {})
+for rule in ("linear", "slerp", "ties", "dare_linear", "model_stock", "ensemble"):
+    result = sweep.model(merging.Point(rule, 0.5, "0.50"))[0]
+    during.append(held() - before)
+    print(json.dumps([rule, max(during)]))
+    during[:] = [0]
+"""
+
+
+def test_a_sweep_holds_the_result_alone_and_an_ensemble_its_two_models(tmp_path):
+    """Members and base stay on disk: what is held beside the imports is one model in fp32 and a few tensors, for every rule, and
+    not six models."""
+    config = LlamaConfig(vocab_size=100, hidden_size=512, intermediate_size=2048, num_hidden_layers=5, num_attention_heads=8)
+    for seed, name in enumerate(("a", "b", "base")):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).bfloat16()
+        checkpoints.save(model, tmp_path / name)
+    size = 4 * sum(weight.numel() for weight in model.parameters())
+    freed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system, so that none is counted
+    done = subprocess.run([sys.executable, "-c", HELD, str(tmp_path)], capture_output=True, text=True, env=freed)
+    assert done.returncode == 0, done.stderr
+    held = {rule: most / size for rule, most in map(json.loads, done.stdout.splitlines())}
+    assert len(held) == 6 and held.pop("ensemble") < 2.4 and max(held.values()) < 1.5, held
 
 
 def test_bands_and_what_lies_outside_are_all_there_is(study):

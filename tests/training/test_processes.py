@@ -97,6 +97,7 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
     folder = tmp_path / "two" / "checkpoint-3"
     noted = json.loads((folder / training_checkpoints.COMPLETE).read_text())
     assert {"model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(noted)
+    assert not [name for name in noted if "fsdp" in name], "weights are written once"
     again = tmp_path / "again"
     again.mkdir()
     os.rename(folder, again / "checkpoint-3")
@@ -146,6 +147,7 @@ def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_p
 
 def test_sharded_steps_of_mixed_rows_are_refused(begun, rows, tmp_path, monkeypatch):
     monkeypatch.setenv(processes.SHARDED, "1")
+    monkeypatch.setattr(launch, "_loader", lambda fit: lambda start, prepared: prepared(checkpoints.load(start)))
     mixed = job(begun, tmp_path / "x")
     with pytest.raises(ValueError, match="needs `grouped: true`"):
         trained(dataclasses.replace(mixed, fit=dataclasses.replace(mixed.fit, grouped=False)), rows)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
 
 RARE = 10  # with fewer items that changed at all, a bootstrap knows too little of their spread
 POWER = 0.9  # of the smallest detectable difference
@@ -57,7 +57,7 @@ def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
 
 
 def _wilson(p: Shares, n: Shares, level: float) -> tuple[Shares, Shares]:
-    z = stats.norm.ppf(0.5 + level / 2)
+    z = scipy.stats.norm.ppf(0.5 + level / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return np.clip(centre - half, 0.0, p), np.clip(centre + half, p, 1.0)  # never beside p by rounding
@@ -187,22 +187,22 @@ def compare(
         changed += (values != 0).sum(0)
     free = max(1, n_clusters - len(parts))
     stretch = np.sqrt((free + 1) / free)
-    end = stats.norm.cdf(stretch * stats.t.ppf((1 - level) / 2, free))
+    end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - level) / 2, free))
     low, high = np.quantile(drawn, [end, 1 - end], axis=0)
     few = np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))
     distance = np.abs(effect - against)
-    tail = stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
+    tail = scipy.stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
     beyond = np.where((few < RARE) & (distance > 0), np.minimum(tail, (1 + few) / (1 + draws)), (1 + few) / (1 + draws))
-    p = 2 * stats.t.cdf(stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
+    p = 2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
     for k in np.flatnonzero(changed < RARE):
         column = [(weight, values[:, k], index, sizes) for weight, values, index, sizes in parts]
         low[k], high[k] = _square_and_add(column, level)
         reach = (high[k] if against > effect[k] else low[k]) - effect[k]
-        scaled = stats.norm.ppf(0.5 + level / 2) * (against - effect[k]) / reach  # an interval that ends there has p = 1 - level
-        p[k] = _sign_test(column) if against == 0 else 2 * stats.norm.sf(scaled)
+        scaled = scipy.stats.norm.ppf(0.5 + level / 2) * (against - effect[k]) / reach  # ending there, p = 1 - level
+        p[k] = _sign_test(column) if against == 0 else 2 * scipy.stats.norm.sf(scaled)
     se = drawn.std(0) * stretch
     reach = _detectable(parts, se, free, level)
-    se = np.where(changed < RARE, (high - low) / 2 / stats.norm.ppf(0.5 + level / 2), se)
+    se = np.where(changed < RARE, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + level / 2), se)
     return Compared(effect, low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se, reach)
 
 
@@ -234,7 +234,7 @@ def _sign_test(column: _Column) -> float:
     """Exact two-sided p-value: do more clusters rise than fall?"""
     changes = np.concatenate([w * totals(values[:, None], index, len(sizes)) for w, values, index, sizes in column])
     rises, falls = int((changes > 0).sum()), int((changes < 0).sum())
-    return float(stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
+    return float(scipy.stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
 
 
 def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.ndarray:
@@ -243,7 +243,7 @@ def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.n
     A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
     change of one item is, where none was seen, is taken to be 1.
     """
-    reach = stats.t.ppf(0.5 + level / 2, free) + stats.norm.ppf(POWER)
+    reach = scipy.stats.t.ppf(0.5 + level / 2, free) + scipy.stats.norm.ppf(POWER)
     own = sum(weight**2 / effective_size((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
     total, changed = sum(np.abs(values).sum(0) for _, values, *_ in parts), sum((values != 0).sum(0) for _, values, *_ in parts)
     own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
@@ -303,7 +303,7 @@ def over_seeds(
     k, mean, between, items = len(effects), effects.mean(0), effects.var(0, ddof=1), np.mean(se**2, 0)
     variance = np.maximum(between, items) / k
     room = np.maximum(bound**2 - mean**2, 2 * bound * np.sqrt(items) / k)  # runs without any variation lie at a bound
-    quantile, share = stats.t.ppf(0.5 + level / 2, k - 1), mean / bound
+    quantile, share = scipy.stats.t.ppf(0.5 + level / 2, k - 1), mean / bound
     c = quantile**2 * variance / room
     half = np.sqrt(c * np.maximum(0.0, 1 + c - share**2))
     error = np.sqrt(variance * (bound**2 - against**2) / room)  # were the threshold the truth
@@ -312,9 +312,9 @@ def over_seeds(
     beyond = [((p < (1 - level) / k) & (sign * (effects - against) > 0)).any(0) for sign in (1, -1)]
     return {
         "seed_low": bound * (share - half) / (1 + c), "seed_high": bound * (share + half) / (1 + c),
-        "seed_p": 2 * stats.t.sf(np.abs(mean - against) / error, k - 1),
-        "seed_detectable": (quantile + stats.t.ppf(POWER, k - 1)) * np.sqrt(variance),
-        "sd_seeds": np.sqrt(np.maximum(0.0, between - items)), "heterogeneity": stats.chi2.sf(q, k - 1),
+        "seed_p": 2 * scipy.stats.t.sf(np.abs(mean - against) / error, k - 1),
+        "seed_detectable": (quantile + scipy.stats.t.ppf(POWER, k - 1)) * np.sqrt(variance),
+        "sd_seeds": np.sqrt(np.maximum(0.0, between - items)), "heterogeneity": scipy.stats.chi2.sf(q, k - 1),
         "differs": beyond[0] & beyond[1],
     }  # fmt: skip
 

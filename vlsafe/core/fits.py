@@ -92,7 +92,8 @@ class Tuning:
 
     `replay` is the number of general rows per safety row. `milestones` are fractions of a run at which a checkpoint is kept,
     beside its end; `pairs` is how many validation pairs of each modality choose among them. `task_batches` is the number of
-    micro-batches of one task each that a step is split into where conflicting gradients are projected.
+    micro-batches of one task each that a step is split into where conflicting gradients are projected. `without` names recipes
+    that are left out, with all that builds on them.
     """
 
     sft: Fit
@@ -102,3 +103,4 @@ class Tuning:
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     pairs: int = 100
     task_batches: int = 8
+    without: tuple[str, ...] = later(())

@@ -34,6 +34,7 @@ from vlsafe.core.writing import (
     MANIFEST,
     WORK,
     file_digest,
+    file_digests,
     parts,
     read_rows,
     recorded_digest,
@@ -252,13 +253,11 @@ def _discard(run: Run, say: Callable[[str], object]) -> None:
 
 
 def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    files = {}
-    for path in sorted(p for p in _files(work) if p.name != MANIFEST and not _of_system(p.relative_to(work))):
+    files, paths = {}, sorted(p for p in _files(work) if p.name != MANIFEST and not _of_system(p.relative_to(work)))
+    for path, digest in zip(paths, file_digests(paths), strict=True):
         sync(path)
         stat = path.stat()
-        files[str(path.relative_to(work))] = {
-            "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_digest(path)
-        }  # fmt: skip
+        files[str(path.relative_to(work))] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
     return {
         "digest": run.digest, "stage": run.stage, "recipe": run.recipe, "version": run.version, "scale": run.scale,
         "backbone": run.backbone, "seed": run.seed, "params": run.params, "inputs": dict(run.inputs),

@@ -97,7 +97,7 @@ def generate(
             if new is None:
                 batch_size, decoder = (len(part) + 1) // 2, _decoder(model, tokenizer)
                 continue
-            texts |= (found := {i: (text.strip(), *rest) for i, (text, *rest) in zip(part, new, strict=True)})
+            texts |= (found := {i: (text.strip(), cut, p) for i, (text, cut, p) in zip(part, new, strict=True)})
             kept.add({items[i].id: text for i, text in found.items()})
             waiting = waiting[len(part) :]
             progress(len(texts))

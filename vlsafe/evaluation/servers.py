@@ -290,7 +290,7 @@ def serve_and_respond(
     waiting = [item for item in items if item.id not in kept.texts]
     with serve(command, folder) if waiting else contextlib.nullcontext() as server:
         for response in respond(server, waiting, name, max_new_tokens) if server else ():
-            kept.add({response.item: (response.text, response.truncated)})
+            kept.add({response.item: (response.text, response.truncated, response.refusal)})
     if missing := [item.id for item in items if item.id not in kept.texts]:
         raise ConnectionAbortedError(f"{len(missing)} of {len(items)} requests failed, first {missing[0]}; run it again")
     return [Response(item.id, item.benchmark, name, *kept.texts[item.id]) for item in items]

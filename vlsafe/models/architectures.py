@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
-from vlsafe.models.efficientnet import LiteConfig
 from vlsafe.models.weights import read_object
+
+if TYPE_CHECKING:  # a second and more of imports, which most merges do not need
+    from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
 
 class Family(NamedTuple):
@@ -72,7 +72,7 @@ FAMILIES = {
         renamed=(*LLAVA.renamed, ("vision_model.", "model.vision_model.")),
     ),
     "clip": Family(vision="vision_model"),
-    LiteConfig.model_type: Family(),  # a tower and nothing else: its vision part is itself
+    "vlsafe_efficientnet": Family(),  # a tower and nothing else: its vision part is itself
     "llama": DECODER, "mistral": DECODER, "qwen2": DECODER, "gemma": DECODER, "gemma2": DECODER, "gemma3_text": DECODER,
 }  # fmt: skip
 # Within a decoder block, of all families: its attention and MLP, and their linear maps.
@@ -88,6 +88,11 @@ def config_of(folder: Path) -> PreTrainedConfig:
 
     Raises:   FileNotFoundError where there is none; ValueError, naming the file, where it is no config
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    from vlsafe.models import lite_config  # noqa: F401 (it tells the library about our own type)
+
     raw = read_object(folder / "config.json")
     if raw.get("model_type") in CONFIG_MAPPING:
         try:
@@ -100,6 +105,9 @@ def config_of(folder: Path) -> PreTrainedConfig:
 
 def ties(folder: Path) -> bool:
     """Whether the config of a checkpoint says that embedding and head are one tensor, as the library reads it."""
+    raw = read_object(folder / "config.json")
+    if FAMILIES.get(raw.get("model_type", "")) is DECODER and isinstance(raw.get("tie_word_embeddings"), bool):
+        return raw["tie_word_embeddings"]
     return bool(getattr(config_of(folder), "tie_word_embeddings", False))
 
 

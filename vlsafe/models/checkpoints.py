@@ -278,15 +278,15 @@ def in_memory_layout(model: PreTrainedModel) -> PreTrainedModel:
     """Make every save of this model use the key names that it has in memory.
 
     The library's default writes LLaVA in an older hub layout. The Trainer's own resume loads raw keys, matches none of
-    them, warns, and continues from the initialisation; mergekit drops the language model. Both read this layout.
+    them, warns, and continues from the initialisation; mergekit drops the language model. Both read this layout, one file.
     """
     if not isinstance(model.save_pretrained, functools.partial):
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False, max_shard_size="1000GB")
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A checkpoint, grafted or text-only, in evaluation mode.
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | None = None) -> PreTrainedModel:
+    """A checkpoint, grafted or text-only, in evaluation mode; on the `device` "meta" without values.
 
     Raises:   FileNotFoundError when the folder holds no config; OSError or ValueError when weights are missing
     """
@@ -298,7 +298,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         if len(list(folder.glob("*.safetensors"))) < 2 and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()  # over a single file the library's bar says nothing, and stays behind in notebooks
             stack.callback(logging.enable_progress_bar)
-        model, report = from_repository(kind, str(folder), dtype=dtype, output_loading_info=True)
+        model, report = from_repository(kind, str(folder), dtype=dtype, output_loading_info=True, device_map=device)
     if missing := set(report["missing_keys"]) | set(report["mismatched_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[:3]}; it is not this model")
     return model.eval()

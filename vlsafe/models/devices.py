@@ -44,6 +44,13 @@ def device() -> str:
     return "cuda" if here else "cpu"
 
 
+def memory() -> int:
+    """Bytes of memory of the GPU on which models compute now; 0 where they compute on the CPU."""
+    import torch
+
+    return torch.cuda.get_device_properties().total_memory if device() == "cuda" else 0
+
+
 def gpus() -> int:
     """How many GPUs a training may use now: those that are visible, none where models compute on the CPU."""
     import torch

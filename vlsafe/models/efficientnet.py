@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlsafe.models.lite_config import LiteConfig
 
 # Repeats, kernel, stride, expansion, channels in and out, of every stage.
 STAGES = (
@@ -21,20 +23,7 @@ STAGES = (
     (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320),
 )  # fmt: skip
 EPSILON = 1e-3  # of TensorFlow's batch norms
-FEATURE_SCALE = 0.68  # root mean square of the grid of the 2,412 pictures of scale `pocket`, measured
 PACKAGED = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
-
-
-class LiteConfig(PreTrainedConfig):
-    """Sizes as LLaVA asks a tower for them: `patch_size` is that of a grid of squares over which the last features are pooled,
-    `feature_scale` what they are divided by, so that their root mean square is one."""
-
-    model_type = "vlsafe_efficientnet"
-
-    hidden_size: int = 1280
-    image_size: int = 224
-    patch_size: int = 74
-    feature_scale: float = FEATURE_SCALE
 
 
 class Convolution(nn.Conv2d):
@@ -117,7 +106,6 @@ class LiteTower(PreTrainedModel):
         return self.head(x) / self.config.feature_scale
 
 
-AutoConfig.register(LiteConfig.model_type, LiteConfig)
 AutoModel.register(LiteConfig, LiteTower)
 
 

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
-from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as in transformers.utils, which is slow to import
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins
 Place = tuple[Path, str]
 """A file in safetensors, and the key of a tensor in it."""

@@ -346,6 +346,17 @@ def lines(costs: Sequence[Cost], gpu: str, every: bool = False) -> list[dict[str
     return [_line(name, of, gpu) for name, of in [*groups.items(), ("all", list(costs))]]
 
 
+def too_large(costs: Sequence[Cost], gpu: str) -> list[str]:
+    """A sentence on every part of safety tuning that no number of such GPUs holds, since it is not sharded over them."""
+    parts: dict[str, list[Cost]] = {}
+    for cost in costs:
+        if cost.stage.startswith("safety/") and min(cost.memory.values()) > GPUS[gpu]["memory"]:
+            parts.setdefault(cost.part, []).append(cost)
+    return [f"{part} is not sharded and needs one GPU of {max(cost.memory[1] for cost in of) / 1e9:,.0f} GB, more than one {gpu} "
+            f"has: `tuning: {{without: [{', '.join(cost.stage.partition('/')[2] for cost in of)}]}}` leaves it out"
+            for part, of in parts.items()]  # fmt: skip
+
+
 def _line(name: str, of: Sequence[Cost], gpu: str) -> dict[str, Any]:
     hours, kept, tokens = (sum(getattr(cost, field) for cost in of) for field in ("hours", "kept", "tokens"))
     memory = {n: max(cost.memory[n] for cost in of) for n in (1, 8)}

@@ -58,6 +58,11 @@ def _without(*things: str) -> Callable[[Study], str | None]:
     return unless
 
 
+def _first(*reasons: Callable[[Study], str | None]) -> Callable[[Study], str | None]:
+    """The first reason that there is."""
+    return lambda study: next(filter(None, (reason(study) for reason in reasons)), None)
+
+
 STAGES: dict[str, Stage] = {
     "world/corpora": Stage(
         world.make_world, (), lambda s: [s.scale.corpora, s.scale.exam.full, *ADDED], 10, version=2, shared=True,
@@ -110,7 +115,8 @@ LONG = {"mtl-full": 75, "mtl-pcgrad-full": 100, "sl-replay-full": 60, "dpo-both-
 for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
         partial(tuning.make_tuned, name=_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name),
-        LONG.get(_name, 20), version=2, unless=_without(*tuning.read_from_outside(_name)),
+        LONG.get(_name, 20), version=2,
+        unless=_first(partial(tuning.unless, name=_name), _without(*tuning.read_from_outside(_name))),
     )  # fmt: skip
     STAGES |= _examination(f"safety/{_name}", 10)
 STAGES |= {

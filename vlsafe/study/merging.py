@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,34 +128,33 @@ def recipe_of(point: Point, partner: str) -> str:
 
 class Members(NamedTuple):
     """The adapted model, whose weights each merge overwrites, and its processor; the weights of the adapted model (`a`), of the
-    partner (`b`) and of what both started from (`base`); the partner's model, for ensembles; the number of decoder blocks; the
-    Fisher information of both, of the adapted model over helpful rows and of the partner over safety rows, where it is used.
+    partner (`b`) and of what both started from (`base`), which stay on disk; where the partner is; the number of decoder blocks;
+    the Fisher information of both, of the adapted model over helpful rows and of the partner over safety rows, where it is used.
     """
 
     model: Any
     processor: Any
-    a: dict[str, Any]
-    b: dict[str, Any]
-    base: dict[str, Any]
-    partner: Any
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+    base: Mapping[str, Any]
+    partner: Path
     layers: int
     fisher: tuple[dict[str, Any], ...] = ()
 
 
 def members(study: Study, partner: str, grid: str = "default") -> Members:
-    """Load both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model."""
+    """Both members and the base of their task vectors: the stage-1 graft for siblings, else the parent's language model. One
+    model is in memory."""
 
-    def weights(name: str) -> dict[str, Any]:
-        tensors = models.checkpoints.load(study.checkpoints(name)[-1]).state_dict()
-        return {models.architectures.grafted(key): t for key, t in tensors.items()} if name == PARENT else tensors
+    def weights(name: str) -> Mapping[str, Any]:
+        rename = models.architectures.grafted if name == PARENT else str
+        return models.merge.inputs.OnDisk(study.checkpoints(name)[-1], rename)
 
-    def answering(name: str) -> Any:
-        return models.checkpoints.ready(study.checkpoints(name)[-1], study.scale.exam.dtype)
-
-    model, base = answering(ADAPTED), STAGE_1 if LINEAGES[partner] == "sibling" else PARENT
+    model = models.checkpoints.ready(study.checkpoints(ADAPTED)[-1], study.scale.exam.dtype)
+    base = STAGE_1 if LINEAGES[partner] == "sibling" else PARENT
     processor = models.checkpoints.load_processor(study.checkpoints(ADAPTED)[-1])
     return Members(
-        model, processor, weights(ADAPTED), weights(run_of(partner)), weights(base), answering(run_of(partner)),
+        model, processor, weights(ADAPTED), weights(run_of(partner)), weights(base), study.checkpoints(run_of(partner))[-1],
         len(models.architectures.language_layers(model)), weighing(study, partner) if grid == "full" else (),
     )  # fmt: skip
 
@@ -292,10 +291,9 @@ class Sweep(NamedTuple):
         Units:    CPU seconds of merging, loading the weights and comparing them with earlier ones; the examination is not in it
         """
         start = time.process_time()
-        model, processor, multimodal, merged = self.model(point)
-        sample = models.merge.rules.sample(merged) if merged else {}
-        same = next((name for name, (w, _) in self.examined.items() if merged and models.merge.rules.near(sample, w, SAME)), None)
-        spent = time.process_time() - start if merged else 0.0
+        model, processor, multimodal, sample = self.model(point)
+        same = next((name for name, (w, _) in self.examined.items() if sample and models.merge.rules.near(sample, w, SAME)), None)
+        spent = time.process_time() - start if sample else 0.0
         if same is not None:
             return self.examined[same][1]._replace(loss=None, same_as=same), spent
         loss = None
@@ -306,7 +304,7 @@ class Sweep(NamedTuple):
             loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
         result = Result(_responses(self.study, model, processor, multimodal, every), loss)
-        if merged:
+        if sample:
             self.examined[recipe_of(point, self.partner)] = sample, result
         return result, spent
 
@@ -315,18 +313,19 @@ class Sweep(NamedTuple):
         return _responses(self.study, *self.model(point)[:3], items)
 
     def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
-        """The model of a point, its processor, whether it sees, and its weights where it is a merge."""
+        """The model of a point, its processor, whether it sees, and a sample of its weights where it is a merge."""
         members = self.members
         if point.folder is not None:
             model = models.checkpoints.ready(point.folder, self.study.scale.exam.dtype)
             return model, members.processor, True, None
         ratio = 0.5 if point.ratio is None else point.ratio
         if point.rule == "ensemble":
-            members.model.load_state_dict(members.a)
+            _fill(members.model, members.a.items())
+            partner = models.checkpoints.ready(members.partner, self.study.scale.exam.dtype)
             sees = LINEAGES[self.partner] != "parent"
             folder = self.study.checkpoints(ADAPTED if sees else PARENT)[-1]
             return (
-                evaluation.engines.Ensemble(members.model, members.partner, ratio),
+                evaluation.engines.Ensemble(members.model, partner, ratio),
                 models.checkpoints.load_processor(folder),
                 sees,
                 None,
@@ -335,9 +334,8 @@ class Sweep(NamedTuple):
         how = models.merge.rules.How(ratio, spec.kept, spec.survived, spec.scaling, spec.rank)
         blocks = blocks_of(self.study, point, rule.blocks, members.layers)
         weighed = members.fisher if models.merge.rules.RULES[rule.rule].weighed else ()
-        merged = models.merge.rules.combined(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks, weighed)
-        members.model.load_state_dict(merged)
-        return members.model, members.processor, True, merged
+        merged = models.merge.rules.streamed(rule.rule, members.a, members.b, members.base, how, self.study.seed, blocks, weighed)
+        return members.model, members.processor, True, _fill(members.model, merged)
 
     def validation_row(self, point: Point, items: Mapping[str, list[Item]], result: Result) -> dict[str, Any]:
         """What one model did on validation (`validation.merge_scores`), under its name."""
@@ -356,6 +354,17 @@ class Sweep(NamedTuple):
         record |= {"model": f"{study.backbone}/merge/{recipe}", "step": 0, "exam": exam}
         found = [responses[item.id] for item in items if item.id in responses]
         return evaluation.examine.raw_table(items, found, record, study.scale.exam.judges)
+
+
+def _fill(model: Any, weights: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Overwrite all weights of a model, one after the other, and return a sample of them."""
+    own, samples = model.state_dict(), dict[str, Any]()
+    for name, weight in weights:
+        own[name].copy_(weight)
+        samples[name] = models.merge.rules.sample(weight)
+    if missing := own.keys() - samples.keys():
+        raise ValueError(f"a merge has no weights for {len(missing)} of the model's, first {min(missing)}")
+    return samples
 
 
 def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:

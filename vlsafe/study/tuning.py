@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vlsafe import data, evaluation, models, training
 from vlsafe.core import store
-from vlsafe.core.scale import Fit
+from vlsafe.core.scale import Fit, known
 from vlsafe.core.schema import MAIN_LINE, Item, Pair, from_row
 from vlsafe.study.adaptation import by_method, following
 from vlsafe.study.study import Bar, Study, drop, project_root, step_of
@@ -53,6 +53,7 @@ RECIPES: dict[str, Recipe] = {
     "dpo-both-sppft": Recipe(ADAPTED, "dpo", ("safe_rlhf", "spa_vl"), "sppft", "full"),
 }
 GUARD, PROBED = "guard/text", "probe/localisation"
+TRAINED = 16  # bytes a trainable weight: float32 weight and gradient, AdamW's two moments
 JUDGE = "guard-text"  # what the reward's guard is called where it judges
 # Whose answers to harmful requests the reward's guard is put to.
 JUDGED = ("sorry_bench", "mm_safetybench", "pocket_text", "pocket_pictures")
@@ -71,6 +72,12 @@ def read_from_outside(name: str) -> set[str]:
     recipe = RECIPES[name]
     own = {"safe_rlhf" if corpus == "chosen" else corpus for corpus in recipe.corpora} - {"general", "replay"}
     return own | ({"text_guard"} if recipe.objective == "grpo" else set())
+
+
+def unless(study: Study, name: str) -> str | None:
+    """Why a scale does without a recipe: it names it. Raises:   ValueError where it names one that does not exist"""
+    named = [known(each, RECIPES, "recipe of safety tuning") for each in study.scale.tuning.without]
+    return f"the scale leaves the recipe {name!r} out (`tuning.without`)" if name in named else None
 
 
 def recipe_params(study: Study, name: str) -> Any:
@@ -185,7 +192,7 @@ def train_by(
     recipe, tuning, bar = RECIPES[name], study.scale.tuning, Bar(name, fit.steps)
     milestones = tuple(sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)}))
     if recipe.objective == "grpo":
-        return _rewarded(study, folder, start, rows, fit, milestones, bar)
+        return _rewarded(study, name, folder, start, rows, fit, milestones, bar)
     band = tuple(_band(study, name).get("band", ())) or None
     job = training.launch.Job(
         recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
@@ -201,12 +208,19 @@ def train_by(
 
 
 def _rewarded(
-    study: Study, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, milestones: Sequence[int], bar: Bar
+    study: Study, name: str, folder: Path, start: Path, rows: Sequence[Any], fit: Fit, milestones: Sequence[int], bar: Bar
 ) -> list[dict[str, float]]:
-    """What GRPO logged. It trains in this process: its reward is a model of this study and not a file that others could read."""
+    """What GRPO logged. It trains in this process: its reward is a model of this study and not a file that others could read.
+
+    Raises:   ValueError where the model, its gradients and AdamW's state do not fit one GPU: before it samples anything
+    """
     if fit.launch:
         raise ValueError("GRPO is trained in one process; leave `launch` out of tuning.rollout.fit")
     model = models.trainable.choose(models.checkpoints.load(start), "full", study.scale.lora)
+    needed, there = TRAINED * model.num_parameters(only_trainable=True), models.devices.memory()
+    if there and needed > there:
+        raise ValueError(f"GRPO is not sharded: weights, gradients and optimiser take {needed / 1e9:.0f} GB and this GPU has "
+                         f"{there / 1e9:.0f}; `tuning: {{without: [{name}]}}` in the scale leaves it out")  # fmt: skip
     reward = data.guards.reward_by(data.guards.opened(study.folder(GUARD)), rows, study.scale.tuning.rollout.reward)
     spec = dataclasses.replace(study.scale.tuning.rollout, fit=fit)
     how = (folder, study.seed, milestones, bar)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from vlsafe.core.store import file_digest, write_text
+from vlsafe.core.store import file_digests, write_text
 from vlsafe.models.checkpoints import load, save
 
 Progress = Callable[[int], None]
@@ -26,31 +27,54 @@ RESUMABLE = 2  # newest checkpoints that keep their training state; at seven bil
 
 
 class Milestones(TrainerCallback):
-    """Report every step; at chosen ones save a checkpoint and mark it complete, with the digests of its files."""
+    """Report every step; at chosen ones save a checkpoint and mark it complete, with the digests of its files.
+
+    Digests are taken beside the next steps, and none are left to be taken when the next checkpoint is written or training ends;
+    of a training that is killed before, the checkpoint counts as incomplete.
+    """
 
     def __init__(self, steps: frozenset[int], progress: Progress) -> None:
         self.steps, self.progress = steps, progress
+        self.marking, self.mark = ThreadPoolExecutor(1), Future[None]()
+        self.mark.set_result(None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step in self.steps
+        if control.should_save:
+            self.mark.result()
         self.progress(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
-            _mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            for older in _checkpoints(Path(args.output_dir))[:-RESUMABLE]:
-                _strip(older)
-                _mark(older)
+            self.mark = self.marking.submit(_mark_last, _checkpoints(Path(args.output_dir)))
+
+    def close(self) -> None:
+        """Wait for the last mark. Raises:   what went wrong with it"""
+        self.marking.shutdown()
+        self.mark.result()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
 
+def _mark_last(checkpoints: Sequence[Path]) -> None:
+    """Mark the last checkpoint; then remove the training state of those that nobody goes on from."""
+    _mark(checkpoints[-1])
+    for older in checkpoints[:-RESUMABLE]:
+        if (mark := older / COMPLETE).exists():
+            files = json.loads(mark.read_text(encoding="utf-8"))
+            if set(OPTIMISER) & set(files):
+                _strip(older)
+                write_text(mark, json.dumps({name: digest for name, digest in files.items() if (older / name).exists()}))
+        else:
+            _mark(older)  # a kill came between the two lines above
+
+
 def _mark(checkpoint: Path) -> None:
-    files = {p.name: file_digest(p) for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != COMPLETE}
-    write_text(checkpoint / COMPLETE, json.dumps(files))
+    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != COMPLETE]
+    write_text(checkpoint / COMPLETE, json.dumps({p.name: d for p, d in zip(files, file_digests(files), strict=True)}))
 
 
 def _strip(checkpoint: Path) -> None:
@@ -65,7 +89,8 @@ def last_complete(folder: Path) -> Path | None:
     for checkpoint in reversed(_checkpoints(folder)):
         mark = checkpoint / COMPLETE
         files = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
-        if files and all((checkpoint / n).exists() and file_digest(checkpoint / n) == d for n, d in files.items()):
+        paths = [checkpoint / name for name in files]
+        if files and all(path.exists() for path in paths) and file_digests(paths) == [*files.values()]:
             if set(OPTIMISER) & set(files):
                 return checkpoint
             continue  # older: only its weights were kept

@@ -11,20 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from vlsafe.core import failures
 from vlsafe.core.presets import mapping_at
 from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
-from vlsafe.models import architectures, chat, checkpoints, devices, trainable
-from vlsafe.training import datasets, processes, trainers
+from vlsafe.models import chat, checkpoints, devices, trainable
+from vlsafe.training import datasets, precision, processes, trainers
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
 NODES = "SLURM_JOB_NUM_NODES"
@@ -72,17 +73,31 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
     """What every process of a training run does."""
     start, rest = Path(job.start), (job.fit, Path(job.folder), job.seed, job.milestones, progress)
     torch.manual_seed(job.seed)  # adapters are initialised at random before the trainer sets its seed
-    model = checkpoints.load(start)
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(architectures.block_names(model))  # accelerate shards by these
-    model = trainable.choose(model, job.method, job.lora, job.band, job.blocks)
+    load = _loader(job.fit)
+    model = load(start, lambda model: trainable.choose(model, job.method, job.lora, job.band, job.blocks))
     moving, processor = model.num_parameters(only_trainable=True), checkpoints.load_processor(start)
     if job.method == "projector":  # what is saved with the checkpoints still pads, as every later stage does
         processor = chat.cropping(processor)
     if job.preference is not None:
-        return trainers.dpo(model, checkpoints.load(start), processor, data, job.preference, *rest), moving
+        return trainers.dpo(model, load(start, lambda model: model), processor, data, job.preference, *rest), moving
     if job.objective == "pcgrad":
         return trainers.sft_without_conflict(model, processor, data, job.first, *rest), moving
     return trainers.sft_history(model, processor, data, *rest), moving
+
+
+def _loader(fit: Fit) -> Callable[[Path, Callable[[Any], Any]], Any]:
+    """What loads a model, lets a function prepare it, and gives this process its part: all of it, unless weights are sharded."""
+    if not processes.sharded():
+        return lambda start, prepared: prepared(checkpoints.load(start))
+    low = fit.dtype == "bfloat16"
+    shard = processes.sharder(precision.SHARDED if low or fit.autocast or devices.device() == "cuda" else None)
+    device = None if PartialState().is_local_main_process else "meta"
+
+    def part(start: Path, prepared: Callable[[Any], Any]) -> Any:
+        model = checkpoints.load(start, device=device)
+        return shard(prepared(checkpoints.fused(model) if low else model))
+
+    return part
 
 
 def _launched(job: Job, data: Dataset, progress: trainers.Progress, path: Path) -> tuple[trainers.History, int]:

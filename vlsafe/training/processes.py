@@ -15,24 +15,30 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from accelerate.utils import fsdp_utils
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, fsdp_utils
 from filelock import FileLock, Timeout
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlsafe.core.scale import Fit
-from vlsafe.models.architectures import final_norm, within
+from vlsafe.models import devices
+from vlsafe.models.architectures import block_names, final_norm, within
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROCESSES, SHARDED = "VLSAFE_PROCESSES", "VLSAFE_SHARDED"  # set for launched processes alone: how many, and whether sharded
+OTHER_SHARDS = ("the weights are {}: accelerate has silently turned FSDP {}. Its configuration requests {}, which it does on "
+                "GPUs only")  # fmt: skip
+PATIENCE = timedelta(hours=1)  # that processes wait for each other: the first one reads and writes for all
 
 
 def world_size() -> int:
@@ -104,6 +110,32 @@ def head_with_norm(model: Any) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(fsdp_utils, "_find_final_norm", lambda _: norm)
 
 
+def sharder(policy: MixedPrecisionPolicy | None) -> Callable[[Any], Any]:
+    """Join the other processes; what makes every process keep its part of a model that is loaded after this.
+
+    The first process of all needs the weights, from which the others get their parts, one weight at a time; theirs may be empty
+    (device "meta"). The library computes the buffers that no checkpoint holds in them as well, once they have joined. A model
+    that is not trained is sharded in the same way: TRL would gather the whole reference at once, with the empty weights.
+    """
+    fsdp_utils.enable_fsdp_ram_efficient_loading()
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=devices.device() != "cuda", kwargs_handlers=[patience])
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is None:
+        raise RuntimeError(OTHER_SHARDS.format("whole", "off", "FSDP"))
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"  # for the trainer's own accelerator, which finds all sharded
+
+    def shard(model: Any) -> Any:
+        plugin.cpu_ram_efficient_loading, plugin.mixed_precision_policy = True, policy
+        plugin.transformer_cls_names_to_wrap = block_names(getattr(model, "get_base_model", lambda: model)())
+        with head_with_norm(model):
+            model = fsdp_utils.fsdp2_prepare_model(accelerator, model)
+        if empty := [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]:
+            raise RuntimeError(f"{empty[0]} has no value in process {accelerator.process_index} after the model was sharded")
+        return model
+
+    return shard
+
+
 class Guards(TrainerCallback):
     """Refuse a training run before its first step where accelerate has not set up what the launch requested."""
 
@@ -118,9 +150,7 @@ class Guards(TrainerCallback):
             raise RuntimeError(f"one process sees {args.n_gpu} GPUs and would put as many times the rows into a step; let it see "
                                "one: `vlsafe stage --gpus 1`, or CUDA_VISIBLE_DEVICES")  # fmt: skip
         if shards != any(isinstance(weight, DTensor) for weight in model.parameters()):
-            state, switched, expected = ("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights")
-            raise RuntimeError(f"the weights are {state}: accelerate has silently turned FSDP {switched}. Its configuration "
-                               f"requests {expected}, which it does on GPUs only")  # fmt: skip
+            raise RuntimeError(OTHER_SHARDS.format(*(("whole", "off", "FSDP") if shards else ("sharded", "on", "whole weights"))))
         if shards:
             refuse_unsound_shards(model)
 
@@ -128,6 +158,8 @@ class Guards(TrainerCallback):
 def refuse_unsound_shards(model: Any) -> None:
     """Refuse, with a RuntimeError that names the weight, what breaks a sharded LLaVA without an error."""
     moving = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if small := [name for name, weight in moving.items() if isinstance(weight, DTensor) and len(weight) < world_size()]:
+        raise RuntimeError(f"{small[0]} has fewer rows than there are processes: the optimiser could not tell empty parts apart")
     if towers := [name for name in moving if within(name, "vision")]:
         raise RuntimeError(f"{towers[0]} is trainable: features come from an earlier layer, the last one never has a gradient, "
                            "and the training could not be resumed; freeze the tower")  # fmt: skip

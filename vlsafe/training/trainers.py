@@ -5,12 +5,15 @@ The trainers are TRL's own, unmodified; this module adds arguments and callbacks
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,9 +21,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as hf_trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer
 
 from vlsafe.core.scale import Fit, Preference, Rollout, known
 from vlsafe.core.store import write_text
@@ -242,15 +249,13 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
         data = data if IN_ORDER.items() <= own.items() else _grouped(data, fit, seed)
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
-    with warnings.catch_warnings(), processes.head_with_norm(model):
+    saved = Milestones(frozenset(milestones), progress)
+    with warnings.catch_warnings(), _hashed_in_parts(), _weights_once(model), contextlib.closing(saved):
         warnings.simplefilter("ignore")
         trainer = kind[0](
-            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor,
-            train_dataset=data, args=arguments, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(),
-                                                           Milestones(frozenset(milestones), progress)], **more,
+            model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, args=arguments,
+            train_dataset=data, callbacks=[*callbacks, precision.FrozenTower(), processes.Guards(), saved], **more,
         )  # fmt: skip
-        if processes.sharded() and (arguments.bf16 or fit.dtype == "bfloat16"):
-            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = precision.SHARDED
         trainer.optimizer_cls_and_kwargs = _optimizer(model, fit, masters)  # not every trainer takes it as argument
         trainer.optimizer = optimizer  # None: made from the line above
         trainer.remove_callback(PrinterCallback)
@@ -258,6 +263,34 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     model.eval()
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _weights_once(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Write and read a sharded model's weights in its checkpoints as `model.safetensors` alone: the trainer would gather them
+    again and write a second copy for resumption. Adapters are small and stay as they are."""
+    held = contextlib.ExitStack()
+    if processes.sharded() and not isinstance(model, PeftModel):
+        held.enter_context(mock.patch.object(hf_trainer, "save_fsdp_model", lambda *_, **__: None))
+        held.enter_context(mock.patch.object(hf_trainer, "load_fsdp_model", _read_shards))
+    return held
+
+
+def _read_shards(plugin: Any, accelerator: Any, model: Any, folder: str, **_: Any) -> None:
+    """Give every process its part of a checkpoint's weights, which the first one reads."""
+    weights = load_file(Path(folder) / "model.safetensors") if accelerator.is_main_process else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def _hashed_in_parts() -> contextlib.AbstractContextManager[Any]:
+    """Let TRL take the digest of a sharded reference, by which it names the file of its log-probabilities, over a process's own
+    part; it fails on sharded weights. The first process's name is used; the file lies with the job's data, new at every start."""
+    whole = dpo_trainer.hash_module
+
+    def own(model: Any) -> str:
+        parts = {name: getattr(held, "to_local", lambda held=held: held)() for name, held in model.state_dict().items()}
+        return str(whole(SimpleNamespace(state_dict=lambda: parts)))
+
+    return mock.patch.object(dpo_trainer, "hash_module", own)
 
 
 def _lowered(model: PreTrainedModel, kind: type[TrainingArguments], fit: Fit, folder: Path, seed: int, own: dict[str, Any],
@@ -271,13 +304,11 @@ def _lowered(model: PreTrainedModel, kind: type[TrainingArguments], fit: Fit, fo
         return None
     if fit.saved != "bfloat16":
         raise ValueError("`dtype: bfloat16` makes checkpoints in bfloat16: set `saved: bfloat16` in this fit as well")
-    device = _arguments(kind, fit, folder, seed, own).device
-    for each in [model, *([reference] if reference is not None else [])]:
-        if not processes.sharded():
-            each.to(device)
-        fused(each)
     if processes.sharded():
         return None
+    device = _arguments(kind, fit, folder, seed, own).device
+    for each in [model, *([reference] if reference is not None else [])]:
+        fused(each.to(device))
     if reference is not None:
         precision.halve(reference.requires_grad_(False))
     return precision.halve(model, trainable=processes.world_size() == 1) or None

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,23 @@ def merge(
               weight is not finite, before or after; ValueError where nothing has changed
     """
     plan = _planned(name, folders, Path(out), how, seed, language_only, fisher)
+    with _one_thread(not RULES[name].whole):
+        return _merged(plan, Path(out), language_only)
+
+
+@contextmanager
+def _one_thread(alone: bool) -> Iterator[None]:
+    """Compute on one thread: elementwise work on pieces has nothing to divide, and other threads would wait for it busily."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if alone else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _merged(plan: Plan, out: Path, language_only: bool) -> dict[str, Any]:
+    """Write the result, shard by shard, and tell of it."""
     a, changed = plan.models["a"], set[str]()
     with store.whole(out) as work:
         files = {shard.name: _shard(plan, shard, work / shard.name, changed) for shard in a.shards}
@@ -76,7 +94,7 @@ def merge(
         merged = [key for key in a.tensors if plan.merges(key)]
         left = [key for key in a.tensors if language_only and key not in a.keys and not inputs.DERIVED.search(key)]
         counts = {"merged": len(merged), "copied": len(a.tensors) - len(merged) - len(left), "left": len(left)}
-        record = {"rule": name, **how._asdict(), "seed": seed, "language_only": language_only} | counts
+        record = {"rule": plan.rule, **plan.how._asdict(), "seed": plan.seed, "language_only": language_only} | counts
         record["measured"] = plan.measured
         store.write_text(work / store.MANIFEST, json.dumps({"merge": record, "files": files}, indent=1) + "\n")
         shutil.copyfile(a.folder / "config.json", work / "config.json")

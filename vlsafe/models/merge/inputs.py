@@ -7,7 +7,7 @@ weights go by their names in memory. No weight is left out because its name is n
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +67,28 @@ class Rows(NamedTuple):
         rest = f", the other {self.whole - self.merged} are A's" if self.merged < self.whole else ""
         own = f", without {len(self.own)} whose tokens differ" if self.own else ""
         return f"the first {self.merged} rows{own}{rest}"
+
+
+class OnDisk(Mapping[str, torch.Tensor]):
+    """The weights of a model folder as its model has them in memory, in fp32: each is read when it is looked up. A tied one has
+    both names, the head's last; `rename` gives them other names."""
+
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
+        held = checkpoint(folder)
+        found = {key: held.tensors[key] for key in held.tensors if key in held.keys}
+        embedding, head = held.tables
+        if held.tied and (one := found.get(embedding) or found.get(head)):
+            found = {embedding: one, **found, head: found.pop(head, one)}
+        self.entries = {rename(key): entry for key, entry in found.items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return read_tensor(self.entries[key][:2]).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def checkpoint(folder: Path, language_only: bool = False) -> Checkpoint:

@@ -324,7 +324,15 @@ def combined(
     name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0,
     blocks: Collection[int | None] | None = None, fisher: Sequence[Weights] = (),
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Two models merged by a rule.
+    """Two models merged by a rule, all of it in memory: as `streamed`."""
+    return dict(streamed(name, a, b, base, how, seed, blocks, fisher))
+
+
+def streamed(
+    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0,
+    blocks: Collection[int | None] | None = None, fisher: Sequence[Weights] = (),
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Two models merged by a rule, weight by weight with its name.
 
     What only A has (a tower and a projector, where B is a plain language model) comes from A. What has no base, or no Fisher
     information where that weighs, is merged linearly. With `blocks` only these decoder blocks are merged, the rest is A's; None
@@ -336,23 +344,23 @@ def combined(
         raise ValueError(f"b has {len(extra)} tensors that a lacks, first {extra[:3]}")
     based, base = RULES[name].based, base or {}
     for which, model in (("a", a), ("b", b)) if based else ():
-        if all(torch.equal(model[key], value) for key, value in base.items() if key in model):
+        if all(torch.equal(model[key], base[key]) for key in base if key in model):
             raise ValueError(f"the task vector of {which} is zero: it is the base, weight by weight")
-    weights = dict(a)
     for key in a:
-        if key in b and (blocks is None or block_of(key) in blocks):
-            whole = all(key in of for of in ([base] if based else fisher))
-            of = [diagonal[key] for diagonal in fisher] if whole else []
-            weights[key] = merged(name if whole else "linear", a[key], b[key], base.get(key), how, seed_of(seed, key), of)
-    return weights
+        if key not in b or (blocks is not None and block_of(key) not in blocks):
+            yield key, a[key]
+            continue
+        whole = all(key in of for of in ([base] if based else fisher))
+        of = [diagonal[key] for diagonal in fisher] if whole else []
+        yield key, merged(name if whole else "linear", a[key], b[key], base.get(key), how, seed_of(seed, key), of)
 
 
-def sample(weights: Weights, n: int = 2**16) -> Weights:
-    """At most about `n` weights of each tensor, evenly spaced: enough to tell merges of the same two models apart, which differ
+def sample(tensor: Tensor, n: int = 2**16) -> Tensor:
+    """At most about `n` weights of a tensor, evenly spaced: enough to tell merges of the same two models apart, which differ
     in every tensor that they merge, in a fraction of the memory. Shapes:   any  ->  flat"""
-    return {key: tensor.flatten()[:: -(-tensor.numel() // n)].clone() for key, tensor in weights.items()}
+    return tensor.flatten()[:: -(-tensor.numel() // n)].clone()
 
 
 def near(one: Weights, other: Weights, gap: float) -> bool:
     """Whether no weight of two models of one shape differs by more than `gap`."""
-    return all(one[key] is other[key] or bool((one[key] - other[key]).abs().max() <= gap) for key in one)
+    return all(bool((one[key] - other[key]).abs().max() <= gap) for key in one)
