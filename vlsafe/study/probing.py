@@ -19,7 +19,7 @@ PARENT, STAGE_1, ADAPTED = (MAIN_LINE[name] for name in ("parent", "stage 1", "a
 LOCALISATION, DIRECTION = "probe/localisation", "probe/direction"
 TUNED = ("safety/sl-full", "safety/dpo-both-full")  # compared with the parent beside the adapted model
 SIBLING = "safety/sibling-full"
-ARMS = tuple(f"instruct/{name}" for name, recipe in adaptation.RECIPES.items() if not recipe.dose)
+ARMS = tuple(f"instruct/{name}" for name, recipe in adaptation.RECIPES.items() if recipe.grid == "default" and not recipe.dose)
 TASKS = {  # pair of task vectors -> (start, end) of the safety one; the other is always stage 2's
     "sibling": (STAGE_1, SIBLING), "sl": (ADAPTED, TUNED[0]), "dpo": (ADAPTED, TUNED[1]),
 }  # fmt: skip
