@@ -1,8 +1,8 @@
 """`make perf`, second part: the streaming merge beside a plain copy and beside mergekit, on random checkpoints of 558 M weights.
 
-Wall time from end to end, merges in processes of their own, all sides in turn, from a warm page cache; CPU time is told too. It
-takes about 10 GB of disk for some minutes. mergekit is an optional extra: MERGEKIT names its command, and without it that
-comparison is not made.
+Wall and CPU time from end to end, merges in processes of their own, all sides in turn, from a warm page cache; the linear merge
+also beside a core that something else keeps busy. It takes about 10 GB of disk for some minutes. mergekit is an optional extra:
+MERGEKIT names its command, and without it that comparison is not made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,7 +102,20 @@ def seconds(work: Callable[[Path], object], place: Path) -> tuple[float, float, 
         return time.perf_counter() - start, sum(os.times()[:4]) - used, told
 
 
-def compared(rule: str, folders: Mapping[str, Path], place: Path, mergekit: str | None, bound: float) -> list[Line]:
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Something else on one core."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def compared(
+    rule: str, folders: Mapping[str, Path], place: Path, mergekit: str | None, bound: float, where: str = ""
+) -> list[Line]:  # fmt: skip
     """Our merge beside a copy and beside mergekit, in turn; and our memory beside one shard and a GiB."""
     works: dict[str, Callable[[Path], object]] = {
         "copy": lambda out: copied(list(folders.values()), out),
@@ -123,11 +137,11 @@ def compared(rule: str, folders: Mapping[str, Path], place: Path, mergekit: str 
     print(
         f"  {rule}: peak {max(peaks) / 2**20:.0f} MiB, shard {shard / 2**20:.0f} MiB, load {os.getloadavg()[0]:.1f}", flush=True
     )
-    lines = [Line(f"merge {rule}, beside a copy of its inputs and output", _ratios(took["ours"], took["copy"]), bound, True)]
-    if mergekit:
-        lines.append(Line(f"mergekit {rule}, beside merge {rule}", _ratios(took["mergekit"], took["ours"]), 3.0, False))
+    lines = [Line(f"{rule}, beside a copy of its inputs and output{where}", _ratios(took["ours"], took["copy"]), bound, True)]
+    for what, times in (("wall", took), ("CPU", used)) if mergekit else ():
+        lines.append(Line(f"mergekit {rule}, beside ours, {what}{where}", _ratios(times["mergekit"], times["ours"]), 3.0, False))
     limit = shard + 2**30
-    return [*lines, Line(f"merge {rule}, peak memory beside one shard + 1 GiB", [peak / limit for peak in peaks], 1.0, True)]
+    return [*lines, Line(f"{rule}, peak memory beside one shard + 1 GiB{where}", [peak / limit for peak in peaks], 1.0, True)]
 
 
 def _ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
@@ -142,6 +156,8 @@ def main() -> int:
         folders = {"a": written(place / "a", 1, 2e-3), "b": written(place / "b", 2, 2e-3), "base": written(place / "base", 3, 0)}
         two = {which: folders[which] for which in "ab"}
         lines = [*compared("linear", two, place, mergekit, 3.0), *compared("ties", folders, place, mergekit, 6.0)]
+        with busy_core():
+            lines += compared("linear", two, place, mergekit, 3.0, ", busy core")
     print(*lines, sep="\n")
     return 0 if all(line.held for line in lines) else 1
 

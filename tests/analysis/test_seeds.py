@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
 from vlsafe.analysis import claims, stats
 from vlsafe.analysis.comparisons import Part
@@ -28,7 +29,7 @@ def simulated(seeds, sd, before, after, draws, rng):
     each = sd if before == 0 else sd / np.sqrt(2)
     drawn = [rng.binomial(ITEMS, spread(mean, each, (seeds, draws), rng)) / ITEMS for mean in (before, after)]
     effects, se = drawn[1] - drawn[0], np.sqrt(sum(rate * (1 - rate) + 1 / ITEMS for rate in drawn) / ITEMS)
-    p = 2 * stats.stats.norm.sf(np.abs(effects) / se)
+    p = 2 * norm.sf(np.abs(effects) / se)
     return stats.over_seeds(effects, se, p), effects
 
 

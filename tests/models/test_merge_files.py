@@ -257,3 +257,29 @@ def test_killed_in_the_middle_it_leaves_nothing_that_loads_and_a_second_run_comp
     merged = checkpoints.load(tmp_path / "out").state_dict()
     assert all(torch.equal(merged[key], torch.lerp(a[key], b[key], 0.5)) for key in merged)
     assert json.loads((tmp_path / "out" / store.MANIFEST).read_text())["merge"]["ratio"] == 0.5
+
+
+LEAN = """
+import sys, torch
+from pathlib import Path
+from vlsafe.models.merge import files, rules
+torch.set_num_threads(2)
+threads = []
+linear = rules.RULES["linear"]
+counted = lambda *rest: (threads.append(torch.get_num_threads()), linear.combine(*rest))[1]
+rules.RULES["linear"] = linear._replace(combine=counted)
+folder = Path(sys.argv[1])
+files.merge("linear", {"a": folder / "a", "b": folder / "b"}, folder / "out", rules.How(0.6))
+slow = [name for name in ("transformers.modeling_utils", "torch._dynamo", "sympy") if name in sys.modules]
+print(slow, set(threads), torch.get_num_threads())
+"""
+
+
+def test_a_merge_imports_no_model_code_and_computes_on_one_thread(tmp_path):
+    """Half of a small merge's time was imports, and idle threads waited busily; where the config says whether the head is tied,
+    the library's classes are not needed."""
+    for seed, name in enumerate("ab"):
+        checkpoint(tmp_path / name, seed, [(8, 4)])
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    done = subprocess.run([sys.executable, "-c", LEAN, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "[] {1} 2\n", done.stdout + done.stderr

@@ -251,7 +251,8 @@ def test_a_server_and_the_local_engine_agree_as_reported(home, tmp_path, monkeyp
         pd.read_parquet(next((tmp_path / root).rglob("responses/*/responses.parquet"))) for root in ("local", "served")
     )
     assert local["text"].str.len().gt(0).any() and len(local) > 5
-    pd.testing.assert_frame_equal(local, served)
+    assert local["refusal"].between(0, 1).all() and served["refusal"].isna().all()  # servers do not return probabilities
+    pd.testing.assert_frame_equal(local.drop(columns="refusal"), served.drop(columns="refusal"))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"equal texts: 1.000 the same of {len(local)}"
     assert any(line.startswith("vlguard vlguard-strings: 1.000 the same") for line in said)

@@ -98,7 +98,7 @@ def test_a_full_disk_is_told_and_a_rerun_with_room_completes(begun, small_disk, 
     with open(filler, "wb") as file, pytest.raises(OSError):
         while True:
             file.write(b"0" * 2**20)
-    filler.write_bytes(b"0" * (filler.stat().st_size - 2**20))  # room for the graft, and not for all checkpoints
+    filler.write_bytes(b"0" * (filler.stat().st_size - 2**19))  # room for the graft, and not for all finished models
     arguments = ["stage", "projector/filtered", "--scale", "nano", "--root", str(small_disk / "runs")]
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err.splitlines()[-1]

@@ -270,7 +270,7 @@ class Ensemble(torch.nn.Module):
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, do_sample: bool, use_cache: bool,
-        logits_processor: LogitsProcessorList, **pictures: torch.Tensor,
+        logits_processor: LogitsProcessorList | None = None, **pictures: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Prompts and their greedy continuations; after a row's end it is padded.
 
@@ -291,7 +291,7 @@ class Ensemble(torch.nn.Module):
                 for member, cache in zip(self.members, caches, strict=True)
             ]
             caches = [out.past_key_values for out in outputs]
-            logits = logits_processor(tokens, self._mean(outputs).logits[:, -1])
+            logits = (logits_processor or LogitsProcessorList())(tokens, self._mean(outputs).logits[:, -1])
             chosen = logits.argmax(-1).masked_fill(ended, pad)
             ended = ended | (chosen == eos)
             tokens = torch.cat([tokens, chosen[:, None]], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import GenerationConfig, TrainerCallback
 
 from vlsafe.core.store import file_digests, write_text
-from vlsafe.models.checkpoints import load, save
+from vlsafe.models.checkpoints import in_memory_layout, load, save
 
 Progress = Callable[[int], None]
 COMPLETE = "complete.json"
+MOVED = "moved.json"  # names of the weights that a checkpoint holds, where it holds those alone that were trained
 AT_ONCE = "at-once.json"  # rows at once and recomputation that a trial has found on this GPU
 OPTIMISER = ("optimizer.pt", "optimizer.bin")  # of full and of sharded weights; one of them is needed to resume
 TRAINING_STATE = (*OPTIMISER, "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state*.pth", "training_args.bin", COMPLETE)
@@ -100,18 +103,47 @@ def last_complete(folder: Path) -> Path | None:
     return None
 
 
+def moved_alone(model: Any) -> Any:
+    """Make checkpoints of a model hold the weights that are trained and no others, which are those that it starts from."""
+    model.save_pretrained = functools.partial(_save_moved, model, in_memory_layout(model).save_pretrained)
+    return model
+
+
+def _save_moved(model: Any, save_all: Callable[..., None], folder: str, state_dict: Any = None, **options: Any) -> None:
+    weights = model.state_dict() if state_dict is None else state_dict
+    moved = {name: weights[name] for name, weight in model.named_parameters() if weight.requires_grad}
+    names = sorted(moved)
+    save_all(folder, state_dict=moved, **options)  # which empties it
+    write_text(Path(folder) / MOVED, json.dumps(names))
+
+
+def _whole(checkpoint: Path, start: Path) -> Any:
+    """The model of a checkpoint, of which adapters or the weights that moved may be all that it holds."""
+    if (checkpoint / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload()
+    if not (checkpoint / MOVED).exists():
+        return load(checkpoint)
+    model, moved = load(start), load_file(checkpoint / "model.safetensors")
+    if lost := set(json.loads((checkpoint / MOVED).read_text(encoding="utf-8"))) ^ set(moved):
+        raise ValueError(f"{checkpoint.name} does not hold {min(lost)}, which was trained")
+    model.load_state_dict(moved, strict=False)
+    model.config = type(model.config).from_pretrained(checkpoint)  # the trainer notes tokens' ids in both
+    model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    return model
+
+
 def settle(folder: Path, processor: Any, start: Path, saved: str = "float32") -> list[Path]:
     """Turn a finished training run's checkpoints into plain model folders `step-000025`, without training state.
 
-    Adapters are merged into the model in the folder `start`, on which they were trained. After a kill, the same call continues.
+    Adapters are merged into the model in the folder `start`, on which they were trained, and weights that moved alone are put
+    into it. After a kill, the same call continues.
     """
     settled, beside = [], folder / "settling"
     for checkpoint in _checkpoints(folder):
-        adapters, source = (checkpoint / "adapter_config.json").exists(), checkpoint
-        if adapters or saved != "float32":  # written to another folder: the checkpoint stays until the result is complete
-            model = PeftModel.from_pretrained(load(start), checkpoint).merge_and_unload() if adapters else load(checkpoint)
+        source, part = checkpoint, any((checkpoint / name).exists() for name in ("adapter_config.json", MOVED))
+        if part or saved != "float32":  # written to another folder: the checkpoint stays until the result is complete
             shutil.rmtree(beside, ignore_errors=True)
-            save(model.to(getattr(torch, saved)), source := beside)
+            save(_whole(checkpoint, start).to(getattr(torch, saved)), source := beside)
         else:
             _strip(checkpoint)
         processor.save_pretrained(source)

@@ -41,9 +41,20 @@ def _cell(picture: Picture) -> dict[str, Any]:
     return {"place": picture.place} if isinstance(picture, Stored) else {"bytes": bytes(picture)}
 
 
+class Pictured(Dataset):
+    """Rows with a transform, without which a column is read: the library transforms every row for it, and so would decode all
+    pictures for their rows' lengths, before the first step."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.with_format(None)[key] if isinstance(key, str) and self.format["type"] else super().__getitem__(key)
+
+
 def opened(data: Dataset) -> Dataset:
     """The same rows, whose pictures are read and decoded when a row is taken."""
-    return data.with_transform(_pictures, ["images"], output_all_columns=True) if "images" in data.column_names else data
+    if "images" not in data.column_names:
+        return data
+    rows = Pictured(data.data, data.info, data.split, fingerprint=data._fingerprint)
+    return rows.with_transform(_pictures, ["images"], output_all_columns=True)
 
 
 def save(data: Dataset, folder: Path) -> None:

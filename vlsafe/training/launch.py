@@ -26,6 +26,7 @@ from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
 from vlsafe.core.store import write_text
 from vlsafe.models import chat, checkpoints, devices, trainable
 from vlsafe.training import datasets, precision, processes, trainers
+from vlsafe.training.checkpoints import moved_alone
 
 WORKER: tuple[str, ...] = ("-m", "vlsafe.training.launch")  # what every process of a launched training runs
 NODES = "SLURM_JOB_NUM_NODES"
@@ -77,7 +78,7 @@ def _work(job: Job, data: Dataset, progress: trainers.Progress) -> tuple[trainer
     model = load(start, lambda model: trainable.choose(model, job.method, job.lora, job.band, job.blocks))
     moving, processor = model.num_parameters(only_trainable=True), checkpoints.load_processor(start)
     if job.method == "projector":  # what is saved with the checkpoints still pads, as every later stage does
-        processor = chat.cropping(processor)
+        model, processor = moved_alone(model), chat.cropping(processor)
     if job.preference is not None:
         return trainers.dpo(model, load(start, lambda model: model), processor, data, job.preference, *rest), moving
     if job.objective == "pcgrad":

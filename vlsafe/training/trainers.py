@@ -35,7 +35,7 @@ from vlsafe.models import devices
 from vlsafe.models.architectures import within
 from vlsafe.models.checkpoints import fused, in_memory_layout
 from vlsafe.training import precision, processes
-from vlsafe.training.checkpoints import AT_ONCE, Milestones, Progress, last_complete
+from vlsafe.training.checkpoints import AT_ONCE, MOVED, Milestones, Progress, last_complete
 
 History = list[dict[str, float]]  # what a trainer logged, a record per step
 SFT, DPO, GRPO = (SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (GRPOTrainer, GRPOConfig)
@@ -278,7 +278,9 @@ def _weights_once(model: Any) -> contextlib.AbstractContextManager[Any]:
 def _read_shards(plugin: Any, accelerator: Any, model: Any, folder: str, **_: Any) -> None:
     """Give every process its part of a checkpoint's weights, which the first one reads."""
     weights = load_file(Path(folder) / "model.safetensors") if accelerator.is_main_process else {}
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    strict = not (Path(folder) / MOVED).exists()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+    set_model_state_dict(model, weights, options=options)
 
 
 def _hashed_in_parts() -> contextlib.AbstractContextManager[Any]:
