@@ -81,11 +81,11 @@ def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monke
 
 
 def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, monkeypatch):  # noqa: F811
-    """232 MB of weights, of which a process that does not read them takes its half and what one weight needs on its way."""
+    """Over 600 MB of weights, of which a process that does not read them takes its half and what one weight needs on its way."""
     start = tmp_path / "start"
     small = begun.checkpoints("projector/filtered")[-1]
     processor = checkpoints.load_processor(small)
-    language = dataclasses.replace(begun.scale.language, width=768, mlp=3072, layers=6, heads=8, key_value_heads=8,
+    language = dataclasses.replace(begun.scale.language, width=768, mlp=3072, layers=16, heads=8, key_value_heads=8,
                                    vocabulary=len(processor.tokenizer))  # fmt: skip
     model = checkpoints.random_graft(language, begun.scale.vision, loaded=False, device="cpu")
     model.config.image_token_id = processor.tokenizer.image_token_id
@@ -95,6 +95,6 @@ def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, mo
     pictured = rows.select([at for at, n in enumerate(rows["pictures"]) if n])
     launch.trained(sharded(of, tmp_path, monkeypatch), pictured, lambda step: None, Path("/"))
     [[reading], [other]] = reports(tmp_path)
-    assert reading["whole"] > 220e6
-    assert other["grown"] < other["whole"] and reading["grown"] > reading["whole"]
+    assert reading["whole"] > 600e6
+    assert other["grown"] < 0.9 * other["whole"] and reading["grown"] > reading["whole"]
     assert max(reading["held"], other["held"]) < PART * reading["whole"]
