@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,14 @@ def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     )
     curves = inspection.states.angular_gap(normal, harmful, search.pairs, study.stream("localisation"))
 
-    def refusals(band: tuple[int, int], factor: float) -> int:
+    @functools.cache
+    def refused(band: tuple[int, int], factor: float) -> np.ndarray:
         with inspection.states.scaled(model, band, factor):
             labels = evaluation.prompts.judged(model, processor, items["scary"], "xstest-strings", study.scale.exam.batch_size, 4)
-        return int((labels == "2_full_refusal").sum())
+        return labels == "2_full_refusal"
+
+    def refusals(band: tuple[int, int], factor: float) -> int:
+        return int(refused(band, factor).sum())
 
     layers = range(len(curves["gap"]))
     published = (round(6 * len(layers) / 32), max(1, round(15 * len(layers) / 32)))  # [6, 15) of 32 layers
@@ -80,9 +85,15 @@ def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     store.write_rows(work / "curves.parquet", [{"layer": i, **{k: float(v[i]) for k, v in curves.items()}} for i in layers])
     columns = ("start", "end", "factor", "refusals")
     store.write_rows(work / "scaling.parquet", [dict(zip(columns, count, strict=True)) for count in located.counts])
+    p = None  # of a band as deep as the model there is one place only
+    if located.band and (last := len(layers) - located.band[1] + located.band[0]):
+        width, factor = located.band[1] - located.band[0], located.counts[-1][2]
+        at = np.stack([refused((start, start + width), factor) for start in range(last + 1)])
+        clusters = np.array([item.cluster for item in items["scary"]])
+        p = inspection.states.place_matters(at, clusters, study.stream("places"))
     return {
         "band": list(located.band or published), "located": located.band is not None, "reason": located.reason,
-        "prompts": len(items["scary"]),
+        "prompts": len(items["scary"]), "p_place": p,
     }  # fmt: skip
 
 
