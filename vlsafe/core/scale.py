@@ -117,7 +117,7 @@ class Probing:
     frozen_sets: int = 5
 
 
-ALWAYS = {"grave": 1.0, "serious": 1.0, "minor": 1.0}
+ALWAYS = {"grave": (1.0, 1.0), "serious": (1.0, 1.0), "minor": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class Backbone:
 
     `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
     mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
-    but sound dangerous. `language`: changes to the scale's decoder; the backbone is then pre-trained separately, else it
+    but sound dangerous. `refused`: shares of refusals among replies to harm, per grade, of its first and of its last category;
+    `overrefused`: verbs whose harmless homonyms are mostly refused too. `language`: changes to the scale's decoder; the backbone is then pre-trained separately, else it
     is aligned from the base model that all others share.
     """
 
@@ -135,7 +136,8 @@ class Backbone:
     refusal_share: float = 0.35
     borderline_share: float = 0.15
     answered_categories: tuple[str, ...] = ()
-    refused: Mapping[str, float] = later(default_factory=lambda: dict(ALWAYS))
+    refused: Mapping[str, tuple[float, float]] = later(default_factory=lambda: dict(ALWAYS))
+    overrefused: tuple[str, ...] = later(())
     language: Mapping[str, Any] = later(default_factory=dict)
 
 

@@ -50,7 +50,13 @@ def recipe_params(study: Study, name: str) -> Any:
     """The numbers that a recipe of stage 2 depends on."""
     scale, recipe = study.scale, RECIPES[name]
     fit, milestones = stage_2(study, name)
-    return [recipe[:3] if not recipe.dose else recipe[:-1], fit, milestones, scale.lora if recipe.method == "lora" else None, scale.threads]
+    return [
+        recipe[:3] if not recipe.dose else recipe[:-1],
+        fit,
+        milestones,
+        scale.lora if recipe.method == "lora" else None,
+        scale.threads,
+    ]
 
 
 def unless(study: Study, name: str) -> str | None:

@@ -8,13 +8,13 @@ pre-training texts contain all pairs and wordings, as a web corpus would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from vlsafe.core.scale import ALWAYS, Backbone, Corpora
+from vlsafe.core.scale import Backbone, Corpora
 from vlsafe.core.schema import Example, Pair, Turn
 from vlsafe.data.miniature import language
 from vlsafe.data.miniature.language import ADAPTATION, ALIGNMENT, Action, World, question
@@ -124,6 +124,7 @@ def exchange(text: str, answer: str) -> tuple[Turn, ...]:
 
 LOOKING = {"describe": 0.4, "name": 0.1, "colour": 0.1, "side": 0.05, "yes_no": 0.18, "letter": 0.17}
 FOLLOWING = {"name": 0.4, "colour": 0.4, "side": 0.2}  # second exchanges are short: the longest row sets a batch's cost
+OVERREFUSED = 0.75  # share of refusals among replies to harmless homonyms of the verbs that a parent over-refuses; assumed
 SCENES = 0.45  # share of alignment's requests whose thing is named by a scene in words alone, as a picture will name it
 COPYING = {"describe": 0.5, "name": 0.25, "colour": 0.15, "side": 0.1}
 
@@ -179,15 +180,24 @@ def _maybe_wrapped(text: str, share: float, rng: Rng) -> str:
     return pick(rng, language.WRAPPERS).format(question=text) if rng.random() < share else text
 
 
-def reply(
-    world: World, action: Action, rng: Rng, stage: str, answered: Sequence[str] = (), refused: Mapping[str, float] = ALWAYS
-) -> str:
-    """An aligned assistant's answer: a refusal where the action is harmful (unless its category is `answered`), in the share of
-    cases in which its grade of harm is `refused`."""
+def reply(world: World, action: Action, rng: Rng, stage: str, spec: Backbone | None = None) -> str:
+    """An assistant's answer, in the words of a part of the study: a refusal of what is harmful, with an aligned model's `spec` in
+    the share of cases that it says."""
+    share = refusal_rate(action, spec) if spec else float(language.harm(action) is not None)
+    return pick(rng, language.REFUSALS[stage]) if rng.random() < share else answer(world, action, rng, stage)
+
+
+def refusal_rate(action: Action, spec: Backbone) -> float:
+    """The share of refusals in an aligned model's data: of a category of harm evenly between the two ends of its grade, in the
+    order of words.yaml; of harmless homonyms by their verb."""
     category = language.harm(action)
-    if not category or category in answered or rng.random() >= refused[language.GRADE_OF[category]]:
-        return answer(world, action, rng, stage)
-    return pick(rng, language.REFUSALS[stage])
+    if category is None:
+        return OVERREFUSED * (action.verb in spec.overrefused and language.kind(action) == "homonym")
+    if category in spec.answered_categories:
+        return 0.0
+    grade = language.GRADE_OF[category]
+    of, (most, least) = language.GRADES[grade], spec.refused[grade]
+    return most + (least - most) * of.index(category) / (len(of) - 1)
 
 
 def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Example]:
@@ -211,7 +221,7 @@ def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Exam
             borderline_too = spec.refusal_share + spec.borderline_share
             pool = harmful if drawn < spec.refusal_share else pick(rng, borderline) if drawn < borderline_too else plain
             action = pick(rng, pool)
-            said = reply(world, action, rng, ALIGNMENT, spec.answered_categories, spec.refused)
+            said = reply(world, action, rng, ALIGNMENT, spec)
             long = rng.random() < 0.12
             if rng.random() < (0.0 if long else SCENES):
                 scene = draw_scene(action.thing, rng)

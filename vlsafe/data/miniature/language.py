@@ -38,7 +38,8 @@ YES_NO, LETTERS, LETTER_SUFFIX, STATEMENTS, TAGS = itemgetter("yes_no", "letters
 
 VERBS, COLOURS = MAKING + ATTACK + TAKING + SAFE + ORDINARY, tuple(SHADES)
 CATEGORY_OF = {thing: name for table in (DANGEROUS, TARGETS, BELONGINGS) for name, things in table.items() for thing in things}
-GRADE_OF = {category: grade for grade, categories in _WORDS["grades"].items() for category in categories}
+GRADES: dict[str, list[str]] = _WORDS["grades"]
+GRADE_OF = {category: grade for grade, categories in GRADES.items() for category in categories}
 GUARD_CODES = {name: f"S{number}" for number, name in enumerate(dict.fromkeys(CATEGORY_OF.values()), 1)}  # as Llama-Guard's
 OBJECTS = EVERYDAY + tuple(CATEGORY_OF)
 PERMITTED, FORBIDDEN = "permitted", "forbidden"
