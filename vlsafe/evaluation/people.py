@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from statsmodels.stats.inter_rater import cohens_kappa
 
 from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation.judges import JUDGES
@@ -17,6 +16,8 @@ def agreement(judge: str, label: str, answers: Iterable[Any]) -> dict[str, float
 
     Units:    counts of answers; a share; kappa is nan where people or the judge say the same of all
     """
+    from statsmodels.stats.inter_rater import cohens_kappa  # half a second that other commands need not wait
+
     table = np.zeros((2, 2), int)
     for one in answers:
         item = Item("people", "people", (Turn("user", one.request),), harmful=True)
