@@ -124,11 +124,11 @@ ALWAYS = {"grave": (1.0, 1.0), "serious": (1.0, 1.0), "minor": (1.0, 1.0)}
 class Backbone:
     """An aligned language model: its training, its chat template, what its alignment data leave out.
 
-    `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction
-    mixes do. `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless
-    but sound dangerous. `refused`: shares of refusals among replies to harm, per grade, of its first and of its last category;
-    `overrefused`: verbs whose harmless homonyms are mostly refused too. `language`: changes to the scale's decoder; the backbone is then pre-trained separately, else it
-    is aligned from the base model that all others share.
+    `answered_categories`: harms that the alignment data answer instead of refusing, as loosely filtered instruction mixes do.
+    `refusal_share`, `borderline_share`: shares of alignment rows that are refusals and that are harmless but sound dangerous.
+    `refused`: shares of refusals among replies to harm, per grade, of its first and of its last category; `overrefused`: verbs
+    whose harmless homonyms are mostly refused too. `language`: changes to the scale's decoder; the backbone is then pre-trained
+    separately, else it is aligned from the base model that all others share.
     """
 
     template: str

@@ -337,9 +337,8 @@ def preference_pairs(world: World, n: int, with_pictures: bool, rng: Rng, split:
         action = pick(rng, pools[int(rng.random() < 0.3)])
         scene, category = draw_scene(action.thing, rng), language.harm(action)
         prompt = Turn("user", ask_how(action, rng, ADAPTATION, pointed=with_pictures))
-        answers = pick(rng, language.REFUSALS[ADAPTATION]), answer(world, action, rng, ADAPTATION)
-        answers = tuple(named(scene, text) for text in answers) if with_pictures else answers
-        chosen, rejected = answers if category else answers[::-1]
+        both = [pick(rng, language.REFUSALS[ADAPTATION]), answer(world, action, rng, ADAPTATION)]
+        chosen, rejected = [named(scene, text) if with_pictures else text for text in (both if category else both[::-1])]
         images = (draw(scene, world.seed, rng),) if with_pictures else ()
         rows.append(Pair(f"{source}-{i:05d}", source, (prompt,), chosen, rejected, images, category, str(action)))
     return rows
