@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe.analysis import measures, stats
-from vlsafe.analysis.measures import HEADLINE, UNIT, Draws, Lacking, compact, events, groups, run_names
+from vlsafe.analysis.measures import GRADED, HEADLINE, UNIT, Draws, Lacking, compact, events, groups, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
@@ -38,11 +38,11 @@ def equal_steps(raw: pd.DataFrame) -> pd.DataFrame:
     Raises:   Lacking where none was examined
     """
     final = raw[(raw["stage"] == "instruct") & (raw["exam"] == "full")]
-    lines = measures.rates(final, HEADLINE, [*UNIT, "recipe", "step"])
+    lines = measures.rates(final, [*HEADLINE, *GRADED], [*UNIT, "recipe", "step"])
     if lines.empty:
         raise Lacking("there is no full examination of a model of stage 2")
     others = [f"instruct/{recipe}" for recipe in final["recipe"].unique() if recipe != MAIN]
-    change = measures.differences(final, MAIN_LINE["adapted"], others, HEADLINE)
+    change = measures.differences(final, MAIN_LINE["adapted"], others, [*HEADLINE, *GRADED])
     return measures.with_changes(lines, change)
 
 

@@ -176,6 +176,7 @@ MEASURES: dict[str, dict[str, Any]] = DATA["measures"]
 CHANCE: dict[str, float] = DATA["chance"]
 CHANCE["helpfulness"] = sum(CHANCE[part] for part in MEASURES["helpfulness"]["parts"]) / 3
 HEADLINE: tuple[str, ...] = DATA["headline"]
+GRADED: tuple[str, ...] = DATA["graded"]
 
 
 def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL) -> pd.DataFrame:
@@ -296,12 +297,13 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
 
 
 def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) -> pd.DataFrame:
-    """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye."""
+    """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye; graded
+    measures are left to the CSV."""
     lines = lines if at is None else lines[lines["at"] == at]
     index, cells = list(index), {}
     if lines.empty:
         return lines[index]
-    for measure in dict.fromkeys(lines["measure"]):
+    for measure in dict.fromkeys(lines.loc[~lines["measure"].isin(GRADED), "measure"]):
         of, label = lines[lines["measure"] == measure].set_index(index), MEASURES[measure]["label"]
         cells[label] = of.apply(_cell, axis=1, names=("value", "low", "high"))
         cells[f"Δ {label}"] = of.apply(_cell, axis=1, names=("difference", "difference_low", "difference_high"), sign="+")

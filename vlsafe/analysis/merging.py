@@ -13,7 +13,7 @@ import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
 from vlsafe.analysis import tuning
-from vlsafe.analysis.measures import HEADLINE, MEASURES, UNIT, Lacking, groups, run_names
+from vlsafe.analysis.measures import GRADED, HEADLINE, MEASURES, UNIT, Lacking, groups, run_names
 from vlsafe.analysis.stats import percentiles
 from vlsafe.core.schema import MAIN_LINE
 
@@ -62,7 +62,7 @@ def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
 
     Raises:   Lacking where no merge was asked
     """
-    swept = rates(panel, HEADLINE)
+    swept = rates(panel, [*HEADLINE, *GRADED])
     if swept.empty:
         raise Lacking("no merge was examined on the panel")
     return swept.merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
