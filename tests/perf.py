@@ -77,7 +77,7 @@ def rows_for(with_images: bool) -> list[Any]:
     if not with_images:
         return corpora.alignment_chats(world, n, 0.35, 0.15, (), rng)
     pool = corpora.paint(world, n, 0, rng)
-    return corpora.instruction_rows(world, pool, n, MINI.corpora.text_only_share, 0, rng)
+    return corpora.instruction_rows(world, pool, n, MINI.corpora, 0, rng)
 
 
 def ours(with_images: bool, rows: Any, record: list[dict[str, Any]] | None = None) -> tuple[float, list[float]]:

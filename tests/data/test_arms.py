@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from vlsafe.core.scale import Corpora
 from vlsafe.core.schema import Example, Turn
 from vlsafe.data import arms
 from vlsafe.data.miniature import corpora
@@ -15,7 +16,7 @@ def pools():
     """Raw instruction rows with much harm in them, and a screen that drops every seventh row."""
     world = World(0)
     pool = corpora.paint(world, 200, 0.2, world.rng("pool"))
-    raw = corpora.instruction_rows(world, pool, 200, 0.2, 0.2, world.rng("rows"))
+    raw = corpora.instruction_rows(world, pool, 200, Corpora(text_only_share=0.2, howtos=0.4), 0.2, world.rng("rows"))
     return {"raw": raw, "screened": [row for i, row in enumerate(raw) if i % 7]}
 
 

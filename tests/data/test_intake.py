@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlsafe.core.scale import Corpora
 from vlsafe.core.schema import Example, Item, Pair, Stored, Turn, messages
 from vlsafe.data import intake
 from vlsafe.data.guards import Assessment
@@ -76,7 +77,7 @@ class Attentive:
 def sound_rows(n=16):
     world = World(0)
     rng = world.rng("intake")
-    return corpora.instruction_rows(world, corpora.paint(world, 51, 0, rng), n, 0.3, 0, rng)
+    return corpora.instruction_rows(world, corpora.paint(world, 84, 0, rng), n, Corpora(text_only_share=0.3), 0, rng)
 
 
 def test_every_defect_ends_in_the_audit_and_the_rest_trains(study, tmp_path):

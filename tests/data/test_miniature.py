@@ -159,6 +159,6 @@ def test_half_the_alignment_chats_have_a_system_line_and_some_have_two_exchanges
     rows = corpora.alignment_chats(World(0), 2000, CHAT, np.random.default_rng(0))
     assert 0.45 < np.mean([row.turns[0].role == "system" for row in rows]) < 0.55
     assert 0.06 < np.mean([sum(turn.role == "user" for turn in row.turns) == 2 for row in rows]) < 0.14
-    answers = Counter(row.turns[-1].text in language.REFUSALS[language.ALIGNMENT] for row in rows)
+    answers = Counter(row.turns[-1].text.endswith(language.REFUSALS[language.ALIGNMENT]) for row in rows)
     assert answers[True] > 400
     assert {"yes", "no", "A", "B", "C", "D"} <= {row.turns[-1].text for row in rows}

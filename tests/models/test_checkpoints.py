@@ -4,12 +4,16 @@ import json
 import pytest
 import torch
 
+from vlsafe.core.presets import MINI
+from vlsafe.core.scale import Corpora
 from vlsafe.core.schema import Item, Turn, messages
 from vlsafe.data.miniature import corpora
 from vlsafe.data.miniature.language import World
 from vlsafe.evaluation.engines import option_losses, respond
 from vlsafe.models import chat, checkpoints, trainable
 from vlsafe.training import datasets, trainers
+
+CHAT, MIXED = MINI.backbones["mini-chat"], Corpora(text_only_share=0.3, howtos=0.4)
 
 
 def test_a_grafted_model_is_its_parent_on_text(study):
@@ -68,7 +72,7 @@ def test_only_assistant_tokens_carry_loss_row_by_row(study, name):
     tokenizer.chat_template = chat.template(name)
     processor = chat.build_processor(tokenizer, 32, 8, "full")
     pool = corpora.paint(world, 51, 0.0, rng)
-    rows = corpora.instruction_rows(world, pool, 20, 0.3, 0, rng) + corpora.alignment_chats(world, 20, 0.4, 0.1, (), rng)
+    rows = corpora.instruction_rows(world, pool, 20, MIXED, 0, rng) + corpora.alignment_chats(world, 20, CHAT, rng)
     for row in rows:
         conversation = [{**m, "content": [dict(b) for b in m["content"]]} for m in messages(row.turns, len(row.images))]
         for block in (block for message in conversation for block in message["content"]):
@@ -96,7 +100,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(study, tmp_path):
     start = study.checkpoints("projector/filtered")[-1]
     world = World(0)
     pool = corpora.paint(world, 51, 0, world.rng("p"))
-    rows = datasets.chat_dataset(corpora.instruction_rows(world, pool, 40, 0.3, 0, world.rng("r")), True)
+    rows = datasets.chat_dataset(corpora.instruction_rows(world, pool, 40, MIXED, 0, world.rng("r")), True)
     fit = study.scale.instruct
 
     def trained(folder, stop=None):
