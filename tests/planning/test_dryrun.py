@@ -49,9 +49,9 @@ def test_operations_by_hand():
     assert pictured == pytest.approx(6 * 15 * 110 + 6 * 5 * 4 + 6 * 2 * 8 * 15**2 + 2 * 6 * 50)
 
 
-def planned(scale, backbone, gpu, tmp_path, **rates):
+def planned(scale, backbone, gpu, tmp_path, grid="default", **rates):
     study = Study.open(scale, backbone, 0, tmp_path)
-    return study, costs.Plan(study, gpu, costs.Rates(**rates)).stages()
+    return study, costs.Plan(study, gpu, costs.Rates(**rates), grid=grid).stages()
 
 
 def by_name(stages):
@@ -81,9 +81,9 @@ def test_every_stage_of_the_graph_is_in_the_plan(tmp_path, grid):
 
 
 def test_what_was_forgotten_once_costs_something(tmp_path):
-    found = by_name(planned("paper", "llama2-chat", "H200", tmp_path)[1])
-    for name in ("screen/filtered", "safety/grpo-text-full", "safety/mtl-pcgrad-full", "judging/guard-text", "probe/localisation",
-                 "probe/direction", "probe/objectives", "causal/transplants", "responses/merge.sl-full", "merge/sl-full",
+    found = by_name(planned("paper", "llama2-chat", "H200", tmp_path, "full")[1])
+    for name in ("screen/filtered", "safety/grpo-text-full", "safety/mtl-pcgrad-full", "judging/guard-text.full", "probe/localisation",
+                 "probe/direction", "probe/objectives", "causal/transplants", "responses/merge.sl-full.full", "merge/sl-full.full",
                  "examination/instruct.filtered-full", "responses/confounds.parent"):  # fmt: skip
         assert found[name].hours > 0.001, name
     screened = found["screen/filtered"]
@@ -93,18 +93,18 @@ def test_what_was_forgotten_once_costs_something(tmp_path):
 
 def test_a_recipe_that_no_such_gpu_holds_is_named_and_can_be_left_out(tmp_path, monkeypatch):
     """GRPO of seven billion weights is not sharded: it takes a GPU of 141 GB."""
-    [line] = costs.too_large(planned("paper", "llama2-chat", "H100", tmp_path)[1], "H100")
+    [line] = costs.too_large(planned("paper", "llama2-chat", "H100", tmp_path, "full")[1], "H100")
     assert line.startswith("safety (GRPO) is not sharded and needs one GPU of 129 GB, more than one H100 has")
-    assert costs.too_large(planned("paper", "llama2-chat", "H200", tmp_path)[1], "H200") == []
+    assert costs.too_large(planned("paper", "llama2-chat", "H200", tmp_path, "full")[1], "H200") == []
     file = tmp_path / "smaller.yaml"
     file.write_text(f"extends: paper\nname: smaller\n{line.split('`')[1]}\n")
-    study, stages = planned(str(file), "llama2-chat", "H100", tmp_path)
+    study, stages = planned(str(file), "llama2-chat", "H100", tmp_path, "full")
     assert costs.too_large(stages, "H100") == []
     reason = "the scale leaves the recipe 'grpo-text-full' out (`tuning.without`)"
-    assert study.left_out()["safety/grpo-text-full"] == reason
-    assert reason in study.left_out()["examination/safety.grpo-text-full"]
-    kept = {cost.stage for cost in planned("paper", "llama2-chat", "H100", tmp_path)[1]} - {cost.stage for cost in stages}
-    assert kept and all("grpo" in name for name in kept) and "judging/guard-text" in graph.planned(study)
+    assert study.left_out("full")["safety/grpo-text-full"] == reason
+    assert reason in study.left_out("full")["examination/safety.grpo-text-full"]
+    kept = {cost.stage for cost in planned("paper", "llama2-chat", "H100", tmp_path, "full")[1]} - {cost.stage for cost in stages}
+    assert kept and all("grpo" in name for name in kept) and "judging/guard-text.full" in graph.planned(study, "full")
     assert study.run("safety/sl-full").digest == Study.open("paper", "llama2-chat", 0, tmp_path).run("safety/sl-full").digest
     monkeypatch.setattr(devices, "memory", lambda: 80_000_000)
     weights = SimpleNamespace(num_parameters=lambda only_trainable: 6_000_000)
@@ -189,7 +189,7 @@ def test_the_readme_says_what_the_dry_run_says(tmp_path):
 def test_the_command_prints_the_plan(capsys):
     assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H100"]) == 0
     output = capsys.readouterr().out
-    assert "| instruct | 6 |" in output and "longest chain" in output
+    assert "| instruct | 4 |" in output and "longest chain" in output
     assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H100", "--stages"]) == 0
     assert "| instruct/filtered-full | 1 |" in capsys.readouterr().out
     assert cli.main(["dryrun", "--scale", "paper", "--gpu", "H10"]) == 2

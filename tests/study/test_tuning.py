@@ -332,7 +332,7 @@ def test_corpora_of_the_recipes(study):
 
 
 def test_the_rewards_guard_judges_beside_the_world_and_never_alone(study):
-    judged = pd.DataFrame(study.rows("judging/guard-text", "raw.parquet"))
+    judged = pd.DataFrame(study.rows("judging/guard-text.full", "raw.parquet"))
     assert set(judged["judge"]) == {"guard-text"} and judged["harmful"].all()
     assert not any("guard-text" in benchmark.JUDGES for benchmark in BENCHMARKS.values())
     world = pd.DataFrame(study.rows("examination/safety.grpo-text-full", "raw.parquet"))
@@ -346,8 +346,8 @@ def test_a_number_of_tuning_changes_no_run_that_does_not_read_it(study):
     other = dataclasses.replace(
         study, scale=dataclasses.replace(study.scale, tuning=dataclasses.replace(study.scale.tuning, replay=1))
     )
-    changed = {name for name in planned(study) if study.run(name).digest != other.run(name).digest}
-    assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", "judging/guard-text"}
+    changed = {name for name in planned(study, "full") if study.run(name).digest != other.run(name).digest}
+    assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", "judging/guard-text.full"}
 
 
 def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():

@@ -284,8 +284,8 @@ def _sppft(plan: Plan, which: str) -> Cost:
 
 
 def _judging(plan: Plan, what: str) -> Cost:
-    """The reward's guard, put to the answers to harmful requests of seven models."""
-    requests, _ = plan.exam(len(tuning.JUDGED_RUNS), 0)
+    """The reward's guard, put to the answers to harmful requests of all that is tuned, the parent and the adapted model."""
+    requests, _ = plan.exam(len(tuning.REFERENCES) + len(tuning.examined(plan.grid)), 0)
     return plan.judged(requests)
 
 

@@ -20,7 +20,7 @@ from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.judges import LLM_JUDGES, llm
 from vlsafe.planning.outside import GIGA, Line, disks, needs, state
 from vlsafe.study import judging, tuning
-from vlsafe.study.graph import STAGES, planned
+from vlsafe.study.graph import GRIDS, STAGES, planned
 from vlsafe.study.study import Study
 
 FINE = ("present", "yes", "no")
@@ -31,8 +31,7 @@ READ: dict[str, set[str]] = {
     "guard/text": set(), "guard/image": set(),  # they note which guards are meant; the screen asks them
     "screen/filtered": {"captions", "instructions", "text_guard", "image_guard", "tower", "parents"},
     "parent/aligned": {"tower", "parents"}, "projector/filtered": {"captions", "tower", "parents", "benchmarks"},
-    "judging/guard-text": {"text_guard", "benchmarks"},
-}  # fmt: skip
+} | {tuning.judging(grid): {"text_guard", "benchmarks"} for grid in GRIDS}  # fmt: skip
 UNUSABLE, ABSENT = (
     "pictures cannot be used",
     "there is no ",

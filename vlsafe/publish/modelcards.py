@@ -18,7 +18,8 @@ from vlsafe.analysis import measures
 from vlsafe.analysis.measures import CHANCE, MEASURES
 from vlsafe.core import store
 from vlsafe.publish import results
-from vlsafe.study.graph import STAGES
+from vlsafe.study import tuning
+from vlsafe.study.graph import GRIDS, STAGES
 from vlsafe.study.study import Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
@@ -55,7 +56,8 @@ def card(study: Study, name: str) -> str:
     if (status := store.status(study.run(name))) != "valid":
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {status}; `vlsafe stage {name}` makes it")
     ancestors = [store.manifest_of(study.run(before)) for before in lineage(study, name)]
-    examined_by = [f"examination/{name.replace('/', '.')}", "judging/guard-text"]
+    judged = [tuning.judging(grid) for grid in GRIDS]  # that of the larger grid holds the other's rows
+    examined_by = [f"examination/{name.replace('/', '.')}", max(reversed(judged), key=lambda of: store.status(study.run(of)) == "valid")]
     raw = results.read([study], [stage for stage in examined_by if stage in STAGES], "raw.parquet")
     return render(store.manifest_of(study.run(name)), ancestors, raw, outside(study))
 

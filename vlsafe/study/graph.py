@@ -120,10 +120,6 @@ for _name, _tuned in tuning.RECIPES.items():
     )  # fmt: skip
     STAGES |= _examination(f"safety/{_name}", 10)
 STAGES |= {
-    "judging/guard-text": Stage(
-        tuning.make_judging, (tuning.GUARD, "world/corpora", *tuning.JUDGED_RUNS), lambda s: None, 15,
-        unless=_without("text_guard"), gathers=True,
-    ),
     "probe/direction": Stage(
         probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10,
         unless=probing.nothing_to_choose_by,
@@ -162,8 +158,14 @@ for _name in causal.FROZEN_SETS:
 for _name, _stage in adopted.stages(STAGES).items():
     STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
 GRIDS = ("default", "full")
-OPTIONAL = ("safety/", "examination/safety.", "responses/safety.", "sppft/", "merge/", "responses/merge.")  # of some grids alone
+OPTIONAL = (  # of some grids alone
+    "safety/", "examination/safety.", "responses/safety.", "judging/", "sppft/", "merge/", "responses/merge.",
+)  # fmt: skip
 for _grid in GRIDS:
+    STAGES[tuning.judging(_grid)] = Stage(
+        partial(tuning.make_judging, grid=_grid), (tuning.GUARD, "world/corpora", *tuning.REFERENCES, *tuning.examined(_grid)),
+        lambda s: None, 15, unless=_without("text_guard"), gathers=True,
+    )  # fmt: skip
     for _partner, _name in zip(merging.partners(_grid), merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner, _grid), merging.params, 85,
@@ -195,8 +197,8 @@ def planned(study: Study, grid: str = "default") -> list[str]:
 
 def _grid_names(grid: str) -> list[str]:
     known(grid, GRIDS, "grid")
-    tuned = tuning.examined(grid) + [f"examination/safety.{name}" for name, of in tuning.RECIPES.items() if of.grid == "probing"]
-    chosen = {*tuned, *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
+    tuned = tuning.examined(grid)
+    chosen = {*tuned, tuning.judging(grid), *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
     chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
     chosen |= set(map(responses_of, chosen))
     beyond = {run for name, recipe in adaptation.RECIPES.items() if grid != "full" == recipe.grid for run in _runs(name)}
@@ -215,9 +217,9 @@ def read_by(study: Study, word: str, grid: str = "default") -> list[str]:
     Raises:   ValueError for an unknown word or grid
     """
     names = planned(study, grid)
-    remedy = [f"safety/{recipe}" for recipe in tuning.RECIPES if tuning.RECIPES[recipe].grid == "probing"]
+    remedy = [f"safety/{recipe}" for recipe in tuning.RECIPES if tuning.RECIPES[recipe].objective == "pcgrad"]
     degradation = [name for name in names if name.startswith("examination/") and "/safety." not in name]
-    compared = [*tuning.REFERENCES, *tuning.examined(grid), "judging/guard-text"]
+    compared = [*tuning.REFERENCES, *tuning.examined(grid), tuning.judging(grid)]
     inside = [name for name in names if name.startswith(("probe/", "causal/"))]
     words = {
         "world": ["world/corpora", "tower/clip", "base/llm", "parent/aligned"],

@@ -25,7 +25,7 @@ from vlsafe.study.world import NAMED
 class Recipe(NamedTuple):
     """One way to tune: where it starts, by which objective, on which corpora, by which method (`trainable.METHODS`).
 
-    Recipes of the grid "full" are for the committed figures and not made otherwise; that of "probing" is notebook 05's.
+    Recipes of the grid "full" are made on demand; PCGrad is notebook 05's.
     """
 
     start: str
@@ -269,13 +269,17 @@ def validations(study: Study, grid: str = "default") -> list[dict[str, Any]]:
 
 
 REFERENCES = tuple(f"examination/{MAIN_LINE[name].replace('/', '.')}" for name in ("parent", "adapted"))
-JUDGED_RUNS = (*REFERENCES, *examined())
 
 
-def make_judging(study: Study, work: Path) -> dict[str, Any]:
+def judging(grid: str) -> str:
+    """The stage in which the reward's guard judges what a grid has tuned."""
+    return f"judging/guard-text{'' if grid == 'default' else '.full'}"
+
+
+def make_judging(study: Study, work: Path, grid: str = "default") -> dict[str, Any]:
     """Raw rows of the reward's own guard on stored responses, beside the verdicts of the other judges in the same table."""
     guard, items, rows = data.guards.opened(study.folder(GUARD)), study.items(), []
-    for name in (needed for needed in study.inputs("judging/guard-text") if needed.startswith("examination/")):
+    for name in (needed for needed in study.inputs(judging(grid)) if needed.startswith("examination/")):
         raw = [row for row in study.rows(name, "raw.parquet") if row["exam"] == "full"]
         harmful = {row["item"]: row for row in raw if row["benchmark"] in JUDGED and row["harmful"]}.values()
         rows += evaluation.examine.guard_rows(guard, JUDGE, items, list(harmful), study.rows(name, "responses.parquet"))
