@@ -208,3 +208,16 @@ def test_the_reference_of_a_text_prompt_is_the_parent_bit_for_bit(study):
     own = inspection_states.last_states(parent, tokenizer, text, batch_size=8)
     kept = torch.stack([inspection_states.kept_states(folder, layer + 1)[:8] for layer in range(own.shape[1])], 1)
     torch.testing.assert_close(kept, own, atol=1e-6, rtol=1e-5)
+
+
+def test_a_place_matters_where_refusals_follow_it_and_not_where_they_are_anywhere():
+    rng, clusters = np.random.default_rng(0), np.repeat(np.arange(30), 4)
+    anywhere = rng.random((6, 120)) < 0.2
+    here = anywhere.copy()
+    here[2] |= rng.random(120) < 0.4
+    assert inspection_states.place_matters(here, clusters, np.random.default_rng(1)) < 0.01
+    found = [
+        inspection_states.place_matters(np.random.default_rng(i).random((6, 120)) < 0.2, clusters, rng, 199) for i in range(40)
+    ]
+    assert 0.2 < np.mean(np.array(found) < 0.5) < 0.8 and np.mean(np.array(found) < 0.05) < 0.2
+    assert inspection_states.place_matters(np.ones((6, 120), bool), clusters, rng, 99) == 1.0  # all refuse wherever it is

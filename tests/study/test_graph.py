@@ -168,3 +168,8 @@ def test_killed_anywhere_it_finishes_with_the_same_tables(study, tmp_path):
     for name, table in raw_tables(study).items():
         pd.testing.assert_frame_equal(table, raw_tables(again)[name])
     assert len(results.read([again], graph.read_by(again, "tables"), "raw.parquet")) > 100
+
+
+def test_a_stage_of_other_scales_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="probe/seeing does not exist at the scale 'mini': only scales that load their models"):
+        Study.open("mini", "mini-chat", 0, tmp_path).folder("probe/seeing")

@@ -15,7 +15,7 @@ from vlsafe.data.pocket.pictures import Picture
 from vlsafe.data.pocket.prompts import Prompt
 from vlsafe.evaluation.benchmarks import PACKED, pocket
 from vlsafe.evaluation.examine import answerable, panel
-from vlsafe.study import graph
+from vlsafe.study import adaptation, graph
 from vlsafe.study import pocket as stages
 from vlsafe.study.study import Study
 
@@ -163,8 +163,9 @@ def study(tmp_path):
 
 
 def test_its_stages_are_those_of_a_loaded_scale_and_reasons_are_given_for_what_it_lacks(study):
-    absent = {name.partition("/")[2] for name in graph.left_out(study) if name.startswith("instruct/")}
-    assert absent == {"clean-full", "filtered-full-slow", "filtered-full-fast"}
+    absent = {name.partition("/")[2] for name in graph.left_out(study, "full") if name.startswith("instruct/")}
+    doses = {name for name, recipe in adaptation.RECIPES.items() if recipe.dose}
+    assert absent == {"clean-full", "filtered-full-slow", "filtered-full-fast"} | doses and len(doses) == 10
     assert "responses/parent.aligned" in graph.planned(study)
     own = {"world/corpora", "tower/clip", "base/llm", "guard/text", "guard/image", "screen/filtered", "parent/aligned"}
     assert {name for name, stage in graph.STAGES.items() if stage.pack} == own

@@ -169,7 +169,7 @@ def test_every_odd_preference_row_has_a_stated_outcome(study):
 
 
 def test_a_replay_is_seeded_has_no_row_twice_and_keeps_its_order():
-    rows = corpora.alignment_chats(WORLD, 30, 0.3, 0.1, (), WORLD.rng("a"))
+    rows = corpora.alignment_chats(WORLD, 30, MINI.backbones["mini-chat"], WORLD.rng("a"))
     drawn = [arms.replayed(rows, 10, WORLD.rng("replay")) for _ in range(2)]
     ids = [row.id for row in drawn[0]]
     assert drawn[0] == drawn[1] and len(set(ids)) == 10 and ids == sorted(ids)
@@ -354,9 +354,9 @@ def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():
     """SORRY-Bench has no twins: XSTest asks its harmless pairs in the same wordings, in text and with pictures."""
 
     def wordings(name, harmful):
-        asked = BENCHMARKS[name].miniature_items(WORLD, "test", 240, WORLD.rng(name))
+        asked = BENCHMARKS[name].miniature_items(WORLD, "test", 1200, WORLD.rng(name))
         return {item.id.rsplit("-", 1)[1] for item in asked if item.harmful == harmful}
 
-    assert wordings("sorry_bench", True) <= wordings("xstest", False) == {str(k) for k in range(len(HOW))}
+    assert wordings("sorry_bench", True) <= wordings("xstest", False) == {str(k) for k in range(len(HOW["test"]))}
     for name in ("wildjailbreak", "mm_safetybench", "siuo", "figstep"):
         assert wordings(name, True) <= wordings(name, False), name

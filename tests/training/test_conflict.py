@@ -65,7 +65,9 @@ def test_micro_batches_hold_one_task_and_where_grouped_one_modality(many, at_onc
 @pytest.fixture(scope="module")
 def setting(study):
     pool = corpora.paint(WORLD, 51, 0, WORLD.rng("p"))
-    rows = corpora.instruction_rows(WORLD, pool, 24, Corpora(text_only_share=0.3), 0, WORLD.rng("r")) + corpora.safety_rows(WORLD, 8, WORLD.rng("s"))
+    rows = corpora.instruction_rows(WORLD, pool, 24, Corpora(text_only_share=0.3), 0, WORLD.rng("r")) + corpora.safety_rows(
+        WORLD, 8, WORLD.rng("s")
+    )
     fit = dataclasses.replace(study.scale.instruct, steps=4, micro_batches=4)
     return study.checkpoints("projector/filtered")[-1], datasets.chat_dataset(rows, True), fit
 

@@ -169,8 +169,8 @@ def doses(raw: pd.DataFrame) -> pd.DataFrame:
     runs = pd.Series(final["recipe"].unique()).to_frame("recipe")
     found = runs["recipe"].str.extract(r"^dose-(?P<kind>pictured|text)-(?P<dose>\d+)$")
     dosed = runs.assign(**found).dropna()
-    if dosed.empty:
-        raise Lacking("no model of stage 2 was trained with a dose of how-tos")
+    if dosed.empty or NO_HOWTOS not in set(runs["recipe"]):
+        raise Lacking("no model of stage 2 was trained with a dose of how-tos, or none without any, to compare it with")
     none = pd.DataFrame({"recipe": NO_HOWTOS, "kind": dosed["kind"].unique(), "dose": "0"})
     dosed = pd.concat([none, dosed], ignore_index=True).astype({"dose": int})
     final = final[final["recipe"].isin(dosed["recipe"])]

@@ -160,8 +160,13 @@ def frozen_over_seeds(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def remedy(raw: pd.DataFrame) -> pd.DataFrame:
-    """Multitask tuning with conflict-free gradients beside the plain one: rates, and the paired difference from the plain one."""
+    """Multitask tuning with conflict-free gradients beside the plain one: rates, and the paired difference from the plain one.
+
+    Raises:   Lacking where it was not made, as in the default grid
+    """
     plain, surgery = "safety/mtl-full", "safety/mtl-pcgrad-full"
+    if surgery not in set(run_names(raw)):
+        raise measures.Lacking("no model was tuned with conflict-free gradients; the grid 'full' has it")
     final = raw[(raw["exam"] == "full") & run_names(raw).isin([plain, surgery, MAIN_LINE["adapted"]])]
     change = measures.differences(final, plain, [surgery], EXAMINED)
     return measures.with_changes(measures.rates(final, EXAMINED, [*UNIT, "stage", "recipe"]), change)

@@ -134,6 +134,8 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
     lines = []
     for step, points in early(weights, alike).groupby("step"):
         joined = points.drop(columns="step").join(outcomes, on=[*UNIT, "recipe"], how="inner")
+        if joined.empty:
+            raise measures.Lacking("no recipe that left early checkpoints was examined at its end")
         for predictor in ("drift", "harmful", "benign", "selective"):
             for outcome in [name for name in OUTCOMES if name in outcomes]:
                 line = {"step": step, "predictor": predictor, "outcome": outcome, "n": len(joined)}

@@ -368,15 +368,12 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
 
 
 def place_matters(refused: np.ndarray, clusters: np.ndarray, rng: np.random.Generator, draws: int = 1999) -> float:
-    """p-value of no place being better than the others of its width: the most prompts that are refused when the band lies at
-    any place, against the same maximum with each cluster's counts dealt to the places at random, so that the search is paid for.
+    """p-value of no place being better: the most prompts refused with the band at any place, against that maximum with each
+    cluster's counts dealt to the places at random, so that the search is paid for.
 
     Shapes:   refused  [P, N], one line per place of the band;  clusters  [N]
     Draws:    from `rng` only; the observed deal is one of them
-    Raises:   ValueError where there is one place only
     """
-    if len(refused) < 2:
-        raise ValueError("whether the place matters takes a band with two places at least")
     counts = np.stack([refused[:, clusters == cluster].sum(1) for cluster in np.unique(clusters)])
     dealt = [rng.permuted(counts, axis=1).sum(0).max() for _ in range(draws)]
     return float((1 + np.sum(np.array(dealt) >= counts.sum(0).max())) / (1 + draws))

@@ -57,7 +57,10 @@ def card(study: Study, name: str) -> str:
         raise FileNotFoundError(f"{name} of {study.backbone} seed {study.seed} is {status}; `vlsafe stage {name}` makes it")
     ancestors = [store.manifest_of(study.run(before)) for before in lineage(study, name)]
     judged = [tuning.judging(grid) for grid in GRIDS]  # that of the larger grid holds the other's rows
-    examined_by = [f"examination/{name.replace('/', '.')}", max(reversed(judged), key=lambda of: store.status(study.run(of)) == "valid")]
+    examined_by = [
+        f"examination/{name.replace('/', '.')}",
+        max(reversed(judged), key=lambda of: store.status(study.run(of)) == "valid"),
+    ]
     raw = results.read([study], [stage for stage in examined_by if stage in STAGES], "raw.parquet")
     return render(store.manifest_of(study.run(name)), ancestors, raw, outside(study))
 

@@ -109,7 +109,10 @@ class Study:
         """The finished run of a stage; it and what it needs are made first where they are missing."""
         stage, run = self.stage(name), self.run(name)
         if store.status(run) != "valid":
-            if name in (without := self.left_out("full")):
+            without = self.left_out("full")
+            if stage.only not in ("", self.scale.source):
+                without[name] = f"only scales that {stage.only} their models have it"
+            if name in without:
                 raise ValueError(f"{name} does not exist at the scale {self.scale.name!r}: {without[name]}")
             for needed in self.inputs(name):
                 self.folder(needed)
