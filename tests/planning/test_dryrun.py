@@ -82,9 +82,11 @@ def test_every_stage_of_the_graph_is_in_the_plan(tmp_path, grid):
 
 def test_what_was_forgotten_once_costs_something(tmp_path):
     found = by_name(planned("paper", "llama2-chat", "H200", tmp_path, "full")[1])
-    for name in ("screen/filtered", "safety/grpo-text-full", "safety/mtl-pcgrad-full", "judging/guard-text.full", "probe/localisation",
-                 "probe/direction", "probe/objectives", "causal/transplants", "responses/merge.sl-full.full", "merge/sl-full.full",
-                 "examination/instruct.filtered-full", "responses/confounds.parent"):  # fmt: skip
+    for name in (
+        "screen/filtered", "safety/grpo-text-full", "safety/mtl-pcgrad-full", "judging/guard-text.full", "probe/localisation",
+        "probe/direction", "probe/objectives", "causal/transplants", "responses/merge.sl-full.full", "merge/sl-full.full",
+        "examination/instruct.filtered-full", "responses/confounds.parent",
+    ):  # fmt: skip
         assert found[name].hours > 0.001, name
     screened = found["screen/filtered"]
     rows = 558_128 + costs.EXCHANGES * 665_298
