@@ -210,14 +210,16 @@ def test_the_reference_of_a_text_prompt_is_the_parent_bit_for_bit(study):
     torch.testing.assert_close(kept, own, atol=1e-6, rtol=1e-5)
 
 
-def test_a_place_matters_where_refusals_follow_it_and_not_where_they_are_anywhere():
+def test_a_band_that_adds_refusals_is_told_from_the_best_of_many_that_add_none():
     rng, clusters = np.random.default_rng(0), np.repeat(np.arange(30), 4)
-    anywhere = rng.random((6, 120)) < 0.2
-    here = anywhere.copy()
-    here[2] |= rng.random(120) < 0.4
-    assert inspection_states.place_matters(here, clusters, np.random.default_rng(1)) < 0.01
-    found = [
-        inspection_states.place_matters(np.random.default_rng(i).random((6, 120)) < 0.2, clusters, rng, 199) for i in range(40)
-    ]
-    assert 0.2 < np.mean(np.array(found) < 0.5) < 0.8 and np.mean(np.array(found) < 0.05) < 0.2
-    assert inspection_states.place_matters(np.ones((6, 120), bool), clusters, rng, 99) == 1.0  # all refuse wherever it is
+    none = rng.random(120) < 0.2
+    noise = np.stack([none ^ (rng.random(120) < 0.1) for _ in range(8)])
+    assert inspection_states.by_chance(noise | (np.arange(8) == 3)[:, None] & (rng.random(120) < 0.4), none, clusters, rng) < 0.01
+    found = []
+    for i in range(60):
+        draw = np.random.default_rng(i)
+        before = draw.random(120) < 0.5
+        same = np.stack([np.where(draw.random(120) < 0.2, draw.random(120) < 0.5, before) for _ in range(8)])
+        found.append(inspection_states.by_chance(same, before, clusters, draw, 199))
+    assert 0.2 < np.mean(np.array(found) < 0.5) < 0.8 and np.mean(np.array(found) < 0.05) < 0.15
+    assert inspection_states.by_chance(np.stack([none] * 3), none, clusters, rng, 99) == 1.0

@@ -367,16 +367,18 @@ def localise(gap: np.ndarray, refusals: Callable[[tuple[int, int], float], int],
     return Located(None, f"no scaling up to {max(factors)} adds a refusal of a harmless prompt", tuple(counts))
 
 
-def place_matters(refused: np.ndarray, clusters: np.ndarray, rng: np.random.Generator, draws: int = 1999) -> float:
-    """p-value of no place being better: the most prompts refused with the band at any place, against that maximum with each
-    cluster's counts dealt to the places at random, so that the search is paid for.
+def by_chance(
+    scaled: np.ndarray, unscaled: np.ndarray, clusters: np.ndarray, rng: np.random.Generator, draws: int = 1999
+) -> float:
+    """p-value of the best of all scaled bands: how often as many more prompts are refused than without scaling, where each
+    cluster's differences, of all bands together, could as well have the other sign.
 
-    Shapes:   refused  [P, N], one line per place of the band;  clusters  [N]
-    Draws:    from `rng` only; the observed deal is one of them
+    Shapes:   scaled  [B, N], whether prompts are refused with each band scaled;  unscaled, clusters  [N]
+    Draws:    from `rng` only; the observed signs are one of them
     """
-    counts = np.stack([refused[:, clusters == cluster].sum(1) for cluster in np.unique(clusters)])
-    dealt = [rng.permuted(counts, axis=1).sum(0).max() for _ in range(draws)]
-    return float((1 + np.sum(np.array(dealt) >= counts.sum(0).max())) / (1 + draws))
+    of = np.stack([(scaled.astype(int) - unscaled)[:, clusters == cluster].sum(1) for cluster in np.unique(clusters)])
+    flipped = (rng.choice([-1, 1], (draws, len(of))) @ of).max(1)
+    return float((1 + (flipped >= of.sum(0).max()).sum()) / (1 + draws))
 
 
 @torch.inference_mode()

@@ -20,21 +20,25 @@ def losses(frame: pd.DataFrame, smooth: int = 1) -> Figure:
     return figure
 
 
-DOSES = {"pictured": dict(color="#D55E00", marker="s"), "text": dict(color="#0072B2", marker="o", linestyle="--")}
-DRAWN = {"text_asr": "attacks in text", "multimodal_asr": "attacks beside pictures", "helpfulness": "helpfulness"}
+DOSES = {
+    "about pictures": dict(color="#D55E00", marker="s"), "text-only": dict(color="#0072B2", marker="o", linestyle="--"),
+}  # fmt: skip
+DRAWN = {
+    "text_asr": "attacks in text",
+    "multimodal_asr": "attacks beside pictures",
+    "helpfulness": "helpfulness",
+}
 
 
 def doses(frame: pd.DataFrame, scale: str) -> Figure:
     """F04: ASR and helpfulness against the dose of harmless how-tos, about pictures and without any, a row per backbone."""
+    frame = frame.assign(kind=frame["kind"].map({"pictured": "about pictures", "text": "text-only"}))
     columns = {name: text for name, text in DRAWN.items() if name in set(frame["measure"])}
-    rows, xlabel = style.by_backbone(frame, "percent"), "how-tos, percent of stage 2's rows (square-root scale)"
-    notes = (f"bands: {style.band(frame)}", "all other rows ask what a picture shows", style.judges(frame))
+    rows, xlabel = style.by_backbone(frame, "percent"), "how-tos, % of rows"
+    notes = (f"bands: {style.band(frame)}", "all other rows ask what a picture shows; square-root scale", style.judges(frame))
     handles = style.handles(DOSES, frame["kind"], linestyle="-")
-    title = _steepest(frame)
-    with style.panels(rows, columns, 2.2, title, style.caption(frame, scale, *notes), xlabel, handles, sharey=True) as (
-        figure,
-        axes,
-    ):
+    caption = style.caption(frame, scale, *notes)
+    with style.panels(rows, columns, 2.2, _largest(frame), caption, xlabel, handles, sharey=True) as (figure, axes):
         for _, axis, own in style.facets(axes, style.percent(frame), "measure"):
             for kind, of in own.assign(root=np.sqrt(own["dose"])).groupby("kind", sort=False):
                 style.draw_line(axis, of, "root", seed_range=True, **DOSES[kind])
@@ -44,10 +48,13 @@ def doses(frame: pd.DataFrame, scale: str) -> Figure:
     return figure
 
 
-def _steepest(frame: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: text ASR without any how-to and at the largest dose of each kind."""
-    mean = frame[frame["measure"] == "text_asr"].groupby(["kind", "dose"])["value"].mean() * 100
-    ends = {kind: mean[kind] for kind in mean.index.unique("kind")}
-    names = {"pictured": "how-tos about pictures", "text": "text-only how-tos"}
-    parts = [f"{names[kind]} {of.loc[0]:.0f} → {of.iloc[-1]:.0f} % at a dose of {of.index[-1]} %" for kind, of in ends.items()]
-    return f"Text ASR by dose: {', '.join(parts)}"
+def _largest(frame: pd.DataFrame) -> str:
+    """The takeaway in the numbers drawn: ASR without any how-to and at the largest dose of each kind."""
+    mean = frame.groupby(["measure", "kind", "dose"])["value"].mean() * 100
+    parts = []
+    for measure, name in {"text_asr": "text ASR", "multimodal_asr": "multimodal ASR"}.items():
+        if measure in mean.index:
+            ends = {kind: mean[measure, kind] for kind in mean[measure].index.unique("kind")}
+            after = ", ".join(f"{of.iloc[-1]:.0f} % ({kind})" for kind, of in ends.items())
+            parts.append(f"{name} {next(iter(ends.values())).iloc[0]:.0f} → {after}")
+    return f"{frame['dose'].max()} % harmless how-tos: {'; '.join(parts)}"

@@ -108,12 +108,12 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     many = "–".join(map(str, sorted({refused.min(), refused.max()})))
     title = f"A safety band is located in {located['located'].sum()} of {len(located)} parents, by {many} of "
     title += f"{located['prompts'].max()} harmless prompts that are then refused"
-    place = ", ".join(f"{p:.3f}" for p in located["p_place"].dropna())
-    title += f"; elsewhere as many: p = {place}" if place else ""
+    chance = ", ".join(f"{p:.3f}".lstrip("0") for p in located["p"].dropna())
+    title += f"; by chance: p = {chance}" if chance else ""
     note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, dotted: none is; "
     rows = {unit: f"{unit[0]}\nseed {unit[1]}" for unit in located.groupby(["backbone", "seed"]).groups}
     columns = {"pairs": "cosine of pairs", "gap": "angular gap, degrees", "refused": "harmless prompts refused, %"}
-    note += "p: of the most refusals at any place of the band's width, were all places alike; "
+    note += "p: of the best of all scaled bands against none, signs of clusters flipped; "
     caption = _caption(located, scale, note + "95 % intervals over prompts")
     with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
         for unit in rows:
@@ -129,7 +129,7 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
             _draw_scaling(axes[unit, "refused"], scaled, int(band["prompts"].iloc[0]))
         axes[unit, "pairs"].set_xlabel("block")
         axes[unit, "gap"].set_xlabel("block")
-        axes[next(iter(rows)), "pairs"].legend(loc="center right")
+        axes[next(iter(rows)), "pairs"].legend(loc="best")
     return figure
 
 

@@ -102,7 +102,7 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
     frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}
     located = [
         {"backbone": study.backbone, "seed": study.seed, "start": found["band"][0], "end": found["band"][1]}
-        | {key: found[key] for key in ("located", "reason", "prompts", "p_place")}
+        | {key: found[key] for key in ("located", "reason", "prompts", "p")}
         for study, name, _ in finished(studies, ["probe/localisation"])
         for found in [study.numbers(name)]
     ]

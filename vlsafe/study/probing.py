@@ -85,15 +85,16 @@ def make_localisation(study: Study, work: Path) -> dict[str, Any]:
     store.write_rows(work / "curves.parquet", [{"layer": i, **{k: float(v[i]) for k, v in curves.items()}} for i in layers])
     columns = ("start", "end", "factor", "refusals")
     store.write_rows(work / "scaling.parquet", [dict(zip(columns, count, strict=True)) for count in located.counts])
-    p = None  # of a band as deep as the model there is one place only
-    if located.band and (last := len(layers) - located.band[1] + located.band[0]):
-        width, factor = located.band[1] - located.band[0], located.counts[-1][2]
-        at = np.stack([refused((start, start + width), factor) for start in range(last + 1)])
+    factor = located.counts[-1][2]
+    bands = list(dict.fromkeys(count[:2] for count in located.counts if count[2] == factor != 1.0))
+    chance = None
+    if bands and not free:
         clusters = np.array([item.cluster for item in items["scary"]])
-        p = inspection.states.place_matters(at, clusters, study.stream("places"))
+        scaled = np.stack([refused(band, factor) for band in bands])
+        chance = inspection.states.by_chance(scaled, refused((0, 0), 1.0), clusters, study.stream("chance"))
     return {
         "band": list(located.band or published), "located": located.band is not None, "reason": located.reason,
-        "prompts": len(items["scary"]), "p_place": p,
+        "prompts": len(items["scary"]), "p": chance,
     }  # fmt: skip
 
 
