@@ -109,7 +109,7 @@ def test_gallery_writes_every_artefact(study, tmp_path, capsys):
     assert {"T05_safety_tuning.md", "T05_transfer.csv", "T05_checkpoints.csv", "F05_tradeoff.png"} <= written
     assert {"F06_exaggerated_refusal.png", "F06_exaggerated_refusal.csv"} <= written
     assert {"F07_layer_similarity.pdf", "F08_layers_over_steps.png", "F09_localisation.csv", "F10_transplants.png"} <= written
-    assert {"F10_against_random.md", "F11_objectives.png", "F11_prediction.csv", "T05_conflict_free.md"} <= written
+    assert {"F10_against_random.md", "F11_objectives.png", "F11_prediction.csv", "F04_doses.png"} <= written
     assert {"F03_categories.png", "F03_categories.pdf", "F03_categories.csv"} <= written
     assert {
         f"{name}.{kind}" for name in ("T03_arms", "T03_arms_over_seeds", "T04_confounds") for kind in ("csv", "md")

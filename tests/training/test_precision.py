@@ -88,7 +88,7 @@ def test_preferences_are_learned_as_in_float32(begun, all_pairs, tmp_path, kind)
     low = losses(job(begun, tmp_path / "low", "dpo", batch_size=8, micro_batches=1, **LOW), all_pairs[kind])
     noted(f"DPO full, {kind}, one process", low, plain)
     assert plain[0] == low[0] == pytest.approx(np.log(2), abs=1e-6)
-    assert min(plain) < 0.6 and low != plain and apart(low, plain) < 0.01
+    assert min(plain) < 0.65 < plain[0] and low != plain and apart(low, plain) < 0.01
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

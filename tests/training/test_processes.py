@@ -111,12 +111,16 @@ def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_
     a process would compare its own rows' gradient (DDP) or none at all (FSDP2)."""
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     examples = begun.examples("screen/filtered", "instructions.parquet")
-    against = [dataclasses.replace(row, turns=(*row.turns[:-1], Turn("assistant", "sorry " * 12))) for row in examples[:30]]
-    data, cosines, ended = datasets.chat_dataset([*examples[:50], *against], with_images=True), {}, {}
+
+    def answered(rows, word):
+        return [dataclasses.replace(row, turns=(*row.turns[:-1], Turn("assistant", f"{word} " * 12))) for row in rows]
+
+    both = [*answered(examples[:50], "bread"), *answered(examples[:30], "sorry")]
+    data, cosines, ended = datasets.chat_dataset(both, with_images=True), {}, {}
     for name in ("one", "two"):
         folder = tmp_path / name
         where = {"launch": written(tmp_path, FSDP if kind == "fsdp2" else DDP)} if name == "two" else {}
-        of = dataclasses.replace(job(begun, folder, micro_batches=4, **where), objective="pcgrad", first=50)
+        of = dataclasses.replace(job(begun, folder, micro_batches=4, learning_rate=1e-3, **where), objective="pcgrad", first=50)
         history, _ = launch.trained(of, data, lambda step: None, Path("/"))
         cosines[name] = [record["task_cosine"] for record in history]
         ended[name] = load_file(folder / "checkpoint-6" / "model.safetensors")
