@@ -73,7 +73,7 @@ STAGES: dict[str, Stage] = {
         shared=True, load=world.TOWER, pack=pocket.VISION,
     ),
     "base/llm": Stage(
-        world.make_base, (), lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, shared=True,
+        world.make_base, (), lambda s: [s.scale.language, s.scale.pretraining, s.scale.threads], 100, version=2, shared=True,
         load=world.BASE, pack=pocket.BASE,
     ),
     "guard/text": Stage(
