@@ -121,7 +121,7 @@ def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
 
 
 def _generated(scale: Scale, backbone: str) -> dict[str, Any]:
-    """Two batches of answers: what reading a prompt takes, and what each further token."""
+    """Two batches of answers, the faster of two tries: what reading a prompt takes, and what each further token."""
     from vlsafe.core.schema import Item
     from vlsafe.evaluation import engines
 
