@@ -43,7 +43,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
-.PHONY: setup dev reproduce parts pocket-nano test loaded soak perf perf-sources browser lab notebooks nbval lint types clean
+.PHONY: setup dev reproduce parts pocket-nano test processes loaded soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -105,6 +105,10 @@ parts: .pocket/.installed .pocket/debian/.installed
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The tests that start trainings in processes of their own: each process imports torch and transformers first, so they are minutes.
+processes: setup
+	$(BIN)/python -m pytest -m processes -n 2 --dist loadgroup tests/training
 
 # Hot paths, each beside the barest thing that does the same work; fails where a bound is missed. A minute, then the streaming
 # merge: minutes, 10 GB of disk, and far longer where mergekit is installed or named in MERGEKIT, which it is then held to.

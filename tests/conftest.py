@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from vlsafe import cli
 from vlsafe.core.presets import MINI, SCALES
 from vlsafe.data.pocket import packages
 from vlsafe.study.graph import planned
@@ -71,6 +72,14 @@ def study(tmp_path_factory):
     for name in planned(made):
         made.folder(name)
     return made
+
+
+@pytest.fixture(scope="session")
+def figures(study, tmp_path_factory):
+    """A gallery of the NANO study, made once; tests that ask for it share the group `figures`, so that one process makes it."""
+    out = tmp_path_factory.mktemp("figures")
+    assert cli.main(["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(out), "--seeds", "0"]) == 0
+    return out
 
 
 def installed(package):

@@ -122,38 +122,32 @@ def test_results_are_held_against_published_numbers(tmp_path, capsys):
     assert "did you mean 'instruct/filtered-full'" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def folder(study, tmp_path_factory):
-    """A gallery of the NANO study."""
-    out = tmp_path_factory.mktemp("gallery")
-    assert cli.main(["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(out), "--seeds", "0"]) == 0
-    return out
-
-
-def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(folder, study):
-    names = {path.name for path in folder.iterdir()}
+@pytest.mark.xdist_group("figures")
+def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(figures, study):
+    names = {path.name for path in figures.iterdir()}
     assert {f"T0{name}.md" for name in ("8_models", "8_precision", "8_published", "9_claims", "9_by_seed", "9_parts")} <= names
     assert {f"{name}.{kind}" for name in ("F00_answer", "F14_claims", "F15_judges") for kind in ("png", "pdf", "csv")} <= names
     for name in {name.partition(".")[0] for name in names} - {"provenance"}:
-        told = json.loads((folder / f"{name}.provenance.json").read_text())
+        told = json.loads((figures / f"{name}.provenance.json").read_text())
         assert told["runs"] and told["artefact"] == name and set(told["seeds"]) == {0}
         for key, digest in told["runs"].items():
             assert study.run("/".join(key.split("/")[2:])).digest == digest
-        if (folder / f"{name}.png").exists():
-            assert json.loads(Image.open(folder / f"{name}.png").text["Description"]) == told
-            keywords = (folder / f"{name}.pdf").read_bytes()
+        if (figures / f"{name}.png").exists():
+            assert json.loads(Image.open(figures / f"{name}.png").text["Description"]) == told
+            keywords = (figures / f"{name}.pdf").read_bytes()
             assert all(digest.encode() in keywords for digest in told["runs"].values())
 
 
-def test_the_report_is_one_file_with_the_claims_on_top(folder, tmp_path):
-    cli.main(["report", "--figures", str(folder), "--out", str(tmp_path / "report.html")])
+@pytest.mark.xdist_group("figures")
+def test_the_report_is_one_file_with_the_claims_on_top(figures, tmp_path):
+    cli.main(["report", "--figures", str(figures), "--out", str(tmp_path / "report.html")])
     html = (tmp_path / "report.html").read_text()
     order = [
         html.index(text) for text in ("What the paper claims", 'alt="F00_answer"', "T09. What the paper claims", "T02. Parent")
     ]
     assert order == sorted(order)
     pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
-    assert len(pictures) == len(list(folder.glob("*.png"))) and set(pictures) == {"data:"}
+    assert len(pictures) == len(list(figures.glob("*.png"))) and set(pictures) == {"data:"}
     assert "<script" not in html and not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http', html)
     with pytest.raises(FileNotFoundError, match="vlsafe gallery"):
         provenance.report(tmp_path, tmp_path / "none.html")

@@ -31,6 +31,7 @@ def workers(process):
     return found
 
 
+@pytest.mark.processes
 def test_a_killed_trainer_is_told_and_its_rerun_ends_with_the_same_bits(begun, rows, tmp_path, caplog):  # noqa: F811
     """One of two processes is killed after the first checkpoint; then what it left is cut short as well."""
     configuration = written(tmp_path, DDP)
@@ -62,6 +63,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, t
     assert resumed == losses and all(torch.equal(whole[key], ended[key]) for key in whole)
 
 
+@pytest.mark.processes
 def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):  # noqa: F811
     """A stage that is killed must not leave processes behind that write into the folder of its successor."""
     of = job(begun, tmp_path / "x", launch=written(tmp_path, DDP))

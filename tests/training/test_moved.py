@@ -51,6 +51,7 @@ def test_finished_models_are_those_of_whole_checkpoints(begun, pictured, tmp_pat
     assert ended["part"] == ended["again"] == ended["whole"] and ended["part"][0] != ended["part"][1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path, monkeypatch, kind):  # noqa: F811
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)

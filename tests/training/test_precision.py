@@ -91,6 +91,7 @@ def test_preferences_are_learned_as_in_float32(begun, all_pairs, tmp_path, kind)
     assert min(plain) < 0.65 < plain[0] and low != plain and apart(low, plain) < 0.01
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, kind, objective):  # noqa: F811
@@ -110,6 +111,7 @@ def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, k
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_gradients_of_head_and_projector_are_summed_over_micro_batches_and_processes(begun, rows, tmp_path, monkeypatch, kind):  # noqa: F811
     """AdamW's first moment after one step is a tenth of the gradient; the head is not tied to the embedding here."""

@@ -84,6 +84,7 @@ def apart(one, other):
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tmp_path, monkeypatch, kind):
     """Losses within 2e-6 of one process; one whole checkpoint; a resumed training ends with the bits of an undisturbed one."""
@@ -105,6 +106,7 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
     assert resumed == losses and all(torch.equal(whole[key], ended[key]) for key in whole)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_path, monkeypatch, kind):
     """The two gradients that are compared are those of all processes, whole or sharded: without a sum at every micro-batch
@@ -129,6 +131,7 @@ def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_
     assert apart(ended["one"], ended["two"]) < 1e-4
 
 
+@pytest.mark.processes
 def test_one_process_where_two_were_asked_for_is_stopped(begun, rows, tmp_path, capfd):
     """accelerate starts one process for this configuration, and says nothing."""
     lone = written(tmp_path, {**DDP, "distributed_type": "MULTI_CPU"})
@@ -136,12 +139,14 @@ def test_one_process_where_two_were_asked_for_is_stopped(begun, rows, tmp_path, 
         trained(job(begun, tmp_path / "x", launch=lone), rows)
 
 
+@pytest.mark.processes
 def test_whole_weights_where_sharded_ones_were_asked_for_are_stopped(begun, rows, tmp_path, capfd):
     """On processors accelerate turns FSDP into DDP, and says nothing."""
     with pytest.raises(ValueError, match="accelerate has silently turned FSDP off"):
         trained(job(begun, tmp_path / "x", launch=written(tmp_path, FSDP)), rows)
 
 
+@pytest.mark.processes
 def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),))
     monkeypatch.setenv("HEAD_ALONE", "1")

@@ -37,6 +37,7 @@ def preferences(begun, folder, method="full"):  # noqa: F811
     return dataclasses.replace(of, fit=dataclasses.replace(of.fit, steps=6), milestones=(3, 6))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("method", "kind"), [("full", "pictures"), ("lora", "pictures"), ("sppft", "pictures"), ("full", "text")]
 )
@@ -63,6 +64,7 @@ def buffers(model):
     return {name: hashlib.sha256(held.numpy().tobytes()).hexdigest() for name, held in model.named_buffers()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monkeypatch, method):  # noqa: F811
     of = dataclasses.replace(preferences(begun, tmp_path / "whole", method), milestones=(3, 5, 6))
@@ -80,6 +82,7 @@ def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monke
     assert one and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.processes
 def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, monkeypatch):  # noqa: F811
     """Over 600 MB of weights, of which a process that does not read them takes its half and what one weight needs on its way."""
     start = tmp_path / "start"
