@@ -123,6 +123,30 @@ def test_a_claim_is_judged_on_the_seeds_that_measured_all_of_it():
     assert ledger.loc["1", "seeds"] == 2 and ledger.loc["5", "seeds"] == 1
 
 
+def test_a_dose_by_hand():
+    """Rates of 10, 30 and 50 % at doses of 0, 5 and 20: NumPy's own line rises as much."""
+    doses = {"looking-full": 10, "dose-pictured-05": 30, "dose-pictured-20": 50}
+    raw = pd.concat([run(f"instruct/{name}", text=50, pictures=rate) for name, rate in doses.items()])
+    line = claims.ledger(found(raw)).set_index("claim").loc["4j"]
+    x, y = np.array([0, 0.25, 1]), np.array([0.1, 0.3, 0.5])
+    assert line["effect"] == pytest.approx(np.polyfit(x, y, 1)[0]) and (line["before"], line["after"]) == (0.1, 0.5)
+    assert line["low"] > 0.05 and line["matters"] == "yes" and line["item_level"] == SUPPORTED
+    few = claims.ledger(found(raw[raw["recipe"] != "dose-pictured-05"])).set_index("claim").loc["4j"]
+    assert few["item_level"] == NOT and few["reason"] == "needs the arm without how-tos and two doses of one kind"
+
+
+def test_whether_an_effect_matters_is_not_whether_there_is_one():
+    """Of 4,000 items 60 more are refused: there is an effect, and it is smaller than what would matter."""
+    rows = [
+        run(f"instruct/{name}", n=4000, text=text, twins=0) for name, text in (("unfiltered-full", 400), ("filtered-full", 340))
+    ]
+    line = claims.ledger(found(*rows)).set_index("claim").loc["3c"]
+    assert line["part"] == "text ASR below unfiltered data's" and line["effect"] == pytest.approx(-0.015)
+    assert line["item_level"] == SUPPORTED and line["matters"] == "no" and line["high"] < 0
+    wide = claims.ledger(found(study(n=40, **{"instruct/unfiltered-full": dict(text=10, twins=0)}))).set_index("claim")
+    assert wide.loc["1", "matters"] == "open"  # from 0 to 4 of 40
+
+
 def test_no_room_is_a_ceiling():
     full = dict(text=100, pictures=100, **FINE)
     raw = study(0)

@@ -138,6 +138,16 @@ def of_layers(lost, asr, cosines=(0.5, -0.2)):
 
 LAYERED = [of_layers(0.3, (20, 60)), of_layers(-0.1, (60, 20), (-0.2, 0.5)), of_layers(0.0, (40, 40), (0.0, 0.0))]
 INSIDE["7 7b 8 8c 9 9b"] = LAYERED
+DOSES = ("looking-full", "dose-pictured-05", "dose-pictured-20", "dose-text-05", "dose-text-20")
+INSIDE["4h 4i 4j 4k 4l 4m"] = [
+    {"raw": answers({"parent/aligned": rates(parent[0]), "projector/filtered": rates(*parent)} | {
+        f"instruct/{name}": rates(*of) for name, of in zip(DOSES, doses, strict=True)})}
+    for parent, *doses in (
+        ((0.02, 0.25), (0.3, 0.5), (0.4, 0.75), (0.5, 0.95), (0.65, 0.5), (0.9, 0.55)),
+        ((0.7, 0.8), (0.5, 0.6), (0.5, 0.4), (0.5, 0.3), (0.35, 0.6), (0.2, 0.6)),
+        ((0.4, 0.5),) * 6,
+    )
+]  # fmt: skip
 CASES = ("winner", "loser", "nothing")
 
 

@@ -44,7 +44,8 @@ class Joint(NamedTuple):
 class Claim(NamedTuple):
     """A statement of the paper or about it, and what decides it; `only`: of these backbones; `rule`: the digest of its entry.
 
-    `interest` is the smallest effect that would matter; `family` and `status` are what Holm's correction runs over.
+    `interest` is the smallest effect that would matter: it does ("yes") where the whole item-level interval lies beyond it, and
+    does not ("no") where none of it does. `family` and `status` are what Holm's correction runs over.
     """
 
     name: str
@@ -206,13 +207,15 @@ def judged(lines: Lines) -> pd.DataFrame:
         holds, ceiling, differs = (frame[name].eq(True) for name in (f"{level}_holds", "ceiling", "differs"))
         cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs, CEILING: ceiling}
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
-    return frame[head]
+    beyond = pd.DataFrame({end: frame["sign"] * (frame[end] - frame["against"]) for end in ("low", "high")})
+    sure, small = (beyond.min(axis=1) >= frame["interest"]), (beyond.max(axis=1) < frame["interest"])
+    return frame.assign(matters=np.select([frame["p"].isna(), sure, small], ["", "yes", "no"], "open"))[head]
 
 
 COLUMNS = [
     "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
-    "seeds", "detectable", "interest", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items",
-    "sd_seeds", "heterogeneity", "judge", "rule", "registry",
+    "seeds", "detectable", "interest", "matters", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable",
+    "sd_items", "sd_seeds", "heterogeneity", "judge", "rule", "registry",
 ]  # fmt: skip
 
 
@@ -257,7 +260,8 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
         return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
 
     decided = ledger["part"].astype(object).where(ledger["part"].notna(), ledger["reason"])
-    shown = ledger[["claim", "statement", "status", "backbone", "item_level", "seed_level"]].copy()
+    head = ["claim", "statement", "status", "backbone", "item_level", "seed_level", "matters"]
+    shown = ledger[head].copy()
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")

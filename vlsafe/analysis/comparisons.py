@@ -110,6 +110,18 @@ def _along(part: Part, line: pd.DataFrame, weights: np.ndarray) -> Changes | Non
     return Changes(change, float(line.iloc[:, 0].mean()), float(line.iloc[:, -1].mean())) if change else None
 
 
+def dose(part: Part, frames: Frames, unit: Unit) -> Changes | None:
+    """How much a straight line through the rates at all doses rises from none, `part.before`, to the largest; the doses are the
+    numbers at the ends of the recipes that match `part.after`."""
+    wide = frames["answers"].get((*unit, part.measures[0]), pd.DataFrame())
+    doses = {part.before: 0} | {run: int(run.rpartition("-")[2]) for run in wide if fnmatchcase(run, part.after)}
+    if part.before not in wide or len(doses) < 3:
+        return None
+    line, share = wide[list(doses)].dropna(), np.array(list(doses.values())) / max(doses.values())
+    away = share - share.mean()
+    return _along(part, line[sorted(doses, key=doses.__getitem__)], np.sort(away) / (away**2).sum())
+
+
 def matched(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """Two recipes of stage 2 where their weights have moved equally far from the parent's; see `adaptation.matched`."""
     weights = [rows for name in ("drift", "moved") if (rows := _of(frames, name, unit)) is not None]
@@ -211,10 +223,11 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
 METHODS = {
     function.__name__: function
-    for function in (answers, trend, onset, matched, foreseen, band_similarity, frozen, gradients)
+    for function in (answers, trend, onset, dose, matched, foreseen, band_similarity, frozen, gradients)
 }  # fmt: skip
 NEEDS = {  # what each needs of a study
     "trend": "three checkpoints of the adapted model", "onset": "three checkpoints of the adapted model",
+    "dose": "the arm without how-tos and two doses of one kind",
     "matched": "panels of both recipes, the end of stage 1, and how far their weights moved",
     "foreseen": "panels of three recipes, and two other seeds", "frozen": "the SPPFT grid, a located band and such other sets",
     "band_similarity": "its layers, and a located band that leaves some out", "gradients": "gradients of both tasks",

@@ -25,20 +25,25 @@ MADE_FROM = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": 
 def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     """F14: every claim's deciding difference, drawn so that right of zero is as claimed; a line per backbone.
 
-    Thick: item-level interval; thin: seed-level interval, with single seeds as ticks. Colour: the item-level verdict.
+    Thick: item-level interval; thin: seed-level interval, with single seeds as ticks. Colour: the item-level verdict. Registered
+    claims come first; marks of exploratory ones are hollow.
     """
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
-    height, heads = 0.0, {}
+    height, heads, hollow = 0.0, {}, False
     note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds; "
     note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
-    inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique())
+    inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique() + 1.5)
     caption = f"{style.origin(scale)}; {note}"
     with style.panels({"": ""}, {"": ""}, inches, _count(ledger), caption, xlabel) as (figure, axes):
         axis = axes["", ""]
         axis.axvspan(0, 110, color="#F1F6FA", zorder=0)
         axis.axvline(0, color="black", linewidth=0.7)
         for name, rows in ledger.groupby("claim", sort=False):
+            if rows["status"].iloc[0] == claims.EXPLORATORY and not hollow:
+                hollow, height = True, height + 1.5
+                axis.axhline(height - 1.2, color=GREY, linewidth=0.5)
+                axis.text(-108, height - 1.1, "exploratory: the rule was made after results were seen", fontsize=5.5, va="top")
             heads[height] = textwrap.fill(f"{name}  {rows['statement'].iloc[0]}", 46)
             for row in rows.itertuples():
                 _draw_claim(axis, row, height, marks[row.backbone])
@@ -65,7 +70,8 @@ def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
         axis.plot(seeds.clip(-108, 108), [y, y], color=colour, linewidth=0.6)
     axis.plot(effects, [y] * len(effects), "|", color=colour, markersize=4, alpha=0.7)
     axis.plot(items, [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
-    axis.plot(effect, y, mark, color=colour, markersize=3.6)
+    inside = "white" if row.status == claims.EXPLORATORY else colour
+    axis.plot(effect, y, mark, color=colour, markerfacecolor=inside, markersize=3.6)
 
 
 def _count(ledger: pd.DataFrame) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -74,11 +73,6 @@ def processor() -> str:
     return f"{model}, {cpu.get_cpu_capability()}"
 
 
-def comparable(recorded_on: str) -> set[str]:
-    """The numbers that can be compared here: all on the processor of the record, else those that nothing was trained for."""
-    return {name for name, number in GOLDEN.items() if recorded_on == processor() or not number.absolute + number.relative}
-
-
 def missing(study: Study) -> list[str]:
     """The stages whose runs are not there or not valid; without them nothing can be compared."""
     return [stage for stage in dict.fromkeys(n.stage for n in GOLDEN.values()) if store.status(study.run(stage)) != "valid"]
@@ -106,13 +100,3 @@ def record(study: Study, path: Path) -> None:
         "environment": {**environment, "processor": processor()}, "runs_made_at": commits, "numbers": measure(study),
     }  # fmt: skip
     store.write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def deviations(recorded: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """What is further from its record than its tolerance, in words; new and vanished numbers too."""
-    lines = [f"{name} is {'not recorded' if name in now else 'no longer measured'}" for name in set(recorded) ^ set(now)]
-    for name in recorded.keys() & now.keys():
-        allowed = GOLDEN[name].absolute + GOLDEN[name].relative * abs(recorded[name])
-        if abs(now[name] - recorded[name]) > allowed:
-            lines.append(f"{name} was {recorded[name]:.4f} and is {now[name]:.4f}; {allowed:.4f} is allowed")
-    return sorted(lines)

@@ -261,13 +261,6 @@ def examined(grid: str = "default") -> list[str]:
     return [f"examination/safety.{name}" for name, recipe in RECIPES.items() if grid == "full" or recipe.grid == grid]
 
 
-def validations(study: Study, grid: str = "default") -> list[dict[str, Any]]:
-    """What every checkpoint of a grid's recipes did on the validation pairs; step 0 is where it started."""
-    columns = {"backbone": study.backbone, "seed": study.seed, "stage": "safety"}
-    recipes = [name.removeprefix("examination/safety.") for name in examined(grid)]
-    return [{**columns, "recipe": r, **line} for r in recipes for line in study.rows(f"safety/{r}", "validation.parquet")]
-
-
 REFERENCES = tuple(f"examination/{MAIN_LINE[name].replace('/', '.')}" for name in ("parent", "adapted"))
 
 
