@@ -71,6 +71,7 @@ for study in STUDIES:
                 ancient(f"notebooks/{notebook}.ipynb"),
                 [receipt(s, name) for s in (STUDIES if notebook in ACROSS else [study]) for name in reads(s, notebook)],
             output: touch(executed(study, notebook, ".done"))
+            priority: 2 * max(URGENCY.values())  # seconds each, and somebody may be waiting to read it
             log: executed(study, notebook, ".ipynb")
             params:
                 code=code_digest(Path("notebooks") / f"{notebook}.ipynb"),

@@ -72,7 +72,7 @@ def test_stages_without_gpus_keep_together(tmp_path):
     assert all(len(job) == 1 for job in graph.jobs(cuda))
 
 
-def test_the_longest_chain_is_the_most_urgent(tmp_path):
+def test_the_longest_chain_is_the_most_urgent_but_notebook_03_waits_for_nothing_else(tmp_path):
     study = Study.open("mini", "mini-chat", 0, tmp_path)
     urgency = graph.urgency(study)
     of = {name: urgent for job, urgent in urgency.items() for name in job}
@@ -80,6 +80,8 @@ def test_the_longest_chain_is_the_most_urgent(tmp_path):
         for needed in {needed for name in job for needed in study.inputs(name) if needed not in job}:
             assert of[needed] > of[job[0]], f"{needed} waits behind {job[0]}, which waits for it"
     assert min(urgency.values()) > 0 and of["base/llm"] == max(of.values())
+    degradation = graph.read_by(study, "degradation")
+    assert min(of[name] for name in degradation) > max(urgent for name, urgent in of.items() if name.startswith("safety/"))
 
 
 def test_raw_tables_have_one_row_per_item_model_and_judge(study):

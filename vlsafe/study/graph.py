@@ -255,7 +255,10 @@ def jobs(study: Study, grid: str = "default") -> list[tuple[str, ...]]:
 
 
 def urgency(study: Study, grid: str = "default") -> dict[tuple[str, ...], int]:
-    """How long the chain is that waits for a job, itself included, in seconds at mini: the longest chain goes first."""
+    """How long the chain is that waits for a job, itself included, in seconds at mini: the longest chain goes first.
+
+    What notebook 03 waits for precedes all else: it answers the question that people come with.
+    """
     work = jobs(study, grid)
     job_of = {name: job for job in work for name in job}
     waiting: dict[tuple[str, ...], set[tuple[str, ...]]] = {job: set() for job in work}
@@ -267,7 +270,12 @@ def urgency(study: Study, grid: str = "default") -> dict[tuple[str, ...], int]:
     def chain(job: tuple[str, ...]) -> int:
         return 5 + sum(STAGES[name].cost for name in job) + max(map(chain, waiting[job]), default=0)
 
-    return {job: chain(job) for job in work}
+    @functools.cache
+    def awaited(job: tuple[str, ...]) -> bool:
+        return not first.isdisjoint(job) or any(map(awaited, waiting[job]))
+
+    first, longest = set(read_by(study, "degradation", grid)), sum(map(chain, work))
+    return {job: chain(job) + longest * awaited(job) for job in work}
 
 
 # What a job requests from the scheduler at loaded scales, all assumed: minutes, after which it is queued again and goes on from
