@@ -24,6 +24,11 @@ from vlsafe.models.merge.rules import RULES, How
 HOW = How(0.6, kept=0.5)
 
 
+def combined(*arguments, **more):
+    """The streamed merge, all of it in memory."""
+    return dict(rules.streamed(*arguments, **more))
+
+
 def checkpoint(folder, seed, sizes, shards=1, dtype=torch.float32, words=("a", "b")):
     """Random tensors as a model folder: config, a word-level tokenizer, one shard or more with an index."""
     folder.mkdir()
@@ -71,7 +76,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(name, shards, tmp_path, monkeyp
     how = HOW._replace(ratio=1.4) if rule.beyond else HOW
     used = folders if rule.based else {which: folders[which] for which in "ab"}
     summary = files.merge(name, used, tmp_path / "out", how, seed=5)
-    expected = rules.combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, how, seed=5)
+    expected = combined(name, tensors["a"], tensors["b"], tensors["base"] if rule.based else None, how, seed=5)
     found = loaded(tmp_path / "out")
     assert set(found) == set(expected) and summary == {
         "tensors": 4, "bytes": summary["bytes"], "shards": shards, "merged": 4, "copied": 0, "left": 0, "rows": {},
@@ -93,21 +98,19 @@ def test_what_only_a_has_and_which_blocks_are_merged():
     half = How(0.5)
 
     def means(**more):
-        return {
-            key.split(".")[-2]: value.mean().item() for key, value in rules.combined("linear", a, b, None, half, **more).items()
-        }
+        return {key.split(".")[-2]: value.mean().item() for key, value in combined("linear", a, b, None, half, **more).items()}
 
     assert means() == {"1": 2.0, "lm_head": 2.0, "0": 2.0, "2": 2.0}  # the tower's block 1 comes first, the language model's last
-    assert rules.combined("linear", a, b, None, half)["model.vision_tower.encoder.layers.1.w"].tolist() == [1, 1]
+    assert combined("linear", a, b, None, half)["model.vision_tower.encoder.layers.1.w"].tolist() == [1, 1]
     assert means(blocks={1}) == {"1": 2.0, "lm_head": 1.0, "0": 1.0, "2": 1.0}
     assert means(blocks={0, 2, None}) == {"1": 1.0, "lm_head": 2.0, "0": 2.0, "2": 2.0}
     base = {key: torch.zeros(2) for key in b if key != "lm_head.weight"}
-    added = rules.combined("task_arithmetic", a, b, base, half._replace(scaling=2.0))
+    added = combined("task_arithmetic", a, b, base, half._replace(scaling=2.0))
     assert added[name.format(0)].tolist() == [4, 4] and added["lm_head.weight"].tolist() == [2, 2]  # no base: linear
     with pytest.raises(ValueError, match="task vector of b is zero"):
-        rules.combined("ties", a, base, base, half)
+        combined("ties", a, base, base, half)
     with pytest.raises(ValueError, match="b has 1 tensors that a lacks"):
-        rules.combined("linear", b, a, None, half)
+        combined("linear", b, a, None, half)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_both_layouts_of_llava_merge_alone_and_with_each_other(llavas, tmp_path)
         merged[name] = checkpoints.load(tmp_path / name).state_dict()
         assert checkpoints.load_processor(tmp_path / name).image_processor.size["shortest_edge"] == 32
     a, b = (checkpoints.load(llavas / name).state_dict() for name in ("a", "b"))
-    for key, value in rules.combined("linear", a, b, None, How(0.6)).items():
+    for key, value in combined("linear", a, b, None, How(0.6)).items():
         assert torch.equal(merged["memory"][key], value) and torch.equal(merged["mixed"][key], value), key
         assert torch.allclose(merged["from hub"][key], value, atol=1e-6), key
 

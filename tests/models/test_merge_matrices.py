@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from models.test_merge_files import llavas, loaded, three  # noqa: F401
+from models.test_merge_files import combined, llavas, loaded, three  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from vlsafe import cli
 from vlsafe.core.schema import Example, Turn, to_row
 from vlsafe.models import checkpoints
 from vlsafe.models.chat import rendered
-from vlsafe.models.merge import files, fisher, matrices, rules
+from vlsafe.models.merge import files, fisher, matrices
 from vlsafe.models.merge.rules import How, merged
 
 
@@ -144,7 +144,7 @@ def test_the_commands_weigh_and_merge(llavas, tmp_path, capsys):  # noqa: F811
     assert cli.main(call) == 2 and "(--fisher)" in capsys.readouterr().err
     assert cli.main([*call, "--fisher", *weighed]) == 0
     a, b = (checkpoints.load(llavas / which).state_dict() for which in "ab")
-    expected = rules.combined("fisher", a, b, None, How(0.5), fisher=[load_file(path) for path in weighed])
+    expected = combined("fisher", a, b, None, How(0.5), fisher=[load_file(path) for path in weighed])
     result = checkpoints.load(tmp_path / "out").state_dict()
     assert all(torch.equal(result[key], value) for key, value in expected.items())
     assert sum(not torch.equal(value, torch.lerp(a[key], b[key], 0.5)) for key, value in result.items()) > 10
@@ -178,7 +178,7 @@ def test_whole_matrices_and_lines_beyond_on_disk(tmp_path, capsys):
     for name, based, how in (("tsv_m", True, How(scaling=0.7)), ("iso_c", True, How()), ("expo", False, How(1.4))):
         used = folders if based else {which: folders[which] for which in "ab"}
         result = files.merge(name, used, tmp_path / name, how)
-        expected = rules.combined(name, tensors["a"], tensors["b"], tensors["base"] if based else None, how)
+        expected = combined(name, tensors["a"], tensors["b"], tensors["base"] if based else None, how)
         assert all(torch.equal(value, expected[key]) for key, value in loaded(tmp_path / name).items())
         assert set(result["measured"]) == ({"w3"} if name == "tsv_m" else set())
     call = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.test_merge_files import llavas  # noqa: F401
+from models.test_merge_files import combined, llavas  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from vlsafe.models.merge import rules
@@ -59,7 +59,7 @@ def test_agreement_with_mergekit(rule, started, tmp_path):
     theirs = {key: value for file in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(file).items()}
     a, b, base = (load_file(started / name / "model.safetensors") for name in ("a", "b", "base"))
     based = rules.RULES[rule].based
-    ours = rules.combined(rule, a, b, base if based else None, How(RATIO, kept=KEPT))
+    ours = combined(rule, a, b, base if based else None, How(RATIO, kept=KEPT))
     assert set(theirs) == set(ours) and len(ours) > 50
     for key, value in ours.items():
         if rule == "slerp" and torch.cosine_similarity(a[key].flatten(), b[key].flatten(), dim=0).abs() > 0.9995:

@@ -320,14 +320,6 @@ def seed_of(seed: int, key: str) -> list[int]:
     return [seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])]
 
 
-def combined(
-    name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0,
-    blocks: Collection[int | None] | None = None, fisher: Sequence[Weights] = (),
-) -> dict[str, Tensor]:  # fmt: skip
-    """Two models merged by a rule, all of it in memory: as `streamed`."""
-    return dict(streamed(name, a, b, base, how, seed, blocks, fisher))
-
-
 def streamed(
     name: str, a: Weights, b: Weights, base: Weights | None, how: How, seed: int = 0,
     blocks: Collection[int | None] | None = None, fisher: Sequence[Weights] = (),
