@@ -169,7 +169,7 @@ def test_task_arithmetic_is_not_examined_twice(study):
 
 def test_a_parents_merge_keeps_projector_and_tower_and_has_no_task_vector(study):
     held = study_merging.members(study, "aligned")
-    made = rules.combined("linear", held.a, held.b, held.base, How(1.0))
+    made = dict(rules.streamed("linear", held.a, held.b, held.base, How(1.0)))
     parent = checkpoints.load(study.folder("parent/aligned")).state_dict()
     for key, value in made.items():
         own = "vision_tower" in key or "multi_modal_projector" in key
