@@ -1,8 +1,10 @@
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 from statsmodels.stats import contingency_tables
+from statsmodels.stats.multitest import multipletests
 
 from vlsafe.analysis import stats
 from vlsafe.core.presets import MINI
@@ -165,3 +167,15 @@ def test_one_stratum_is_the_ordinary_rate():
     clusters = (np.arange(60) // 3).tolist()
     found, rate = stats.stratified([stats.Stratum(1.0, values, values, clusters)]), stats.rate(values.tolist(), clusters)
     assert found == pytest.approx((rate.value, rate.value_high, rate.low, rate.high))
+
+
+def test_holms_correction_is_statsmodels_within_each_family_and_skips_what_is_unknown():
+    rng = np.random.default_rng(0)
+    p = pd.Series(rng.random(60) ** 3).mask(rng.random(60) < 0.2)
+    p[7] = p[8] = 0.01
+    family = pd.Series(rng.choice(list("abc"), 60))
+    corrected = stats.holm(p, [family])
+    for of in set(family):
+        known = p[(family == of) & p.notna()]
+        assert corrected[known.index].tolist() == multipletests(known, method="holm")[1].tolist()
+    assert corrected[p.isna()].isna().all() and p.isna().any()

@@ -75,7 +75,6 @@ def part(study, runs, read, monkeypatch):
     monkeypatch.setattr(analysis.tuning, "SHOWN", SOME)
     monkeypatch.setattr(analysis.degradation, "OVERVIEW", SOME)
     monkeypatch.setattr(analysis.claims, "CLAIMS", tuple(claim for claim in analysis.claims.CLAIMS if claim.name in CLAIMS))
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects after every correction
 
     def frames(names):
         monkeypatch.setattr(results, "finished", lambda _, wanted: [runs[name] for name in wanted if name in names])

@@ -175,7 +175,7 @@ def test_a_parents_merge_keeps_projector_and_tower_and_has_no_task_vector(study)
         own = "vision_tower" in key or "multi_modal_projector" in key
         assert torch.equal(value, held.a[key] if own else parent[key.replace("language_model.", "")]), key
     with pytest.raises(ValueError, match="the task vector of b is zero"):
-        rules.combined("ties", held.a, held.b, held.base, How(0.5))
+        dict(rules.streamed("ties", held.a, held.b, held.base, How(0.5)))
 
 
 def test_lineages_have_the_base_that_they_started_from(study):
