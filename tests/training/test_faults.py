@@ -64,6 +64,14 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, t
 
 
 @pytest.mark.processes
+def test_one_process_of_two_looks_for_checkpoints_and_removes_what_is_incomplete(begun, rows, tmp_path, capfd):  # noqa: F811
+    cut = job(begun, tmp_path / "cut", launch=written(tmp_path, DDP))
+    (tmp_path / "cut" / "checkpoint-2").mkdir(parents=True)
+    trained(cut, rows)
+    assert capfd.readouterr().err.count("checkpoint-2 is incomplete") == 1
+
+
+@pytest.mark.processes
 def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):  # noqa: F811
     """A stage that is killed must not leave processes behind that write into the folder of its successor."""
     of = job(begun, tmp_path / "x", launch=written(tmp_path, DDP))

@@ -166,6 +166,7 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
 def main(argv: list[str]) -> None:
     """One process of a launched training run."""
     processes.die_with_parent()
+    PartialState(cpu=os.environ.get(devices.VARIABLE) == "cpu")  # on CPUs nobody else has it know of the other processes
     path, rank = Path(argv[0]), os.environ.get("RANK", "0")
 
     def progress(step: int) -> None:
