@@ -114,12 +114,12 @@ def dose(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """How much a straight line through the rates at all doses rises from none, `part.before`, to the largest; the doses are the
     numbers at the ends of the recipes that match `part.after`."""
     wide = frames["answers"].get((*unit, part.measures[0]), pd.DataFrame())
-    doses = {part.before: 0} | {run: int(run.rpartition("-")[2]) for run in wide if fnmatchcase(run, part.after)}
-    if part.before not in wide or len(doses) < 3:
+    dosed = {run: int(run.rpartition("-")[2]) for run in wide if fnmatchcase(run, part.after)}
+    if part.before not in wide or len(dosed) < 2:
         return None
-    line, share = wide[list(doses)].dropna(), np.array(list(doses.values())) / max(doses.values())
-    away = share - share.mean()
-    return _along(part, line[sorted(doses, key=doses.__getitem__)], np.sort(away) / (away**2).sum())
+    doses = pd.Series({part.before: 0} | dosed).sort_values() / max(dosed.values())
+    away = doses - doses.mean()
+    return _along(part, wide[list(doses.index)].dropna(), (away / (away**2).sum()).to_numpy())
 
 
 def matched(part: Part, frames: Frames, unit: Unit) -> Changes | None:
