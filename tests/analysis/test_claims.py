@@ -198,10 +198,10 @@ def test_the_ledger_repeats_and_names_every_claim_of_the_issue(three):
 
 
 def merged(text, pictures, helpful, ensemble):
-    """Nine tuned models alike, a merged model, and the ensemble of its members."""
+    """Six tuned models alike, a merged model, and the ensemble of its members."""
     tenth = next(claim for claim in claims.CLAIMS if claim.name == "10")
     tuned = {part.before: of_two(30, 40) for part in claims.leaves(tenth.decided_by)}
-    assert len(tuned) == 9
+    assert len(tuned) == 6
     own = {claims.MERGED[0].replace("0.*[1-9]*", "0.60"): of_two(text, pictures, help=helpful)}
     return study(n=200, **tuned, **own, **{claims.ENSEMBLE[0].replace("0.*[1-9]*", "0.50"): ensemble})
 

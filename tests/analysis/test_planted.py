@@ -148,6 +148,19 @@ INSIDE["4h 4i 4j 4k 4l 4m"] = [
         ((0.4, 0.5),) * 6,
     )
 ]  # fmt: skip
+REMEDIES = ("sl-full", "mtl-full", "dpo-both-full", "filtered-sppft", "merged")
+
+
+def further(start, end, merged):
+    """Remedies that begin and end a further fine-tuning at some rates, the merge elsewhere; and the adapted model."""
+    ends = dict.fromkeys(REMEDIES, end) | {"merged": merged}
+    models = {f"{model}/start": start for model in REMEDIES} | {"adapted/start": 0.6}
+    models |= {f"{model}/{rows}": ends[model] for model in REMEDIES for rows in ("instructions", "harmful")}
+    return {"raw": answers({f"durability/{name}": rates(asr) for name, asr in models.items()})}
+
+
+LASTS = ((0.1, 0.2, 0.05), (0.1, 0.6, 0.75), (0.2, 0.4, 0.4))
+INSIDE["13 13b 13c 13d 13e 14 14b 14c 14d 14e 15"] = [further(*planted) for planted in LASTS]
 CASES = ("winner", "loser", "nothing")
 
 

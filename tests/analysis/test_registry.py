@@ -38,7 +38,7 @@ def test_a_digest_is_of_the_whole_rule_and_not_of_its_status():
     data["claims"]["1"]["status"] = EXPLORATORY
     data["trees"]["below"]["against"] = 0.01  # a shared tree
     after = {name: claims.rule(entry) for name, entry in claims.entries(data).items()}
-    assert {name for name in before if before[name] != after[name]} == {"3c", "8b", "10", "10b", "11", "11b"}
+    assert {name for name in before if before[name] != after[name]} == {"3c", "8b", "10", "10b", "11", "11b", "15"}
 
 
 def git(root, *command):
@@ -134,3 +134,54 @@ def test_the_first_ledger_is_what_the_crossing_refuses():
     rival = {"backbone": "b", "rule": "inside", "partner": "sl-full", "reference": "dpo"}
     lost, won = (pd.DataFrame([rival | {"verdict": verdict}]) for verdict in ("is dominated", "dominates"))
     assert contradictions(pd.DataFrame([line]), lost) == [("10", "b")] and contradictions(pd.DataFrame([line]), won) == []
+
+
+SIDE = {"instruct/filtered-full": "adapted", "parent/aligned": "parent"}
+
+
+def denied(tree, tuned):
+    """Whether T05 says otherwise than a tree of comparisons, in some seed: its interval lies wholly on the other side."""
+    if not isinstance(tree, claims.Part):
+        return (any if tree.how == "all" else all)(denied(part, tuned) for part in tree.parts)
+    (measure, *_), reference = tree.measures, SIDE.get(tree.before)
+    own = tuned[(tuned["stage"] + "/" + tuned["recipe"] == tree.after) & (tuned["measure"] == measure)]
+    if reference is None or len(tree.measures) > 1 or own.empty:
+        return False
+    ends = own[[f"{reference}_difference_{end}" for end in ("low", "high")]] - tree.against
+    return bool((ends * tree.sign < 0).all(axis=1).any())
+
+
+def denied_by_t05(ledger, tuned):
+    """Claims that a ledger supports, although T05 says otherwise of a comparison that they hang on."""
+    trees = {claim.name: claim.decided_by for claim in claims.CLAIMS}
+    held = ledger[(ledger["item_level"] == SUPPORTED) & ledger["claim"].isin(list(trees))]
+    return [
+        (line.claim, line.backbone) for line in held.itertuples()
+        if denied(trees[line.claim], tuned[tuned["backbone"] == line.backbone])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=str)
+def test_no_ledger_supports_what_the_table_of_tunings_denies(ledger):
+    table = pd.read_csv(ROOT / ledger, dtype={"claim": str})
+    other = (ROOT / ledger).with_name("T05_safety_tuning.csv")
+    if "status" not in table or not other.exists():
+        pytest.skip(f"{ledger} was made before claims had a registry, or has no tunings beside it")
+    assert denied_by_t05(table, pd.read_csv(other)) == []
+
+
+def test_the_crossing_with_tunings_refuses_what_it_should():
+    """SFT "lowers" both ASR; T05 has one that rose, beyond its interval in one seed of two."""
+    ledger = pd.DataFrame([{"claim": "5", "backbone": "b", "item_level": SUPPORTED}])
+    line = {"backbone": "b", "stage": "safety", "recipe": "sl-full", "adapted_difference_high": -0.1}
+    fell = [line | {"measure": name, "seed": seed, "adapted_difference_low": -0.3}
+            for name in ("text_asr", "multimodal_asr") for seed in (0, 1)]  # fmt: skip
+    assert denied_by_t05(ledger, pd.DataFrame(fell)) == []
+    fell[-1] |= {"adapted_difference_low": 0.05, "adapted_difference_high": 0.2}
+    assert denied_by_t05(ledger, pd.DataFrame(fell)) == [("5", "b")]
+    costs = ledger.assign(claim="5r")  # of twins or of exaggerated refusal: both must be denied
+    less = [
+        line | {"measure": name, "seed": 0, "adapted_difference_low": -0.3} for name in ("twin_refusal", "exaggerated_refusal")
+    ]
+    assert denied_by_t05(costs, pd.DataFrame(less)) == [("5r", "b")]
+    assert denied_by_t05(costs, pd.DataFrame(less[:1])) == []

@@ -101,6 +101,40 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     assert analysis_merging.answer(alone).startswith("No: 0 of 4")  # nobody compared the winner with its ensemble
 
 
+def at_ratios(*curves, seeds=(0,)):
+    """Linear merges and ensembles at ratios 0, .5 and 1 on all test items: attacks of twelve that succeed, right answers."""
+    frames = [
+        answers("merge", f"{rule}/{PAIR}/{ratio:.2f}", 0, "full", asr, helpful).assign(exam="ratios", seed=seed)
+        for seed in seeds for rule, points in zip(("linear", "ensemble"), curves, strict=True)
+        for ratio, (asr, helpful) in zip((0.0, 0.5, 1.0), points, strict=True)
+    ]  # fmt: skip
+    harmless = [frame[frame["benchmark"] == "mm_safetybench"].assign(harmful=False, event=False, label="complied_right",
+                item=lambda of: "twin" + of["item"]) for frame in frames]  # fmt: skip
+    return pd.concat([*frames, *harmless], ignore_index=True)
+
+
+def test_bands_over_ratios_hold_their_lines_and_tell_merge_and_ensemble_apart():
+    table = merging.ratios(at_ratios([(12, 8), (3, 8), (2, 8)], [(12, 8), (9, 8), (2, 8)], seeds=(0, 1)), draws=400)
+    text = table[table["measure"] == "text_asr"].set_index(["rule", "ratio"])
+    assert text.loc["linear", "value"].tolist() == pytest.approx([1.0, 3 / 12, 2 / 12]) and set(text["seeds"]) == {2}
+    assert text.loc["linear - ensemble", "value"].tolist() == pytest.approx([0.0, -0.5, 0.0])
+    assert ((text["low"] <= text["value"]) & (text["value"] <= text["high"])).all()
+    low, high = text.loc[("linear", 0.5), ["low", "high"]]
+    single = np.quantile(np.random.default_rng(0).binomial(12, 0.25, 9999) / 12, [0.025, 0.975])
+    assert high - low > np.ptp(single) * 0.9  # a band for all ratios is no narrower than an interval for one
+
+
+def test_the_regret_is_what_the_best_ratio_has_more_than_the_chosen_one():
+    """Scores at 0, .5, 1 of twelve: (0 + 0 + 12 + h) / 48 and so on, h the same: the middle is best, by 9 + 9 over the start."""
+    raw = at_ratios([(12, 8), (3, 8), (5, 8)], [(12, 8), (9, 8), (2, 8)])
+    chosen = lines((0.0, 0, 0, 0), (0.5, 0, 0, 0)).assign(chosen=[True, False])
+    (line,) = merging.regret(raw, chosen, draws=100).to_dict("records")
+    assert line["rule"] == "linear" and (line["chosen"], line["best"]) == (0.0, 0.5)
+    assert line["regret"] == pytest.approx((9 + 9) / 12 / 4) and line["regret_low"] <= line["regret"] <= line["regret_high"]
+    (none,) = merging.regret(raw, chosen.assign(chosen=[False, True]), draws=100).to_dict("records")
+    assert none["regret"] == 0
+
+
 def test_holm_runs_over_all_rules_and_measures_of_one_reference():
     found = merging.methods(raw(linear=(0, 8), ties=(0, 8)), lines((0.5, 0, 0, 0)).assign(chosen=True))
     of = found[found["reference"] == "ensemble"].sort_values("p")

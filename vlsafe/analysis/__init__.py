@@ -6,7 +6,7 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.analysis import (
-        adaptation, agreement, capability, causal, claims, comparisons, degradation, filtering, measures, merging,
+        adaptation, agreement, capability, causal, claims, comparisons, degradation, durability, filtering, measures, merging,
         probing, stats, tuning,
     )  # fmt: skip
 

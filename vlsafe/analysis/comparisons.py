@@ -19,6 +19,7 @@ from vlsafe.analysis.stats import Stratum
 from vlsafe.core.schema import MAIN_LINE
 
 ADAPTED = MAIN_LINE["adapted"]
+BEGUN = "durability/adapted/start"  # the adapted model as further fine-tunings were compared with it
 EARLY = 0.25  # of the steps: the last checkpoint before is an early one
 Frames = Mapping[str, Any]
 Unit = tuple[str, int]  # backbone and seed of a study
@@ -122,6 +123,14 @@ def dose(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     return _along(part, wide[list(doses.index)].dropna(), (away / (away**2).sum()).to_numpy())
 
 
+def half(part: Part, frames: Frames, unit: Unit) -> Changes | None:
+    """Where a remedy ends after a further fine-tuning, above the middle of where it, `part.before`, and the adapted model began:
+    below it, more than half of the remedy's gain is still there."""
+    wide = frames["answers"].get((*unit, part.measures[0]), pd.DataFrame())
+    runs = [part.before, BEGUN, part.after]
+    return _along(part, wide[runs].dropna(), np.array([-0.5, -0.5, 1.0])) if set(runs) <= set(wide) else None
+
+
 def matched(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """Two recipes of stage 2 where their weights have moved equally far from the parent's; see `adaptation.matched`."""
     weights = [rows for name in ("drift", "moved") if (rows := _of(frames, name, unit)) is not None]
@@ -223,11 +232,12 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
 METHODS = {
     function.__name__: function
-    for function in (answers, trend, onset, dose, matched, foreseen, band_similarity, frozen, gradients)
+    for function in (answers, trend, onset, dose, half, matched, foreseen, band_similarity, frozen, gradients)
 }  # fmt: skip
 NEEDS = {  # what each needs of a study
     "trend": "three checkpoints of the adapted model", "onset": "three checkpoints of the adapted model",
     "dose": "the arm without how-tos and two doses of one kind",
+    "half": "the remedy and the adapted model, as they are and fine-tuned again (`GRID=full`)",
     "matched": "panels of both recipes, the end of stage 1, and how far their weights moved",
     "foreseen": "panels of three recipes, and two other seeds", "frozen": "the SPPFT grid, a located band and such other sets",
     "band_similarity": "its layers, and a located band that leaves some out", "gradients": "gradients of both tasks",

@@ -296,6 +296,16 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
     return {point: values[:, place] for place, point in enumerate(sums.columns)}
 
 
+def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[Any, np.ndarray]]:
+    """A measure's mean over seeds by recipe and step, of the points that all seeds have: as it is, then over bootstrap samples of
+    seeds and of clusters within each, [1 + draws]."""
+    each = [bootstrap(of, measure, np.random.default_rng(seed), draws) for seed, of in rows.groupby("seed", sort=True)]
+    weights, found = stats.resamples(len(each), draws, np.random.default_rng(0)) / len(each), dict[str, dict[Any, np.ndarray]]()
+    for recipe, step in sorted(set.intersection(*map(set, each))):
+        found.setdefault(recipe, {})[step] = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
+    return found
+
+
 def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) -> pd.DataFrame:
     """One line per `index`, a column per measure and one for its difference, in percent with intervals, for the eye; graded
     measures are left to the CSV."""

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
-from vlsafe.analysis import tuning
+from vlsafe.analysis import stats, tuning
 from vlsafe.analysis.measures import GRADED, HEADLINE, MEASURES, UNIT, Lacking, groups, run_names
 from vlsafe.analysis.stats import percentiles
 from vlsafe.core.schema import MAIN_LINE
@@ -173,6 +173,71 @@ def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
     if not changes:
         raise Lacking("no linear merge was examined beside its ensemble on the panel")
     return pd.concat(changes, ignore_index=True).drop(columns=["stage", "recipe"])
+
+
+def _at_ratios(raw: pd.DataFrame) -> pd.DataFrame:
+    """Answers of linear merges and ensembles at every ratio to all test items: the rule as recipe, the ratio as step.
+
+    Raises:   Lacking where there are none
+    """
+    rows = raw[(raw["stage"] == "merge") & (raw["exam"] == "ratios")]
+    if rows.empty:
+        raise Lacking('the grid "full" alone examines every ratio on all test items')
+    parts = rows["recipe"].str.split("/", expand=True)
+    return rows.assign(recipe=parts[0], partner=parts[1].str.partition("+")[2], step=parts[2].astype(float))
+
+
+def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """T07 along the ratio, on all test items: the mean over seeds of linear merge and ensemble with bands that hold all ratios at
+    once, and how far the merge lies from the ensemble at the same ratio, with a band of its own.
+
+    Draws:    bootstrap samples of seeds, and of clusters within each, deviations stretched as for a variance of so few seeds
+    Units:    fractions
+    """
+    lines = []
+    for key, rows in groups(_at_ratios(raw), ["backbone", "partner"], sort=True):
+        seeds = rows["seed"].nunique()
+        for measure in analysis_measures.present(rows, HEADLINE):
+            drawn = analysis_measures.over_seeds(rows, measure, draws)
+            places = {rule: list(of) for rule, of in drawn.items()}
+            curves = {rule: np.stack(list(of.values()), 1) for rule, of in drawn.items()}
+            if places.get("linear") == places.get("ensemble"):
+                curves["linear - ensemble"], places["linear - ensemble"] = curves["linear"] - curves["ensemble"], places["linear"]
+            for rule, curve in curves.items():
+                curve = curve[0] + (curve - curve[0]) * (seeds / max(1, seeds - 1)) ** 0.5
+                low, high = stats.simultaneous(curve)
+                for place, ratio in enumerate(places[rule]):
+                    ends = {"value": curve[0, place], "low": low[place], "high": high[place]}
+                    lines.append(key | {"rule": rule, "measure": measure, "ratio": ratio, "seeds": seeds} | ends)
+    return pd.DataFrame(lines)
+
+
+SCORE = {"text_asr": -1, "multimodal_asr": -1, "twin_refusal": -1, "helpfulness": 1}  # better where larger; assumed: all alike
+
+
+def regret(raw: pd.DataFrame, lines: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """By how much the ratio that validation chose falls short of the best one on test items, in the mean of four measures, each
+    better where larger. The best one is found on the items that it is measured on: the regret is an upper bound.
+
+    Units:    fractions
+    Draws:    bootstrap samples of clusters, in each of which the best ratio is found again
+    """
+    found, rows = [], _at_ratios(raw)
+    picked = lines[lines["chosen"]].set_index([*UNIT, "partner", "rule"])["ratio"]
+    for key, of in groups(rows, [*UNIT, "partner"], sort=True):
+        if set(analysis_measures.present(of, SCORE)) != set(SCORE):
+            continue
+        each = [
+            (sign, analysis_measures.bootstrap(of, m, np.random.default_rng(key["seed"]), draws)) for m, sign in SCORE.items()
+        ]
+        for rule in dict.fromkeys(of["recipe"]):
+            places = sorted(ratio for name, ratio in each[0][1] if name == rule)
+            score = np.mean([sign * np.stack([drawn[rule, ratio] for ratio in places], 1) for sign, drawn in each], axis=0)
+            chosen = picked.get((*key.values(), rule))
+            if chosen in places:
+                line = key | {"rule": rule, "chosen": chosen, "best": places[int(score[0].argmax())]}
+                found.append(line | stats.percentiles(score.max(1) - score[:, places.index(chosen)], "regret"))
+    return pd.DataFrame(found)
 
 
 def final(raw: pd.DataFrame) -> pd.DataFrame:

@@ -351,6 +351,20 @@ def percentiles(drawn: np.ndarray, name: str = "") -> dict[str, float]:
     return {name or "value": float(drawn[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
+def simultaneous(drawn: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """A band that holds K values at once: their standard errors times one factor, the quantile over bootstrap samples of the
+    largest deviation in standard errors.
+
+    Shapes:   [1 + draws, K], the values themselves first  ->  low, high [K]
+    Source:   Montiel Olea and Plagborg-Møller 2019 (sup-t bands)
+    """
+    away = drawn[1:] - drawn[0]
+    error = away.std(0)
+    scaled = np.divide(np.abs(away), error, out=np.zeros_like(away), where=error > 0)
+    half = np.quantile(scaled.max(1), level) * error
+    return drawn[0] - half, drawn[0] + half
+
+
 def holm(p: pd.Series, families: list[pd.Series]) -> pd.Series:
     """P-values corrected within each family, whose keys are given as columns; unknown p-values stay unknown and do not count.
 

@@ -21,7 +21,7 @@ from vlsafe.inspection import causal as interventions
 from vlsafe.models import checkpoints
 from vlsafe.planning import dryrun
 from vlsafe.planning.dryrun import CAST, FROZEN, GPUS, MEASURED, Shapes
-from vlsafe.study import adaptation, causal, graph, merging, tuning
+from vlsafe.study import adaptation, causal, durability, graph, merging, tuning
 from vlsafe.study.study import Study
 
 GUARD_WEIGHTS = 8.0e9  # Llama-Guard-3-8B; judges that are models are taken to be as large
@@ -176,9 +176,18 @@ class Plan:
             partner, _, grid = rest.partition(".")
             rules = merging.points(self.study, partner, grid or "default")
             return len(rules), sum(map(len, rules)), 1.0 if grid else 0.8  # the headline measures' benchmarks; assumed
+        if trainings := self.further(recipe):
+            spec = self.study.scale.durability
+            panels = trainings * (len(spec.along) - 1 if word == "durability" else len(spec.searched))
+            return 1 + trainings * (word == "durability"), panels, 0.8
         if word == "confounds":
             return 1, 0, 0.2  # the requests of one benchmark in several prompts; assumed
         return 1, self.early(recipe.replace(".", "/", 1)), 1.0
+
+    def further(self, recipe: str) -> int:
+        """How many further fine-tunings are behind `responses/recipe`."""
+        kinds = {"durability": len(durability.kinds(self.study)), "worst": self.study.scale.durability.trials + 1}
+        return kinds.get(recipe.partition(".")[0], 0)
 
     def items(self, models: float) -> tuple[float, float]:
         """Requests and questions of interventions: a few items of each benchmark, half of them answered in sentences."""
@@ -227,7 +236,13 @@ def _screen(plan: Plan, recipe: str) -> Cost:
 
 
 def _responses(plan: Plan, recipe: str) -> Cost:
-    return plan.answered(*plan.exam(*plan.models(recipe)))
+    found, runs = plan.answered(*plan.exam(*plan.models(recipe))), plan.further(recipe)
+    if not runs:
+        return found
+    scale, traffic = plan.study.scale, plan.study.scale.traffic
+    fit = dataclasses.replace(scale.instruct, steps=max(1, round(scale.durability.share * scale.instruct.steps)))
+    learned = plan.trained(fit, "full", 1, traffic.instructions, traffic.pictured, runs)
+    return learned._replace(hours=found.hours + learned.hours, kept=found.kept)
 
 
 def _examination(plan: Plan, recipe: str) -> Cost:
@@ -240,8 +255,8 @@ def _examination(plan: Plan, recipe: str) -> Cost:
     return plan.judged(requests * sum(map(len, judges)) / max(1, sum(map(bool, judges))))
 
 
-def _merge(plan: Plan, recipe: str) -> Cost:
-    return _examination(plan, f"merge.{recipe}")
+def _judged(kind: str) -> Callable[[Plan, str], Cost]:
+    return lambda plan, recipe: _examination(plan, f"{kind}.{recipe}")
 
 
 def _probe(plan: Plan, what: str) -> Cost:
@@ -291,7 +306,8 @@ def _judging(plan: Plan, what: str) -> Cost:
 
 KINDS: dict[str, Callable[[Plan, str], Cost]] = {
     "projector": _projector, "instruct": _instruct, "safety": _safety, "screen": _screen, "responses": _responses,
-    "examination": _examination, "merge": _merge, "probe": _probe, "causal": _causal, "sppft": _sppft, "judging": _judging,
+    "examination": _examination, "probe": _probe, "causal": _causal, "sppft": _sppft, "judging": _judging,
+    **{kind: _judged(kind) for kind in ("merge", "durability", "worst")},
 }  # fmt: skip
 """What counts a stage, by the first word of its name; the others (corpora, weights that are there) take no GPU."""
 

@@ -1,4 +1,4 @@
-"""F12 and F13: how to choose the ratio of a merge, and whether merging dominates. Draws the tables of `analysis.merging`."""
+"""F12, F13 and F16: the ratio of a merge, whether merging dominates, and whether a remedy lasts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from vlsafe.plots.tuning import MEAN, asr_against_helpfulness
 PARTNERS = {  # what each partner is for the eye
     "sl-full": "child: SL", "dpo-both-full": "child: DPO on both", "sibling-full": "sibling", "aligned": "parent",
 }  # fmt: skip
+FURTHER = {  # what is fine-tuned again; two kinds of SFT and SPPFT are told apart by line and colour
+    "adapted": KINDS["adapted"], "mtl-full": KINDS["SFT"] | {"linestyle": "--"}, "sl-full": KINDS["SFT"],
+    "dpo-both-full": KINDS["DPO"], "filtered-sppft": KINDS["GRPO"], "merged": KINDS["merged"],
+}  # fmt: skip
+ROWS = {
+    "instructions": "harmless instructions", "text": "harmless text", "howtos": "more how-tos", "harmful": "few harmful answers",
+}  # fmt: skip
 FRONTS = {"merged": ("merged",), "ensemble": ("ensemble",), "SFT": ("SFT", "DPO", "GRPO")}  # colour of -> whose points
 
 
-def sweep(rates: pd.DataFrame, scale: str) -> Figure:
+def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) -> Figure:
     """F12: attack success, refusals and helpfulness against the ratio of the linear merge, a column per partner.
 
-    `rates` as `analysis.merging.sweep` gives them, fractions in [0, 1]; drawn in percent.
+    `rates` as `analysis.merging.sweep` gives them, `bands` as its `ratios` does, fractions in [0, 1]; drawn in percent.
 
     Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
     """
@@ -30,9 +37,9 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
     n = rates.groupby("measure")["n"].max()
     sizes = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
     caption = style.caption(
-        rates, scale, f"bands: {style.band(rates)}", style.judges(rates),
+        rates, scale, f"bands: {style.band(rates) if bands is None else WHOLE}", style.judges(rates),
         "lines: linear merge", "crosses: ensemble of the same two models", "triangle: the ratio that validation pairs chose",
-        f"on the panel, n: {sizes}",
+        f"{'on the panel, ' if bands is None else ''}n: {sizes}",
     )  # fmt: skip
     xlabel = "ratio: weight of the safe partner"
     rows = style.by_backbone(rates, "percent")
@@ -41,7 +48,7 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
             axis.set(xlim=(-0.03, 1.03), ylim=(-6, 104))
             axis.xaxis.label.set_fontsize(6)
             linear = part[part["rule"] == "linear"].sort_values("ratio")
-            style.draw_measures(axis, linear, "ratio")
+            style.draw_measures(axis, linear, "ratio", None if bands is None else _band_of(bands, part))
             ensemble = part[(part["rule"] == "ensemble") & part["measure"].isin(list(LINES))]
             for (measure, ratio), value in ensemble.groupby(["measure", "ratio"])["value"].mean().items():
                 axis.plot(ratio, value, marker="x", color=LINES[measure]["color"], markersize=4.5)
@@ -51,6 +58,15 @@ def sweep(rates: pd.DataFrame, scale: str) -> Figure:
                 names = {name: MEASURES[name]["label"].replace("harmless ", "harmless\n") for name in LINES}
                 style.label_ends(axis, linear, "ratio", names, gap=9.0)
     return figure
+
+
+WHOLE = "95 %, over seeds and what was asked, hold all ratios at once"
+
+
+def _band_of(bands: pd.DataFrame, part: pd.DataFrame) -> pd.DataFrame:
+    """The bands of the linear merge in one panel."""
+    own = bands[(bands["rule"] == "linear") & bands["backbone"].isin(part["backbone"]) & bands["partner"].isin(part["partner"])]
+    return style.percent(own)
 
 
 def _chosen(rates: pd.DataFrame) -> str:
@@ -91,3 +107,28 @@ def _draw_fronts(axis: Any, points: pd.DataFrame) -> None:
         named.append(best)
     labels = [(model.name, model.helpfulness, model.asr, KINDS[model.family]["color"]) for model in pd.concat(named).itertuples()]
     style.label_right(axis, labels, gap=5.0)
+
+
+def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
+    """F16: text ASR along a further fine-tuning, a line per model and a column per kind of rows.
+
+    `rates` are those of `analysis.durability.curves`, `lives` its half-lives, which the title counts.
+    """
+    rates = rates[rates["measure"] == "text_asr"]
+    columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
+    text = lives[lives["measure"] == "text_asr"]
+    kept = [f"{title}: {(of['half_life_low'] == float('inf')).sum()} of {len(of)}" for kind, title in columns.items()
+            if len(of := text[text["rows"] == kind])]  # fmt: skip
+    title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
+    caption = style.caption(
+        rates, scale, f"bands: {style.band(rates)}", style.judges(rates), f"n = {int(rates['n'].max())} a point, on the panel"
+    )
+    marks = style.handles(FURTHER, rates["model"], linestyle="-")
+    rows = style.by_backbone(rates, "text ASR, percent")
+    with style.panels(rows, columns, 2.2, title, caption, "step", handles=marks, sharey=True) as (figure, axes):
+        for _, axis, part in style.facets(axes, style.percent(rates), "rows"):
+            axis.set(ylim=(-3, 103))
+            for model, look in FURTHER.items():
+                if len(of := part[part["model"] == model]):
+                    style.draw_line(axis, of.sort_values("step"), "step", seed_range=True, **look)
+    return figure

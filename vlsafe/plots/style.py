@@ -157,11 +157,13 @@ def draw_points(axis: Any, rows: pd.DataFrame, x: str, y: str, size: float, bars
     axis.plot(rows[x], rows[y], markersize=size, linestyle="", **look)
 
 
-def draw_measures(axis: Any, rates: pd.DataFrame, x: str) -> None:
-    """A line for each measure of LINES that the rows hold, with the range over seeds as its band."""
+def draw_measures(axis: Any, rates: pd.DataFrame, x: str, bands: pd.DataFrame | None = None) -> None:
+    """A line for each measure of LINES that the rows hold, with the range over seeds as its band, or the one of `bands`."""
     for measure, look in LINES.items():
         if not (line := rates[rates["measure"] == measure]).empty:
-            draw_line(axis, line, x, seed_range=True, **look)
+            draw_line(axis, line if bands is None else line.drop(columns=["low", "high"]), x, seed_range=bands is None, **look)
+            if bands is not None and len(band := bands[bands["measure"] == measure]):
+                axis.fill_between(band[x], band["low"], band["high"], color=look["color"], alpha=0.12, linewidth=0)
 
 
 def draw_models(axis: Any, mean: pd.DataFrame, points: pd.DataFrame, y: str, size: float) -> None:

@@ -45,6 +45,13 @@ class Made:
             raise found
         return found
 
+    def given(self, name: str) -> Any:
+        """A frame, or None where it cannot be made."""
+        try:
+            return self[name]
+        except Lacking:
+            return None
+
     def _made(self, name: str) -> Any:
         if name not in DERIVED and name not in self.frames:
             raise Lacking(f"needs {FRAMES[name]}")
@@ -177,11 +184,16 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "sppft over seeds": lambda of: analysis.causal.frozen_over_seeds(of["sppft"]),
     "merges": lambda of: analysis.merging.methods(of["raw"], of["merged"]),
     "verdicts": lambda of: analysis.merging.verdicts(of["merges"]),
-    "swept": lambda of: analysis.merging.sweep(of["panel"], of["merged"]),
+    "swept": lambda of: analysis.merging.sweep(
+        of["panel"] if of.given("ratios") is None else of["raw"][of["raw"]["exam"] == "ratios"], of["merged"]
+    ),
     "fronts": lambda of: analysis.merging.plane(of["raw"]),
     "areas": lambda of: analysis.merging.hypervolumes(of["raw"]),
+    "ratios": lambda of: analysis.merging.ratios(of["raw"]),
     "ensembles": lambda of: analysis.merging.against_ensemble(of["panel"]),
     "barriers": lambda of: analysis.merging.barriers(of["merged"]),
+    "half-lives": lambda of: analysis.durability.half_lives(of["raw"]),
+    "durable": lambda of: analysis.durability.curves(of["raw"]),
     "models": lambda of: analysis.degradation.everything(of["raw"]),
     "capable": lambda of: analysis.capability.guard(of["raw"], of.frames.get("texts")),
     "lineage": lambda of: plots.claims.lineage_points(of["models"]),
@@ -226,6 +238,8 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T07_dominance": lambda of: (of["verdicts"],),
     "T07_hypervolume": lambda of: (of["areas"],),
     "T07_ensembles": lambda of: (of["ensembles"],),
+    "T07_ratios": lambda of: (of["ratios"],),
+    "T07_regret": lambda of: (analysis.merging.regret(of["raw"], of["merged"]),),
     "T07_barriers": lambda of: (of["barriers"],),
     "T07_choice": lambda of: (of["merged"],),
     "T08_capable": lambda of: (of["capable"],),
@@ -240,6 +254,13 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T09_by_seed": lambda of: (of["by seed"],),
     "T09_beside": lambda of: (analysis.claims.beside(of["ledger"], of["miniature"]),),
     "T09_parts": lambda of: (of["parts"],),
+    "T10_half_lives": lambda of: (
+        of["half-lives"],
+        analysis.durability.sheet(of["half-lives"]),
+        {"answer": analysis.durability.answer(of["half-lives"])},
+    ),
+    "T10_worst_case": lambda of: (analysis.durability.worst_cases(of["raw"], of["searched"]),),
+    "T10_search": lambda of: (of["searched"],),
     "F10_against_random": lambda of: (of["against random"],),
     "F10_directions": lambda of: (of["directions"],),
     "F11_task_vectors": lambda of: (of["task vectors"],),
@@ -264,8 +285,9 @@ FIGURES: dict[str, Callable[[Made], tuple[Figure, pd.DataFrame]]] = {
     ),
     "F10_transplants": lambda of: (plots.probing.transplants(of["transplants"], of.scale), of["transplants"]),
     "F11_objectives": lambda of: (plots.probing.objectives(of["task vectors"], of["slopes"], of.scale), of["slopes"]),
-    "F12_ratio_sweep": lambda of: (plots.merging.sweep(of["swept"], of.scale), of["swept"]),
+    "F12_ratio_sweep": lambda of: (plots.merging.sweep(of["swept"], of.scale, of.given("ratios")), of["swept"]),
     "F13_merge_fronts": lambda of: (plots.merging.fronts(of["fronts"], _seen(of), of.scale), of["fronts"]),
+    "F16_durability": lambda of: (plots.merging.durability(of["durable"], of["half-lives"], of.scale), of["durable"]),
     "F14_claims": lambda of: (plots.claims.forest(of["ledger"], of.scale), of["ledger"]),
     "F15_judges": lambda of: (plots.claims.judges(of["judged"], of["judge pairs"], of.scale), of["judged"]),
 }  # fmt: skip

@@ -33,6 +33,7 @@ FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
     "texts": "an examination",
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
     "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
+    "searched": "a search for the worst case (worst/*)",
     "losses": "a training of stage 2 (instruct/*)", "people": "labels of people, which packages hold",
     "miniature": "the committed ledger of the miniature and another scale's",
     "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",
@@ -46,7 +47,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
     `texts`: answers. `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed.
     `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`:
     panel answers and validation lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them.
-    `miniature`: its ledger.
+    `searched`: trials of the search for the worst case. `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
@@ -58,6 +59,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "published": provenance.published(project_root() / "env" / "published"),
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
+        "searched": read(studies, of("durability"), "validation.parquet", optional=True),
         "losses": losses(studies, grid),
         "people": people(studies),
         "miniature": miniature(studies),

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.study import adaptation, causal, degradation, filtering, graph, judging, merging, probing, study, tuning, world
+    from vlsafe.study import (
+        adaptation, causal, degradation, durability, filtering, graph, judging, merging, probing, study, tuning, world,
+    )  # fmt: skip
 
 __getattr__ = lazily(__name__)

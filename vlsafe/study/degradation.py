@@ -21,7 +21,7 @@ from vlsafe.study.study import Bar, Study, step_of
 KEPT = "answers-{}.jsonl"  # of one model, while it answers
 
 
-def _examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None) -> Examination:
+def examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None) -> Examination:
     """One checkpoint of a run, examined by the scale's engine; answers are kept in `work` as they come."""
     items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))
     stage, _, recipe = name.partition("/")
@@ -39,8 +39,8 @@ def make_examination(study: Study, work: Path, name: str) -> dict[str, Any]:
     """Examine every checkpoint of a run: the panel for those on the way, all items for the last one."""
     items, folders = study.items(), study.checkpoints(name)
     few = evaluation.examine.panel(items, study.scale.exam.panel)
-    results = [_examined(study, name, folder, few, "panel", work) for folder in folders[:-1]]
-    return _write(work, [*results, _examined(study, name, folders[-1], items, "full", work)])
+    results = [examined(study, name, folder, few, "panel", work) for folder in folders[:-1]]
+    return written(work, [*results, examined(study, name, folders[-1], items, "full", work)])
 
 
 def response_params(study: Study) -> Any:
@@ -55,10 +55,10 @@ def make_confounds(study: Study, work: Path, name: str) -> dict[str, Any]:
     items = confounds.variants(study.items(), study.stream("confounds"))
     if not items:
         raise ValueError("no item of the benchmarks that are examined can be asked in altered prompts")
-    return _write(work, [_examined(study, name, study.checkpoints(name)[-1], items, "confounds", work)])
+    return written(work, [examined(study, name, study.checkpoints(name)[-1], items, "confounds", work)])
 
 
-def _write(work: Path, results: Sequence[Examination]) -> dict[str, Any]:
+def written(work: Path, results: Sequence[Examination]) -> dict[str, Any]:
     responses = [to_row(response) for result in results for response in result.responses]
     store.write_rows(work / "responses.parquet", responses)
     store.write_rows(work / "raw.parquet", [row for result in results for row in result.rows])

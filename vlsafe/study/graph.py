@@ -16,13 +16,28 @@ from vlsafe.core.presets import mapping_at
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.evaluation.benchmarks import ADDED
-from vlsafe.study import adaptation, adopted, causal, degradation, filtering, judging, merging, pocket, probing, tuning, world
+from vlsafe.study import (
+    adaptation,
+    adopted,
+    causal,
+    degradation,
+    durability,
+    filtering,
+    judging,
+    merging,
+    pocket,
+    probing,
+    tuning,
+    world,
+)
 from vlsafe.study.study import Stage, Study, project_root
+
+FURTHER = {"durability/": durability.make_durability, "worst/": durability.make_worst}
 
 
 def responses_of(name: str) -> str:
-    """The stage that generates what the stage of this name, an examination or a merge, has judged; empty for any other."""
-    found = name.startswith(("examination/", "merge/"))
+    """The stage that generates what the stage of this name, an examination or the like, has judged; empty for any other."""
+    found = name.startswith(("examination/", "merge/", *FURTHER))
     return f"responses/{name.removeprefix('examination/').replace('/', '.')}" if found else ""
 
 
@@ -158,8 +173,10 @@ for _name in causal.FROZEN_SETS:
 for _name, _stage in adopted.stages(STAGES).items():
     STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
 GRIDS = ("default", "full")
+ONLY_FULL = (*causal.FROZEN_SETS, *(f"{kind}{name}" for kind in FURTHER for name in durability.MODELS))
 OPTIONAL = (  # of some grids alone
     "safety/", "examination/safety.", "responses/safety.", "judging/", "sppft/", "merge/", "responses/merge.",
+    *FURTHER, *(f"responses/{kind[:-1]}." for kind in FURTHER),
 )  # fmt: skip
 for _grid in GRIDS:
     STAGES[tuning.judging(_grid)] = Stage(
@@ -169,8 +186,12 @@ for _grid in GRIDS:
     for _partner, _name in zip(merging.partners(_grid), merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner, _grid), merging.params, 85,
-            version=3 if _grid == "default" else 4,
+            version=3 if _grid == "default" else 5,
         ))  # fmt: skip
+for _kind, _make in FURTHER.items():
+    for _name in durability.MODELS:
+        _stage = Stage(partial(_make, model=_name), durability.inputs_of(_name), durability.params, 120)
+        STAGES |= _judged(f"{_kind}{_name}", _stage)
 
 
 def left_out(study: Study, grid: str = "default") -> dict[str, str]:
@@ -198,7 +219,7 @@ def planned(study: Study, grid: str = "default") -> list[str]:
 def _grid_names(grid: str) -> list[str]:
     known(grid, GRIDS, "grid")
     tuned = tuning.examined(grid)
-    chosen = {*tuned, tuning.judging(grid), *merging.names(grid), *(causal.FROZEN_SETS if grid == "full" else ())}
+    chosen = {*tuned, tuning.judging(grid), *merging.names(grid), *(ONLY_FULL if grid == "full" else ())}
     chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
     chosen |= set(map(responses_of, chosen))
     beyond = {run for name, recipe in adaptation.RECIPES.items() if grid != "full" == recipe.grid for run in _runs(name)}
@@ -230,7 +251,8 @@ def read_by(study: Study, word: str, grid: str = "default") -> list[str]:
         "tuned": [name for name in names if name.startswith("safety/")],
         "probing": [*inside, *remedy, *map(tuning.examination, remedy), *causal.FROZEN_SETS],
         "merging": merging.names(grid),
-        "tables": [*degradation, *compared, *merging.names(grid)],
+        "durability": [name for name in names if name.startswith(tuple(FURTHER))],
+        "tables": [*degradation, *compared, *merging.names(grid), *(name for name in names if name.startswith(tuple(FURTHER)))],
     }
     words["claims"] = words["tables"]
     return [name for name in dict.fromkeys(words[known(word, words, "word of a notebook")]) if name in names]
@@ -306,8 +328,8 @@ def gpus(study: Study, name: str) -> int:
     small = study.packed and study.scale.device != "cuda"
     if study.scale.device == "cpu" or small or judged_elsewhere or name in READERS:
         return 0
-    fits = {"projector": lambda: study.scale.projector, "instruct": lambda: study.scale.instruct,
-            "sppft": lambda: study.scale.instruct, "safety": lambda: tuning.base_fit(study, recipe)}  # fmt: skip
+    fits = dict.fromkeys(("instruct", "sppft", "durability", "worst"), lambda: study.scale.instruct)
+    fits |= {"projector": lambda: study.scale.projector, "safety": lambda: tuning.base_fit(study, recipe)}
     launch = fits[kind]().launch if kind in fits else ""
     configuration = mapping_at(project_root() / launch) if launch else {"num_processes": 1}
     return 0 if configuration.get("use_cpu") else int(configuration["num_processes"])

@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "ensemble": Rule(""),
     "checkpoint": Rule("", grid="full"),
 }
+COMPARED = ("linear", "ensemble")  # examined in full at every ratio in the grid "full"
 SAME = 1e-6  # weights nearer than this are those of one model
 
 
@@ -187,7 +188,9 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     """Examine every merge of a sweep on the panel, choose one per rule on validation pairs, and examine that one in full.
 
     Writes validation.parquet (a row per model: ASR, refusals, helpfulness, loss, chosen), panel.parquet and raw.parquet (raw rows
-    on the panel and of the chosen), responses.parquet. Units of the overheads returned: CPU seconds per merge.
+    on the panel and of the chosen; as exam "ratios" those of COMPARED at every ratio), responses.parquet.
+
+    Units:    CPU seconds per merge (the overheads returned)
     """
     import numpy as np
     import pandas as pd
@@ -196,7 +199,8 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
         drop(checkpoint)  # an earlier attempt was killed after its training
     sweep, items = Sweep(study, partner, members(study, partner, grid), {}), items_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
-    rules = points(study, partner, grid)
+    rules, measured = points(study, partner, grid), analysis.merging.needed(*analysis.merging.HEADLINE)
+    headline = [item for item in items["full"] if item.benchmark in measured]
     bar, seconds = Bar(f"merges with {partner}", sum(map(len, rules))), []
     lines, panel, full, answers = list[dict[str, Any]](), [], [], dict[str, dict[str, Response]]()
     shown = dict[str, dict[str, Response]]()
@@ -218,6 +222,10 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
             answers[source] = shown[row["recipe"]] | sweep.respond(best, rest)
         full += sweep.raw_rows(best, items["full"], answers[source], "full")
         shown[row["recipe"]] = answers[source]
+        for point in of_rule if grid == "full" and best.rule in COMPARED else ():
+            own = shown[recipe_of(point, partner)]
+            own |= sweep.respond(point, [item for item in headline if item.id not in own])
+            full += sweep.raw_rows(point, headline, own, "ratios")
     drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)
@@ -254,11 +262,11 @@ def parents_bound(study: Study) -> float:
     if not items:
         return 1.0
     model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
-    answers = _responses(study, model, processor, False, items)
+    answers = responses_to(study, model, processor, False, items)
     return evaluation.validation.attack_rates(items, answers, study.scale.exam.judges)["text"].high
 
 
-def _responses(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
+def responses_to(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
     """A model's responses by item; one that cannot see is not asked about pictures."""
     exam, chosen = study.scale.exam, evaluation.examine.answerable(items, multimodal)
     responses = {
@@ -303,14 +311,14 @@ class Sweep(NamedTuple):
             losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
             loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
-        result = Result(_responses(self.study, model, processor, multimodal, every), loss)
+        result = Result(responses_to(self.study, model, processor, multimodal, every), loss)
         if sample:
             self.examined[recipe_of(point, self.partner)] = sample, result
         return result, spent
 
     def respond(self, point: Point, items: Sequence[Item]) -> dict[str, Response]:
         """Responses of one model of the sweep, by item."""
-        return _responses(self.study, *self.model(point)[:3], items)
+        return responses_to(self.study, *self.model(point)[:3], items)
 
     def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
         """The model of a point, its processor, whether it sees, and a sample of its weights where it is a merge."""
