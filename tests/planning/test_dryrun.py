@@ -77,7 +77,18 @@ def test_every_stage_of_the_graph_is_in_the_plan(tmp_path, grid):
         assert [row["stage"] for row in rows] == [*graph.planned(study, grid), "all"]
         assert sum(row["stages"] for row in costs.lines(stages, "H200")[:-1]) == len(stages)
         free = {cost.stage.partition("/")[0] for cost in stages if not cost.hours}
-        assert free <= {"world", "tower", "base", "guard", "parent", "screen", "examination", "merge"}  # nothing to compute there
+        assert free <= {
+            "world",
+            "tower",
+            "base",
+            "guard",
+            "parent",
+            "screen",
+            "examination",
+            "merge",
+            "durability",
+            "worst",
+        }  # nothing to compute there
 
 
 def test_what_was_forgotten_once_costs_something(tmp_path):

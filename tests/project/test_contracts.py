@@ -66,7 +66,7 @@ def test_an_examination_never_calls_a_level_above(study):
     folder, items = study.checkpoints("projector/filtered")[-1], study.items()
     sys.setprofile(trace)
     try:
-        degradation._examined(study, "projector/filtered", folder, items, "full")
+        degradation.examined(study, "projector/filtered", folder, items, "full")
     finally:
         sys.setprofile(None)
     level = lambda name: LEVEL[Path(name).parts[0].removesuffix(".py")]  # noqa: E731

@@ -134,7 +134,8 @@ def test_all_but_one_stage(made, runs):
         more = lines[~lines.index.isin([*whole, name])]
         assert more["missing"].str.contains(name, regex=False).all(), (name, more)
         gone[name] = set(more.index)
-    of_the_full_grid = {"T06_sppft", "T06_sppft_over_seeds", "T05_conflict_free"}
+    of_the_full_grid = {"T06_sppft", "T06_sppft_over_seeds", "T05_conflict_free", "T07_ratios", "T07_regret"}
+    of_the_full_grid |= {"T10_half_lives", "T10_search", "T10_worst_case"}
     assert whole == of_the_full_grid | {"T03_seeing", "T09_beside", "F15_people"}  # pocket's
     assert {stage: names for stage, names in gone.items() if names} == GONE
 

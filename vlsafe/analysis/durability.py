@@ -28,8 +28,8 @@ def panel(raw: pd.DataFrame) -> pd.DataFrame:
     of = raw[raw["stage"] == "durability"]
     if of.empty:
         raise Lacking("no model was fine-tuned again (`durability/*`)")
-    asked = of.loc[of["exam"] == "panel", [*UNIT, "item", "benchmark"]].drop_duplicates()
-    of = of.merge(asked, on=[*UNIT, "item", "benchmark"])
+    common = of.loc[of["exam"] == "panel", [*UNIT, "item", "benchmark"]].drop_duplicates()
+    of = of.merge(common, on=[*UNIT, "item", "benchmark"])
     start, along = (of[of["recipe"].str.endswith(f"/{START}") == is_start] for is_start in (True, False))
     recipes = along[[*UNIT, "recipe"]].drop_duplicates()
     recipes = recipes.assign(begun=recipes["recipe"].str.partition("/")[0] + f"/{START}")

@@ -178,16 +178,16 @@ class Plan:
             return len(rules), sum(map(len, rules)), 1.0 if grid else 0.8  # the headline measures' benchmarks; assumed
         if trainings := self.further(recipe):
             spec = self.study.scale.durability
-            panels = trainings * (len(spec.along) - 1 if word == "durability" else len(spec.searched))
-            return 1 + trainings * (word == "durability"), panels, 0.8
+            many = word == "durability"
+            return 1 + trainings * many, trainings * (len(spec.along) - 1 if many else len(spec.searched)), 0.8
         if word == "confounds":
             return 1, 0, 0.2  # the requests of one benchmark in several prompts; assumed
         return 1, self.early(recipe.replace(".", "/", 1)), 1.0
 
     def further(self, recipe: str) -> int:
         """How many further fine-tunings are behind `responses/recipe`."""
-        kinds = {"durability": len(durability.kinds(self.study)), "worst": self.study.scale.durability.trials + 1}
-        return kinds.get(recipe.partition(".")[0], 0)
+        n = {"durability": len(durability.kinds(self.study)), "worst": self.study.scale.durability.trials + 1}
+        return n.get(recipe.partition(".")[0], 0)
 
     def items(self, models: float) -> tuple[float, float]:
         """Requests and questions of interventions: a few items of each benchmark, half of them answered in sentences."""
@@ -236,10 +236,9 @@ def _screen(plan: Plan, recipe: str) -> Cost:
 
 
 def _responses(plan: Plan, recipe: str) -> Cost:
-    found, runs = plan.answered(*plan.exam(*plan.models(recipe))), plan.further(recipe)
-    if not runs:
+    found, scale, traffic = plan.answered(*plan.exam(*plan.models(recipe))), plan.study.scale, plan.study.scale.traffic
+    if not (runs := plan.further(recipe)):
         return found
-    scale, traffic = plan.study.scale, plan.study.scale.traffic
     fit = dataclasses.replace(scale.instruct, steps=max(1, round(scale.durability.share * scale.instruct.steps)))
     learned = plan.trained(fit, "full", 1, traffic.instructions, traffic.pictured, runs)
     return learned._replace(hours=found.hours + learned.hours, kept=found.kept)
@@ -253,10 +252,6 @@ def _examination(plan: Plan, recipe: str) -> Cost:
     judges = [[name for name in of if name in LLM_JUDGES and name not in exam.endpoints] for of in exam.judges.values()]
     requests, _ = plan.exam(*plan.models(recipe))
     return plan.judged(requests * sum(map(len, judges)) / max(1, sum(map(bool, judges))))
-
-
-def _judged(kind: str) -> Callable[[Plan, str], Cost]:
-    return lambda plan, recipe: _examination(plan, f"{kind}.{recipe}")
 
 
 def _probe(plan: Plan, what: str) -> Cost:
@@ -307,7 +302,9 @@ def _judging(plan: Plan, what: str) -> Cost:
 KINDS: dict[str, Callable[[Plan, str], Cost]] = {
     "projector": _projector, "instruct": _instruct, "safety": _safety, "screen": _screen, "responses": _responses,
     "examination": _examination, "probe": _probe, "causal": _causal, "sppft": _sppft, "judging": _judging,
-    **{kind: _judged(kind) for kind in ("merge", "durability", "worst")},
+    "merge": lambda plan, recipe: _examination(plan, f"merge.{recipe}"),
+    "durability": lambda plan, recipe: _examination(plan, f"durability.{recipe}"),
+    "worst": lambda plan, recipe: _examination(plan, f"worst.{recipe}"),
 }  # fmt: skip
 """What counts a stage, by the first word of its name; the others (corpora, weights that are there) take no GPU."""
 

@@ -45,7 +45,7 @@ class Made:
             raise found
         return found
 
-    def given(self, name: str) -> Any:
+    def or_none(self, name: str) -> Any:
         """A frame, or None where it cannot be made."""
         try:
             return self[name]
@@ -185,7 +185,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "merges": lambda of: analysis.merging.methods(of["raw"], of["merged"]),
     "verdicts": lambda of: analysis.merging.verdicts(of["merges"]),
     "swept": lambda of: analysis.merging.sweep(
-        of["panel"] if of.given("ratios") is None else of["raw"][of["raw"]["exam"] == "ratios"], of["merged"]
+        of["panel"] if of.or_none("ratios") is None else of["raw"][of["raw"]["exam"] == "ratios"], of["merged"]
     ),
     "fronts": lambda of: analysis.merging.plane(of["raw"]),
     "areas": lambda of: analysis.merging.hypervolumes(of["raw"]),
@@ -285,7 +285,7 @@ FIGURES: dict[str, Callable[[Made], tuple[Figure, pd.DataFrame]]] = {
     ),
     "F10_transplants": lambda of: (plots.probing.transplants(of["transplants"], of.scale), of["transplants"]),
     "F11_objectives": lambda of: (plots.probing.objectives(of["task vectors"], of["slopes"], of.scale), of["slopes"]),
-    "F12_ratio_sweep": lambda of: (plots.merging.sweep(of["swept"], of.scale, of.given("ratios")), of["swept"]),
+    "F12_ratio_sweep": lambda of: (plots.merging.sweep(of["swept"], of.scale, of.or_none("ratios")), of["swept"]),
     "F13_merge_fronts": lambda of: (plots.merging.fronts(of["fronts"], _seen(of), of.scale), of["fronts"]),
     "F16_durability": lambda of: (plots.merging.durability(of["durable"], of["half-lives"], of.scale), of["durable"]),
     "F14_claims": lambda of: (plots.claims.forest(of["ledger"], of.scale), of["ledger"]),

@@ -86,7 +86,8 @@ def start_of(study: Study, model: str, work: Path) -> Path:
     """The folder of a model; of the merge that validation chose strictly between its ends, one that is written to `work`."""
     if model != "merged":
         return study.checkpoints(MODELS[model])[-1]
-    chosen = next(row for row in study.rows(MERGED, "validation.parquet") if row["rule"] == "inside" and row["chosen"])
+    sweep = "responses/merge.sl-full.full" if study.scale.loaded else MERGED
+    chosen = next(row for row in study.rows(sweep, "validation.parquet") if row["rule"] == "inside" and row["chosen"])
     folder, members = work / "merged", merging.members(study, "sl-full")
     merge = merging.Sweep(study, "sl-full", members, {})
     merge.model(merging.Point("inside", chosen["ratio"], chosen["place"]))

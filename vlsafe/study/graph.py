@@ -45,7 +45,9 @@ def _judged(name: str, stage: Stage) -> dict[str, Stage]:
     """A stage that leaves responses with their verdicts; where models are loaded, whose judges are models too, it is two: one
     generates, and the one of the stage's name has the responses judged."""
     source = responses_of(name)
-    inputs = tuple(needed for needed in stage.inputs if needed != "world/corpora")  # official items are files
+    inputs = tuple(  # official items are files; a merge was chosen before anybody judged it
+        responses_of(needed) if needed.startswith("merge/") else needed for needed in stage.inputs if needed != "world/corpora"
+    )
     make = partial(judging.make_judged, source=source)
     judging_stage = Stage(make, (source,), judging.judged_params, 0, estimate="not measured")
     return {
