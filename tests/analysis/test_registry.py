@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -50,23 +52,38 @@ def git(root, *command):
 
 
 def runs_at(root, commit, ledger):
-    """The digests of the runs behind a ledger as it was committed."""
+    """The runs behind a ledger as it was committed: stage/recipe of each, and its digest."""
     text = git(root, "show", f"{commit}:{ledger.with_suffix('.provenance.json').as_posix()}")
-    return set(json.loads(text)["runs"].values()) if text else set()
+    runs = json.loads(text)["runs"] if text else {}
+    return {digest: name.split("/", 2)[2] for name, digest in runs.items()}
+
+
+def stages(part):
+    """The stages without which nobody can have seen the result of a comparison, as patterns."""
+    for run in filter(None, (part.before, part.after)):
+        kind, _, recipe = run.partition("/")
+        kept = {"durability": f"durability/{recipe.partition('/')[0]}", "merge": "merge/*", "sppft": "sppft/*"}
+        yield kept.get(kind, f"examination/{kind}.{recipe}")
 
 
 def changed_after(root, ledger):
-    """Claims that a ledger calls registered although their entry was another one, or none, when a ledger of any of its runs was
-    first committed: results were seen before the rule."""
+    """Measured claims that a ledger calls registered although their entry was another one, or none, when a ledger of any of its
+    runs was first committed that held what they compare: results were seen before the rule."""
     table = pd.read_csv(root / ledger, dtype={"claim": str})
     own = set(json.loads((root / ledger.with_suffix(".provenance.json")).read_text())["runs"].values())
-    seen = [commit for commit in git(root, "log", "--format=%H", "--", ledger).split() if own & runs_at(root, commit, ledger)]
-    old = git(root, "show", f"{seen[-1]}:env/claims.yaml") if seen else ""
-    then = {name: claims.rule(entry) for name, entry in claims.entries(yaml.safe_load(old)).items()} if old else {}
-    registered = table[table["status"] == REGISTERED] if "status" in table else table[:0]  # before the registry: none
-    if not seen:
-        return []  # it is not committed yet
-    return sorted({line.claim for line in registered.itertuples() if then.get(line.claim) != line.rule})
+    commits = git(root, "log", "--reverse", "--format=%H", "--", ledger).split()
+    found = {commit: runs_at(root, commit, ledger) for commit in commits}
+    shared = {commit: {of[digest] for digest in of.keys() & own} for commit, of in found.items() if of.keys() & own}
+    if "status" not in table:
+        return []  # before the registry there were no registered claims
+    trees, late = {claim.name: claim.decided_by for claim in claims.CLAIMS}, set()
+    for line in table[(table["status"] == REGISTERED) & (table["item_level"] != claims.NOT)].itertuples():
+        needed = {stage for part in claims.leaves(trees[line.claim]) for stage in stages(part)}
+        seen = [commit for commit, runs in shared.items() if all(any(map(partial(fnmatchcase, pat=of), runs)) for of in needed)]
+        old = git(root, "show", f"{seen[0]}:env/claims.yaml") if seen else ""
+        then = {name: claims.rule(entry) for name, entry in claims.entries(yaml.safe_load(old)).items()} if old else {}
+        late |= {line.claim} if seen and then.get(line.claim) != line.rule else set()
+    return sorted(late)
 
 
 @pytest.mark.parametrize("ledger", LEDGERS, ids=str)
@@ -81,14 +98,18 @@ def test_a_rule_made_after_the_results_is_caught(tmp_path):
     ledger = Path("figures/mini/T09_claims.csv")
     data = yaml.safe_load((ROOT / "env/claims.yaml").read_text())
 
-    def commit(run):
+    def commit(run, others=("textonly", "looking")):
         entries = claims.entries(data)
-        lines = [{"claim": name, "status": entry["status"], "rule": claims.rule(entry)} for name, entry in entries.items()]
+        lines = [
+            {"claim": name, "status": entry["status"], "rule": claims.rule(entry), "item_level": SUPPORTED}
+            for name, entry in entries.items()
+        ]
         (tmp_path / ledger).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "env").mkdir(exist_ok=True)
         (tmp_path / "env/claims.yaml").write_text(yaml.safe_dump(data))
         pd.DataFrame(lines).to_csv(tmp_path / ledger, index=False)
-        (tmp_path / ledger.with_suffix(".provenance.json")).write_text(json.dumps({"runs": {"mini/seed0/examination/x": run}}))
+        runs = {f"mini/seed0/examination/instruct.{name}-full": f"{run} {name}" for name in ("filtered", *others)}
+        (tmp_path / ledger.with_suffix(".provenance.json")).write_text(json.dumps({"runs": runs}))
         git(tmp_path, "add", ".")
         assert git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-m", "x")
 
@@ -103,6 +124,10 @@ def test_a_rule_made_after_the_results_is_caught(tmp_path):
     assert changed_after(tmp_path, ledger) == []
     data["claims"]["4b"]["status"] = REGISTERED
     commit("other seeds")
+    assert changed_after(tmp_path, ledger) == []
+    commit("new", ())
+    data["claims"]["4d"]["sign"] = -1
+    commit("new")  # nobody had the arm that it compares with before
     assert changed_after(tmp_path, ledger) == []
 
 

@@ -79,17 +79,22 @@ def test_transfer_tells_where_safety_was_taught_and_tested():
 
 
 def test_a_front_by_hand():
-    points = pd.DataFrame({"asr": [0.1, 0.5, 0.1, 0.6], "helpfulness": [0.3, 0.9, 0.2, 0.9]})
-    assert tuning.front(points).tolist() == [True, True, False, False]
-    assert tuning.front(points.iloc[[0, 0]]).all()  # equal points do not beat each other
+    """Of b and d, alike in helpfulness, b is safer; c is as safe as a and less helpful; e lacks a measure; f equals a."""
+    values = {"a": (0.1, 0.3), "b": (0.5, 0.9), "c": (0.1, 0.2), "d": (0.6, 0.9), "e": (0.9, None), "f": (0.1, 0.3)}
+    points = pd.DataFrame([
+        {"backbone": "x", "seed": seed, "name": name, "what": what, "value": value}
+        for seed in (0, 1) for name, of in values.items() for what, value in zip(("text_asr", "helpfulness"), of, strict=True)
+        if value is not None
+    ])  # fmt: skip
+    assert tuning.front(points)["name"].tolist() == ["a", "b", "e", "f"]
 
 
 def test_the_pictures_tell_their_numbers():
     table = raw(sl_full=(2, 5), dpo_text_full=(9, 8))
     points = tuning.plane(tuning.methods(table, LINES))
     assert set(points["kind"]) == {"parent", "adapted", "SFT", "DPO"}
-    text = points[points["modality"] == "text"].set_index("recipe")
-    assert text["front"].to_dict() == {"filtered-full": True, "aligned": False, "sl-full": True, "dpo-text-full": True}
+    text = points[points["what"] == "text_asr"]
+    assert text["name"].tolist() == ["parent", "adapted", "sl", "dpo-text"] and set(points["what"]) <= set(tuning.AXES)
     title = plots_tuning.tradeoff(points, "mini").get_suptitle()
     assert title == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
 

@@ -145,9 +145,9 @@ def test_holm_runs_over_all_rules_and_measures_of_one_reference():
 def test_the_pictures_and_fronts_tell_their_numbers():
     table = raw(linear=(1, 8), ties=(3, 11))
     points = merging.plane(table)
-    assert set(points["family"]) == {"merged", "ensemble", "SFT", "adapted"}
+    assert set(points["kind"]) == {"merged", "ensemble", "SFT", "adapted"}
     assert set(points["name"]) == {"linear + sl", "ties + sl", "ensemble + sl", "sl", "adapted"}
-    assert points[points["family"] == "merged"]["front"].all()
+    assert points.drop_duplicates("name")["name"].tolist() == ["adapted", "linear + sl", "ties + sl", "sl", "ensemble + sl"]
     told = plots_merging.fronts(points, "No: 0 of 2 merges dominate every tuning (sl: 2 trades).", "mini").get_suptitle()
     assert told == "No: 0 of 2 merges dominate every tuning"
     areas = analysis_merging.hypervolumes(table, draws=50).set_index(["measure", "family"])

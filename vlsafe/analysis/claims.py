@@ -290,6 +290,14 @@ def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(**{"both scales": alike}).reset_index()
 
 
+def written(folder: Path) -> pd.DataFrame:
+    """The ledger in a folder of artefacts; without a line where the folder has none."""
+    path = folder / "T09_claims.csv"
+    lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
+    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote no judges, reasons, statuses
+    return lines.assign(effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]])
+
+
 def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     """Some claims of the ledger in a folder of artefacts, for the eye; no line where the folder has no ledger.
 
@@ -297,9 +305,7 @@ def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     """
     for name in names:
         known(name, [claim.name for claim in CLAIMS], "claim")
-    path = folder / "T09_claims.csv"
-    lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote no judges, reasons, statuses
+    lines = written(folder)
     return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
 
 

@@ -212,9 +212,6 @@ def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-SCORE = {"text_asr": -1, "multimodal_asr": -1, "twin_refusal": -1, "helpfulness": 1}  # better where larger; assumed: all alike
-
-
 def regret(raw: pd.DataFrame, lines: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     """By how much the ratio that validation chose falls short of the best one on test items, in the mean of four measures, each
     better where larger. The best one is found on the items that it is measured on: the regret is an upper bound.
@@ -225,10 +222,11 @@ def regret(raw: pd.DataFrame, lines: pd.DataFrame, draws: int = 2000) -> pd.Data
     found, rows = [], _at_ratios(raw)
     picked = lines[lines["chosen"]].set_index([*UNIT, "partner", "rule"])["ratio"]
     for key, of in groups(rows, [*UNIT, "partner"], sort=True):
-        if set(analysis_measures.present(of, SCORE)) != set(SCORE):
+        if set(analysis_measures.present(of, tuning.AXES)) != set(tuning.AXES):
             continue
         each = [
-            (sign, analysis_measures.bootstrap(of, m, np.random.default_rng(key["seed"]), draws)) for m, sign in SCORE.items()
+            (sign, analysis_measures.bootstrap(of, m, np.random.default_rng(key["seed"]), draws))
+            for m, sign in tuning.AXES.items()
         ]
         for rule in dict.fromkeys(of["recipe"]):
             places = sorted(ratio for name, ratio in each[0][1] if name == rule)
@@ -247,14 +245,15 @@ def final(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def plane(raw: pd.DataFrame) -> pd.DataFrame:
-    """F13: chosen merges, controls, tunings and the adapted model: ASR and helpfulness with intervals; who is on which front."""
+    """F13: the measures of AXES of chosen merges, controls, tunings and the adapted model, in the order of their text ASR."""
     rows = final(raw)
     rows = rows[rows["backbone"].isin(raw.loc[raw["stage"] == "merge", "backbone"])]
-    rates = analysis_measures.rates(rows, ("text_asr", "multimodal_asr", "helpfulness"), [*UNIT, "stage", "recipe"])
-    points = tuning.asr_beside_helpfulness(rates)
-    points["family"] = [family(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
-    points["name"] = [named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
-    return points.assign(front=tuning.fronts(points, [*UNIT, "modality", "family"]))
+    rates = analysis_measures.rates(rows, list(tuning.AXES), [*UNIT, "stage", "recipe"])
+    if rates.empty:
+        raise Lacking("no merge was examined on attacks or helpfulness")
+    models = list(zip(rates["stage"], rates["recipe"], strict=True))
+    kinds, names = [family(*model) for model in models], [named_short(*model) for model in models]
+    return tuning.by_text_asr(rates.assign(kind=kinds, name=names, what=rates["measure"]))
 
 
 def family(stage: str, recipe: str) -> str:

@@ -109,44 +109,40 @@ def refusals(raw: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(measured, ignore_index=True)
 
 
-def front(points: pd.DataFrame) -> pd.Series:
-    """Which points no other one beats: none is at least as safe and as helpful, and better in one of the two.
+AXES = {"text_asr": -1, "multimodal_asr": -1, "twin_refusal": -1, "helpfulness": 1}  # what models are judged by, and its sign
 
-    Shapes:   columns asr and helpfulness  ->  one truth value per line
+
+def front(points: pd.DataFrame) -> pd.DataFrame:
+    """The models that no other one of their backbone beats in the means over seeds of AXES: none is nowhere worse and somewhere
+    better. A model that lacks a measure beats none and is beaten by none.
+
+    Shapes:   long: backbone, name, what (a measure), value  ->  backbone and name of each
     """
-    asr, help_ = points["asr"].to_numpy(float), points["helpfulness"].to_numpy(float)
-    no_worse = (asr[None] <= asr[:, None]) & (help_[None] >= help_[:, None])
-    better = (asr[None] < asr[:, None]) | (help_[None] > help_[:, None])
-    return pd.Series(~(no_worse & better).any(axis=1), index=points.index)
-
-
-def asr_beside_helpfulness(rates: pd.DataFrame) -> pd.DataFrame:
-    """One line per model × modality: ASR, n and helpfulness with their intervals; `rates` are lines of `measures.rates`.
-
-    Raises:   Lacking where no model was examined on both
-    """
-    if not {"text_asr", "multimodal_asr"} & set(rates.get("measure", ())) or "helpfulness" not in set(rates["measure"]):
-        raise Lacking("no model was examined on both attacks and helpfulness")
-    rates, ends, frames = rates.set_index([*UNIT, "stage", "recipe"]), ["value", "low", "high"], []
-    helpful = rates.loc[rates["measure"] == "helpfulness", ends].add_prefix("helpfulness_")
-    for measure, modality in (("text_asr", "text"), ("multimodal_asr", "pictures")):
-        asr = rates.loc[rates["measure"] == measure, [*ends, "n", "judge"]].add_prefix("asr_")
-        frames.append(asr.join(helpful).reset_index().assign(modality=modality))
-    names = {"asr_value": "asr", "asr_n": "n", "asr_judge": "judge", "helpfulness_value": "helpfulness"}
-    return pd.concat([frame for frame in frames if len(frame)], ignore_index=True).rename(columns=names)
-
-
-def fronts(points: pd.DataFrame, by: Sequence[str]) -> pd.Series:
-    """Which points lie on the front of their group; those without helpfulness lie on none."""
-    parts = [front(part) for _, part in points.dropna(subset=["helpfulness"]).groupby(list(by))]
-    return pd.concat(parts).reindex(points.index, fill_value=False) if parts else pd.Series(False, index=points.index)
+    means = points.groupby(["backbone", "name", "what"], sort=False)["value"].mean().unstack("what")
+    kept = []
+    for _, of in means.groupby("backbone", sort=False):
+        values = of[list(of.columns)].to_numpy(float) * [AXES[name] for name in of.columns]
+        no_worse, better = ((values[None] >= values[:, None]).all(-1), (values[None] > values[:, None]).any(-1))
+        kept.append(of[~(no_worse & better).any(axis=1)])
+    return pd.concat(kept).index.to_frame(index=False)
 
 
 def plane(lines: pd.DataFrame) -> pd.DataFrame:
-    """F05: one line per model × modality: ASR and helpfulness with their intervals, and whether it lies on the front.
+    """F05: the measures of AXES of every model of T05's lines, where one was tuned: parent and adapted first, then by text ASR.
 
-    The parent has no helpfulness on pictures and no multimodal ASR; its text ASR is a line across the plane.
+    Raises:   Lacking where nothing of that was measured
     """
-    points = asr_beside_helpfulness(lines[lines["backbone"].isin(lines.loc[lines["stage"] == "safety", "backbone"])])
-    points["front"] = fronts(points, [*UNIT, "modality"])
-    return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
+    of = lines[lines["backbone"].isin(lines.loc[lines["stage"] == "safety", "backbone"]) & lines["measure"].isin(list(AXES))]
+    if of.empty:
+        raise Lacking("no model was examined on attacks or helpfulness")
+    kinds = [kind(*pair) for pair in zip(of["stage"], of["recipe"], strict=True)]
+    names = [recipe.removesuffix("-full") if stage == "safety" else kind(stage, recipe)
+             for stage, recipe in zip(of["stage"], of["recipe"], strict=True)]  # fmt: skip
+    return by_text_asr(of.assign(kind=kinds, name=names, what=of["measure"]))
+
+
+def by_text_asr(points: pd.DataFrame) -> pd.DataFrame:
+    """Points of models in the order of their mean text ASR, those that nothing was done to first."""
+    asr = points[points["what"] == "text_asr"].groupby(["backbone", "name"])["value"].mean().rename("asr")
+    order = points.join(asr, on=["backbone", "name"]).assign(first=~points["kind"].isin(["parent", "adapted"]))
+    return points.loc[order.sort_values(["backbone", "first", "asr"], kind="stable").index]

@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe.analysis import claims, comparisons
-from vlsafe.analysis.measures import Lacking, named
+from vlsafe.analysis.measures import Lacking
 from vlsafe.analysis.merging import named_short
 from vlsafe.analysis.tuning import TAUGHT_ON
 from vlsafe.plots import style
 from vlsafe.plots.style import KINDS
+from vlsafe.plots.tuning import INTERVALS
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
 ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
-MADE_FROM = {"adapted": "parent", "SFT": "adapted", "DPO": "adapted", "merged": "adapted"}
 
 
 def forest(ledger: pd.DataFrame, scale: str) -> Figure:
@@ -28,14 +28,16 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     Thick: item-level interval; thin: seed-level interval, with single seeds as ticks. Colour: the item-level verdict. Registered
     claims come first; marks of exploratory ones are hollow.
     """
+    title, missing = _count(ledger), int((ledger["item_level"] == claims.NOT).sum())
+    ledger = ledger[ledger["item_level"] != claims.NOT]
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
     height, heads, hollow = 0.0, {}, False
     note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds; "
     note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique() + 1.5)
-    caption = f"{style.origin(scale)}; {note}"
-    with style.panels({"": ""}, {"": ""}, inches, _count(ledger), caption, xlabel) as (figure, axes):
+    caption = f"{style.origin(scale)}; {note}; {missing} lines of the ledger are not measured and not drawn"
+    with style.panels({"": ""}, {"": ""}, inches, title, caption, xlabel) as (figure, axes):
         axis = axes["", ""]
         axis.axvspan(0, 110, color="#F1F6FA", zorder=0)
         axis.axvline(0, color="black", linewidth=0.7)
@@ -59,11 +61,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
 
 
 def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
-    colour, measured = VERDICTS.get(row.item_level, GREY), row.item_level != claims.NOT
-    verdicts = f"{row.item_level} / {row.seed_level}" if measured else row.item_level
-    axis.text(112, y, verdicts, fontsize=5.5, va="center", color=colour, clip_on=False)
-    if not measured:
-        return
+    colour = VERDICTS.get(row.item_level, GREY)
+    axis.text(112, y, f"{row.item_level} / {row.seed_level}", fontsize=5.5, va="center", color=colour, clip_on=False)
     values = (row.effect, row.effects, (row.low, row.high), (row.seed_low, row.seed_high))
     effect, effects, items, seeds = (100 * row.sign * (np.array(value) - row.against) for value in values)
     if row.seeds > 1:
@@ -127,72 +126,35 @@ def kind(stage: str, recipe: str) -> str:
 
 
 def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
-    """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, ASR beside helpfulness.
+    """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, in what they are judged by.
 
     The models are those that the claims are decided by, not the best ones.
 
-    Raises:   Lacking where none of them has both
+    Raises:   Lacking where none of them was examined on that
     """
     runs = lines["stage"] + "/" + lines["recipe"]
-    chosen = lines[runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)]
-    wide = chosen.pivot(index=["backbone", "seed", "stage", "recipe"], columns="measure", values=["value", "low", "high"])
-    measures = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-    columns = pd.MultiIndex.from_product([measures, ("value", "low", "high")])
-    wide = wide.swaplevel(axis=1).reindex(columns=columns).astype(float)
-    points = wide.set_axis([f"{name}_{end}".removesuffix("_value") for name, end in columns], axis=1).reset_index()
-    if points["helpfulness"].isna().all():
-        raise Lacking("no model of the lineage was examined on both attacks and helpfulness")
-    judge = chosen[chosen["measure"].isin(measures[:2])].groupby(["backbone", "seed", "stage", "recipe"])["judge"].agg(named)
-    points = points.merge(judge.reset_index(), how="left")
-    return points.assign(kind=[kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
+    chosen = runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)
+    points = lines[chosen & lines["measure"].isin(list(style.JUDGED))]
+    if not set(points["measure"]) - {"text_asr"}:
+        raise Lacking("no model of the lineage was examined on pictures")
+    kinds = [kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
+    short = [named_short(*pair).partition(" + ")[2] for pair in zip(points["stage"], points["recipe"], strict=True)]
+    names = [f"{of}{f' with {partner}' if of == 'merged' else ''}" for of, partner in zip(kinds, short, strict=True)]
+    points = points.assign(kind=kinds, name=names, what=points["measure"])
+    return points.sort_values("kind", key=lambda of: of.map(ORDER.index), kind="stable")
 
 
 def lineage(points: pd.DataFrame, scale: str) -> Figure:
-    """F00: from the parent over the adapted to the tuned and merged models, in the plane of helpfulness and attack success.
-
-    The parent sees no pictures, so it stands left of the plane; arrows go from what a model was made from.
-    """
-    caption = style.caption(
-        points, scale, "small marks: single seeds", "bars: mean 95 % intervals, clustered by what was asked",
-        style.judges(points), "the models that the claims are decided by",
-        "twins: how often harmless requests with pictures are refused",
-    )  # fmt: skip
-    rows, xlabel = style.by_backbone(points, "attack success, percent (↓ safer)"), "helpfulness, percent (→ better)"
-    columns = {"text_asr": "attacks in text", "multimodal_asr": "attacks with pictures"}
-    title = _asr_by_kind(points)
-    points, blind = style.percent(points), [f"helpfulness{end}" for end in ("", "_low", "_high")]
-    left, right = points["helpfulness"].min() - 12, points["helpfulness"].max() + 6
-    with style.panels(rows, columns, 2.3, title, caption, xlabel, sharex=True, sharey=True) as (figure, axes):
-        for (backbone, measure), axis in axes.items():
-            axis.set(ylim=(-12, 110), xlim=(left - 6, right))
-            own = points[(points["backbone"] == backbone) & points[measure].notna()]
-            _draw_lineage(axis, own.fillna(dict.fromkeys(blind, left)), measure)
-            if measure == "text_asr":
-                axis.axvspan(left - 6, left + 5, color="#F3F3F3", zorder=0)
-                axis.text(left, 50, "sees nothing", rotation=90, fontsize=6, ha="center", va="center", color="#777777")
-    return figure
-
-
-def _draw_lineage(axis: Any, points: pd.DataFrame, measure: str) -> None:
-    points = points.assign(name=[named_short(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)])
-    mean = points.groupby(["kind", "name"]).mean(numeric_only=True).reset_index()
-    places = {row.kind: (row.helpfulness, getattr(row, measure)) for row in mean.itertuples()}
-    arrow = dict(arrowstyle="-|>", color="#BBBBBB", linewidth=1.0, mutation_scale=7, shrinkA=4, shrinkB=4)
-    labels = []
-    for row in mean.itertuples():
-        place, partner = (row.helpfulness, getattr(row, measure)), row.name.partition(" + ")[2]
-        if MADE_FROM.get(row.kind) in places:
-            axis.annotate("", place, places[MADE_FROM[row.kind]], arrowprops=arrow, zorder=1)
-        refused = measure == "multimodal_asr" and pd.notna(row.twin_refusal)
-        twins = f", twins {row.twin_refusal:.0f} %" if refused else ""
-        text = f"{row.kind}{f' with {partner}' if row.kind == 'merged' else ''}{twins}"
-        labels.append((text, *place, KINDS[row.kind]["color"]))
-    style.label_right(axis, labels, gap=8.0, size=6)
-    style.draw_models(axis, mean, points, measure, 6)
+    """F00: from the parent over the adapted to the tuned and merged models, in what they are judged by."""
+    notes = ("small ticks: single seeds", INTERVALS, style.judges(points), "the models that the claims are decided by")
+    caption = style.caption(points, scale, *notes, "the parent cannot see")
+    columns = {name: text for name, text in style.JUDGED.items() if name in set(points["what"])}
+    return style.dots(points, columns, _asr_by_kind(points), caption)
 
 
 def _asr_by_kind(points: pd.DataFrame) -> str:
     """Text ASR from parent to merged, mean over seeds, from the least to the greatest of the backbones."""
-    means = (100 * points.groupby(["kind", "backbone"])["text_asr"].mean()).round().dropna().astype(int).groupby("kind")
+    text = points[points["what"] == "text_asr"]
+    means = (100 * text.groupby(["kind", "backbone"])["value"].mean()).round().dropna().astype(int).groupby("kind")
     ends = {name: dict.fromkeys((values.min(), values.max())) for name, values in means}
     return "Text ASR: " + ", ".join(f"{name} {'–'.join(map(str, ends[name]))} %" for name in ORDER if name in ends)

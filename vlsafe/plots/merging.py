@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe.analysis import tuning
 from vlsafe.analysis.measures import MEASURES
-from vlsafe.plots import style
+from vlsafe.plots import style, tuning
 from vlsafe.plots.style import KINDS, LINES
-from vlsafe.plots.tuning import MEAN, asr_against_helpfulness
 
 PARTNERS = {  # what each partner is for the eye
     "sl-full": "child: SL", "dpo-both-full": "child: DPO on both", "sibling-full": "sibling", "aligned": "parent",
@@ -23,7 +19,6 @@ FURTHER = {  # what is fine-tuned again; two kinds of SFT and SPPFT are told apa
 ROWS = {
     "instructions": "harmless instructions", "text": "harmless text", "howtos": "more how-tos", "harmful": "few harmful answers",
 }  # fmt: skip
-FRONTS = {"merged": ("merged",), "ensemble": ("ensemble",), "SFT": ("SFT", "DPO", "GRPO")}  # colour of -> whose points
 
 
 def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) -> Figure:
@@ -82,31 +77,8 @@ def _chosen(rates: pd.DataFrame) -> str:
 
 
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
-    """F13: attack success against helpfulness of every chosen merge, its controls and all tunings, a front for each.
-
-    The title is the beginning of `answer`, that of `analysis.merging`. What lies on a front has its name beside it.
-    """
-    note = "lines: fronts of merges, ensembles and tunings; bars of what lies on one: means over seeds of 95 % intervals, "
-    note += "clustered by what was asked"
-    caption = style.caption(points, scale, note, f"n ≥ {int(points['n'].min())} a mark", style.judges(points))
-    marks, title = style.handles(KINDS, points["family"]), answer.partition(" (")[0]
-    return asr_against_helpfulness(points, 2.9, _draw_fronts, marks, title, caption)
-
-
-def _draw_fronts(axis: Any, points: pd.DataFrame) -> None:
-    mean = points.dropna().groupby(["family", "name"], sort=False)[MEAN].mean().reset_index()
-    for family, models in mean.groupby("family", sort=False):
-        style.draw_points(axis, models, "helpfulness", "asr", 3.5, bars=False, alpha=0.7, **KINDS[family])
-    named = [mean[mean["family"] == "adapted"]]
-    for colour, families in FRONTS.items():
-        models = mean[mean["family"].isin(families)]
-        best = models[tuning.front(models)].sort_values("helpfulness") if len(models) else models
-        axis.plot(best["helpfulness"], best["asr"], color=KINDS[colour]["color"], linewidth=0.9, zorder=1)
-        for family, part in best.groupby("family"):
-            style.draw_points(axis, part, "helpfulness", "asr", 3.5, alpha=0.7, **KINDS[family])
-        named.append(best)
-    labels = [(model.name, model.helpfulness, model.asr, KINDS[model.family]["color"]) for model in pd.concat(named).itertuples()]
-    style.label_right(axis, labels, gap=5.0)
+    """F13: every chosen merge, its controls and all tunings in what they are judged by; the title begins `answer`."""
+    return tuning.judged(points, answer.partition(" (")[0], scale)
 
 
 def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:

@@ -15,8 +15,10 @@ from vlsafe.plots import style
 from vlsafe.plots.style import LINES
 
 MODALITIES = {group: f"{group} prompts" for group in ("text", "picture", "typographic")}
-PROMPTS: dict[str, dict[str, Any]] = {"harmful": dict(color="#D55E00", marker="s"), "benign": dict(color="#0072B2", marker="o")}
-COSINES = {"cosine": ("raw", "-"), "cosine_centred": ("centred", (0, (3, 2)))}
+COSINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cosine": ("raw", dict(color="#777777", marker="o", linestyle="-")),
+    "cosine_centred": ("centred", dict(color="#D55E00", marker="s", linestyle="--")),
+}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vl": ("two batches of stage 2", dict(color="#E69F00", linestyle="--")),
     "safety": ("two batches of safety rows", dict(color="#0072B2", linestyle="--")),
@@ -40,26 +42,27 @@ def _modalities(lines: pd.DataFrame) -> dict[str, str]:
 
 
 def similarity(lines: pd.DataFrame, scale: str) -> Figure:
-    """F07: cosine of parent and adapted model in every layer, harmful and benign prompts, one panel per modality.
-
-    Solid lines are raw cosines, dashed ones centred over prompts.
-    """
+    """F07: by how much less alike parent and adapted model are on harmful than on benign prompts, in every layer, one panel per
+    modality; solid: raw cosines, dashed: centred over prompts."""
     adapted = last(lines)
-    drawn = adapted[adapted["measure"].isin(list(COSINES))]
+    drawn = adapted[adapted["measure"].isin(list(COSINES)) & (adapted["kind"] == "difference")]
     text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
     n = int(text.loc[text["kind"] != "difference", "n"].min())
     caption = _caption(
-        drawn, scale, "last position", f"n = {n} prompts a line and seed", "95 % intervals over what was asked",
+        drawn, scale, "last position", f"n = {n} prompts of each kind and seed", "95 % intervals over what was asked",
         "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
     )  # fmt: skip
-    rows = style.by_backbone(drawn, "cosine (↓ moved further)")
-    keys = style.handles(PROMPTS, linestyle="-", markersize=3)
-    keys += style.handles({name: dict(color="#777777", linestyle=dashes) for name, dashes in COSINES.values()})
-    with style.panels(rows, _modalities(drawn), 2.2, _moved_further(text), caption, "block", keys) as (figure, axes):
-        for (backbone, group, kind, measure), line in drawn.groupby(["backbone", "group", "kind", "measure"]):
-            if kind in PROMPTS and group in MODALITIES:
-                style.draw_line(axes[backbone, group], line, "layer", linestyle=COSINES[measure][1], **PROMPTS[kind])
+    rows = style.by_backbone(drawn, "cosine, harmful − benign\n(↓ harmful moved further)")
+    keys = style.handles(dict(COSINES.values()), linestyle="-", markersize=3)
+    with style.panels(rows, _modalities(drawn), 2.0, _moved_further(text), caption, "block", keys, sharey="row") as (
+        figure,
+        axes,
+    ):
+        for (backbone, group, measure), line in drawn.groupby(["backbone", "group", "measure"]):
+            if group in MODALITIES:
+                style.draw_line(axes[backbone, group], line, "layer", **COSINES[measure][1])
         for axis in axes.values():
+            axis.axhline(0, color="black", linewidth=0.6)
             axis.set_xticks(sorted(drawn["layer"].unique()))
     return figure
 

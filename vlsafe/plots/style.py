@@ -41,7 +41,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "ensemble": dict(color="#56B4E9", marker="X"),
     "checkpoint": dict(color="#777777", marker="."),
 }
+JUDGED = {  # what models are compared in, as columns of `dots`
+    "text_asr": "text ASR\n(← safer)", "multimodal_asr": "multimodal ASR\n(← safer)",
+    "twin_refusal": "harmless picture\nrequests refused (←)", "helpfulness": "helpfulness\n(better →)",
+}  # fmt: skip
 DOTTED = dict(linewidth=0.7, linestyle=(0, (1, 3)))
+FILLED = "filled: no other model is as good in all columns and better in one, in these means"
 
 
 @contextmanager
@@ -148,15 +153,6 @@ def draw_line(axis: Any, rows: pd.DataFrame, x: str, seed_range: bool = False, *
     axis.plot(mean.index, mean, **{"markersize": 2.5, "linewidth": 1.2, **look})
 
 
-def draw_points(axis: Any, rows: pd.DataFrame, x: str, y: str, size: float, bars: bool = True, **look: Any) -> None:
-    """Points with intervals both ways, from the columns `x`, `x_low`, `x_high` and the same of `y`."""
-    if bars:
-        line = dict(color=look["color"], linewidth=0.7, alpha=0.6)
-        axis.hlines(rows[y], rows[f"{x}_low"], rows[f"{x}_high"], **line)
-        axis.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **line)
-    axis.plot(rows[x], rows[y], markersize=size, linestyle="", **look)
-
-
 def draw_measures(axis: Any, rates: pd.DataFrame, x: str, bands: pd.DataFrame | None = None) -> None:
     """A line for each measure of LINES that the rows hold, with the range over seeds as its band, or the one of `bands`."""
     for measure, look in LINES.items():
@@ -166,12 +162,36 @@ def draw_measures(axis: Any, rates: pd.DataFrame, x: str, bands: pd.DataFrame | 
                 axis.fill_between(band[x], band["low"], band["high"], color=look["color"], alpha=0.12, linewidth=0)
 
 
-def draw_models(axis: Any, mean: pd.DataFrame, points: pd.DataFrame, y: str, size: float) -> None:
-    """Models in the plane of helpfulness and `y` by their kind: means with intervals, single seeds as small marks."""
-    for kind, models in mean.groupby("kind", sort=False):
-        draw_points(axis, models, "helpfulness", y, size, **KINDS[kind])
-        if several_seeds(points):
-            draw_points(axis, points[points["kind"] == kind], "helpfulness", y, 2, bars=False, alpha=0.5, **KINDS[kind])
+def dots(
+    points: pd.DataFrame, columns: Mapping[str, str], title: str, caption: str, best: pd.DataFrame | None = None
+) -> Figure:  # fmt: skip
+    """Models one below the other, in the order in which they come, and a panel per column: means over seeds with the mean of their
+    intervals, single seeds as small ticks; in percent. Filled: those of `best` (backbone and name), or all.
+
+    Shapes:   `points` is long: backbone, seed, name, kind, what (a column), value, low, high
+    """
+    rows, names = by_backbone(points), {of: list(dict.fromkeys(part["name"])) for of, part in points.groupby("backbone")}
+    heights = [0.3 + 0.15 * len(names[of]) for of in rows]
+    options: dict[str, Any] = {"sharex": True, "height_ratios": heights}
+    front = None if best is None else set(zip(best["backbone"], best["name"], strict=True))
+    several = several_seeds(points)
+    with panels(rows, columns, sum(heights) / len(rows), title, caption, **options) as (figure, axes):
+        for (backbone, what), axis in axes.items():
+            of = percent(points[(points["backbone"] == backbone) & (points["what"] == what)])
+            for place, (name, own) in enumerate((name, of[of["name"] == name]) for name in names[backbone]):
+                axis.axhline(place, color="#EEEEEE", linewidth=0.6, zorder=0)
+                if own["value"].notna().any():
+                    look, mean = KINDS[own["kind"].iloc[0]], own[["value", "low", "high"]].mean()
+                    axis.hlines(place, mean["low"], mean["high"], color=look["color"], linewidth=1.4, alpha=0.5)
+                    fill = look["color"] if front is None or (backbone, name) in front else "white"
+                    axis.plot(mean["value"], place, markersize=4.2, linestyle="", markerfacecolor=fill, **look)
+                    if several:
+                        axis.plot(own["value"], [place] * len(own), "|", color=look["color"], markersize=4, alpha=0.8)
+            axis.set(xlim=(-4, 104), xticks=[0, 50, 100], ylim=(len(names[backbone]) - 0.4, -0.6))
+            axis.set_yticks(range(len(names[backbone])), names[backbone])
+            axis.set_title(axis.get_title("left"), fontsize=6.5)
+            axis.tick_params(axis="y", length=0, labelleft=what == next(iter(columns)))
+    return figure
 
 
 def label_right(axis: Any, labels: Iterable[tuple[str, float, float, str]], gap: float, size: float = 5.5) -> None:

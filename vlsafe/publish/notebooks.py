@@ -16,6 +16,7 @@ from unittest import mock
 
 import nbformat
 
+from vlsafe.analysis import sentences
 from vlsafe.analysis.measures import Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
@@ -53,6 +54,33 @@ def shown(make: Callable[[], Any]) -> Any:
         return make()
     except Lacking as lacking:
         return Markdown(f"*Not shown: {lacking}.*")
+
+
+def answer(study: Study, notebook: str) -> Any:
+    """What a notebook opens with: its answer by the committed results of the study's scale, over all backbones and seeds."""
+    from IPython.display import Markdown
+
+    folder = study.figures
+    origin = f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]."
+    return Markdown(f"**The answer.** {origin}\n\n{sentences.opening(notebook, folder)}")
+
+
+def said(*texts: str) -> Any:
+    """Computed sentences, as a cell shows them."""
+    from IPython.display import Markdown
+
+    return Markdown("**Computed.**\n\n" + "\n".join(f"- {text.removeprefix('- ')}" for text in texts))
+
+
+def committed(study: Study, name: str) -> Any:
+    """A committed table of the study's scale, of all its backbones and seeds, folded; a sentence where it is not there."""
+    from IPython.display import Markdown
+
+    path = study.figures / f"{name}.md"
+    if not path.exists():
+        return Markdown(f"*Not shown: no {name} of this scale is committed.*")
+    title, _, text = path.read_text(encoding="utf-8").partition("\n")
+    return Markdown(f"<details><summary>{title}</summary>\n\n{text.strip()}\n\n</details>")
 
 
 def code_digest(path: Path) -> str:

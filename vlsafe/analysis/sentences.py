@@ -1,0 +1,231 @@
+"""What tables say, as sentences: direction, size, interval, items and seeds, by rules and never by hand.
+
+Verdicts are the ledger's. Elsewhere a change is called one where its interval lies on one side of zero, over several seeds where
+it does so in every one of them. Numbers are those of the tables: percent of rates, points of their differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlsafe.analysis import claims
+from vlsafe.analysis.measures import CHANCE, MEASURES
+
+NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
+SAID = {  # of a verdict, after a claim's statement
+    claims.SUPPORTED: "yes", claims.CONTRADICTED: "no", claims.UNDECIDED: "not decided",
+    claims.CEILING: "not decided: no room for a difference", claims.DIFFERS: "seeds disagree", claims.NOT: "not measured",
+}  # fmt: skip
+
+
+def signed(value: float, digits: int = 0, scale: float = 100) -> str:
+    """A number with its sign, as points of a fraction; one more digit for what would be rounded to zero; no negative zero."""
+    digits += round(scale * value, digits) == 0 != round(scale * value, digits + 1)
+    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"
+
+
+def points(value: float, low: float, high: float) -> str:
+    """A difference of fractions with its interval, in points."""
+    return f"{signed(value)} [{signed(low)}, {signed(high)}]"
+
+
+def shares(lines: pd.DataFrame, *names: str) -> str:
+    """Rates with their intervals, each called by some columns."""
+    found = []
+    for line in lines.itertuples():
+        words = [str(getattr(line, name)) for name in names]
+        called = " ".join(MEASURES[word]["label"] if word in MEASURES else word for word in words)
+        found.append(f"{called} {100 * line.value:.0f} % [{100 * line.low:.0f}, {100 * line.high:.0f}]")
+    return "; ".join(found) + "."
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean of fractions, one per seed, and their range where there are several."""
+    shown = f"{100 * sum(values) / len(values):.0f} %"
+    return shown if len(values) < 2 else f"{shown} ({100 * min(values):.0f}–{100 * max(values):.0f} over {len(values)} seeds)"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence lists them."""
+    *head, last = names
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: str = "") -> str:
+    """Which models lie below another one in a measure, which above it, and which cannot be told from it.
+
+    `lines` hold paired differences from that model in the columns difference, difference_low and difference_high, with `prefix`
+    before them, and the model's name in the column `name`.
+    """
+    columns = [f"{prefix}difference{end}" for end in ("", "_low", "_high")]
+    of = lines[lines["measure"] == measure].dropna(subset=columns)
+    sides: dict[str, list[tuple[float, str]]] = {"lower": [], "higher": [], "not told apart": [], "seeds disagree": []}
+    for model, rows in of.groupby(name, sort=False):
+        values, lows, highs = (rows[column].to_numpy(float) for column in columns)
+        below, above = highs < 0, lows > 0
+        side = "lower" if below.all() else "higher" if above.all() else "not told apart"
+        side = "seeds disagree" if below.any() and above.any() else side
+        size = points(values[0], lows[0], highs[0])
+        if len(rows) > 1:
+            size = f"{signed(values.mean())}, {signed(values.min())} to {signed(values.max())} over {len(rows)} seeds"
+        sides[side].append((values.mean(), f"{model} ({size})"))
+    parts = [f"{side}: {', '.join(text for _, text in sorted(found))}" for side, found in sides.items() if found]
+    label = MEASURES[measure]["label"]
+    return f"{label[0].upper()}{label[1:]}, points: {'; '.join(parts)}." if parts else f"{label}: nothing to compare."
+
+
+def best(lines: pd.DataFrame, measure: str, name: str = "recipe") -> str:
+    """The best model of a measure, with its interval, and those whose intervals overlap with it; of one study."""
+    spec, of = MEASURES[measure], lines[lines["measure"] == measure].dropna(subset=["value"])
+    of = of.sort_values("value", ascending=spec["worse"] == "higher", kind="stable")
+    first, others = of.iloc[0], of.iloc[1:]
+    near = others[(others["low"] <= first["high"]) & (others["high"] >= first["low"])][name].tolist()
+    rest = f"; not told from {listed(near)}" if near else ""
+    how = "least" if spec["worse"] == "higher" else "most"
+    ends = f"{100 * first['value']:.0f} % [{100 * first['low']:.0f}, {100 * first['high']:.0f}]"
+    return f"{how} {spec['label']}: {first[name]}, {ends}{rest}"
+
+
+def winners(lines: pd.DataFrame, measures: Sequence[str], name: str = "recipe") -> str:
+    """The best model by each of some measures; of one study."""
+    found = [best(lines, measure, name) for measure in measures if (lines["measure"] == measure).any()]
+    text = "; ".join(found) + "."
+    return text[0].upper() + text[1:]
+
+
+def changed(lines: pd.DataFrame) -> str:
+    """What adaptation changed, of T02's lines of one study: rates and paired differences of what both models were asked."""
+    said = []
+    for line in lines.dropna(subset=["difference"]).itertuples():
+        how = "rises" if line.low > 0 else "falls" if line.high < 0 else "does not change beyond its interval"
+        ends = f"from {100 * line.parent_value:.0f} to {100 * line.instruct_value:.0f} %"
+        said.append(f"{line.label} {how}, {ends}, by {points(line.difference, line.low, line.high)} points")
+    text = "; ".join(said) + "."
+    return text[0].upper() + text[1:]
+
+
+def parted(lines: pd.DataFrame, what: str) -> str:
+    """After which layers a difference, in `value`, `low` and `high`, lies on one side of zero, by group; its extreme with it."""
+    said = []
+    for group, of in lines.groupby("group", sort=False):
+        clear = of[(of["low"] > 0) | (of["high"] < 0)]
+        if clear.empty:
+            said.append(f"{group}: {what} after no layer")
+            continue
+        most = clear.loc[clear["value"].abs().idxmax()]
+        size = f"{most['value']:+.3f} [{most['low']:+.3f}, {most['high']:+.3f}]"
+        layers = sorted(map(int, clear["layer"].unique()))
+        named = f"layer{'s' * (len(layers) > 1)} {listed(map(str, layers))}"
+        said.append(f"{group}: {what} after {named}, most after {int(most['layer'])} ({size})")
+    return "; ".join(said) + "."
+
+
+def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
+    """A line per claim: what it states, and of every backbone the verdict over items, the effect, and what seeds say of it."""
+    said = []
+    for claim in (name for name in names if name in set(ledger["claim"])):
+        of = ledger[ledger["claim"] == claim]
+        of = of[of["item_level"] != claims.NOT] if (of["item_level"] != claims.NOT).any() else of[:1]
+        status = " (exploratory)" if of["status"].iloc[0] == claims.EXPLORATORY else ""
+        parts = [f"`{line.backbone}` {_verdict(line)}" if pd.notna(line.effect) else _verdict(line) for line in of.itertuples()]
+        said.append(f"- *{of['statement'].iloc[0]}*{status}: {'; '.join(parts)}.")
+    return "\n".join(said)
+
+
+def _verdict(line: Any) -> str:
+    text = f"**{SAID[line.item_level]}**"
+    if line.item_level == claims.NOT:
+        return text
+    threshold = f", threshold {signed(line.against)}" if line.against else ""
+    text += f" ({points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
+    if pd.isna(line.seed_low):
+        return f"{text}, one seed)"
+    return f"{text}; {int(line.seeds)} seeds: {SAID[line.seed_level]}, [{signed(line.seed_low)}, {signed(line.seed_high)}])"
+
+
+def counted(ledger: pd.DataFrame) -> str:
+    """How many claims of each status hold, over items and over seeds."""
+    said = []
+    for (backbone, status), of in ledger[ledger["item_level"] != claims.NOT].groupby(["backbone", "status"], sort=False):
+        held = of["item_level"] == claims.SUPPORTED
+        both = held & (of["seed_level"] == claims.SUPPORTED)
+        against, seeds = (of["item_level"] == claims.CONTRADICTED).sum(), int(of["seeds"].max())
+        said.append(
+            f"- `{backbone}`, {seeds} seed{'s' * (seeds > 1)}: of {len(of)} {status} claims measured {held.sum()} hold over "
+            f"items, {both.sum()} of these over seeds too, and {against} are contradicted."
+        )
+    return "\n".join(said)
+
+
+def fell(table: pd.DataFrame) -> str:
+    """What adaptation did to each parent, of T02's lines."""
+    said = []
+    for backbone, of in table.groupby("backbone", sort=False):
+        changes = []
+        for measure in ("text_asr", "multimodal_asr", "exaggerated_refusal"):
+            rows = of[of["measure"] == measure]
+            before, after = (rows[f"{stage}_value"].dropna().tolist() for stage in ("parent", "instruct"))
+            if after:
+                start = f"from {percent(before)} to " if before else ""
+                changes.append(f"{MEASURES[measure]['label']} {start}{percent(after)}")
+        said.append(f"- `{backbone}`: {', '.join(changes)}.")
+    return "\n".join(said)
+
+
+def rates(table: pd.DataFrame, stage: str, measures: Sequence[str]) -> str:
+    """Some rates of the parent, or of the adapted model (`stage`: instruct), by backbone, and where guessing would be; of T02."""
+    said = []
+    for backbone, of in table.groupby("backbone", sort=False):
+        parts = []
+        for name in measures:
+            values = of.loc[of["measure"] == name, f"{stage}_value"].dropna().tolist()
+            chance = f", chance {100 * CHANCE[name]:.0f} %" if name in CHANCE else ""
+            parts += [f"{MEASURES[name]['label']} {percent(values)}{chance}"] if values else []
+        said.append(f"- `{backbone}`: {'; '.join(parts)}.")
+    return "\n".join(said)
+
+
+def guards(table: pd.DataFrame) -> str:
+    """How much of the harm the guards find together, and how much of what they drop deserved it, of T01's lines."""
+    of = table[table["guard"] == "either"]
+    parts = [f"{name} {percent(of.loc[of['measure'] == name, 'value'].tolist())}" for name in ("recall", "precision")]
+    return f"- Both guards together: {', '.join(parts)}."
+
+
+Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
+
+
+def _claims(*names: str) -> Part:
+    return lambda table: verdicts(table("T09_claims"), names)
+
+
+def _of(stage: str, *measures: str) -> Part:
+    return lambda table: rates(table("T02_degradation"), stage, measures)
+
+
+OPENINGS: dict[str, tuple[Part, ...]] = {
+    "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"),),
+    "01_data_filtering": (lambda table: guards(table("T01_guard_quality")), _claims("3c")),
+    "02_vl_adaptation": (_of("instruct", "helpfulness", "capability_caption-icon", "capability_howto-icon"), _claims("4h", "4i")),
+    "03_safety_degradation": (lambda table: fell(table("T02_degradation")), _claims("1", "3", "4b", "4h", "4j", "4k", "4l")),
+    "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"),),
+    "05_probing": (_claims("7", "8", "8b", "9", "9b"),),
+    "06_merging": (_claims("10", "10b", "11", "13", "13c", "13e", "14", "14e", "15"),),
+    "07_claims": (lambda table: counted(table("T09_claims")), _claims("3", "5", "6", "10")),
+}
+"""Notebook -> what its answer is made of."""
+
+
+def opening(notebook: str, folder: Path) -> str:
+    """The answer of a notebook in Markdown, of the committed tables in a folder; of those parts whose tables are there."""
+    said = []
+    for part in OPENINGS[notebook]:
+        try:
+            said.append(part(lambda name: pd.read_csv(folder / f"{name}.csv", dtype={"claim": str})))
+        except FileNotFoundError:
+            continue
+    return "\n".join(filter(None, said)) or NOTHING
