@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlsafe.core.lazy import lazily
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Study", "drift", "examine", "judge", "last_states", "load_scale", "localise", "merge", "rates", "score", "similarity",
 ]  # fmt: skip

@@ -148,7 +148,7 @@ def _add_outside(command: Callable[..., Parser]) -> None:
 def _add_results(command: Callable[..., Parser]) -> None:
     """Tables, figures and pages."""
     command(_gallery, "write every table and figure", STUDIES, GRID).add_argument("--out", type=Path)
-    command(_readme, "make the generated parts of README.md again from figures/mini", FIGURES)
+    command(_readme, "make the generated parts of README.md and docs again from figures/mini", FIGURES)
     added = command(_diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
     added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
@@ -334,11 +334,11 @@ def _gallery(arguments: Arguments) -> None:
 
 
 def _readme(arguments: Arguments) -> None:
-    path = Path("README.md")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path} in this folder; run this where the Snakefile is")
-    store.write_text(path, publish.readme.generated(path.read_text(encoding="utf-8"), arguments.figures))
-    print(f"{path}: generated parts made again")
+    if not Path("README.md").exists():
+        raise FileNotFoundError("there is no README.md in this folder; run this where the Snakefile is")
+    for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        store.write_text(path, publish.readme.generated(path.read_text(encoding="utf-8"), arguments.figures, path.name))
+        print(f"{path}: generated parts made again")
 
 
 def _diff(arguments: Arguments) -> int:
@@ -356,7 +356,7 @@ def _published(arguments: Arguments) -> int:
 
 
 def _report(arguments: Arguments) -> None:
-    print(publish.provenance.report(arguments.figures, arguments.out))
+    print(publish.report.report(arguments.figures, arguments.out))
 
 
 def _human_export(arguments: Arguments) -> None:

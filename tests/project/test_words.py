@@ -27,6 +27,7 @@ WORDS = {
 }
 NAMES = {"told", "asked", "given", "made"}  # of variables, arguments, attributes and functions
 TEXTS = ["README.md", "CONTRIBUTING.md", "Makefile", "Snakefile", "env/gated.md"]
+TEXTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def sources():

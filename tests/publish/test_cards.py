@@ -19,7 +19,7 @@ from vlsafe.analysis import degradation
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.core.scale import as_plain
 from vlsafe.plots import claims as plots_claims
-from vlsafe.publish import modelcards, provenance
+from vlsafe.publish import modelcards, provenance, report
 from vlsafe.study.study import Study
 
 RUN = {"packages": {"numpy": "2.0"}, "commit": "abc", "backbone": "b", "seed": 0}
@@ -148,9 +148,12 @@ def test_the_report_is_one_file_with_the_claims_on_top(figures, tmp_path):
     assert order == sorted(order)
     pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
     assert len(pictures) == len(list(figures.glob("*.png"))) and set(pictures) == {"data:"}
-    assert "<script" not in html and not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http', html)
+    assert not re.findall(r'(?:src|href)="https?://[^"]*"|@import|url\(http|fetch\(', html) and len(html) < 3_000_000
+    headings = re.findall(r'<h2 id="(\w+)">([^<]+)</h2>', html)
+    assert all(f'href="#{name}"' in html and not text.startswith(name) for name, text in headings if name != "provenance")
+    assert html.count("<details>") > 10 and "<option>mini-chat</option>" in html and "prefers-color-scheme: dark" in html
     with pytest.raises(FileNotFoundError, match="vlsafe gallery"):
-        provenance.report(tmp_path, tmp_path / "none.html")
+        report.report(tmp_path, tmp_path / "none.html")
 
 
 def test_people_become_a_judge(study, tmp_path, capsys):

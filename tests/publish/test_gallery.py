@@ -11,7 +11,7 @@ import pytest
 from vlsafe import analysis, plots
 from vlsafe.analysis import stats
 from vlsafe.analysis.measures import MEASURES
-from vlsafe.publish import gallery, provenance, results
+from vlsafe.publish import gallery, provenance, report, results
 from vlsafe.study import graph
 
 # For the sake of time, many subsets do without recipes, measures and claims that a gallery treats as it treats others, and with
@@ -161,5 +161,5 @@ def test_what_an_earlier_gallery_left_is_removed_and_a_report_needs_no_ledger(pa
     said = left_out.set_index("what")
     assert "examination/instruct.filtered-full" in said.loc["T02_degradation", "missing"]
     assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers, probe/drift"
-    html = provenance.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    html = report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.index("What is not here and why") < html.index("T04. System prompt") and "needs probe/layers" in html

@@ -81,8 +81,10 @@ def test_nothing_is_recorded_from_a_tree_with_changes(tmp_path, monkeypatch):
 
 
 def test_readme_says_what_the_committed_artefacts_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.generated(text, ROOT / "figures/mini") == text, "run `vlsafe readme`"
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert readme.generated(text, ROOT / "figures/mini") == text, "run `vlsafe readme`"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_every_picture_of_the_readme_is_an_artefact_with_its_numbers_beside_it():

@@ -176,6 +176,28 @@ def fell(table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
+    """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 4h and 4b, points over items."""
+    text = table[table["measure"] == "text_asr"].groupby("backbone", sort=False)[["parent_value", "instruct_value"]].mean() * 100
+    rises = [f"from {line.parent_value:.0f} to {line.instruct_value:.0f} % (`{line.Index}`)" for line in text.itertuples()]
+    level = ledger.loc[(ledger["claim"] == RISE) & (ledger["item_level"] != claims.NOT), "item_level"]
+    held = (level == claims.SUPPORTED).tolist()
+    start = ("no: " if not any(held) else "yes: " if all(held) else "in part: ") if held else ""
+    said = [f"{start}adaptation on screened data takes text ASR {listed(rises)}"]
+    for claim, what in TITLE.items():
+        of = ledger[(ledger["claim"] == claim) & (ledger["item_level"] != claims.NOT)]
+        sizes = [f"{points(line.effect, line.low, line.high)} points (`{line.backbone}`)" for line in of.itertuples()]
+        said += [f"{what} {listed(sizes)}"] if sizes else []
+    return "; ".join(said) + "."
+
+
+RISE = "3"  # the claim that answers the title
+TITLE = {  # what the effects of two more are
+    "4h": "seeing alone, every how-to left out, changes it by",
+    "4b": "the same rows with pictures, less those with descriptions in words:",
+}  # fmt: skip
+
+
 def rates(table: pd.DataFrame, stage: str, measures: Sequence[str]) -> str:
     """Some rates of the parent, or of the adapted model (`stage`: instruct), by backbone, and where guessing would be; of T02."""
     said = []

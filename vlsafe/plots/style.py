@@ -165,8 +165,8 @@ def draw_measures(axis: Any, rates: pd.DataFrame, x: str, bands: pd.DataFrame | 
 def dots(
     points: pd.DataFrame, columns: Mapping[str, str], title: str, caption: str, best: pd.DataFrame | None = None
 ) -> Figure:  # fmt: skip
-    """Models one below the other, in the order in which they come, and a panel per column: means over seeds with the mean of their
-    intervals, single seeds as small ticks; in percent. Filled: those of `best` (backbone and name), or all.
+    """Models one below the other, in the order in which they come, and a panel per column: means over seeds with the mean of
+    their intervals, single seeds as small ticks; in percent. Filled: those of `best` (backbone and name), or all.
 
     Shapes:   `points` is long: backbone, seed, name, kind, what (a column), value, low, high
     """

@@ -103,7 +103,7 @@ def published(study: Study, names: Sequence[str], out: Path | None, artefacts: S
     frames, runs = publish.results.results([study]), publish.results.made_by([study], sorted(adopted.STAGES))
     for line in publish.gallery.make(frames, study.scale.name, out, runs, only=artefacts).left_out.itertuples():
         print(f"left out: {line.what}: {line.reason}", file=sys.stderr)
-    publish.provenance.report(out, out / "report.html", f"{study.scale.name}: {title}")
+    publish.report.report(out, out / "report.html", f"{study.scale.name}: {title}")
     return out
 
 

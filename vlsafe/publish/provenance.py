@@ -6,7 +6,6 @@ Loads no model.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +23,6 @@ from vlsafe.core.schema import MAIN_LINE
 DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
 COORDINATES = ("seed", "step", "layer", "start", "width", "claim")  # numbers that say which line it is
 PUBLISHED = ["model", "measure", "value", "maximum", "tolerance", "source"]
-OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yaml").read_text(encoding="utf-8"))
 
 
@@ -163,32 +161,3 @@ def held(printed: pd.DataFrame, folder: Path, run: str) -> tuple[pd.DataFrame, b
     frame = compare_published(printed, lines, run)
     own, agrees = (frame.filter(like=f"{column}, ") for column in ("ours", "agrees"))
     return frame[own.notna().any(axis=1)], not (agrees == "no").any(axis=None)
-
-
-def report(folder: Path, out: Path, title: str = "What the paper claims, what was measured, how sure we are") -> Path:
-    """One HTML file with everything inside: the claims on top, then every table and figure of a gallery's folder.
-
-    Made by nbconvert from a notebook of Markdown cells, which embeds the pictures.
-
-    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not, nor one of OF_OTHERS
-    """
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    first = ["F00_answer", "T09_claims", "F14_claims", "T00_left_out"]
-    if not any((folder / f"{name}.md").exists() for name in (*first, *OF_OTHERS)):
-        raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
-    names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
-    cells = [f"# {title}"]
-    for name in [*first, *(name for name in names if name not in first)]:
-        for suffix, text in ((".png", f"## {name}\n\n![{name}]({name}.png)"), (".md", None)):
-            if (folder / f"{name}{suffix}").exists():
-                cells.append(text or f"## {name}\n\n" + (folder / f"{name}.md").read_text(encoding="utf-8"))
-    cells.append("## Provenance\n\nThe sidecar of each artefact, `<name>.provenance.json`, names its runs and their digests.")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id=f"c{i}") for i, text in enumerate(cells)])
-    exporter = HTMLExporter(embed_images=True)
-    exporter.exclude_input_prompt = True
-    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(folder), "name": "vlsafe"}})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL), encoding="utf-8")  # they ask servers for more
-    return out

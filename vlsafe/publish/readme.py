@@ -1,4 +1,4 @@
-"""The generated parts of README.md: what stands between markers is made from the committed artefacts, never by hand.
+"""The generated parts of README.md and docs: what stands between markers is made from the committed artefacts, never by hand.
 
 A part begins with `<!-- generated: NAME -->` and ends with `<!-- end generated -->`. NAME is one of PARTS or a table of the
 figures folder. Imports no model library.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlsafe.analysis import claims, sentences
 from vlsafe.core.scale import known
 from vlsafe.publish import provenance
 
@@ -22,17 +23,17 @@ HEADLINE = (
 )  # fmt: skip
 
 
-def generated(text: str, folder: Path) -> str:
+def generated(text: str, folder: Path, called: str = "README.md") -> str:
     """A README with all its generated parts made again from the artefacts in `folder`.
 
     Raises:   ValueError for a name that is neither a part nor a table there, or for a marker that is never closed
     """
     if len(MARKED.findall(text)) != text.count("<!-- generated: "):
-        raise ValueError("README.md opens `<!-- generated: NAME -->` and does not close it with `<!-- end generated -->`")
+        raise ValueError(f"{called} opens `<!-- generated: NAME -->` and does not close it with `<!-- end generated -->`")
     names = {*PARTS, *(path.stem for path in folder.glob("*.md"))}
 
     def part(match: re.Match[str]) -> str:
-        name = known(match[2], names, "generated part of README.md")
+        name = known(match[2], names, f"generated part of {called}")
         body = PARTS[name](folder) if name in PARTS else (folder / f"{name}.md").read_text(encoding="utf-8").rstrip()
         return f"{match[1]}{body}\n{match[3]}"
 
@@ -79,4 +80,16 @@ def examine(folder: Path) -> str:
     return (folder.parent / "examine.md").read_text(encoding="utf-8").rstrip()
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"headline": headline, "costs": costs, "examine": examine}
+def answer(folder: Path) -> str:
+    """The answer to the title, by the committed results of the miniature and, where it has been run, of scale pocket."""
+    said = []
+    for name, what in SCALES.items():
+        path = folder.parent / name / "T02_degradation.csv"
+        if path.exists():
+            said.append(f"**{what}:** {sentences.title(pd.read_csv(path), claims.written(path.parent))}")
+    return "\n\n".join([*said, NOT_RUN])
+
+
+SCALES = {"mini": "In the miniature", "pocket": "With real parts (scale pocket: a 135M chat model, clip art, published prompts)"}
+NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
+PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "headline": headline, "costs": costs, "examine": examine}

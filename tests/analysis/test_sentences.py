@@ -1,0 +1,127 @@
+"""Computed sentences: what they call a change, that their numbers are the tables', and that none contradicts a ledger."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from vlsafe.analysis import claims, sentences
+from vlsafe.publish import notebooks
+
+ROOT = Path(__file__).parents[2]
+MINI = ROOT / "figures" / "mini"
+
+
+def test_numbers_have_signs_and_no_negative_zero():
+    assert [sentences.signed(value) for value in (0.123, -0.126, 0.0, -0.0, 0.002, -0.0002)] == [
+        "+12", "-13", "+0", "+0", "+0.2", "+0"
+    ]  # fmt: skip
+    assert sentences.points(0.1, -0.004, 0.2) == "+10 [-0.4, +20]"
+    assert sentences.percent([0.1, 0.3]) == "20 % (10–30 over 2 seeds)" and sentences.percent([0.126]) == "13 %"
+    assert sentences.listed(["a"]) == "a" and sentences.listed("abc") == "a, b and c"
+
+
+def lines(**models):
+    """Differences in text ASR of models, one (difference, low, high) per seed."""
+    return pd.DataFrame([
+        {"recipe": name, "seed": seed, "measure": "text_asr", "difference": value, "difference_low": low, "difference_high": high}
+        for name, seeds in models.items() for seed, (value, low, high) in enumerate(seeds)
+    ])  # fmt: skip
+
+
+def test_a_change_is_one_where_its_interval_lies_on_one_side_of_zero_in_every_seed():
+    said = sentences.compared(lines(a=[(-0.2, -0.3, -0.1)], b=[(0.2, 0.1, 0.3)], c=[(0.2, -0.01, 0.4)]), "text_asr")
+    assert said == "Text ASR, points: lower: a (-20 [-30, -10]); higher: b (+20 [+10, +30]); not told apart: c (+20 [-1, +40])."
+    seeds = lines(a=[(-0.2, -0.3, -0.1), (-0.4, -0.5, -0.3)], b=[(0.2, 0.1, 0.3), (-0.2, -0.3, -0.1)],
+                  c=[(-0.2, -0.3, -0.1), (-0.1, -0.2, 0.1)])  # fmt: skip
+    assert sentences.compared(seeds, "text_asr") == (
+        "Text ASR, points: lower: a (-30, -40 to -20 over 2 seeds); not told apart: c (-15, -20 to -10 over 2 seeds); "
+        "seeds disagree: b (+0, -20 to +20 over 2 seeds)."
+    )
+    nothing = sentences.compared(lines(a=[(None, None, None)]), "text_asr")
+    assert nothing == "text ASR: nothing to compare."
+
+
+def test_the_best_is_the_least_attacked_or_the_most_helpful_and_who_overlaps_is_named():
+    rates = pd.DataFrame([
+        {"recipe": name, "measure": measure, "value": value, "low": value - 0.05, "high": value + 0.05}
+        for measure, values in {"text_asr": (0.1, 0.14, 0.4), "helpfulness": (0.5, 0.9, 0.7)}.items()
+        for name, value in zip("abc", values, strict=True)
+    ])  # fmt: skip
+    assert sentences.winners(rates, ["text_asr", "helpfulness", "siuo_asr"]) == (
+        "Least text ASR: a, 10 % [5, 15]; not told from b; most helpfulness: b, 90 % [85, 95]."
+    )
+
+
+def test_what_adaptation_changed_and_after_which_layers():
+    table = pd.DataFrame({
+        "label": ["text ASR", "exaggerated refusal", "FigStep"],
+        "parent_value": [0.1, 0.1, None], "instruct_value": [0.5, 0.06, 0.3],
+        "difference": [0.4, -0.04, None], "low": [0.3, -0.1, None], "high": [0.5, 0.02, None],
+    })  # fmt: skip
+    assert sentences.changed(table) == (
+        "Text ASR rises, from 10 to 50 %, by +40 [+30, +50] points; exaggerated refusal does not change beyond its interval, "
+        "from 10 to 6 %, by -4 [-10, +2] points."
+    )
+    gap = pd.DataFrame({"group": ["text"] * 3 + ["picture"], "layer": [0, 1, 2, 0], "value": [-0.1, -0.3, 0.1, 0.2],
+                        "low": [-0.2, -0.4, -0.1, -0.1], "high": [-0.01, -0.2, 0.2, 0.4]})  # fmt: skip
+    assert sentences.parted(gap, "they differ") == (
+        "text: they differ after layers 0 and 1, most after 1 (-0.300 [-0.400, -0.200]); picture: they differ after no layer."
+    )
+
+
+LEDGER = claims.written(MINI)
+
+
+@pytest.mark.parametrize("notebook", list(sentences.OPENINGS))
+def test_the_first_output_of_a_notebook_is_its_answer_by_the_committed_tables(notebook):
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    assert len(cells) <= 30
+    first = next(output for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+    text = first["data"]["text/markdown"]
+    assert text.startswith("**The answer.**") and text.endswith(sentences.opening(notebook, MINI)), "run `make notebooks`"
+    assert set(notebooks.NOTEBOOKS) == set(sentences.OPENINGS)
+
+
+@pytest.mark.parametrize("notebook", list(sentences.OPENINGS))
+def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebook):
+    found = 0
+    for statement, rest in re.findall(r"^- \*(.+?)\*(?: \(exploratory\))?: (.+)$", sentences.opening(notebook, MINI), re.M):
+        rows = LEDGER[(LEDGER["statement"] == statement) & (LEDGER["item_level"] != claims.NOT)]
+        of = rows.drop_duplicates("backbone").set_index("backbone")
+        for backbone, verdict, effect in re.findall(r"`(.+?)` \*\*(.+?)\*\* \(([+-][\d.]+) ", rest):
+            assert verdict == sentences.SAID[of.loc[backbone, "item_level"]], (statement, backbone)
+            assert float(effect) == pytest.approx(100 * of.loc[backbone, "effect"], abs=0.5)
+            found += 1
+    assert found >= (notebook != "00_world")
+
+
+def test_the_title_is_answered_by_the_ledger():
+    table = pd.read_csv(MINI / "T02_degradation.csv")
+    said = sentences.title(table, LEDGER)
+    for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
+        ends = (100 * of[["parent_value", "instruct_value"]].mean()).round().astype(int)
+        assert f"from {ends.iloc[0]} to {ends.iloc[1]} % (`{backbone}`)" in said
+    third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
+    assert said.startswith("yes: ") == (third == claims.SUPPORTED).all()
+    fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
+    assert sentences.title(table, fallen).startswith("no: ")
+    half = fallen.copy()
+    half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
+    assert sentences.title(table, half).startswith("in part: ")
+
+
+def test_where_nothing_is_committed_the_answer_says_so(tmp_path):
+    assert all(sentences.opening(notebook, tmp_path) == sentences.NOTHING for notebook in sentences.OPENINGS)
+    assert claims.written(tmp_path).empty
+
+
+def test_what_holds_is_counted_by_status_and_level():
+    rows = [("a", "registered", claims.SUPPORTED, claims.SUPPORTED), ("a", "registered", claims.SUPPORTED, claims.UNDECIDED),
+            ("a", "registered", claims.CONTRADICTED, claims.UNDECIDED), ("a", "registered", claims.NOT, claims.NOT)]  # fmt: skip
+    ledger = pd.DataFrame(rows, columns=["backbone", "status", "item_level", "seed_level"]).assign(seeds=3)
+    assert sentences.counted(ledger) == (
+        "- `a`, 3 seeds: of 3 registered claims measured 2 hold over items, 1 of these over seeds too, and 1 are contradicted."
+    )

@@ -1,0 +1,75 @@
+"""One HTML file of a gallery's folder: the answer and the claims on top, pictures first, tables folded; nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from string import Template
+
+from vlsafe.publish.provenance import ARTEFACTS
+
+FIRST = ("F00_answer", "T09_claims", "F14_claims", "T00_left_out")
+OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
+COLOURS = 128  # of a picture in the report, which is a third as large so; the files beside it have all
+TITLE = "What the paper claims, what was measured, how sure we are"
+
+
+def report(folder: Path, out: Path, title: str = TITLE) -> Path:
+    """Write the report of a folder: contents, a choice of the backbone, every figure and every table.
+
+    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not, nor one of OF_OTHERS
+    """
+    if not any((folder / f"{name}.md").exists() for name in (*FIRST, *OF_OTHERS)):
+        raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
+    names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
+    names = [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]
+    sections = [_section(folder, name) for name in names]
+    contents = [f'<li><a href="#{name}">{html.escape(heading(folder, name))}</a></li>' for name in names]
+    runs = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "provenance.json").exists() else []
+    units = sorted({(run["backbone"], run["seed"]) for run in runs if run["backbone"] != "shared"})
+    backbones = dict.fromkeys(backbone for backbone, _ in units)
+    text = Template(Path(__file__).with_name("templates").joinpath("report.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), contents="".join(contents), sections="\n".join(sections),
+        origin=f"Scale {html.escape(folder.name)}, {len(units)} studies.",
+        backbones="".join(f"<option>{html.escape(name)}</option>" for name in backbones),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return out
+
+
+def heading(folder: Path, name: str) -> str:
+    """What an artefact is called for the eye: its number and title."""
+    path = folder / f"{name}.md"
+    return (
+        path.read_text(encoding="utf-8").partition("\n")[0]
+        if path.exists()
+        else f"{name[:3]}. {ARTEFACTS['figures'].get(name, name)}"
+    )
+
+
+def _section(folder: Path, name: str) -> str:
+    import mistune
+
+    parts = [f'<h2 id="{name}">{html.escape(heading(folder, name))}</h2>']
+    if (picture := folder / f"{name}.png").exists():
+        parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{_smaller(picture)}"></figure>')
+    if (table := folder / f"{name}.md").exists():
+        _, _, text = table.read_text(encoding="utf-8").partition("\n")
+        lines = max(0, text.count("\n|") - 2)
+        shown = f'<div class="table">{mistune.html(text)}</div>'
+        parts.append(shown if name in FIRST else f"<details><summary>table, {lines} lines</summary>{shown}</details>")
+    return "\n".join(parts)
+
+
+def _smaller(picture: Path) -> str:
+    """A picture in fewer colours, as text."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(COLOURS).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
