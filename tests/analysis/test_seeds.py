@@ -33,9 +33,15 @@ def simulated(seeds, sd, before, after, draws, rng):
     return stats.over_seeds(effects, se, p), effects
 
 
-def record(what, value):
-    if RECORD:
-        print(f"{what}: {value}")
+RECORDED = {"seed_coverage": [], "seed_power": []}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recorded():
+    """Where it is wanted, what was simulated, as tables beside the figures."""
+    yield
+    for name, rows in RECORDED.items() if RECORD else ():
+        pd.DataFrame(rows).round(4).to_csv(f"figures/{name}.csv", index=False)
 
 
 @pytest.mark.parametrize("sd", [0.05, 0.15, 0.3])
@@ -46,8 +52,8 @@ def test_coverage_and_false_verdicts_over_seeds(seeds, sd):
         found, _ = simulated(seeds, sd, before, after, DRAWS, rng)
         covered = np.mean((found["seed_low"] <= after - before) & (after - before <= found["seed_high"]))
         decided = np.mean((found["seed_p"] < 0.05) & ~found["differs"])
-        both = {"coverage": round(float(covered), 4), "verdicts": round(float(decided), 4), "differs": found["differs"].mean()}
-        record(f"{seeds} seeds, SD {100 * sd:.0f}, {100 * before:.0f} -> {100 * after:.0f} %", both)
+        both = {"coverage": float(covered), "verdicts": float(decided), "differs": float(found["differs"].mean())}
+        RECORDED["seed_coverage"].append({"seeds": seeds, "sd": sd, "before": before, "after": after, **both})
         assert (found["seed_low"] >= -1).all() and (found["seed_high"] <= 1).all()
         if (before, after) in DESIGNS:
             assert covered >= 0.92 and (before != after or decided <= 0.065), (before, after, both)
@@ -122,6 +128,6 @@ def test_power_of_claims_at_eight_seeds():
         cells = [(sd, effect) for sd in (0.05, 0.15, 0.3) for effect in (0.1, 0.2, 0.4)]
         lines.append(line | {f"SD {100 * s:.0f}, {100 * e:.0f} points": verdicts(claim, e, s, draws, rng) for s, e in cells})
     table = pd.DataFrame(lines).set_index("claim")
-    record("power at 8 seeds", "\n" + table.to_string())
+    RECORDED["seed_power"] += table.reset_index().to_dict("records")
     assert table.loc["1", "SD 5, 20 points"] > 0.9 and table.loc["1", "SD 30, 10 points"] < 0.3
     assert (table["SD 15, 40 points"] >= table["SD 30, 40 points"]).all()

@@ -12,6 +12,7 @@ import loaded
 import pandas as pd
 import pytest
 
+from vlsafe.analysis import durability
 from vlsafe.core import store
 from vlsafe.publish import notebooks
 from vlsafe.study.graph import left_out, planned, read_by
@@ -20,6 +21,7 @@ from vlsafe.study.study import Study
 ROOT = Path(__file__).parents[2]
 BACKBONE = next(iter(loaded.PARENTS))
 MINUTES = 8
+FURTHER = ("durability/adapted", "durability/sl-full", "worst/sl-full")  # of the grid "full"
 
 
 def started(place, scale):
@@ -32,10 +34,14 @@ def started(place, scale):
         f"vlsafe sweep {common} && exec vlsafe unlock --root . -- snakemake --cores 2 --rerun-incomplete "
         f"--rerun-triggers mtime params input --quiet rules --config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
     )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
     with open(place / "log", "a") as log:
-        return subprocess.Popen(["bash", "-c", line], cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True)
+        call = ["bash", "-c", line]
+        return subprocess.Popen(call, cwd=place, env=environment(scale), stdout=log, stderr=log, start_new_session=True)
+
+
+def environment(scale):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
 
 
 def stages_of(study, state):
@@ -51,8 +57,13 @@ def made(tmp_path_factory):
         begin = time.monotonic()
         code = started(place, scale).wait()
         seconds = time.monotonic() - begin
-    assert code == 0, (place / "log").read_text()[-6000:]
-    return place, Study.open(scale, BACKBONE, 0, place / "runs"), seconds, requests
+        assert code == 0, (place / "log").read_text()[-6000:]
+        asked = list(requests)
+        call = f"vlsafe stage {' '.join(FURTHER)} --scale {scale} --backbone {BACKBONE} --seed 0 --root runs"
+        with open(place / "log", "a") as log:
+            done = subprocess.run(["bash", "-c", call], cwd=place, env=environment(scale), stdout=log, stderr=log, check=False)
+    assert done.returncode == 0, (place / "log").read_text()[-6000:]
+    return place, Study.open(scale, BACKBONE, 0, place / "runs"), seconds, asked
 
 
 @pytest.mark.loaded
@@ -73,6 +84,19 @@ def test_the_default_grid_of_a_loaded_scale_comes_to_its_end(made, capsys):
     with capsys.disabled():
         print(f"\n{len(names)} stages, 0 failed, 0 blocked, {len(reasons)} left out with a reason, {seconds:.0f} s")
     assert seconds < 60 * MINUTES
+
+
+@pytest.mark.loaded
+def test_models_are_fine_tuned_again_at_a_loaded_scale_and_judged_by_its_judges(made):
+    _, study, _, _ = made
+    raw = pd.concat([study.frame(name) for name in FURTHER[:2]], ignore_index=True)
+    attacks = {"start", "instructions", "text", "harmful"}
+    assert set(raw["recipe"]) == {f"{model}/{rows}" for model in ("adapted", "sl-full") for rows in attacks}
+    assert {"mm-safetybench-criteria", "llama-guard-3"} <= set(raw["judge"]) and set(raw["exam"]) == {"full"}
+    lives = durability.curves(raw)
+    assert {"text_asr", "multimodal_asr"} <= set(lives["measure"])
+    lines = study.frame(FURTHER[2], "validation.parquet")
+    assert lines["chosen"].sum() == 1 and study.frame(FURTHER[2])["step"].nunique() == 1
 
 
 @pytest.mark.loaded

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as in transformers.utils, which is slow to import
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins
@@ -131,7 +133,7 @@ def header(shard: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
     Source:   the safetensors format: eight bytes of length, JSON, then the tensors without gaps
     """
     try:
-        with safe_open(shard, "pt"):  # the library checks the header, every place, and the length of the file
+        with safe_open(shard, "np"):  # the library checks the header, every place, and the length of the file
             pass
     except SafetensorError as error:
         raise ValueError(f"{shard} is truncated or damaged: {error}") from error

@@ -7,6 +7,7 @@ name. Of a secret it is only said whether there is one; no server is asked.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ from vlsafe.study.graph import GRIDS, STAGES, planned
 from vlsafe.study.study import Study
 
 FINE = ("present", "yes", "no")
+WITHOUT = "torch is not installed: `pip install vlsafe[models]`"
 # What a stage reads from outside itself; examinations and what chooses by items read benchmarks, and so does whatever trains, so
 # that no benchmark prompt is among its rows.
 READ: dict[str, set[str]] = {
@@ -151,6 +153,8 @@ def _package(package: assets.Package) -> Line:
 
 def _bfloat16(scale: Scale) -> Line:
     """Whether this machine multiplies bfloat16, where a scale computes in it."""
+    if find_spec("torch") is None:
+        return Line("bfloat16", "no", WITHOUT)
     import torch
 
     of = torch.cpu.get_capabilities()
@@ -161,6 +165,8 @@ def _bfloat16(scale: Scale) -> Line:
 
 
 def _gpu(gigabytes: float) -> Line:
+    if find_spec("torch") is None:
+        return Line("GPU", "missing" if gigabytes else "no", WITHOUT)
     import torch
 
     if not torch.cuda.is_available():
