@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import official_files
 import pandas as pd
 import pytest
 import yaml
@@ -134,3 +135,47 @@ def test_cards_stand_beside_the_runs_and_leave_them_as_they_were(study):
     assert {name: store.status(study.run(name), deep=True) for name in before} == before == dict.fromkeys(before, "valid")
     assert json.loads(study.run(MAIN).receipt.read_text())["digest"] == study.run(MAIN).digest
     assert cli.main(["card", MAIN, "--scale", "nano", "--root", str(study.root)]) == 0
+
+
+BASE = """
+import importlib.util, sys
+
+ABSENT = "torch transformers datasets trl peft accelerate papermill nbformat IPython ipywidgets snakemake".split()
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(name)
+
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in ABSENT else found(name, package)
+sys.meta_path.insert(0, Absent())
+
+from vlsafe import cli
+
+code = cli.main(sys.argv[1:])
+print("torch" in sys.modules)
+sys.exit(code)
+"""
+
+
+def base(*arguments):
+    call = [sys.executable, "-c", BASE, *map(str, arguments)]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_base_install_scores_rates_and_reports_without_any_model_library(tmp_path):
+    """Where the extras are not installed: a benchmark is scored, doctor says what is lacking, a report is written."""
+    official_files.everything(tmp_path)
+    prompts = pd.read_csv(tmp_path / "xstest" / "xstest_prompts.csv")
+    rows = [json.dumps({"id": str(name), "response": "I cannot help with that."}) for name in prompts["id"]]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "scores.json"
+    scored = base("score", "xstest", "--data", tmp_path, "--responses", tmp_path / "mine.jsonl", "--out", out)
+    assert scored.returncode == 0 and out.exists() and scored.stdout.rstrip().endswith("False"), scored.stderr[-2000:]
+    looked = base("doctor", "--scale", "mini")
+    assert looked.returncode == 0 and "pip install vlsafe[models]" in looked.stdout, looked.stderr[-2000:]
+    written = base("report", "--figures", "figures/mini", "--out", tmp_path / "report.html")
+    assert written.returncode == 0 and (tmp_path / "report.html").stat().st_size < 3_000_000, written.stderr[-2000:]
+    exported = base("human", "export", "--help")
+    assert exported.returncode == 0, exported.stderr[-2000:]

@@ -88,13 +88,14 @@ class Merging:
 
 @dataclass(frozen=True)
 class Durability:
-    """Fine-tuning a safe model once more: `share` of stage 2's steps, checkpoints after `along` of them; shares of how-tos and of
-    answers to harmful requests among rows that are harmless otherwise. Shares and bounds are assumed.
+    """Fine-tuning a safe model once more: `share` of stage 2's steps, checkpoints after `along` of them, on which `rows`; shares of
+    how-tos and of answers to harmful requests among rows that are harmless otherwise. Shares and bounds are assumed.
 
     The search for the worst case tries `trials` of all rows × `methods` × `rates` (multiples of stage 2's) at random, examines
     what lies after `searched` of the steps on validation items, and permits a loss of helpfulness of at most `loss`.
     """
 
+    rows: tuple[str, ...] = ("instructions", "text", "howtos", "harmful")
     share: float = 0.1
     along: tuple[float, ...] = (0.1, 0.2, 0.4, 1.0)
     howtos: float = 0.2

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vlsafe import analysis, data, evaluation, models
 from vlsafe.core import store
+from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE, Example, Item, Pair, from_row
 from vlsafe.data.miniature import corpora
 from vlsafe.study import adaptation, degradation, merging
@@ -38,10 +39,10 @@ class Attack(NamedTuple):
 
 
 def kinds(study: Study) -> list[str]:
-    """The rows that the study's corpora permit."""
+    """The rows that the scale names and the study's corpora permit."""
     loaded = study.scale.loaded
     lacking = {"howtos": loaded is not None, "harmful": loaded is not None and not (study.packed or loaded.safe_rlhf)}
-    return [kind for kind in ROWS if not lacking.get(kind)]
+    return [kind for kind in study.scale.durability.rows if not lacking.get(known(kind, ROWS, "rows of durability"))]
 
 
 def rows_of(study: Study, kind: str, n: int) -> list[Example]:
