@@ -91,8 +91,8 @@ def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebo
     for statement, rest in re.findall(r"^- \*(.+?)\*(?: \(exploratory\))?: (.+)$", sentences.opening(notebook, MINI), re.M):
         rows = LEDGER[(LEDGER["statement"] == statement) & (LEDGER["item_level"] != claims.NOT)]
         of = rows.drop_duplicates("backbone").set_index("backbone")
-        for backbone, verdict, effect in re.findall(r"`(.+?)` \*\*(.+?)\*\* \(([+-][\d.]+) ", rest):
-            assert verdict == sentences.SAID[of.loc[backbone, "item_level"]], (statement, backbone)
+        for backbone, verdict, part, effect in re.findall(r"`(.+?)` \*\*(.+?)\*\* \((?:([^:;]+): )?([+-][\d.]+) ", rest):
+            assert verdict == of.loc[backbone, "item_level"] and part in ("", of.loc[backbone, "part"]), (statement, backbone)
             assert float(effect) == pytest.approx(100 * of.loc[backbone, "effect"], abs=0.5)
             found += 1
     assert found >= (notebook != "00_world")
@@ -102,8 +102,8 @@ def test_the_title_is_answered_by_the_ledger():
     table = pd.read_csv(MINI / "T02_degradation.csv")
     said = sentences.title(table, LEDGER)
     for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
-        ends = (100 * of[["parent_value", "instruct_value"]].mean()).round().astype(int)
-        assert f"from {ends.iloc[0]} to {ends.iloc[1]} % (`{backbone}`)" in said
+        ends = [f"{100 * of[f'{stage}_value'].mean():.0f} % (" for stage in ("parent", "instruct")]
+        assert re.search(rf"from {re.escape(ends[0])}[^)]*\) to {re.escape(ends[1])}[^)]*\) for `{backbone}`", said)
     third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
     assert said.startswith("yes: ") == (third == claims.SUPPORTED).all()
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
@@ -123,5 +123,5 @@ def test_what_holds_is_counted_by_status_and_level():
             ("a", "registered", claims.CONTRADICTED, claims.UNDECIDED), ("a", "registered", claims.NOT, claims.NOT)]  # fmt: skip
     ledger = pd.DataFrame(rows, columns=["backbone", "status", "item_level", "seed_level"]).assign(seeds=3)
     assert sentences.counted(ledger) == (
-        "- `a`, 3 seeds: of 3 registered claims measured 2 hold over items, 1 of these over seeds too, and 1 are contradicted."
+        "- `a`, 3 seeds: of 3 registered claims measured 2 hold over items, 1 of these over seeds too; contradicted: 1."
     )

@@ -96,7 +96,8 @@ def test_the_pictures_tell_their_numbers():
     text = points[points["what"] == "text_asr"]
     assert text["name"].tolist() == ["parent", "adapted", "sl", "dpo-text"] and set(points["what"]) <= set(tuning.AXES)
     title = plots_tuning.tradeoff(points, "mini").get_suptitle()
-    assert title == "The safest after tuning: text ASR 75 → 17 % (sl), with pictures 75 → 17 % (sl)"
+    same = "text ASR 75 → 75 %, with pictures 75 → 75 %"  # SL is safer, and 25 points less helpful
+    assert title == f"Safest at about equal helpfulness, dpo-text: {same}"
 
 
 def test_refusals_by_kind_of_request():

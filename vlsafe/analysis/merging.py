@@ -149,10 +149,11 @@ def answer(verdict: pd.DataFrame) -> str:
     parts, there = [], [rival for rival in rivals if rival in set(of["reference"])]
     for name in there:
         counts = of.loc[of["reference"] == name, "verdict"].value_counts()
-        parts.append(f"{name}: " + ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in VERDICTS.values()))
+        parts.append(f"{name}: " + ", ".join(f"{kind}: {counts.get(kind, 0)}" for kind in VERDICTS.values()))
     best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].sum() == len(there)
     start = "Yes, some" if best.any() else "No"
-    return f"{start}: {best.sum()} of {len(best)} merges dominate every tuning and their ensemble ({'; '.join(parts)})."
+    what = f"{start}: {best.sum()} of {len(best)} merges of two tuned models dominate every tuning and their ensemble"
+    return f"{what} ({'; '.join(parts)})."
 
 
 def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:

@@ -16,10 +16,6 @@ from vlsafe.analysis import claims
 from vlsafe.analysis.measures import CHANCE, MEASURES
 
 NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
-SAID = {  # of a verdict, after a claim's statement
-    claims.SUPPORTED: "yes", claims.CONTRADICTED: "no", claims.UNDECIDED: "not decided",
-    claims.CEILING: "not decided: no room for a difference", claims.DIFFERS: "seeds disagree", claims.NOT: "not measured",
-}  # fmt: skip
 
 
 def signed(value: float, digits: int = 0, scale: float = 100) -> str:
@@ -55,14 +51,14 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
-def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: str = "") -> str:
+def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: str = "", label: str = "") -> str:
     """Which models lie below another one in a measure, which above it, and which cannot be told from it.
 
     `lines` hold paired differences from that model in the columns difference, difference_low and difference_high, with `prefix`
-    before them, and the model's name in the column `name`.
+    before them, and the model's name in the column `name`. With a `label`, all lines count, whatever their measure.
     """
     columns = [f"{prefix}difference{end}" for end in ("", "_low", "_high")]
-    of = lines[lines["measure"] == measure].dropna(subset=columns)
+    of = (lines if label else lines[lines["measure"] == measure]).dropna(subset=columns)
     sides: dict[str, list[tuple[float, str]]] = {"lower": [], "higher": [], "not told apart": [], "seeds disagree": []}
     for model, rows in of.groupby(name, sort=False):
         values, lows, highs = (rows[column].to_numpy(float) for column in columns)
@@ -74,7 +70,7 @@ def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: st
             size = f"{signed(values.mean())}, {signed(values.min())} to {signed(values.max())} over {len(rows)} seeds"
         sides[side].append((values.mean(), f"{model} ({size})"))
     parts = [f"{side}: {', '.join(text for _, text in sorted(found))}" for side, found in sides.items() if found]
-    label = MEASURES[measure]["label"]
+    label = label or MEASURES[measure]["label"]
     return f"{label[0].upper()}{label[1:]}, points: {'; '.join(parts)}." if parts else f"{label}: nothing to compare."
 
 
@@ -137,14 +133,18 @@ def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def _verdict(line: Any) -> str:
-    text = f"**{SAID[line.item_level]}**"
+    text = f"**{line.item_level}**"
     if line.item_level == claims.NOT:
         return text
     threshold = f", threshold {signed(line.against)}" if line.against else ""
-    text += f" ({points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
+    part = f"{line.part}: " if line.claim in SEVERAL else ""
+    text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
     if pd.isna(line.seed_low):
         return f"{text}, one seed)"
-    return f"{text}; {int(line.seeds)} seeds: {SAID[line.seed_level]}, [{signed(line.seed_low)}, {signed(line.seed_high)}])"
+    return f"{text}; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}])"
+
+
+SEVERAL = {claim.name for claim in claims.CLAIMS if len(claims.leaves(claim.decided_by)) > 1}  # whose deciding part is named
 
 
 def counted(ledger: pd.DataFrame) -> str:
@@ -156,7 +156,7 @@ def counted(ledger: pd.DataFrame) -> str:
         against, seeds = (of["item_level"] == claims.CONTRADICTED).sum(), int(of["seeds"].max())
         said.append(
             f"- `{backbone}`, {seeds} seed{'s' * (seeds > 1)}: of {len(of)} {status} claims measured {held.sum()} hold over "
-            f"items, {both.sum()} of these over seeds too, and {against} are contradicted."
+            f"items, {both.sum()} of these over seeds too; contradicted: {against}."
         )
     return "\n".join(said)
 
@@ -178,23 +178,27 @@ def fell(table: pd.DataFrame) -> str:
 
 def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 4h and 4b, points over items."""
-    text = table[table["measure"] == "text_asr"].groupby("backbone", sort=False)[["parent_value", "instruct_value"]].mean() * 100
-    rises = [f"from {line.parent_value:.0f} to {line.instruct_value:.0f} % (`{line.Index}`)" for line in text.itertuples()]
-    level = ledger.loc[(ledger["claim"] == RISE) & (ledger["item_level"] != claims.NOT), "item_level"]
-    held = (level == claims.SUPPORTED).tolist()
+    text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
+    rises = [
+        f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} for `{backbone}`"
+        for backbone, of in text.groupby("backbone", sort=False)
+    ]
+    held = (measured.loc[measured["claim"] == RISE, "item_level"] == claims.SUPPORTED).tolist()
     start = ("no: " if not any(held) else "yes: " if all(held) else "in part: ") if held else ""
-    said = [f"{start}adaptation on screened data takes text ASR {listed(rises)}"]
-    for claim, what in TITLE.items():
-        of = ledger[(ledger["claim"] == claim) & (ledger["item_level"] != claims.NOT)]
-        sizes = [f"{points(line.effect, line.low, line.high)} points (`{line.backbone}`)" for line in of.itertuples()]
-        said += [f"{what} {listed(sizes)}"] if sizes else []
-    return "; ".join(said) + "."
+    said = [f"{start}adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}"]
+    for claim, (what, sign) in TITLE.items():
+        of = measured[measured["claim"] == claim]
+        ends = [(sign * line.effect, *sorted((sign * line.low, sign * line.high)), line.backbone) for line in of.itertuples()]
+        said += [f"{what} {listed(f'{points(*end[:3])} points (`{end[3]}`)' for end in ends)}"] if ends else []
+    registered = measured[measured["status"] == claims.REGISTERED].groupby("statement", sort=False)["item_level"]
+    against = [f"*{name}*" for name, of in registered if (of == claims.CONTRADICTED).all()]
+    return "; ".join(said) + "." + (f" Contradicted over items: {listed(against)}." if against else "")
 
 
 RISE = "3"  # the claim that answers the title
-TITLE = {  # what the effects of two more are
-    "4h": "seeing alone, every how-to left out, changes it by",
-    "4b": "the same rows with pictures, less those with descriptions in words:",
+TITLE = {  # what the effects of two more are, and their sign there
+    "4h": ("seeing alone, every how-to left out, changes it by", 1),
+    "4b": ("the same rows with each picture described in words raise it further, by", -1),
 }  # fmt: skip
 
 

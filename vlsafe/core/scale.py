@@ -88,8 +88,8 @@ class Merging:
 
 @dataclass(frozen=True)
 class Durability:
-    """Fine-tuning a safe model once more: `share` of stage 2's steps, checkpoints after `along` of them, on which `rows`; shares of
-    how-tos and of answers to harmful requests among rows that are harmless otherwise. Shares and bounds are assumed.
+    """Fine-tuning a safe model once more, on each of `rows`: `share` of stage 2's steps, checkpoints after `along` of them; of
+    how-tos and of answers to harmful requests the shares among rows that are harmless otherwise. Shares and bounds are assumed.
 
     The search for the worst case tries `trials` of all rows × `methods` × `rates` (multiples of stage 2's) at random, examines
     what lies after `searched` of the steps on validation items, and permits a loss of helpfulness of at most `loss`.

@@ -153,8 +153,12 @@ def lineage(points: pd.DataFrame, scale: str) -> Figure:
 
 
 def _asr_by_kind(points: pd.DataFrame) -> str:
-    """Text ASR from parent to merged, mean over seeds, from the least to the greatest of the backbones."""
-    text = points[points["what"] == "text_asr"]
-    means = (100 * text.groupby(["kind", "backbone"])["value"].mean()).round().dropna().astype(int).groupby("kind")
-    ends = {name: dict.fromkeys((values.min(), values.max())) for name, values in means}
-    return "Text ASR: " + ", ".join(f"{name} {'–'.join(map(str, ends[name]))} %" for name in ORDER if name in ends)
+    """Text ASR from parent to merged and what it costs, mean over seeds, of each backbone."""
+    said = []
+    for what, name in {"text_asr": "Text ASR", "twin_refusal": "harmless picture requests refused"}.items():
+        of = points[points["what"] == what]
+        means = (100 * of.groupby(["kind", "backbone"], sort=False)["value"].mean()).round().dropna().astype(int)
+        kinds = [kind for kind in ORDER if kind in means.index.get_level_values("kind")]
+        parts = [f"{kind} {' and '.join(map(str, dict.fromkeys(means[kind])))} %" for kind in kinds]
+        said += [f"{name}: {', '.join(parts)}"] if parts else []
+    return "; ".join(said)

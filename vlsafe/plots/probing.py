@@ -49,7 +49,8 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
     n = int(text.loc[text["kind"] != "difference", "n"].min())
     caption = _caption(
-        drawn, scale, "last position", f"n = {n} prompts of each kind and seed", "95 % intervals over what was asked",
+        drawn, scale, "title: raw cosine", "thin: single seeds", "last position", f"n = {n} prompts of each kind and seed",
+        "95 % intervals over what was asked",
         "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
     )  # fmt: skip
     rows = style.by_backbone(drawn, "cosine, harmful − benign\n(↓ harmful moved further)")
@@ -68,12 +69,11 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
 
 
 def _moved_further(text: pd.DataFrame) -> str:
-    mean = text.groupby(["kind", "layer"])["value"].mean()
-    layer = int(mean["difference"].idxmin())
-    apart = f"{mean['harmful'][layer]:.2f} against {mean['benign'][layer]:.2f}"
-    if mean["difference"].min() >= 0:
-        return f"In words, harmful prompts moved no further than benign ones in any block; least apart in block {layer}: {apart}"
-    return f"In words, harmful prompts moved further than benign ones, most in block {layer}: {apart}"
+    mean = text[text["kind"] == "difference"].groupby("layer")["value"].mean()
+    layer, least = int(mean.idxmin()), mean.min()
+    if least >= 0:
+        return f"On text, harmful prompts moved no further than benign ones in any block (least: {least:+.3f} in block {layer})"
+    return f"On text, harmful prompts moved further than benign ones, most in block {layer} ({least:+.3f})"
 
 
 def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:

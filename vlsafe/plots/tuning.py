@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from vlsafe.analysis import tuning
 from vlsafe.plots import style
 
+LEEWAY = 5  # points of helpfulness that a title takes for about equal
 INTERVALS = "bars: 95 % intervals, clustered by what was asked"
 
 
@@ -26,15 +27,17 @@ def judged(points: pd.DataFrame, title: str, scale: str) -> Figure:
 
 
 def _safest(points: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: the adapted model and the safest tuned one, for both kinds of attack."""
-    parts = []
-    for measure, name in (("text_asr", "text ASR"), ("multimodal_asr", "with pictures")):
-        models = points[points["what"] == measure]
-        tuned = models[models["stage"] == "safety"].groupby("name")["value"].mean() * 100
-        adapted = 100 * models.loc[models["kind"] == "adapted", "value"].mean()
-        if len(tuned):
-            parts.append(f"{style.change(name, adapted, tuned.min())} ({tuned.idxmin()})")
-    return f"The safest after tuning: {', '.join(parts)}"
+    """The takeaway in the numbers drawn: the adapted model and, of those tuned ones that stay about as helpful, the safest."""
+    mean = 100 * points.groupby(["name", "what"])["value"].mean().unstack("what").reindex(columns=list(tuning.AXES))
+    adapted = mean.loc[points.loc[points["kind"] == "adapted", "name"].unique()].mean()
+    tuned = mean.loc[points.loc[points["stage"] == "safety", "name"].unique()]
+    helpful = tuned[~(tuned["helpfulness"] < adapted["helpfulness"] - LEEWAY)]
+    if helpful["text_asr"].isna().all():
+        return "What safety tuning buys and costs"
+    best = helpful["text_asr"].idxmin()
+    names = {"text_asr": "text ASR", "multimodal_asr": "with pictures", "twin_refusal": "harmless picture requests refused"}
+    parts = [style.change(name, adapted[what], helpful.loc[best, what]) for what, name in names.items()]
+    return f"Safest at about equal helpfulness, {best}: {', '.join(filter(None, parts))}"
 
 
 def refusals(rates: pd.DataFrame, scale: str) -> Figure:

@@ -61,7 +61,10 @@ def answer(study: Study, notebook: str) -> Any:
     from IPython.display import Markdown
 
     folder = study.figures
-    origin = f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]."
+    origin = (
+        f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]. Verdicts stand after "
+        "Holm's correction over the claims of a family, so an interval may exclude zero and decide nothing."
+    )
     return Markdown(f"**The answer.** {origin}\n\n{sentences.opening(notebook, folder)}")
 
 
