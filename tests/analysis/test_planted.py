@@ -166,14 +166,15 @@ CASES = ("winner", "loser", "nothing")
 
 def cases():
     """(case, its claims, its frames): what is planted, and the claims that are judged on it."""
-    plain = [claim.name for claim in claims.CLAIMS if claim.name not in " ".join(INSIDE).split()]
+    every = claims.CLAIMS  # whoever judges a case leaves its claims alone in there
+    plain = [claim.name for claim in every if claim.name not in " ".join(INSIDE).split()]
     if not RECORD:  # the same rules with another partner
         plain = [name for name in plain if name not in ("10b", "11b")]
     for case, models in zip(CASES, (WINNER, LOSER, NOTHING), strict=True):
         yield case, plain, {"raw": answers(models)}
     for case, (model, families) in EXCLUDED.items():
         for family in families:
-            of = [claim.name for claim in claims.CLAIMS if claim.family == family and claim.name in plain]
+            of = [claim.name for claim in every if claim.family == family and claim.name in plain]
             yield case, of, {"raw": answers(WINNER | dict.fromkeys(SUBJECTS[family], model))}
     for names, frames in INSIDE.items():
         for case, planted in zip(CASES, frames, strict=True):
@@ -207,8 +208,11 @@ def test_every_rule_finds_what_was_planted_and_excludes_what_it_must(table):
     if RECORD:
         table.assign(right=right).to_csv(os.environ.get("VLSAFE_RECORD_AT", "figures/planted_claims.csv"), index=False)
         print(table.groupby(["case", "expected", "item_level", "seed_level"]).size().to_string())
-    wrong = table[~right]
+    wrong, null = table[~right], table["case"] == "nothing"
+    assert null.mean() > 0.1 and (~right & null).sum() <= 0.05 * null.sum()  # the level of a verdict: where there is nothing
+    wrong = wrong[wrong["case"] != "nothing"]
     assert wrong.empty, wrong[["case", "claim", "expected", "item_level", "part"]].to_string()
+    assert set(EXCLUDED) <= set(table["case"])
     names = {claim.name for claim in claims.CLAIMS} - (set() if RECORD else {"10b", "11b"})
     assert all(set(of["claim"]) == names for case, of in table.groupby("case") if case in CASES)
     assert not (table["seed_level"][table["expected"] == f"not {SUPPORTED}"] == SUPPORTED).any()

@@ -142,9 +142,7 @@ def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(figur
 def test_the_report_is_one_file_with_the_claims_on_top(figures, tmp_path):
     cli.main(["report", "--figures", str(figures), "--out", str(tmp_path / "report.html")])
     html = (tmp_path / "report.html").read_text()
-    order = [
-        html.index(text) for text in ("What the paper claims", 'alt="F00_answer"', "T09. What the paper claims", "T02. Parent")
-    ]
+    order = [html.index(f'<h2 id="{name}">') for name in ("F00_answer", "T09_claims", "T02_degradation")]
     assert order == sorted(order)
     pictures = re.findall(r'<img[^>]*src="([^"]{5})', html)
     assert len(pictures) == len(list(figures.glob("*.png"))) and set(pictures) == {"data:"}
@@ -187,7 +185,7 @@ WITHOUT = textwrap.dedent("""
     sys.meta_path.insert(0, Missing())
     import matplotlib, nbformat
     matplotlib.use("agg")
-    scope = {}
+    scope = {"display": print}
     for cell in nbformat.read("notebooks/07_claims.ipynb", as_version=4).cells:
         if cell.cell_type == "code":
             exec(cell.source, scope)
@@ -220,7 +218,9 @@ def test_pictures_of_the_ledger_say_what_was_counted():
     points = plots_claims.lineage_points(degradation.everything(raw))
     models = points.drop_duplicates(["seed", "stage", "recipe"]).groupby("kind").size()
     assert models.to_dict() == {"parent": 3, "adapted": 3, "SFT": 3, "DPO": 3}
-    assert plots_claims.lineage(points, "mini").get_suptitle() == "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %"
+    assert plots_claims.lineage(points, "mini").get_suptitle().replace("\n", " ") == (
+        "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %; harmless picture requests refused: adapted 0 %, SFT 30 %, DPO 0 %"
+    )
 
 
 def test_the_card_of_a_loaded_scale_names_its_judges_and_their_terms(tmp_path):

@@ -95,14 +95,16 @@ def test_every_picture_of_the_readme_is_an_artefact_with_its_numbers_beside_it()
 
 def test_a_changed_artefact_changes_the_readme(tmp_path):
     shutil.copytree(ROOT / "figures/mini", tmp_path / "mini")
-    before = readme.generated("<!-- generated: headline -->\n<!-- end generated -->", tmp_path / "mini")
+    before = readme.generated("<!-- generated: answer -->\n<!-- end generated -->", tmp_path / "mini")
     table = pd.read_csv(tmp_path / "mini" / "T02_degradation.csv")
     chat = table[(table["backbone"] == "mini-chat") & (table["measure"] == "text_asr")]["instruct_value"] * 100
-    assert f"| {chat.mean():.0f} [{chat.min():.0f}, {chat.max():.0f}] |" in before and before.endswith("<!-- end generated -->")
+    assert f"to {chat.mean():.0f} % ({chat.min():.0f}–{chat.max():.0f} over" in before and before.endswith(
+        "<!-- end generated -->"
+    )
     assert readme.generated(before, tmp_path / "mini") == before
     table.loc[table["measure"] == "text_asr", "instruct_value"] = 0.0
     table.to_csv(tmp_path / "mini" / "T02_degradation.csv", index=False)
-    assert "| 0 [0, 0] |" in readme.generated(before, tmp_path / "mini")
+    assert "to 0 % (0–0 over" in readme.generated(before, tmp_path / "mini")
 
 
 def test_a_table_stands_in_the_readme_word_for_word_and_mistakes_are_named():
@@ -114,4 +116,4 @@ def test_a_table_stands_in_the_readme_word_for_word_and_mistakes_are_named():
     ):
         readme.generated("<!-- generated: T02_degradaton -->\n<!-- end generated -->", folder)
     with pytest.raises(ValueError, match="does not close it"):
-        readme.generated("<!-- generated: headline -->\n", folder)
+        readme.generated("<!-- generated: answer -->\n", folder)

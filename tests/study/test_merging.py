@@ -91,7 +91,9 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     assert line["better"] == "text ASR, multimodal ASR" and line["worse"] == "helpfulness"
     assert analysis_merging.answer(told).startswith("Nothing can be said")  # refusals were not asked
     said = merging.answer(told.assign(whole=True))
-    assert said.startswith("Yes, some: 1 of 4 merges dominate every tuning and their ensemble (sl: 1 dominates, 1 trades, 1 not")
+    assert said.startswith(
+        "Yes, some: 1 of 4 merges of two tuned models dominate every tuning and their ensemble (sl: dominates: 1,"
+    )
     assert analysis_merging.answer(told[told["rule"] != "linear"].assign(whole=True)).startswith("No: 0 of 3")
     end = told.assign(whole=True, recipe=told["recipe"].str.replace("linear/filtered-full+sl-full/0.50", f"linear/{PAIR}/1.00"))
     assert analysis_merging.answer(end).startswith("No: 0 of 3")  # α = 1 is SL itself
@@ -312,7 +314,7 @@ def test_rules_of_the_full_grid_alone_leave_default_sweeps_and_their_digests_alo
     assert as_plain(Merging(beyond=(1.2,)))["beyond"] == [1.2]
     for partner in study_merging.partners("default"):
         default, full = f"merge/{partner}", f"merge/{partner}.full"
-        assert graph.STAGES[default].version == 3 and graph.STAGES[full].version == 4  # sweeps of older full grids lack them
+        assert graph.STAGES[default].version == 3 and graph.STAGES[full].version == 5  # sweeps of older full grids lack them
         assert "screen/filtered" in graph.STAGES[full].inputs and "screen/filtered" not in graph.STAGES[default].inputs
         ways = {grid: study_merging.points(study, partner, grid) for grid in graph.GRIDS}
         assert not more & {way[0].rule for way in ways["default"]}

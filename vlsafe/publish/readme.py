@@ -6,7 +6,6 @@ figures folder. Imports no model library.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,8 @@ import pandas as pd
 
 from vlsafe.analysis import claims, sentences
 from vlsafe.core.scale import known
-from vlsafe.publish import provenance
 
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end generated -->)", re.S)
-HEADLINE = (
-    "text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness", "capability_howto-icon",
-)  # fmt: skip
 
 
 def generated(text: str, folder: Path, called: str = "README.md") -> str:
@@ -40,41 +35,6 @@ def generated(text: str, folder: Path, called: str = "README.md") -> str:
     return MARKED.sub(part, text)
 
 
-def headline(folder: Path) -> str:
-    """What adaptation did to each parent: mean over seeds and, in brackets, the least and the most, in percent."""
-    table = pd.read_csv(folder / "T02_degradation.csv")
-    rows = [
-        {
-            "backbone": backbone, "measure": lines["label"].iloc[0], "parent": _over_seeds(lines["parent_value"]),
-            "adapted": _over_seeds(lines["instruct_value"]), "seeds": lines["seed"].nunique(),
-            "n per seed": int(lines["instruct_n"].max()),
-        }
-        for (backbone, _), lines in table[table["measure"].isin(HEADLINE)].groupby(["backbone", "measure"], sort=False)
-    ]  # fmt: skip
-    return provenance.markdown(pd.DataFrame(rows))
-
-
-def _over_seeds(fractions: pd.Series) -> str:
-    values = 100 * fractions.dropna()
-    if values.empty:
-        return "cannot see"
-    return f"{values.mean():.0f}" + (f" [{values.min():.0f}, {values.max():.0f}]" if len(values) > 1 else "")
-
-
-def costs(folder: Path) -> str:
-    """What each stage took, from the manifests of the runs that the artefacts are made of.
-
-    Raises:   ValueError where these were recorded without times
-    """
-    runs = pd.DataFrame(json.loads((folder / "provenance.json").read_text(encoding="utf-8")))
-    if "seconds" not in runs:
-        raise ValueError(f"{folder}/provenance.json holds no times; `vlsafe gallery` writes it again")
-    table = runs.groupby("stage", sort=False)["seconds"].agg(["size", "median", "sum"]).round(0).astype(object)
-    table.loc["all"] = [table["size"].sum(), "", round(runs["seconds"].sum(), 0)]
-    table.columns = ["runs", "seconds each (median)", "seconds in all"]
-    return provenance.markdown(table.reset_index())
-
-
 def examine(folder: Path) -> str:
     """What `vlsafe examine` printed of a tiny model, as a test records it beside the figures."""
     return (folder.parent / "examine.md").read_text(encoding="utf-8").rstrip()
@@ -92,4 +52,4 @@ def answer(folder: Path) -> str:
 
 SCALES = {"mini": "In the miniature", "pocket": "With real parts (scale pocket: a 135M chat model, clip art, published prompts)"}
 NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
-PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "headline": headline, "costs": costs, "examine": examine}
+PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "examine": examine}

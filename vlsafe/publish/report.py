@@ -33,7 +33,7 @@ def report(folder: Path, out: Path, title: str = TITLE) -> Path:
     backbones = dict.fromkeys(backbone for backbone, _ in units)
     text = Template(Path(__file__).with_name("templates").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title), contents="".join(contents), sections="\n".join(sections),
-        origin=f"Scale {html.escape(folder.name)}, {len(units)} studies.",
+        origin=f"{len(units)} studies.",
         backbones="".join(f"<option>{html.escape(name)}</option>" for name in backbones),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
