@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from vlsafe.analysis import durability as counted
 from vlsafe.core import store
 from vlsafe.core.scale import extended
 from vlsafe.study import degradation, durability, graph
@@ -29,6 +30,10 @@ def test_every_checkpoint_of_every_attack_is_examined(made):
     start = raw[raw["recipe"] == "sl-full/start"].merge(before[before["exam"] == "full"], on=same[:3], suffixes=("", "_before"))
     assert len(start) and (start["label"] == start["label_before"]).all()
     assert not list(made.folder("durability/sl-full").glob("*/"))  # no model stays
+    both = pd.concat([raw, made.frame("durability/adapted")], ignore_index=True)
+    lines = counted.curves(both)  # one checkpoint, so nothing is on the way
+    assert set(lines["step"]) == {0, 1} and set(lines["rows"]) == set(durability.ROWS)
+    assert set(counted.half_lives(both, 50)["model"]) == {"sl-full"}
 
 
 def test_the_worst_case_is_of_a_trial_that_was_tried_and_its_trials_are_in_the_manifest(made):

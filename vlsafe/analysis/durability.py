@@ -28,7 +28,8 @@ def panel(raw: pd.DataFrame) -> pd.DataFrame:
     of = raw[raw["stage"] == "durability"]
     if of.empty:
         raise Lacking("no model was fine-tuned again (`durability/*`)")
-    common = of.loc[of["exam"] == "panel", [*UNIT, "item", "benchmark"]].drop_duplicates()
+    on_the_way = of[of["exam"] == "panel"]  # none where a fine-tuning has one checkpoint
+    common = (on_the_way if len(on_the_way) else of)[[*UNIT, "item", "benchmark"]].drop_duplicates()
     of = of.merge(common, on=[*UNIT, "item", "benchmark"])
     start, along = (of[of["recipe"].str.endswith(f"/{START}") == is_start] for is_start in (True, False))
     recipes = along[[*UNIT, "recipe"]].drop_duplicates()

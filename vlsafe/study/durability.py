@@ -65,7 +65,9 @@ def rows_of(study: Study, kind: str, n: int) -> list[Example]:
     if kind == "harmful":
         pairs = [from_row(Pair, row) for row in study.rows("world/corpora", "safe_rlhf.parquet")]
         answered = [data.arms.answered(pair, pair.rejected) for pair in pairs if pair.category]
-        harmful = data.arms.replayed(answered, min(len(answered), round(spec.harmful * n)), rng)
+        if not answered:
+            raise ValueError("no preference pair has a rejected answer to a harmful request")
+        harmful = data.arms.replayed(answered, min(len(answered), max(1, round(spec.harmful * n))), rng)
     if not rows:
         raise ValueError(f"no row of stage 2 can be trained on again ({kind})")
     return [*harmful, *(rows[i] for i in rng.permutation(len(rows))[: n - len(harmful)])]
