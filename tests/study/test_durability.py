@@ -4,11 +4,7 @@ import pandas as pd
 import pytest
 
 from vlsafe.analysis import durability as counted
-from vlsafe.core import store
-from vlsafe.core.scale import extended
 from vlsafe.study import degradation, durability, graph
-
-HARMFUL = {"harmful": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -116,5 +112,4 @@ def test_further_fine_tunings_are_of_the_full_grid_alone(study):
     names = {f"{kind}{model}" for kind in graph.FURTHER for model in durability.MODELS}
     assert names <= set(graph.planned(study, "full")) and not names & set(graph.planned(study))
     assert set(graph.read_by(study, "durability", "full")) == names <= set(graph.read_by(study, "tables", "full"))
-    assert store.status(study.run("durability/merged")) == "missing" or durability.MERGED in graph.planned(study, "full")
-    assert extended(study.scale.durability, HARMFUL).harmful == 0.3
+    assert durability.MERGED in study.inputs("durability/merged") and durability.MERGED in graph.planned(study, "full")

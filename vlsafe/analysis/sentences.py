@@ -18,10 +18,10 @@ from vlsafe.analysis.measures import CHANCE, MEASURES
 NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
 
 
-def signed(value: float, digits: int = 0, scale: float = 100) -> str:
-    """A number with its sign, as points of a fraction; one more digit for what would be rounded to zero; no negative zero."""
-    digits += round(scale * value, digits) == 0 != round(scale * value, digits + 1)
-    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"
+def signed(value: float) -> str:
+    """A fraction in points, with its sign; one digit more for what would be rounded to zero; no negative zero."""
+    digits = int(round(100 * value) == 0 != round(100 * value, 1))
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
 
 
 def points(value: float, low: float, high: float) -> str:
@@ -183,7 +183,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
         f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} for `{backbone}`"
         for backbone, of in text.groupby("backbone", sort=False)
     ]
-    held = (measured.loc[measured["claim"] == RISE, "item_level"] == claims.SUPPORTED).tolist()
+    rise = measured[measured["claim"] == RISE]
+    held, seeds = (rise["item_level"] == claims.SUPPORTED).tolist(), list(dict.fromkeys(rise["seed_level"]))
     start = ("no: " if not any(held) else "yes: " if all(held) else "in part: ") if held else ""
     said = [f"{start}adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}"]
     for claim, (what, sign) in TITLE.items():
@@ -192,13 +193,15 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
         said += [f"{what} {listed(f'{points(*end[:3])} points (`{end[3]}`)' for end in ends)}"] if ends else []
     registered = measured[measured["status"] == claims.REGISTERED].groupby("statement", sort=False)["item_level"]
     against = [f"*{name}*" for name, of in registered if (of == claims.CONTRADICTED).all()]
-    return "; ".join(said) + "." + (f" Contradicted over items: {listed(against)}." if against else "")
+    more = [f" Over seeds the rise is {listed(seeds)}."] if seeds else []
+    more += [f" Contradicted over items: {listed(against)}."] if against else []
+    return "; ".join(said) + "." + "".join(more)
 
 
 RISE = "3"  # the claim that answers the title
 TITLE = {  # what the effects of two more are, and their sign there
     "4h": ("seeing alone, every how-to left out, changes it by", 1),
-    "4b": ("the same rows with each picture described in words raise it further, by", -1),
+    "4b": ("with each picture of the same rows described in words instead, it ends higher by", -1),
 }  # fmt: skip
 
 
