@@ -43,7 +43,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
-.PHONY: setup dev reproduce parts pocket-nano test processes loaded soak perf perf-sources browser lab notebooks nbval lint types clean
+.PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -142,6 +142,12 @@ lint: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+# The committed tables and figures of a scale again, from the committed results of its runs and without a model.
+figures: setup
+	rm -rf "build/results/$$SCALE"
+	$(BIN)/vlsafe unpack figures/"$$SCALE"/results/*.tar.xz --root "build/results/$$SCALE"
+	$(BIN)/vlsafe gallery --all --scale "$$SCALE" --root "build/results/$$SCALE" --grid full --out "figures/$$SCALE"
 
 # Execute at mini, seed 0, and copy the outputs back into the committed notebooks.
 notebooks: reproduce

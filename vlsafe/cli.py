@@ -147,7 +147,10 @@ def _add_outside(command: Callable[..., Parser]) -> None:
 
 def _add_results(command: Callable[..., Parser]) -> None:
     """Tables, figures and pages."""
-    command(_gallery, "write every table and figure", STUDIES, GRID).add_argument("--out", type=Path)
+    added = command(_gallery, "write every table and figure", STUDIES, GRID)
+    added.add_argument("--out", type=Path)
+    added.add_argument("--all", action="store_true", help="of all studies of the scale that the run store has")
+    publish.archive.add_commands(command, STUDIES)
     command(_readme, "make the generated parts of README.md and docs again from figures/mini", FIGURES)
     added = command(_diff, "compare two folders of results; 1 where they differ")
     added.add_argument("results", nargs=2, type=Path)
@@ -313,6 +316,7 @@ def _download(arguments: Arguments) -> None:
 
 def _gallery(arguments: Arguments) -> None:
     studies = _studies(arguments)
+    studies = publish.results.studies_in_store(studies[0]) if arguments.all else studies
     names = list(dict.fromkeys(name for study in studies for name in graph.planned(study, arguments.grid)))
     provenance = publish.results.made_by(studies, names)
     out = arguments.out or Path("figures") / studies[0].scale.name

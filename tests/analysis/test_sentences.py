@@ -103,14 +103,14 @@ def test_the_title_is_answered_by_the_ledger():
     said = sentences.title(table, LEDGER)
     for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
         ends = [f"{100 * of[f'{stage}_value'].mean():.0f} % (" for stage in ("parent", "instruct")]
-        assert re.search(rf"from {re.escape(ends[0])}[^)]*\) to {re.escape(ends[1])}[^)]*\) for `{backbone}`", said)
+        assert re.search(rf"from {re.escape(ends[0])}[^)]*\) to {re.escape(ends[1])}[^)]*\) \(`{backbone}`", said)
     third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
-    assert said.startswith("yes: ") == (third == claims.SUPPORTED).all()
+    assert said.startswith("Yes.") == (third == claims.SUPPORTED).all()
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
-    assert sentences.title(table, fallen).startswith("no: ")
+    assert sentences.title(table, fallen).startswith("No.")
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
-    assert sentences.title(table, half).startswith("in part: ")
+    assert sentences.title(table, half).startswith("In part.")
 
 
 def test_where_nothing_is_committed_the_answer_says_so(tmp_path):

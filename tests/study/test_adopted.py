@@ -275,7 +275,8 @@ def test_other_commands_find_it_by_its_scale(home, tmp_path, capsys):
     run("status", *scale[:2], "--backbones", "tiny")
     said = capsys.readouterr().out
     assert (
-        "valid     tiny seed 0 examination/instruct.filtered-full" in said and "projector/filtered: others have trained" in said
+        "valid           tiny seed 0 examination/instruct.filtered-full" in said
+        and "projector/filtered: others have trained" in said
     )
     run("gallery", *scale[:2], "--backbones", "tiny", "--out", "everything")
     assert not list((tmp_path / "runs").rglob("*.card.md"))

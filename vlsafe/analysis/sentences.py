@@ -180,28 +180,30 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 4h and 4b, points over items."""
     text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
     rises = [
-        f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} for `{backbone}`"
+        f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} (`{backbone}`)"
         for backbone, of in text.groupby("backbone", sort=False)
     ]
     rise = measured[measured["claim"] == RISE]
     held, seeds = (rise["item_level"] == claims.SUPPORTED).tolist(), list(dict.fromkeys(rise["seed_level"]))
-    start = ("no: " if not any(held) else "yes: " if all(held) else "in part: ") if held else ""
-    said = [f"{start}adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}"]
+    start = (["No.", "In part.", "Yes."][any(held) + all(held)] if held else "Not decided.") + "\n\n"
+    said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
     for claim, (what, sign) in TITLE.items():
         of = measured[measured["claim"] == claim]
         ends = [(sign * line.effect, *sorted((sign * line.low, sign * line.high)), line.backbone) for line in of.itertuples()]
-        said += [f"{what} {listed(f'{points(*end[:3])} points (`{end[3]}`)' for end in ends)}"] if ends else []
-    registered = measured[measured["status"] == claims.REGISTERED].groupby("statement", sort=False)["item_level"]
-    against = [f"*{name}*" for name, of in registered if (of == claims.CONTRADICTED).all()]
-    more = [f" Over seeds the rise is {listed(seeds)}."] if seeds else []
-    more += [f" Contradicted over items: {listed(against)}."] if against else []
-    return "; ".join(said) + "." + "".join(more)
+        said += [f"- {what} {listed(f'{points(*end[:3])} points (`{end[3]}`)' for end in ends)}."] if ends else []
+    registered = measured[measured["status"] == claims.REGISTERED]
+    against = (registered["item_level"] == claims.CONTRADICTED).sum()
+    said += [
+        f"- Over seeds that rise is {listed(seeds)}. Of {len(registered)} lines of registered claims, a line for each parent, "
+        f"{(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
+    ] if seeds else []  # fmt: skip
+    return start + "\n".join(said)
 
 
 RISE = "3"  # the claim that answers the title
 TITLE = {  # what the effects of two more are, and their sign there
-    "4h": ("seeing alone, every how-to left out, changes it by", 1),
-    "4b": ("with each picture of the same rows described in words instead, it ends higher by", -1),
+    "4h": ("Seeing alone, every how-to left out, changes it by", 1),
+    "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
 }  # fmt: skip
 
 

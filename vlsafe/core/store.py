@@ -42,19 +42,21 @@ from vlsafe.core.writing import (
     sync,
     whole,
     whole_lines,
+    write_bytes,
     write_rows,
     write_stream,
     write_text,
 )  # fmt: skip
 
 NOTE, OWNER = ".digest", "scale.json"
+ELSEWHERE = "elsewhere"  # in a manifest: files that `publish.archive` has left where the run was made
 FULL = 16 * 2**20  # bytes; with less free, any error is reported as a full disk: libraries word it in many ways
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of a place that can still be read
 SHOWN = 5  # names in a message
 PROJECT = Path(__file__).resolve().parents[2]
 _NOTIFIED: set[Path] = set()  # runs of which this process has said what is to be said
-Status = Literal["valid", "missing", "stale", "tampered"]
+Status = Literal["valid", "without weights", "missing", "stale", "tampered"]  # the second: as `publish.archive` leaves it
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,12 @@ def status(run: Run, deep: bool = False) -> Status:
         changed = deep or stat.st_mtime_ns != record["mtime_ns"]
         if stat.st_size != record["bytes"] or (changed and file_digest(path) != record["sha256"]):
             return "tampered"
-    return "valid"
+    return "without weights" if manifest.get(ELSEWHERE) else "valid"
+
+
+def readable(run: Run) -> bool:
+    """Whether the results of a finished run are here, with or without what they were made from."""
+    return status(run) in ("valid", "without weights")
 
 
 def foreign(run: Run) -> list[str]:

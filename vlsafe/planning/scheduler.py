@@ -33,7 +33,7 @@ def status(studies: Iterable[Study], deep: bool = False) -> Iterator[str]:
             state = "left out" if name in reasons else store.status(study.run(name), deep)
             others = "" if state in ("left out", "missing") else ", ".join(store.foreign(study.run(name)))
             more = f": {reasons[name]}" if name in reasons else f", with files that are not its own: {others}" if others else ""
-            yield f"{state:9s} {study.backbone} seed {study.seed} {name}{more}"
+            yield f"{state:15s} {study.backbone} seed {study.seed} {name}{more}"
 
 
 def unlock(folder: Path, command: Sequence[str] = ()) -> None:

@@ -113,7 +113,8 @@ def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.
     """One line per artefact that could not be made, then one per stage that is not there."""
     lines = []
     for name, error in lacking.items():
-        missing = [stage for stage in without if provenance.made_of(name, stage)]
+        named = [stage for stage in without if stage in str(error)]
+        missing = named or [stage for stage in without if provenance.made_of(name, stage)]
         lines.append({"what": name, "reason": str(error), "missing": ", ".join(missing)})
     lines += [{"what": stage, "reason": reason, "missing": ""} for stage, reason in without.items()]
     return pd.DataFrame(lines, columns=["what", "reason", "missing"])
@@ -209,6 +210,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
 """Name of a frame (`prepared`: of what the claims read) -> what makes it of the others."""
 
 TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
+    "T00_gates": lambda of: (analysis.degradation.gates(of["raw"]),),
     "T01_filtering_audit": lambda of: (of["audited"],),
     "T01_guard_quality": lambda of: (of["guards"],),
     "T02_degradation": lambda of: (analysis.capability.of_main_line(of["degradation"], of["capable"]),),

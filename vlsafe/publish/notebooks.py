@@ -21,7 +21,7 @@ from vlsafe.analysis.measures import Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.study.graph import planned, read_by
-from vlsafe.study.study import Study
+from vlsafe.study.study import Study, project_root
 
 FOLDER = Path("notebooks")
 NOTEBOOKS: dict[str, tuple[str, ...]] = {  # what each one reads: words of `graph.read_by`, and single stages
@@ -83,7 +83,31 @@ def committed(study: Study, name: str) -> Any:
     if not path.exists():
         return Markdown(f"*Not shown: no {name} of this scale is committed.*")
     title, _, text = path.read_text(encoding="utf-8").partition("\n")
-    return Markdown(f"<details><summary>{title}</summary>\n\n{text.strip()}\n\n</details>")
+    return _folded((title, text))
+
+
+def logged(head: str) -> Any:
+    """The tables of LOG.md whose first cell begins with `head`, each folded under its entry's title; a sentence where none is."""
+    from IPython.display import Markdown
+
+    path, title, tables = project_root() / "LOG.md", "", dict[str, list[str]]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        title = line.removeprefix("## ") if line.startswith("## ") else title
+        key = f"LOG.md, {title}"
+        if line.startswith(f"| {head}") or (line.startswith("|") and tables.get(key, [""])[-1].startswith("|")):
+            tables.setdefault(key, []).append(line)
+        elif key in tables:
+            tables[key].append("")
+    if not tables:
+        return Markdown(f"*Not shown: LOG.md is not here, or has no table of {head}s.*")
+    return _folded(*((key, "\n".join(lines)) for key, lines in tables.items()))
+
+
+def _folded(*parts: tuple[str, str]) -> Any:
+    """Texts under titles that open when they are clicked."""
+    from IPython.display import Markdown
+
+    return Markdown("\n\n".join(f"<details><summary>{title}</summary>\n\n{text.strip()}\n\n</details>" for title, text in parts))
 
 
 def code_digest(path: Path) -> str:

@@ -142,7 +142,7 @@ def missing(studies: Sequence[Study], grid: str = "default") -> dict[str, str]:
 
 
 def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[Study, str, Path]]:
-    """Every stage of every study whose run is valid, and its folder.
+    """Every stage of every study whose results are there, and its folder.
 
     For a sweep of merges that only the grid "full" makes, the default one stands in, which is a part of it.
     """
@@ -150,7 +150,7 @@ def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[S
         without = study.left_out("full") if study.adopted else {}
         for planned_name in (name for name in names if name not in without):
             for name in dict.fromkeys((planned_name, planned_name.removesuffix(".full"))):
-                if store.status(study.run(name)) == "valid":
+                if store.readable(study.run(name)):
                     yield study, name, study.run(name).folder
                     break
 

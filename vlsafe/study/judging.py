@@ -193,7 +193,7 @@ def stored(study: Study, name: str, benchmark: str, model: str | None = None) ->
         raise ValueError(
             f"{study.scale.name!r} has benchmarks in miniature, which have no official metric; name a scale that is loaded"
         )
-    if store.status(study.run(name)) != "valid":
+    if not store.readable(study.run(name)):
         raise FileNotFoundError(f"there is no valid run {name}; `vlsafe stage {name}` makes it")
     folder = study.run(name).folder
     if not (folder / RESPONSES).exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from vlsafe import data, evaluation, models
-from vlsafe.core import assets, store
+from vlsafe.core import assets, store, texts
 from vlsafe.core.presets import SCALES, load_scale
 from vlsafe.core.scale import Scale, as_plain, known
 from vlsafe.core.schema import Example, Item, from_row
@@ -122,14 +121,18 @@ class Study:
             print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
         return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
 
+    def result(self, name: str, file: str) -> Path:
+        """One file of a finished run, of which the rest need not be here; it is made first where it is missing."""
+        path = self.run(name).folder / file
+        return path if store.status(self.run(name)) == "without weights" and path.exists() else self.folder(name) / file
+
     def numbers(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down about itself."""
-        self.folder(name)
-        return store.manifest_of(self.run(name))["numbers"]
+        return texts.read_json(self.result(name, store.MANIFEST))["numbers"]
 
     def rows(self, name: str, file: str) -> list[dict[str, Any]]:
         """A Parquet table of a finished run."""
-        return store.read_rows(self.folder(name) / file)
+        return store.read_rows(self.result(name, file))
 
     def frame(self, names: str | Sequence[str], file: str = "raw.parquet", columns: Sequence[str] = ()) -> pd.DataFrame:
         """One Parquet table of one or several stages as one frame; what is missing is made first.
@@ -138,7 +141,7 @@ class Study:
         """
         frames = []
         for name in [names] if isinstance(names, str) else names:
-            frame = pd.read_parquet(self.folder(name) / file)
+            frame = pd.read_parquet(self.result(name, file))
             for place, column in enumerate(columns):
                 frame.insert(place, column, self.coordinates(name)[column])
             frames.append(frame)
@@ -167,12 +170,12 @@ class Study:
 
     def losses(self, *names: str) -> pd.DataFrame:
         """Training losses of stages, a column each, by step. Units: nats per token."""
-        read = {name: json.loads((self.folder(name) / "losses.json").read_text(encoding="utf-8")) for name in names}
+        read = {name: texts.read_json(self.result(name, "losses.json")) for name in names}
         return pd.DataFrame({name: pd.Series(values) for name, values in read.items()})
 
     def history(self, name: str) -> list[dict[str, float]]:
         """What the trainer of a tuned model logged, one record per step."""
-        return json.loads((self.folder(name) / "history.json").read_text(encoding="utf-8"))
+        return texts.read_json(self.result(name, "history.json"))
 
     def digests(self, *names: str) -> pd.Series:
         """The digest of each stage's run: what a notebook has read."""

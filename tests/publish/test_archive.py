@@ -1,0 +1,101 @@
+"""Results without weights: the same frames from an archive as from the runs, and nothing that may not be committed."""
+
+import io
+import tarfile
+
+import pandas as pd
+import pytest
+
+from vlsafe.cli import main
+from vlsafe.core import store
+from vlsafe.publish import archive, results
+from vlsafe.study.study import Study
+
+
+@pytest.fixture(scope="module")
+def packed(study, tmp_path_factory):
+    file = tmp_path_factory.mktemp("archive") / "nano.tar.xz"
+    archive.pack(study, file)
+    return file
+
+
+@pytest.fixture
+def elsewhere(study, packed, tmp_path):
+    archive.unpacked(packed, tmp_path / "runs")
+    return Study.open("nano", "mini-chat", 0, tmp_path / "runs")
+
+
+def test_all_frames_are_the_same(study, elsewhere):
+    frames, again = results.results([study]), results.results([elsewhere])
+    assert list(frames) == list(again) and "texts" in frames and "layers" in frames
+    for name, frame in frames.items():
+        pd.testing.assert_frame_equal(frame, again[name])
+    assert results.missing([elsewhere]) == results.missing([study])
+    names = ["parent/aligned", "screen/filtered", "safety/sl-full", "merge/sl-full"]
+    assert results.made_by([elsewhere], names) == results.made_by([study], names)
+    assert elsewhere.numbers("parent/aligned") == study.numbers("parent/aligned")
+    assert elsewhere.losses("instruct/filtered-full").equals(study.losses("instruct/filtered-full"))
+
+
+def test_weights_rows_and_pictures_stay_where_they_were_made(study, packed, elsewhere):
+    files = [path.name for path in elsewhere.root.rglob("*") if path.is_file()]
+    assert not [name for name in files if name.endswith("safetensors") or "token" in name] and "instructions.parquet" not in files
+    assert packed.stat().st_size < sum(path.stat().st_size for path in study.root.rglob("*") if path.is_file()) / 10
+    states = {name: store.status(elsewhere.run(name)) for name in ("parent/aligned", "world/corpora", "merge/sl-full")}
+    assert states == {"parent/aligned": "without weights", "world/corpora": "without weights", "merge/sl-full": "valid"}
+    path = elsewhere.run("merge/sl-full").folder / "panel.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.status(elsewhere.run("merge/sl-full")) == "tampered"
+
+
+def test_what_needs_weights_makes_the_run_again(study, elsewhere, capsys):
+    weights = elsewhere.folder("base/llm") / "model.safetensors"
+    assert weights.read_bytes() == (study.folder("base/llm") / "model.safetensors").read_bytes()
+    assert store.status(elsewhere.run("base/llm")) == "valid" and "is without weights; making it again" in capsys.readouterr().err
+
+
+def test_the_same_runs_give_the_same_bytes(study, packed, elsewhere, tmp_path):
+    archive.pack(study, tmp_path / "again.tar.xz")
+    assert (tmp_path / "again.tar.xz").read_bytes() == packed.read_bytes()
+    archive.pack(elsewhere, tmp_path / "copied.tar.xz")  # of an archive's runs as well
+    assert (tmp_path / "copied.tar.xz").read_bytes() == packed.read_bytes()
+
+
+def test_finished_runs_are_not_replaced(study, packed):
+    before = study.run("parent/aligned").folder.stat().st_mtime_ns
+    assert archive.unpacked(packed, study.root) == []
+    assert study.run("parent/aligned").folder.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "outside"])
+def test_what_is_no_archive_leaves_nothing(packed, tmp_path, capsys, damage):
+    file, root = tmp_path / "x.tar.xz", tmp_path / "runs"
+    if damage == "outside":
+        with tarfile.open(file, "w:xz") as tar:
+            entry = tarfile.TarInfo("../outside/manifest.json")
+            entry.size = 2
+            tar.addfile(entry, io.BytesIO(b"{}"))
+    else:
+        file.write_bytes(packed.read_bytes()[:-1000] if damage == "cut" else b"no archive")
+    assert main(["unpack", str(file), "--root", str(root)]) == 2
+    assert "is no archive of results" in capsys.readouterr().err
+    assert not list(root.glob("*")) and not (tmp_path / "outside").exists()
+
+
+def test_answers_of_models_of_others_are_never_archived(tmp_path):
+    study = Study.open("pocket", "pocket-chat", 0, tmp_path)
+    run = study.run("examination/parent.aligned")
+
+    def make(work):
+        for name in ("raw.parquet", "responses.parquet"):
+            pd.DataFrame({"text": ["an answer"]}).to_parquet(work / name)
+
+    store.ensure(run, make, print)
+    assert archive.pack(study, tmp_path / "pocket.tar.xz") == ["examination/parent.aligned"]
+    archive.unpacked(tmp_path / "pocket.tar.xz", tmp_path / "again")
+    assert not list((tmp_path / "again").rglob("responses.parquet")) and list((tmp_path / "again").rglob("raw.parquet"))
+
+
+def test_a_study_without_runs_says_what_makes_them(tmp_path, capsys):
+    call = ["archive", "--scale", "nano", "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert main(call) == 2 and "`make reproduce` makes them" in capsys.readouterr().err

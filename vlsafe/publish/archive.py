@@ -1,0 +1,113 @@
+"""Results without weights: what tables and figures are made of, of all finished runs of a study, in one file to be committed.
+
+From such files a clone makes every table and figure again (`vlsafe gallery`), without a model: they hold raw tables, an item
+each, and what was noted of every run. Weights, training rows and pictures stay where the runs were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import lzma
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from vlsafe.core import store
+from vlsafe.core.store import ELSEWHERE, MANIFEST, Run
+from vlsafe.study.graph import planned
+from vlsafe.study.study import Study
+
+ROWS = ("world/corpora", "screen/filtered")  # what models are trained on and asked; of a screen its verdicts are kept
+VERDICTS = "audit.parquet"
+ANSWERS = "responses.parquet"  # of models that are built they mean nothing; of others they may help somebody do harm
+OF_MODELS = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def add_commands(command: Callable[..., argparse.ArgumentParser], studies: argparse.ArgumentParser) -> None:
+    """Describe `vlsafe archive` and `vlsafe unpack` to the parser; `command` makes the one of a function."""
+    added = command(archive, "write the results of finished runs without weights, a file for every study", studies)
+    added.add_argument("--out", type=Path, required=True, help="a folder")
+    added = command(unpack, "put archived results into a run store, where `vlsafe gallery` and notebook 07 read them")
+    added.add_argument("files", nargs="+", type=Path)
+    added.add_argument("--root", type=Path, required=True, help="the run store; valid runs in it stay as they are")
+
+
+def archive(arguments: argparse.Namespace) -> None:
+    """Write the archive of every study that is named."""
+    for backbone in arguments.backbones:
+        for seed in arguments.seeds:
+            file = arguments.out / f"{backbone}-seed{seed}.tar.xz"
+            names = pack(Study.open(arguments.scale, backbone, seed, arguments.root), file)
+            print(f"{file}: {len(names)} runs, {file.stat().st_size / 1e6:.2f} MB")
+
+
+def unpack(arguments: argparse.Namespace) -> None:
+    """Put the runs of archives into a run store."""
+    for file in arguments.files:
+        print(f"{file}: {len(unpacked(file, arguments.root))} runs")
+
+
+def pack(study: Study, file: Path) -> list[str]:
+    """Write the results of a study's finished runs into one compressed file; the same runs give the same bytes.
+
+    Raises:   ValueError where no run is finished
+    """
+    names = [name for name in dict.fromkeys([*planned(study), *planned(study, "full")]) if store.readable(study.run(name))]
+    if not names:
+        raise ValueError(f"no run of {study.backbone} seed {study.seed} is finished; `make reproduce` makes them")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as tar:
+        for name in names:
+            run = study.run(name)
+            for path, content in _kept(run, name, study):
+                entry = tarfile.TarInfo(str(PurePosixPath(run.folder.relative_to(study.root), path)))
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    store.write_bytes(file, packed.getvalue())
+    return names
+
+
+def _kept(run: Run, name: str, study: Study) -> Iterator[tuple[str, bytes]]:
+    """What of a run is archived: its results, and a manifest that says what is elsewhere."""
+    manifest = store.manifest_of(run)
+    kept = [file for file in manifest["files"] if _is_result(file, name, study)]
+    elsewhere = [file for file in manifest["files"] if file not in kept] + manifest.get(ELSEWHERE, [])
+    manifest |= {"files": {file: manifest["files"][file] for file in kept}, ELSEWHERE: sorted(elsewhere)}
+    yield MANIFEST, json.dumps(manifest, indent=1).encode()
+    for file in kept:
+        yield file, (run.folder / file).read_bytes()
+
+
+def _is_result(file: str, name: str, study: Study) -> bool:
+    if study.scale.loaded and file == ANSWERS:
+        return False
+    rows = name in ROWS and file.endswith(".parquet") and file != VERDICTS
+    return file.endswith((".parquet", ".json")) and "/" not in file and file not in OF_MODELS and not rows
+
+
+def unpacked(file: Path, root: Path) -> list[str]:
+    """The runs of an archive that were put into a run store, by folder; where a run is there already, it stays.
+
+    Raises:   ValueError where the file is no archive of this kind, before anything is put there
+    """
+    runs: list[str] = []
+    try:
+        with tarfile.open(file, "r:xz") as tar:
+            tar.getmembers()  # reads all of it
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as work:
+                tar.extractall(work, filter="data")
+                for manifest in sorted(Path(work).rglob(MANIFEST)):
+                    run = manifest.parent.relative_to(work)
+                    if not (root / run).exists():
+                        (root / run).parent.mkdir(parents=True, exist_ok=True)
+                        os.rename(manifest.parent, root / run)
+                        runs.append(str(run))
+    except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{file} is no archive of results, or is cut short ({error}); `vlsafe archive` writes them") from None
+    return runs
