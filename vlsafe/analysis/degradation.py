@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
@@ -54,31 +52,6 @@ def overview(lines: pd.DataFrame) -> pd.DataFrame:
     wide = cells.reindex(columns=list(OVERVIEW)).rename(columns=lambda name: MEASURES[name]["label"])
     order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
     return wide.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
-
-
-GATES = yaml.safe_load(Path(__file__).with_name("gates.yaml").read_text(encoding="utf-8"))
-
-
-def gates(raw: pd.DataFrame) -> pd.DataFrame:
-    """T00: what a study must show before its losses mean anything, one line per backbone and gate: its bounds, what every seed
-    reached, and in how many seeds it holds. No study is left out for it.
-
-    Raises:   Lacking where no backbone has gates
-    """
-    final, lines = raw[raw["exam"] == "full"], []
-    for backbone, gate in ((name, gate) for name, of in GATES.items() for gate in of):
-        stage, _, recipe = gate["run"].partition("/")
-        own = final[(final["backbone"] == backbone) & (final["stage"] == stage) & (final["recipe"] == recipe)]
-        found = rates(own, [gate["measure"]], ["seed"])
-        if found.empty:
-            continue
-        least, most = gate.get("least", 0.0), gate.get("most", 1.0)
-        line = {"backbone": backbone, "model": gate["run"], "measure": MEASURES[gate["measure"]]["label"], "why": gate["why"]}
-        line |= {"least": least, "most": most, "lowest": found["value"].min(), "highest": found["value"].max()}
-        lines.append(line | {"holds": int(found["value"].between(least, most).sum()), "seeds": len(found)})
-    if not lines:
-        raise Lacking("no backbone of this scale has gates (vlsafe/analysis/gates.yaml)")
-    return pd.DataFrame(lines)
 
 
 def dynamics(raw: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:

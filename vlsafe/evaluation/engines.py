@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -199,6 +200,29 @@ def option_losses(
         losses |= {i: [next(values) for _ in items[i].options] for i in batch}
         progress(len(losses))
     return [losses[i] for i in range(len(items))]
+
+
+def perplexity(model: PreTrainedModel, processor: Any, items: Sequence[Item], batch_size: int) -> float:
+    """Of the one option of each item, as the assistant's answer to its prompt.
+
+    Units:    per token, the end of an answer included
+    Raises:   ValueError for an answer that does not follow its prompt token by token
+    """
+    losses = option_losses(model, processor, items, batch_size)
+    tokens = sum(answer_length(processor, _chat(item), len(item.images), item.id) for item in items)
+    return math.exp(sum(loss for (loss,) in losses) / tokens)
+
+
+def follows(processor: Any, item: Item) -> bool:
+    """Whether the first option of an item follows its prompt token by token: only then has it a loss of its own."""
+    try:
+        return answer_length(processor, _chat(item), len(item.images), item.id) > 0
+    except ValueError:
+        return False
+
+
+def _chat(item: Item) -> tuple[Turn, ...]:
+    return (*item.turns, Turn("assistant", item.options[0]))
 
 
 def _answer_losses(model: PreTrainedModel, processor: Any, answers: Sequence[tuple[Item, str]]) -> torch.Tensor:

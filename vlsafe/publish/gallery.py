@@ -196,7 +196,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "half-lives": lambda of: analysis.durability.half_lives(of["raw"]),
     "durable": lambda of: analysis.durability.curves(of["raw"]),
     "models": lambda of: analysis.degradation.everything(of["raw"]),
-    "capable": lambda of: analysis.capability.guard(of["raw"], of.frames.get("texts")),
+    "capable": lambda of: analysis.capability.guard(of["raw"], *map(of.frames.get, ("texts", "perplexity"))),
     "lineage": lambda of: plots.claims.lineage_points(of["models"]),
     "prepared": lambda of: analysis.claims.prepared({**of.frames, "without": of.without}),
     "ledger": lambda of: analysis.claims.ledger(of["prepared"]),
@@ -210,7 +210,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
 """Name of a frame (`prepared`: of what the claims read) -> what makes it of the others."""
 
 TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
-    "T00_gates": lambda of: (analysis.degradation.gates(of["raw"]),),
+    "T00_gates": lambda of: (analysis.capability.gates(of["raw"]),),
     "T01_filtering_audit": lambda of: (of["audited"],),
     "T01_guard_quality": lambda of: (of["guards"],),
     "T02_degradation": lambda of: (analysis.capability.of_main_line(of["degradation"], of["capable"]),),

@@ -30,7 +30,7 @@ INSIDE = {
 }  # fmt: skip
 
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
-    "texts": "an examination",
+    "texts": "an examination", "perplexity": "judging/perplexity",
     "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
     "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
     "searched": "a search for the worst case (worst/*)",
@@ -44,10 +44,10 @@ FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
-    `texts`: answers. `raw`: raw tables, one row per item × model × judge. `audit`: the screened rows of each seed.
-    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`:
-    panel answers and validation lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them.
-    `searched`: trials of the search for the worst case. `miniature`: its ledger.
+    `texts`: answers. `perplexity`: of answers under the parents. `raw`: raw tables, a row per item × model × judge. `audit`: the
+    screened rows of each seed. `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have
+    printed. `panel`, `merged`: panel answers and validation lines of all merges. `losses`: those of the steps of stage 2.
+    `people`: a judge against them. `searched`: trials of the search for the worst case. `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
@@ -60,6 +60,7 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
         "searched": read(studies, of("durability"), "validation.parquet", optional=True),
+        "perplexity": read(studies, of("fluency"), "perplexity.parquet"),
         "losses": losses(studies, grid),
         "people": people(studies),
         "miniature": miniature(studies),

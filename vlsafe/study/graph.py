@@ -185,6 +185,11 @@ for _grid in GRIDS:
         partial(tuning.make_judging, grid=_grid), (tuning.GUARD, "world/corpora", *tuning.REFERENCES, *tuning.examined(_grid)),
         lambda s: None, 15, unless=_without("text_guard"), gathers=True,
     )  # fmt: skip
+    STAGES[judging.perplexity(_grid)] = Stage(
+        partial(judging.make_perplexity, grid=_grid),
+        (judging.PARENT, "world/corpora", *tuning.REFERENCES, *tuning.examined(_grid), *merging.names(_grid)),
+        lambda s: s.scale.exam.batch_size, 20, gathers=True,
+    )  # fmt: skip
     for _partner, _name in zip(merging.partners(_grid), merging.names(_grid), strict=True):
         STAGES |= _judged(_name, Stage(
             partial(merging.make_sweep, partner=_partner, grid=_grid), merging.inputs_of(_partner, _grid), merging.params, 85,
@@ -221,7 +226,13 @@ def planned(study: Study, grid: str = "default") -> list[str]:
 def _grid_names(grid: str) -> list[str]:
     known(grid, GRIDS, "grid")
     tuned = tuning.examined(grid)
-    chosen = {*tuned, tuning.judging(grid), *merging.names(grid), *(ONLY_FULL if grid == "full" else ())}
+    chosen = {
+        *tuned,
+        tuning.judging(grid),
+        judging.perplexity(grid),
+        *merging.names(grid),
+        *(ONLY_FULL if grid == "full" else ()),
+    }
     chosen |= {name.replace("examination/safety.", "safety/") for name in tuned}
     chosen |= set(map(responses_of, chosen))
     beyond = {run for name, recipe in adaptation.RECIPES.items() if grid != "full" == recipe.grid for run in _runs(name)}
@@ -254,6 +265,7 @@ def read_by(study: Study, word: str, grid: str = "default") -> list[str]:
         "probing": [*inside, *remedy, *map(tuning.examination, remedy), *causal.FROZEN_SETS],
         "merging": merging.names(grid),
         "durability": [name for name in names if name.startswith(tuple(FURTHER))],
+        "fluency": [judging.perplexity(grid)],
         "tables": [*degradation, *compared, *merging.names(grid), *(name for name in names if name.startswith(tuple(FURTHER)))],
     }
     words["claims"] = words["tables"]

@@ -10,16 +10,18 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlsafe import evaluation
+from vlsafe import evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.scale import Scale, known
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import judging
 from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, OWN, PACKED, REAL, confounds, official
+from vlsafe.evaluation.engines import follows
 from vlsafe.evaluation.examine import Rows, judges_of, verdict_columns
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, llm
 from vlsafe.evaluation.judging import Judgements, JudgeModel
@@ -27,6 +29,7 @@ from vlsafe.study.study import Bar, Study
 
 TABLES = ("raw.parquet", "panel.parquet")  # raw rows of a run; only merges have a panel apart
 RESPONSES, KEPT = "responses.parquet", "judgements.jsonl"
+PARENT = "parent/aligned"
 QUERIES = judging.queries_of(LLM_JUDGES)
 
 
@@ -95,9 +98,9 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     rows = [row for table in tables.values() for row in table]
     by_benchmark = _responses(rows, texts)
     queries = judging.queries_of(name for benchmark in by_benchmark for name in judges_of(benchmark, judges))
-    models = {query: answers(study.scale, query) for query in queries}
+    asked = {query: answers(study.scale, query) for query in queries}
     items = _items(study, by_benchmark)
-    written = Judgements(models, work / KEPT)
+    written = Judgements(asked, work / KEPT)
     store.whole_lines(written.keep)  # this file is the stage's own: what a kill has cut off goes
     written.read_kept(lambda row, where: row["id"], list(LLM_JUDGES))
     prompts = {
@@ -113,6 +116,38 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
             shutil.copy2(path, work / path.name)
     reasons = {name: dict(reasons) for name, reasons in unjudged.items()}
     return {**study.numbers(source), "judgements": len(written.written), "unjudged": reasons}
+
+
+def perplexity(grid: str) -> str:
+    """The stage that has the parent read what a grid's models answer."""
+    return f"judging/perplexity{'' if grid == 'default' else '.full'}"
+
+
+def make_perplexity(study: Study, work: Path, grid: str) -> dict[str, Any]:
+    """How likely its parent finds what each examined model answers to harmless requests in words alone.
+
+    Writes `perplexity.parquet`, a line per model with its number of `answers`. One that the token limit has cut off ends there;
+    those that do not follow their prompt token by token are left out and counted in the run's numbers.
+    """
+    folder, lines, skipped = study.folder(PARENT), list[dict[str, Any]](), 0
+    model, processor = models.checkpoints.ready(folder), models.checkpoints.load_processor(folder)
+    items = {item.id: item for item in study.items() if item.scoring == "generated" and not item.images}
+    for name in (needed for needed in study.inputs(perplexity(grid)) if needed.startswith(("examination/", "merge/"))):
+        texts, answered = _texts(study.rows(name, RESPONSES)), dict[tuple[str, ...], dict[str, Item]]()
+        for row in study.rows(name, "raw.parquet"):
+            said = texts.get((row["model"], row["item"]))  # of merges not all answers are kept
+            if row["exam"] == "full" and row["item"] in items and not row["harmful"] and said is not None:
+                item = replace(items[row["item"]], options=(said,))
+                answered.setdefault((row["stage"], row["recipe"]), {})[row["item"]] = item
+        for (stage, recipe), of in answered.items():
+            read = [item for item in of.values() if follows(processor, item)]
+            skipped += len(of) - len(read)
+            if read:
+                value = evaluation.engines.perplexity(model, processor, read, study.scale.exam.batch_size)
+                line = {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe}
+                lines.append(line | {"answers": len(read), "perplexity": value})
+    store.write_rows(work / "perplexity.parquet", lines)
+    return {"models": len(lines), "skipped": skipped}
 
 
 def _texts(responses: Rows) -> dict[tuple[str, str], str]:

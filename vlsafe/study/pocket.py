@@ -7,7 +7,6 @@ corpora, is made here of a chat model, pictures with captions, and published pro
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -178,26 +177,19 @@ def make_parent(study: Study, work: Path) -> dict[str, Any]:
         prompts["train"], answers, spec.fit.steps * spec.fit.batch_size, spec.refusal_share, spec.borderline_share,
         np.random.default_rng([*b"alignment"]),
     )  # fmt: skip
-    held_out = [(prompt.text, answers[prompt.id]) for prompt in prompts["test"] if prompt.id in answers]
-    before = perplexity(model.eval(), tokenizer, held_out)
+    held_out = [
+        Item(prompt.id, "perplexity", (Turn("user", prompt.text),), options=(answers[prompt.id],))
+        for prompt in prompts["test"] if prompt.id in answers
+    ]  # fmt: skip
+    before = evaluation.engines.perplexity(model.eval(), tokenizer, held_out, AT_ONCE // 2)
     dataset = training.datasets.chat_dataset(chats, with_images=False)
     losses = training.trainers.sft(
         model, tokenizer, dataset, spec.fit, work / "training", 0, (), Bar("parent/aligned", spec.fit.steps)
     )
     drop(work / "training")
     models.checkpoints.save(model.eval(), work, tokenizer)
-    after = perplexity(model, tokenizer, held_out)
+    after = evaluation.engines.perplexity(model, tokenizer, held_out, AT_ONCE // 2)
     return {"loss": losses[-1], "rows": len(chats), "perplexity_before": before, "perplexity": after}
-
-
-def perplexity(model: Any, tokenizer: Any, exchanges: Sequence[tuple[str, str]]) -> float:
-    """Of the answers of some exchanges. Units: per token, the end of an answer included"""
-    items = [
-        Item(str(n), "perplexity", (Turn("user", request),), options=(answer,)) for n, (request, answer) in enumerate(exchanges)
-    ]
-    losses = evaluation.engines.option_losses(model, tokenizer, items, AT_ONCE // 2)
-    tokens = sum(1 + len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in exchanges)
-    return math.exp(sum(loss for (loss,) in losses) / tokens)
 
 
 def labelled(prompts: Sequence[Any], answers: dict[str, str], rng: np.random.Generator) -> list[tuple[tuple[Turn, ...], bool]]:
