@@ -1,4 +1,5 @@
-"""JupyterLab for real: a headless Chromium opens it, runs notebook 03 from cached runs and looks at the figures.
+"""JupyterLab for real: a headless Chromium opens it, runs notebooks 03 and 06 from cached runs and looks at
+the figures; and the report, at the width of a laptop and of a phone.
 
 Run by `make browser`. It costs 51 MB to download for playwright (165 MB on disk) and, from the system's packages, Chromium
 (113 MB to download, about 350 MB on disk); so neither is a dependency, and where either is missing this is skipped by name.
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
+from vlsafe.publish import report
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make browser` installs it")
@@ -45,6 +48,8 @@ class Lab:
             port = free.getsockname()[1]
         self.work, self.token, self.address = folder / "work", secrets.token_hex(16), f"http://127.0.0.1:{port}"
         self.work.mkdir()
+        for name in ("Snakefile", "figures"):  # as in a clone, whose committed results a notebook opens with
+            (self.work / name).symlink_to(PROJECT / name)
         places = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
         places |= {f"JUPYTERLAB_{kind}_DIR": str(folder / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
         for name, values in SETTINGS.items():
@@ -161,27 +166,62 @@ def seen(page, n):
     return found
 
 
-def test_notebook_03_runs_in_jupyterlab_and_a_restart_loses_nothing(lab, browser):
-    name = "03_safety_degradation.ipynb"
-    page = opened(lab, browser, name, cleared(PROJECT / "notebooks" / name))
-    run_all(page, 400)
-    figures = seen(page, 2)
-    first = figures.evaluate_all("all => all.map(i => i.src.length)")
-    figures.first.scroll_into_view_if_needed()
+def pictured(page, name):
+    """Pictures of the screen as a laptop and as a phone show it."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PICTURES / "03_safety_degradation.png")
+    for width, height in ((1280, 1400), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_timeout(1000)
+        page.screenshot(path=PICTURES / f"{name}-{width}.png")
 
-    kernel = next(one["kernel"]["id"] for one in lab.ask("sessions") if one["path"] == name)
+
+@pytest.mark.parametrize(("name", "figures"), [("03_safety_degradation", 2), ("06_merging", 2)])
+def test_notebooks_run_in_jupyterlab_and_a_restart_loses_nothing(lab, browser, name, figures):
+    page = opened(lab, browser, f"{name}.ipynb", cleared(PROJECT / "notebooks" / f"{name}.ipynb"))
+    run_all(page, 400)
+    first = seen(page, figures).evaluate_all("all => all.map(i => i.src.length)")
+    answer = page.locator(".jp-RenderedMarkdown.jp-OutputArea-output").first
+    assert answer.inner_text().startswith("The answer.") and "No results" not in answer.inner_text()
+    page.keyboard.press("Control+b")  # the sidebar, which would leave a phone nothing
+    answer.scroll_into_view_if_needed()
+    pictured(page, name)
+    page.set_viewport_size({"width": 1280, "height": 1400})
+    kernel = next(one["kernel"]["id"] for one in lab.ask("sessions") if one["path"] == f"{name}.ipynb")
     page.get_by_role("menuitem", name="Edit", exact=True).click()
     page.get_by_role("menuitem", name="Clear Outputs of All Cells", exact=True).click()
     assert lab.ask(f"kernels/{kernel}/restart", "POST")
     time.sleep(2)
     run_all(page, 400)
-    assert seen(page, 2).evaluate_all("all => all.map(i => i.src.length)") == first
+    assert seen(page, figures).evaluate_all("all => all.map(i => i.src.length)") == first
     page.keyboard.press("Control+s")
-    code = lambda: [c for c in nbformat.read(lab.work / name, as_version=4).cells if c.cell_type == "code"]  # noqa: E731
+    saved = lab.work / f"{name}.ipynb"
+    code = lambda: [c for c in nbformat.read(saved, as_version=4).cells if c.cell_type == "code"]  # noqa: E731
     wait(lambda: all(cell.execution_count for cell in code()), 30, "the notebook was not saved with its outputs")
     assert not [out for cell in code() for out in cell.outputs if out.output_type == "error"]
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_folds_chooses_and_fits_a_phone(browser, tmp_path, scheme):
+    file = report.report(PROJECT / "figures" / "mini", tmp_path / "report.html")
+    assert file.stat().st_size < 3e6
+    page = browser.new_page(viewport={"width": 1280, "height": 1400}, color_scheme=scheme)
+    page.goto(file.as_uri())
+    assert page.locator("nav a").count() == page.locator("h2").count() - 1  # provenance is no artefact
+    widths = page.locator("img").evaluate_all("all => all.map(image => image.naturalWidth)")
+    assert len(widths) == len(list((PROJECT / "figures" / "mini").glob("F*.png"))) and min(widths) > 300
+    table = page.locator("details table").first
+    assert not table.is_visible()
+    page.locator("details summary").first.click()
+    assert table.is_visible()
+    names = page.locator("#backbone option").all_inner_texts()[1:]
+    rows = page.locator("#T09_claims ~ .table").first.locator("tbody tr")
+    lines = rows.evaluate_all("all => all.map(row => row.innerText)")
+    page.locator("#backbone").select_option(names[0])
+    shown = rows.evaluate_all("all => all.filter(row => !row.hidden).map(row => row.innerText)")
+    assert shown == [line for line in lines if names[0] in line or not any(name in line for name in names)]
+    pictured(page, f"report-{scheme}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # tables scroll by themselves
     page.close()
 
 
@@ -196,6 +236,5 @@ sidebyside.choose(study, ["parent/aligned", "instruct/filtered-full"])"""
     page.locator(".widget-dropdown select").nth(1).select_option(index=1)
     wait(lambda: seen(page, 1).first.get_attribute("src") != before, 60, "picking a picture changes nothing")
     assert page.locator(".widget-image").count() == 1
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PICTURES / "chooser.png")
+    pictured(page, "chooser")
     page.close()

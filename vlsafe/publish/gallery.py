@@ -76,7 +76,8 @@ def make(
         raise ValueError("no examination is made yet; `make reproduce` makes them")
     raw, without = frames.get("raw", pd.DataFrame(runs).reindex(columns=["seed", "backbone"])), without or {}
     seeds = sorted(int(seed) for seed in raw["seed"].unique())
-    origin = f"Scale {scale}, seeds {seeds}, backbones {sorted(raw['backbone'].unique())}; 95 % intervals."
+    backbones = sorted(raw["backbone"].unique())
+    origin = f"Scale {scale}, {', '.join(backbones)}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; 95 % intervals."
     of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw) if "raw" in frames else ""
     written, lacking = list[str](), dict[str, Lacking]()
     for name in only or (*TABLES, *FIGURES):
