@@ -160,6 +160,6 @@ def test_what_an_earlier_gallery_left_is_removed_and_a_report_needs_no_ledger(pa
     assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {*written, "provenance"}
     said = left_out.set_index("what")
     assert "examination/instruct.filtered-full" in said.loc["T02_degradation", "missing"]
-    assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers, probe/drift"
+    assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers"
     html = report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.index("What is not here and why") < html.index("T04. System prompt") and "needs probe/layers" in html

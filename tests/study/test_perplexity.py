@@ -41,7 +41,7 @@ def test_an_answer_that_does_not_follow_its_prompt_is_counted_and_not_read(study
         seen.append(item)
         return len(seen) > 1 and follows(processor, item)
 
-    monkeypatch.setattr(judging, "follows", first_does_not)
+    monkeypatch.setattr(engines, "follows", first_does_not)
     monkeypatch.setattr(engines, "perplexity", lambda *_: 1.0)
     numbers = judging.make_perplexity(study, tmp_path, "default")
     assert numbers["skipped"] == 1 and numbers["models"] == len(pd.read_parquet(tmp_path / "perplexity.parquet"))

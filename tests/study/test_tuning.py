@@ -347,7 +347,8 @@ def test_a_number_of_tuning_changes_no_run_that_does_not_read_it(study):
         study, scale=dataclasses.replace(study.scale, tuning=dataclasses.replace(study.scale.tuning, replay=1))
     )
     changed = {name for name in planned(study, "full") if study.run(name).digest != other.run(name).digest}
-    assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", "judging/guard-text.full"}
+    judged = {"judging/guard-text.full", "judging/perplexity.full"}
+    assert changed == {"safety/sl-replay-full", "examination/safety.sl-replay-full", *judged}
 
 
 def test_benign_requests_are_put_in_the_wordings_of_every_direct_attack():

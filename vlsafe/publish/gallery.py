@@ -114,8 +114,7 @@ def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.
     """One line per artefact that could not be made, then one per stage that is not there."""
     lines = []
     for name, error in lacking.items():
-        named = [stage for stage in without if stage in str(error)]
-        missing = named or [stage for stage in without if provenance.made_of(name, stage)]
+        missing = [stage for stage in without if provenance.made_of(name, stage, str(error))]
         lines.append({"what": name, "reason": str(error), "missing": ", ".join(missing)})
     lines += [{"what": stage, "reason": reason, "missing": ""} for stage, reason in without.items()]
     return pd.DataFrame(lines, columns=["what", "reason", "missing"])

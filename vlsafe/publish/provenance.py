@@ -6,6 +6,7 @@ Loads no model.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,9 +41,11 @@ def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> 
     }  # fmt: skip
 
 
-def made_of(artefact: str, stage: str) -> bool:
-    """Whether an artefact's numbers may stand in a stage's run."""
-    return any(fnmatchcase(stage, glob) for glob in ARTEFACTS["runs"].get(artefact.partition("_")[0], ("*",)))
+def made_of(artefact: str, stage: str, reason: str = "") -> bool:
+    """Whether an artefact's numbers may stand in a stage's run. The `reason` why it is not there may name those that it needs;
+    where it needs something else, such as printed numbers, there is no such stage."""
+    own = [] if reason.startswith("needs ") else ARTEFACTS["runs"].get(artefact.partition("_")[0], ["*"])
+    return any(fnmatchcase(stage, glob) for glob in re.findall(r"[a-z]+/[\w.*-]+", reason) or own)
 
 
 def write_table(

@@ -30,10 +30,10 @@ INSIDE = {
 }  # fmt: skip
 
 FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
-    "texts": "an examination", "perplexity": "judging/perplexity",
-    "raw": "an examination", "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
-    "panel": "a merge (merge/*)", "merged": "a merge (merge/*)", "located": "probe/localisation", "frozen": "the SPPFT grid",
-    "searched": "a search for the worst case (worst/*)",
+    **dict.fromkeys(("raw", "texts"), "an examination (examination/*)"), "perplexity": "judging/perplexity",
+    "audit": "screen/filtered", "validation": "a tuned model (safety/*)", "published": "printed numbers",
+    **dict.fromkeys(("panel", "merged"), "a merge (merge/*)"), "located": "probe/localisation",
+    "frozen": "the SPPFT grid (sppft/*)", "searched": "a search for the worst case (worst/*)",
     "losses": "a training of stage 2 (instruct/*)", "people": "labels of people, which packages hold",
     "miniature": "the committed ledger of the miniature and another scale's",
     "remedy": "examination/safety.mtl-full and examination/safety.mtl-pcgrad-full",

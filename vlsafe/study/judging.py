@@ -21,7 +21,6 @@ from vlsafe.core.scale import Scale, known
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import judging
 from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, OWN, PACKED, REAL, confounds, official
-from vlsafe.evaluation.engines import follows
 from vlsafe.evaluation.examine import Rows, judges_of, verdict_columns
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED, llm
 from vlsafe.evaluation.judging import Judgements, JudgeModel
@@ -98,9 +97,9 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     rows = [row for table in tables.values() for row in table]
     by_benchmark = _responses(rows, texts)
     queries = judging.queries_of(name for benchmark in by_benchmark for name in judges_of(benchmark, judges))
-    asked = {query: answers(study.scale, query) for query in queries}
+    named = {query: answers(study.scale, query) for query in queries}
     items = _items(study, by_benchmark)
-    written = Judgements(asked, work / KEPT)
+    written = Judgements(named, work / KEPT)
     store.whole_lines(written.keep)  # this file is the stage's own: what a kill has cut off goes
     written.read_kept(lambda row, where: row["id"], list(LLM_JUDGES))
     prompts = {
@@ -140,7 +139,7 @@ def make_perplexity(study: Study, work: Path, grid: str) -> dict[str, Any]:
                 item = replace(items[row["item"]], options=(said,))
                 answered.setdefault((row["stage"], row["recipe"]), {})[row["item"]] = item
         for (stage, recipe), of in answered.items():
-            read = [item for item in of.values() if follows(processor, item)]
+            read = [item for item in of.values() if evaluation.engines.follows(processor, item)]
             skipped += len(of) - len(read)
             if read:
                 value = evaluation.engines.perplexity(model, processor, read, study.scale.exam.batch_size)

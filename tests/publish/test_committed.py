@@ -1,0 +1,90 @@
+"""The committed tables follow from the committed results: read again from raw rows, and counted again with plain NumPy."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlsafe import analysis
+from vlsafe.core.schema import MAIN_LINE
+from vlsafe.publish import archive, provenance, results
+from vlsafe.study.study import Study
+
+FIGURES = Path(__file__).parents[2] / "figures" / "mini"
+ARCHIVES = sorted((FIGURES / "results").glob("*.tar.xz"))
+MAIN = [f"examination/{MAIN_LINE[run].replace('/', '.')}" for run in ("parent", "stage 1", "adapted")]
+MORE = [
+    f"examination/{run}"
+    for run in ("instruct.unfiltered-full", "instruct.textonly-full", "safety.sl-full", "safety.dpo-both-full")
+]
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    for file in ARCHIVES:
+        archive.unpacked(file, root)
+    return results.studies_in_store(Study.open("mini", "mini-chat", 0, root))
+
+
+@pytest.fixture(scope="module")
+def raw(studies):
+    return results.read(studies, [*MAIN, *MORE, "judging/guard-text"], "raw.parquet")
+
+
+def test_every_study_behind_the_committed_tables_is_archived(studies):
+    behind = pd.read_csv(FIGURES / "T08_models.csv")[["backbone", "seed"]].drop_duplicates()
+    assert {(study.backbone, study.seed) for study in studies} == set(behind.itertuples(index=False, name=None))
+    assert len(ARCHIVES) == len(behind)
+
+
+def test_the_main_table_follows_from_the_archives(studies, raw, tmp_path):
+    table = analysis.degradation.degradation(raw).round(4)
+    again = analysis.capability.of_main_line(table, analysis.capability.guard(raw, texts(studies)))
+    provenance.write_table(again, tmp_path, "T02_degradation", "", "")
+    found, wanted = (pd.read_csv(folder / "T02_degradation.csv") for folder in (tmp_path, FIGURES))
+    columns = [name for name in wanted if "low" not in name and "high" not in name]  # intervals are drawn per table
+    key = ["backbone", "seed", "measure"]
+    pd.testing.assert_frame_equal(
+        found[columns].sort_values(key, ignore_index=True), wanted[columns].sort_values(key, ignore_index=True), atol=1e-4
+    )
+
+
+def texts(studies):
+    return results.read(studies, [*MAIN, *MORE], "responses.parquet", ("backbone", "seed"))
+
+
+def rate(raw, backbone, seed, run, benchmark, harmful, event):
+    """Item -> event of one model's full examination, by the judge of the miniature, in plain Python."""
+    stage, _, recipe = MAIN_LINE.get(run, run).partition("/")
+    columns = ["backbone", "seed", "stage", "recipe", "exam", "benchmark", "harmful", "judge", "item", "event", "label", "group"]
+    found = {}
+    for b, s, st, r, exam, of, h, judge, item, happened, label, group in zip(*(raw[c].tolist() for c in columns), strict=True):
+        asked = (b, s, st, r, exam, of, h, judge) == (backbone, seed, stage, recipe, "full", benchmark, harmful, "world")
+        if asked and group in ("base", "SD", "TYPO", "SD_TYPO") and happened is not None:
+            found[item] = float(happened) if event == "complied" else float(label == event)
+    return found
+
+
+EFFECTS = [  # claim, comparison's before and after, benchmark, harmful, event
+    ("1", "parent", "instruct/unfiltered-full", "sorry_bench", True, "complied"),
+    ("2", "stage 1", "instruct/unfiltered-full", "mm_safetybench", True, "complied"),
+    ("4b", "instruct/textonly-full", "adapted", "sorry_bench", True, "complied"),
+    ("5r", "adapted", "safety/sl-full", "mm_safetybench", False, "refused"),
+    ("6r", "adapted", "safety/dpo-both-full", "mm_safetybench", False, "refused"),
+]
+
+
+@pytest.mark.parametrize(("claim", "before", "after", "benchmark", "harmful", "event"), EFFECTS)
+def test_five_committed_effects_again(raw, claim, before, after, benchmark, harmful, event):
+    ledger = analysis.claims.written(FIGURES)
+    lines = ledger[(ledger["claim"] == claim) & (ledger["item_level"] != analysis.claims.NOT)]
+    assert len(lines)
+    for line in lines.itertuples():
+        means = []
+        for seed in sorted(raw.loc[raw["backbone"] == line.backbone, "seed"].unique()):
+            a, b = (rate(raw, line.backbone, seed, run, benchmark, harmful, event) for run in (before, after))
+            if a and b:
+                means.append(np.mean([b[item] - a[item] for item in a if item in b]))
+        assert len(means) == line.seeds and np.mean(means) == pytest.approx(line.effect, abs=2e-4), line
