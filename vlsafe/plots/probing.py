@@ -102,7 +102,8 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
 
 
 def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFrame, scale: str) -> Figure:
-    """F09: cosines of pairs of prompts in the parent with the angular gap, and refusals of harmless prompts under scaling.
+    """F09: cosines of pairs of prompts in the parents of each backbone with the angular gap, and refusals of harmless prompts
+    under scaling: of every band of a single parent, of several parents the located one.
 
     The search kept no single pairs, so the cosines have no interval; refusals have Wilson's. The bands are those tried with the
     last factor, the one that was used where a band was located.
@@ -111,29 +112,69 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     many = "–".join(map(str, sorted({refused.min(), refused.max()})))
     title = f"A safety band is located in {located['located'].sum()} of {len(located)} parents, by {many} of "
     title += f"{located['prompts'].max()} harmless prompts that are then refused"
-    chance = ", ".join(f"{p:.3f}".lstrip("0") for p in located["p"].dropna())
-    title += f"; by chance: p = {chance}" if chance else ""
-    note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, dotted: none is; "
-    rows = {unit: f"{unit[0]}\nseed {unit[1]}" for unit in located.groupby(["backbone", "seed"]).groups}
+    chance = located["p"].dropna()
+    title += f"; more than by chance (p < .05) in {(chance < 0.05).sum()} of {len(chance)}" if len(chance) else ""
+    several = (located.groupby("backbone").size() > 1).any()
+    note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, "
+    note += "of each parent the located one [start, end) (hollow: none is); thin: parents; " if several else "dotted: none is; "
+    rows = {name: str(name) for name in located["backbone"].unique()}
     columns = {"pairs": "cosine of pairs", "gap": "angular gap, degrees", "refused": "harmless prompts refused, %"}
     note += "p: of the best of all scaled bands against none, signs of clusters flipped; "
     caption = _caption(located, scale, note + "95 % intervals over prompts")
     with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
-        for unit in rows:
-            own = "backbone == @unit[0] and seed == @unit[1]"
-            curve, scaled, band = curves.query(own), scaling.query(own), located.query(own)
-            for name, (label, colour) in PAIRED.items():
-                axes[unit, "pairs"].plot(curve["layer"], curve[name], color=colour, marker="o", markersize=2, label=label)
-            axes[unit, "gap"].plot(curve["layer"], curve["gap"], color="#000000", marker="o", markersize=2)
-            for axis in (axes[unit, "pairs"], axes[unit, "gap"]):
-                axis.set_xticks(curve["layer"])
-                if band["located"].iloc[0]:
-                    axis.axvspan(*(band[["start", "end"]].iloc[0] - 0.5), color="#E69F00", alpha=0.2, linewidth=0)
-            _draw_scaling(axes[unit, "refused"], scaled, int(band["prompts"].iloc[0]))
-        axes[unit, "pairs"].set_xlabel("block")
-        axes[unit, "gap"].set_xlabel("block")
+        for name in rows:
+            curve, scaled, bands = (frame[frame["backbone"] == name] for frame in (curves, scaling, located))
+            for values, (label, colour) in PAIRED.items():
+                _draw_curves(axes[name, "pairs"], curve, values, colour, label)
+            _draw_curves(axes[name, "gap"], curve, "gap", "#000000")
+            for axis in (axes[name, "pairs"], axes[name, "gap"]):
+                axis.set_xticks(sorted(curve["layer"].unique()))
+                for band in bands[bands["located"]].itertuples():
+                    span, alpha = (band.start - 0.5, band.end - 0.5), 0.2 / len(bands) ** 0.5
+                    axis.axvspan(*span, color="#E69F00", alpha=alpha, linewidth=0)
+            if several:
+                _draw_located(axes[name, "refused"], scaled, bands)
+            else:
+                _draw_scaling(axes[name, "refused"], scaled, int(bands["prompts"].iloc[0]))
+        axes[name, "pairs"].set_xlabel("block")
+        axes[name, "gap"].set_xlabel("block")
         axes[next(iter(rows)), "pairs"].legend(loc="best")
     return figure
+
+
+def _draw_curves(axis: Any, curve: pd.DataFrame, values: str, colour: str, label: str = "") -> None:
+    """The mean over parents by block, and where there are several each of them."""
+    mean, seeds = curve.groupby("layer")[values].mean(), curve.groupby("seed")
+    axis.plot(mean.index, mean, color=colour, marker="o", markersize=2, label=label)
+    for _, own in seeds if len(seeds) > 1 else ():
+        axis.plot(own["layer"], own[values], color=colour, linewidth=0.4, alpha=0.5)
+
+
+def _draw_located(axis: Any, scaled: pd.DataFrame, bands: pd.DataFrame) -> None:
+    """Harmless prompts that each parent refuses, with the located band scaled and with none; a line per seed."""
+    labels = []
+    for place, band in enumerate(bands.sort_values("seed").itertuples()):
+        own = scaled[scaled["seed"] == band.seed]
+        last = own[own["factor"] == own["factor"].iloc[-1]]
+        best = last[(last["start"] == band.start) & (last["end"] == band.end)]["refusals"]
+        shares = [own["refusals"].iloc[0] / band.prompts, *best.iloc[:1] / band.prompts]
+        for share, filled in zip(shares, (False, True), strict=False):
+            low, high = wilson(share, band.prompts)
+            fill = dict(markerfacecolor="#E69F00" if filled else "white", markeredgecolor="#000000", markeredgewidth=0.6)
+            bars = [[100 * (share - low)], [100 * (high - share)]]
+            axis.errorbar(
+                100 * share,
+                place + (0.13 if filled else -0.13),
+                xerr=bars,
+                fmt="o",
+                markersize=3,
+                linewidth=0.6,
+                color="#000000",
+                **fill,
+            )
+        labels.append(f"seed {band.seed}, [{band.start}, {band.end})")
+    axis.set_yticks(range(len(labels)), labels, fontsize=5)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
