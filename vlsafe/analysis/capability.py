@@ -113,7 +113,7 @@ GATES = yaml.safe_load(Path(__file__).with_name("gates.yaml").read_text(encoding
 
 def gates(raw: pd.DataFrame) -> pd.DataFrame:
     """T00: what a study must show before its losses mean anything, one line per backbone and gate: its bounds, what every seed
-    reached, and in how many seeds it holds. No study is left out for it.
+    reached, in how many seeds it holds, and the items of a seed. No study is left out for it.
 
     Raises:   Lacking where no backbone has gates
     """
@@ -127,7 +127,7 @@ def gates(raw: pd.DataFrame) -> pd.DataFrame:
         least, most = gate.get("least", 0.0), gate.get("most", 1.0)
         line = {"backbone": backbone, "model": gate["run"], "measure": MEASURES[gate["measure"]]["label"], "why": gate["why"]}
         line |= {"least": least, "most": most, "lowest": found["value"].min(), "highest": found["value"].max()}
-        lines.append(line | {"holds": int(found["value"].between(least, most).sum()), "seeds": len(found)})
+        lines.append(line | {"holds": int(found["value"].between(least, most).sum()), "seeds": len(found), "n": found["n"].max()})
     if not lines:
         raise Lacking("no backbone of this scale has gates (vlsafe/analysis/gates.yaml)")
     return pd.DataFrame(lines)

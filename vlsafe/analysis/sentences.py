@@ -194,8 +194,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     registered = measured[measured["status"] == claims.REGISTERED]
     against = (registered["item_level"] == claims.CONTRADICTED).sum()
     said += [
-        f"- Over seeds that rise is {listed(seeds)}. Of {len(registered)} lines of registered claims, a line for each parent, "
-        f"{(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
+        f"- Over seeds the rise by adaptation is {listed(seeds)}. Of {len(registered)} lines of registered claims, a line for "
+        f"each parent, {(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
     ] if seeds else []  # fmt: skip
     return start + "\n".join(said)
 

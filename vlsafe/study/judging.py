@@ -129,7 +129,7 @@ def make_perplexity(study: Study, work: Path, grid: str) -> dict[str, Any]:
     those that do not follow their prompt token by token are left out and counted in the run's numbers.
     """
     folder, lines, skipped = study.folder(PARENT), list[dict[str, Any]](), 0
-    model, processor = models.checkpoints.ready(folder), models.checkpoints.load_processor(folder)
+    model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
     items = {item.id: item for item in study.items() if item.scoring == "generated" and not item.images}
     for name in (needed for needed in study.inputs(perplexity(grid)) if needed.startswith(("examination/", "merge/"))):
         texts, answered = _texts(study.rows(name, RESPONSES)), dict[tuple[str, ...], dict[str, Item]]()
