@@ -49,6 +49,9 @@ def test_the_ratio_is_the_most_helpful_of_the_safe_ones_else_the_safest():
     assert picked((0.3, 0.04, 0.1, None), (0.5, 0.0, 0.1, None)) == [0.5]  # text alone
     both = pd.concat([lines((0.3, 0, 0.1, 0.8)), lines((0.5, 1, 1.0, 0.8), rule="ties")], ignore_index=True)
     assert analysis_merging.chosen(both).all()  # one a rule
+    ends = [(0.0, 0.0, 0.0, 0.9), (0.5, 0.3, 0.4, 0.5), (1.0, 0.0, 0.0, 0.9)]
+    assert picked(*ends) == [0.0] and picked(*ends, rule="ensemble") == [0.5]  # an ensemble with one member is none
+    assert lines(*ends, rule="ensemble").loc[lambda of: analysis_merging.chosen(of, 0.9), "ratio"].tolist() == [0.5]
 
 
 def test_a_barrier_by_hand():

@@ -37,15 +37,18 @@ def chosen(lines: pd.DataFrame, fixed: float | None = None) -> pd.Series:
     `asr` and its upper bound `asr_high` are those of the worse modality. Of lines whose bound is at most their `limit` the
     most helpful is chosen, of equals the safer; where there is none, the one with the lowest ASR, of equals the more helpful.
     Without helpfulness (text alone) the lowest ASR decides. Where nothing may be chosen, the ratio nearest to `fixed` is taken.
+    An ensemble at an end of the line is one of its members, and not chosen.
     """
+    index = lines.index
+    lines = lines[(lines["rule"] != "ensemble") | ~lines["ratio"].isin([0.0, 1.0])]
     if fixed is not None:
         distance = (lines["ratio"].astype(float) - fixed).abs().fillna(0.0)
-        return pd.Series(lines.index.isin(lines.assign(d=distance).sort_values("d", kind="stable").drop_duplicates(KEYS).index))
+        return pd.Series(index.isin(lines.assign(d=distance).sort_values("d", kind="stable").drop_duplicates(KEYS).index), index)
     helpful = lines["helpfulness"].astype(float).fillna(-1.0)
     asr, allowed = lines["asr"], lines["asr_high"] <= lines["limit"]
     order = {"refused": ~allowed, "first": (-helpful).where(allowed, asr), "second": asr.where(allowed, -helpful)}
     best = lines.assign(**order).sort_values(list(order), kind="stable").drop_duplicates(KEYS).index
-    return pd.Series(lines.index.isin(best), index=lines.index)
+    return pd.Series(index.isin(best), index)
 
 
 def rates(raw: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
