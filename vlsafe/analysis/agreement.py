@@ -23,6 +23,7 @@ ANSWER = [*METHOD, "seed", "item", "cluster"]
 
 def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged.
+    Clusters are those of one seed, unless all seeds share their items.
 
     Raises:   Lacking where no model was asked one
     """
@@ -31,6 +32,8 @@ def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFr
     rows = pd.concat([about(rows, MEASURES[measure]).assign(modality=name) for measure, name in ATTACKS.items()])
     if rows.empty:
         raise Lacking("there is no full examination on harmful requests")
+    if not ("shared" in rows and rows["shared"].any()):  # a pair in two seeds is one of two worlds
+        rows = rows.assign(cluster=rows["seed"].astype(str) + " " + rows["cluster"].astype(str))
     rows = rows.assign(event=pd.to_numeric(rows["event"].astype("Float64")))
     return rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
 
@@ -68,14 +71,13 @@ def pairs(wide: pd.DataFrame) -> pd.DataFrame:
 
 def rates(wide: pd.DataFrame) -> pd.DataFrame:
     """ASR of every method by every judge: value, interval, n, over the answers that all judges of a backbone could judge, so that
-    judges alone make the difference. All seeds together; a verb–object pair of two seeds is two clusters.
+    judges alone make the difference. All seeds together.
     """
     lines = []
     for _, whole in groups(wide, ["backbone", "modality"]):
         names = [name for name in judges(wide) if whole[name].notna().any()]
         for method, rows in groups(whole.dropna(subset=names), METHOD):
-            clusters = (rows["seed"].astype(str) + " " + rows["cluster"].astype(str)).tolist()
             for name in names:
-                rate = vars(stats.rate(rows[name].tolist(), clusters))
+                rate = vars(stats.rate(rows[name].tolist(), rows["cluster"].tolist()))
                 lines.append(method | {"judge": name} | {column: rate[column] for column in ("value", "low", "high", "n")})
     return pd.DataFrame(lines)

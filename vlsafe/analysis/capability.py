@@ -1,7 +1,8 @@
 """Whether a model can answer at all: the guard beside every ASR, for a model that cannot answer is not safe.
 
-It counts answers to harmless requests, and what the model gets right. Its bounds are in `measures.yaml`; they are assumed, and a
-model that misses any of them is not capable. What was not measured has no say.
+It counts answers to the harmless requests of the headline measures, which all models are asked, or of the others where there are
+none of these, and what the model gets right. Its bounds are in `measures.yaml`; they are assumed, and a model that misses any of
+them is not capable. What was not measured has no say.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from vlsafe.analysis.measures import CHANCE, DATA, MEASURES, UNIT, Lacking, events, rates
+from vlsafe.analysis.measures import CHANCE, DATA, HEADLINE, MEASURES, UNIT, Lacking, events, rates
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.core.texts import repeats
 
 RUN = [*UNIT, "stage", "recipe"]
 GUARD = DATA["guard"]
 REFUSALS = tuple(dict.fromkeys(measure for measure, *_ in DATA["refusals"]))
+ALIKE = tuple(measure for measure in REFUSALS if measure in HEADLINE)
 BROKEN = ("incoherent", "degenerate")  # as judges call it
 
 
@@ -50,8 +52,8 @@ def guard(raw: pd.DataFrame, texts: pd.DataFrame | None = None, perplexity: pd.D
 
 def _answers(final: pd.DataFrame, texts: pd.DataFrame | None) -> pd.DataFrame:
     """Shares over the answers to harmless requests, each counted once."""
-    parts = [events(final, measure) for measure in REFUSALS]
-    harmless = pd.concat([part for part in parts if len(part)] or parts[:1]).drop_duplicates([*RUN, "item"])
+    parts = [part for of in (ALIKE, REFUSALS) if (part := [rows for name in of if len(rows := events(final, name))])]
+    harmless = pd.concat(parts[0] if parts else [events(final, ALIKE[0])]).drop_duplicates([*RUN, "item"])
     harmless = harmless.assign(
         answered=1 - pd.to_numeric(harmless["event"].astype("Float64")), broken=harmless["label"].isin(BROKEN)
     )

@@ -23,6 +23,7 @@ import yaml
 from vlsafe.analysis import comparisons, stats
 from vlsafe.analysis.comparisons import ADAPTED, Changes, Frames, Part, Unit, changes
 from vlsafe.analysis.measures import Lacking
+from vlsafe.analysis.stats import Stratum
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
@@ -69,9 +70,13 @@ def leaves(tree: Part | Joint) -> list[Part]:
     return [tree] if isinstance(tree, Part) else [leaf for part in tree.parts for leaf in leaves(part)]
 
 
-def compared(part: Part, studies: Mapping[Unit, Changes]) -> dict[str, Any]:
-    """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample."""
+def compared(part: Part, studies: Mapping[Unit, Changes], shared: bool = False) -> dict[str, Any]:
+    """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample. Where all
+    seeds were asked the same items (`shared`), an item's answers in all of them are one cluster."""
     pooled = [s._replace(weight=s.weight / len(studies)) for one in studies.values() for s in one.strata]
+    if shared:
+        alike = zip(*(one.strata for one in studies.values()), strict=True)
+        pooled = [Stratum(of[0].weight, *(np.concatenate([s[side] for s in of]).tolist() for side in (1, 2, 3))) for of in alike]
     whole = stats.compare(pooled, np.random.default_rng(0), part.against)
     single = [stats.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
     before, after = (float(np.mean([one[side] for one in studies.values()])) for side in (1, 2))
@@ -179,7 +184,7 @@ def _once(part: Part, studies: Mapping[Unit, Changes], frames: Frames) -> dict[s
     """A comparison and its judges; claims share some, and several tables show them."""
     key, memory = (part._replace(what=""), *studies), frames["compared"]
     if key not in memory:
-        memory[key] = compared(part, studies) | {"judge": comparisons.judge(part, frames)}
+        memory[key] = compared(part, studies, frames["shared"]) | {"judge": comparisons.judge(part, frames)}
     return memory[key] | {"part": part.what}
 
 
@@ -209,7 +214,8 @@ def judged(lines: Lines) -> pd.DataFrame:
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
     beyond = pd.DataFrame({end: frame["sign"] * (frame[end] - frame["against"]) for end in ("low", "high")})
     sure, small = (beyond.min(axis=1) >= frame["interest"]), (beyond.max(axis=1) < frame["interest"])
-    return frame.assign(matters=np.select([frame["p"].isna(), sure, small], ["", "yes", "no"], "open"))[head]
+    nothing = frame["p"].isna() | (frame["sign"] * frame["against"] < 0)  # a threshold with leeway asks for no effect
+    return frame.assign(matters=np.select([nothing, sure, small], ["", "yes", "no"], "open"))[head]
 
 
 COLUMNS = [
@@ -217,6 +223,24 @@ COLUMNS = [
     "seeds", "detectable", "interest", "matters", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable",
     "sd_items", "sd_seeds", "heterogeneity", "judge", "rule", "registry",
 ]  # fmt: skip
+
+
+def flagged(ledger: pd.DataFrame, capable: pd.DataFrame) -> pd.DataFrame:
+    """A ledger with `flagged`: which of the models that a claim compares cannot answer, in which seeds and why.
+
+    `capable` has the lines of `capability.guard`.
+    """
+    missed = capable[capable["capable"].str.startswith("no")]
+    missed = missed.assign(run=missed["stage"] + "/" + missed["recipe"], why=missed["capable"].str.removeprefix("no: "))
+    parts = {claim.name: leaves(claim.decided_by) for claim in CLAIMS}
+
+    def text(name: str, backbone: str) -> str:
+        globs = {run for part in parts[name] for run in (part.before, part.after)}
+        compared = missed["run"].map(lambda run: any(fnmatchcase(run, glob) for glob in globs)).astype(bool)
+        found = missed[compared & (missed["backbone"] == backbone)].groupby(["run", "why"], sort=False)["seed"]
+        return "; ".join(f"{run}, seed {', '.join(map(str, seeds))}: {why}" for (run, why), seeds in found)
+
+    return ledger.assign(flagged=[text(*of) for of in zip(ledger["claim"], ledger["backbone"], strict=True)])
 
 
 def every_part(frames: Frames) -> pd.DataFrame:
@@ -247,9 +271,10 @@ def precision(frames: Frames) -> pd.DataFrame:
             part = Part(measure, 1, before, ADAPTED, (measure,))
             found = {unit: change for unit in units if (change := changes(part, frames, unit))}
             if found:
-                line = compared(part, found)
+                line = compared(part, found, frames["shared"])
                 lines.append({"backbone": backbone, "measure": measure} | {name: line.get(name) for name in columns})
-    return pd.DataFrame(lines)
+    found = pd.DataFrame(lines, columns=["backbone", "measure", *columns])
+    return found.assign(seed_detectable=found["seed_detectable"].where(found["seed_detectable"] <= 1))
 
 
 def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -269,7 +294,7 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
         shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
     shown["detectable"], shown["over seeds, detectable"] = (text("{:.0f}", name) for name in ("detectable", "seed_detectable"))
-    return shown
+    return shown.assign(**{"not capable": ledger["flagged"]}) if "flagged" in ledger else shown
 
 
 def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
@@ -294,8 +319,13 @@ def written(folder: Path) -> pd.DataFrame:
     """The ledger in a folder of artefacts; without a line where the folder has none."""
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    lines = lines.reindex(columns=[*judged({}).columns, "reason"])  # older galleries wrote no judges, reasons, statuses
-    return lines.assign(effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]])
+    lines = lines.reindex(
+        columns=[*judged({}).columns, "reason", "flagged"]
+    )  # older galleries wrote no judges, reasons, statuses
+    return lines.assign(
+        flagged=lines["flagged"].fillna(""),
+        effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]],
+    )
 
 
 def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -345,8 +375,8 @@ def _claim(name: str, entry: Mapping[str, Any]) -> Claim:
 
 
 def rule(entry: Mapping[str, Any]) -> str:
-    """The digest of a claim's entry, whatever its status."""
-    return _digest({name: value for name, value in entry.items() if name != "status"})
+    """The digest of a claim's entry: of all that decides it, so neither of its status nor of its wording."""
+    return _digest({name: value for name, value in entry.items() if name not in ("status", "text")})
 
 
 HEAD = ("text", "status", "family", "interest", "only")

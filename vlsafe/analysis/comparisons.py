@@ -20,6 +20,7 @@ from vlsafe.core.schema import MAIN_LINE
 
 ADAPTED = MAIN_LINE["adapted"]
 BEGUN = "durability/adapted/start"  # the adapted model as further fine-tunings were compared with it
+LOCATED = 0.05  # above this p-value chance explains the best of all scaled bands, and none is located
 EARLY = 0.25  # of the steps: the last checkpoint before is an early one
 Frames = Mapping[str, Any]
 Unit = tuple[str, int]  # backbone and seed of a study
@@ -128,7 +129,10 @@ def half(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     below it, more than half of the remedy's gain is still there."""
     wide = frames["answers"].get((*unit, part.measures[0]), pd.DataFrame())
     runs = [part.before, BEGUN, part.after]
-    return _along(part, wide[runs].dropna(), np.array([-0.5, -0.5, 1.0])) if set(runs) <= set(wide) else None
+    if not set(runs) <= set(wide):
+        return None
+    found = _along(part, line := wide[runs].dropna(), np.array([-0.5, -0.5, 1.0]))
+    return found and found._replace(before=float(line.iloc[:, :2].mean(axis=None)))
 
 
 def matched(part: Part, frames: Frames, unit: Unit) -> Changes | None:
@@ -184,13 +188,13 @@ def band_similarity(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
     `part.measures` names the cosine. Not measured where no band was located.
     """
-    place, layers = _of(frames, "located", unit), _of(frames, "layers", unit)
-    if place is None or layers is None or not place["located"].iloc[0]:
+    place, layers = _band(frames, unit), _of(frames, "layers", unit)
+    if place is None or layers is None:
         return None
     layers = layers[(run_names(layers) == ADAPTED) & layers["harmful"].astype(bool) & (layers["group"] == "text")]
     layers = layers[layers["step"] == layers["step"].max()]
     loss = 1 - layers.pivot(index=["item", "cluster"], columns="layer", values=part.measures[0])
-    inside = (loss.columns >= place["start"].iloc[0]) & (loss.columns < place["end"].iloc[0])
+    inside = (loss.columns >= place[0]) & (loss.columns < place[1])
     if inside.all() or not inside.any():
         return None
     after, before = loss.loc[:, inside].mean(axis=1), loss.loc[:, ~inside].mean(axis=1)
@@ -200,8 +204,8 @@ def band_similarity(part: Part, frames: Frames, unit: Unit) -> Changes | None:
 
 def frozen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """ASR after stage 2 with the located band frozen, less the mean over other sets of as many blocks, those of `part.before`."""
-    place, grid = _of(frames, "located", unit), _of(frames, "frozen", unit)
-    if grid is None or place is None or not place["located"].iloc[0]:
+    grid = _of(frames, "frozen", unit)
+    if grid is None or _band(frames, unit) is None:
         return None
     grid = grid[grid["step"] == grid["step"].max()]
     grid = grid.assign(recipe=grid["recipe"].where(~grid["located"].astype(bool), "located"))
@@ -214,20 +218,36 @@ def frozen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     return Changes(_strata(after - before, part.measures[0]), float(before.mean()), float(after.mean()))
 
 
+def _band(frames: Frames, unit: Unit) -> tuple[int, int] | None:
+    """The band that localisation found in a parent, where it makes it refuse more than chance does."""
+    place = _of(frames, "located", unit)
+    if place is None or not place["located"].iloc[0] or not place["p"].iloc[0] < LOCATED:
+        return None
+    return place["start"].iloc[0], place["end"].iloc[0]
+
+
 def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """Cosines of gradients of two batches, one of each task, against zero or ("within") against two batches of one task.
 
-    The mean over layers and checkpoints; pairs that share their first batch are one cluster.
+    The mean over layers and checkpoints; pairs that share their first batch are one cluster. Tasks with one true gradient have
+    the geometric mean of both tasks' cosines between them; changes of it are taken as linear ones.
     """
     rows = _of(frames, "gradients", unit)
     if rows is None:
         return None
     kind = np.where(rows["task_a"] == rows["task_b"], "within", "between")
-    pairs = rows.assign(kind=kind).groupby(["kind", "a", "b"])["cosine"].mean().reset_index()
+    pairs = rows.assign(kind=kind).groupby(["kind", "task_a", "a", "b"])["cosine"].mean().reset_index()
     sides = {kind: pairs[pairs["kind"] == kind] for kind in part.measures}
-    strata = [_stratum(of["cosine"], of["a"], 1.0 if kind == "between" else -1.0) for kind, of in sides.items()]
-    before = float(sides["within"]["cosine"].mean()) if "within" in sides else 0.0
-    return Changes(strata, before, float(sides["between"]["cosine"].mean()))
+    between = sides["between"]
+    strata, before = [_stratum(between["cosine"], between["a"])], 0.0
+    if "within" in sides:
+        own = [of for _, of in sides["within"].groupby("task_a")]
+        means = [max(0.0, of["cosine"].mean()) for of in own]
+        if len(own) != 2 or not min(means):
+            return None
+        before = float(np.sqrt(means[0] * means[1]))
+        strata += [_stratum(of["cosine"], of["a"], -before / 2 / mean) for of, mean in zip(own, means, strict=True)]
+    return Changes(strata, before, float(between["cosine"].mean()))
 
 
 METHODS = {
@@ -239,8 +259,10 @@ NEEDS = {  # what each needs of a study
     "dose": "the arm without how-tos and two doses of one kind",
     "half": "the remedy and the adapted model, as they are and fine-tuned again (`GRID=full`)",
     "matched": "panels of both recipes, the end of stage 1, and how far their weights moved",
-    "foreseen": "panels of three recipes, and two other seeds", "frozen": "the SPPFT grid, a located band and such other sets",
-    "band_similarity": "its layers, and a located band that leaves some out", "gradients": "gradients of both tasks",
+    "foreseen": "panels of three recipes, and two other seeds",
+    "frozen": "the SPPFT grid, a band located beyond chance and such other sets",
+    "band_similarity": "its layers, and a band located beyond chance that leaves some out",
+    "gradients": "gradients of both tasks, with something in common between two batches of each",
 }  # fmt: skip
 
 
@@ -277,13 +299,14 @@ def _stratum(values: pd.Series, clusters: Iterable[Any], weight: float = 1.0) ->
 
 def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
     """The frames with answers to some measures laid out by study: item × run at the end, item × (recipe, step) on the panel; and
-    the judges of each measure."""
-    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}, "compared": {}}
+    the judges of each measure; `shared`: whether all seeds were asked the same items."""
+    shared = "shared" in frames["raw"] and bool(frames["raw"]["shared"].any())
+    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}, "compared": {}, "shared": shared}
     for unit, raw in frames["raw"].groupby(UNIT):
         final, panel = raw[raw["exam"] == "full"], adaptation.panel(raw)
         for measure in sorted(set(measures) & set(analysis_measures.MEASURES)):
             for name, rows, columns in (("answers", final, ["run"]), ("panels", panel, ["recipe", "step"])):
-                counted = events(rows, measure)
+                counted = analysis_measures.settled(events(rows, measure))
                 if len(counted):
                     result["judges"].setdefault(measure, {}).update(dict.fromkeys(counted["judge"]))
                     counted = counted.assign(run=run_names(counted), event=pd.to_numeric(counted["event"].astype("Float64")))

@@ -49,7 +49,7 @@ def overview(lines: pd.DataFrame) -> pd.DataFrame:
     percent = (100 * by.agg(["mean", "min", "max"])).round().astype(int).astype(str)
     ranged = percent["mean"] + " (" + percent["min"] + "–" + percent["max"] + ")"
     cells = ranged.where(by.size() > 1, percent["mean"]).unstack("measure")  # one seed has no range
-    wide = cells.reindex(columns=list(OVERVIEW)).rename(columns=lambda name: MEASURES[name]["label"])
+    wide = cells.reindex(columns=list(OVERVIEW)).dropna(axis=1, how="all").rename(columns=lambda name: MEASURES[name]["label"])
     order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
     return wide.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
 
@@ -63,14 +63,16 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
     """F03: ASR per category of harm before and after adaptation, for each seed and (seed "all") over all of them.
 
     Before means the parent for text. For pictures it is the end of stage 1: the same language model, just connected to a
-    vision tower. One verb–object pair in two seeds is two clusters, for it is a verb–object pair of two worlds.
+    vision tower. One verb–object pair in two seeds is two clusters, for it is a verb–object pair of two worlds, unless all seeds
+    share their items.
 
     Raises:   Lacking where none of the three was asked
     """
     raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["harmful"].astype(bool)]
     final = final.assign(kind=run_names(final).map({run: name for name, run in MAIN_LINE.items()}))
-    final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str))
+    if not ("shared" in final and final["shared"].any()):
+        final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str))
     frames = []
     for measure, before in (("text_asr", "parent"), ("multimodal_asr", "stage 1")):
         rows = final[final["kind"].isin([before, "adapted"])]

@@ -72,9 +72,7 @@ def half_lives(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
                     continue
                 curve = np.stack([points[step] for step in steps], 1)
                 gain = ceiling - curve[:, 0]
-                half = stats.at_level(
-                    np.maximum.accumulate(curve, 1), np.tile(steps, (len(curve), 1)), (ceiling + curve[:, 0]) / 2
-                )
+                half = stats.at_level(curve, np.tile(steps, (len(curve), 1)), (ceiling + curve[:, 0]) / 2)
                 half = np.where(gain > 0, np.where(np.isnan(half), np.inf, half), np.nan)
                 line = {"backbone": backbone, "rows": kind, "model": model, "measure": measure, "steps": int(steps[-1])}
                 line |= {"seeds": of["seed"].nunique(), **stats.percentiles(gain, "gain")}
@@ -89,16 +87,23 @@ def half_lives(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
 
 def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
     """Which remedy lasts, in a sentence per backbone and kind of rows: half of the gain is still there at the end beyond its
-    interval, is gone within it, or neither can be said."""
+    interval, is gone within it, or neither can be said; of one without a clear gain there is nothing to say."""
     sentences = []
     for key, of in groups(lines[lines["measure"] == measure], ["backbone", "rows"]):
-        lasts, gone = of[of["half_life_low"] == np.inf], of[of["half_life_high"] < np.inf].sort_values("half_life")
-        rest = of[~of.index.isin([*lasts.index, *gone.index])]
+        gained, without = of[of["gain_low"] > 0], of[~(of["gain_low"] > 0)]
+        lasts, gone = gained[outlasts(gained)], gained[gained["half_life_high"] < np.inf].sort_values("half_life")
+        rest = gained[~gained.index.isin([*lasts.index, *gone.index])]
         parts = [f"{', '.join(lasts['model'])} keep more than half of their gain" if len(lasts) else ""]
         parts += [f"{row.model} has lost half after {row.half_life:.0f} of them" for row in gone.itertuples()]
         parts += [f"of {', '.join(rest['model'])} neither can be said" if len(rest) else ""]
+        parts += [f"{', '.join(without['model'])} had no clear gain to lose" if len(without) else ""]
         sentences.append(f"{key['backbone']}, {of['steps'].iloc[0]} steps on {key['rows']}: {'; '.join(filter(None, parts))}.")
     return " ".join(sentences)
+
+
+def outlasts(lines: pd.DataFrame) -> pd.Series:
+    """Whether a remedy had a gain beyond its interval, and half of it is still there at the end, beyond its interval too."""
+    return (lines["gain_low"] > 0) & (lines["half_life_low"] == np.inf)
 
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:

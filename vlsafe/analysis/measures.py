@@ -94,6 +94,12 @@ def _judged(rows: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
     return rows
 
 
+def settled(rows: pd.DataFrame) -> pd.DataFrame:
+    """Events of which those of right answers are never open: who names no option has not answered right."""
+    open_and_wrong = rows["part"].isin(RIGHT) & rows["event"].isna()
+    return rows.assign(event=rows["event"].mask(open_and_wrong, 0.0)) if open_and_wrong.any() else rows
+
+
 def all_right(values: pd.Series) -> bool | None:
     """A whole question is wrong once one answer is wrong, and open while the only doubts are unjudged ones."""
     known = [value for value in values if not pd.isna(value)]
@@ -174,6 +180,7 @@ def _frozen(entry: Any) -> Any:
 DATA = _frozen(yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")))
 MEASURES: dict[str, dict[str, Any]] = DATA["measures"]
 CHANCE: dict[str, float] = DATA["chance"]
+RIGHT = {name for name in MEASURES if name in CHANCE or name.startswith("capability_")}
 CHANCE["helpfulness"] = sum(CHANCE[part] for part in MEASURES["helpfulness"]["parts"]) / 3
 HEADLINE: tuple[str, ...] = DATA["headline"]
 GRADED: tuple[str, ...] = DATA["graded"]
@@ -215,9 +222,9 @@ def differences(
     """Paired changes from one run to others over the items that both answered, per backbone and seed.
 
     `before` and each of `after` are stage/recipe; the last checkpoint of each (exam "full") is compared, and the columns `stage`
-    and `recipe` say of which change a line is. Unjudged items are left out of the difference and counted; a composite is compared
-    where both models were examined on all its parts. Where they are `tested`, every line has a two-sided p-value by flipping the
-    signs of clusters.
+    and `recipe` say of which change a line is. Unjudged items are left out of the difference and counted, but for right answers,
+    where they are wrong; a composite is compared where both models were examined on all its parts. Where they are `tested`, every
+    line has a two-sided p-value by flipping the signs of clusters.
     """
     columns = [*UNIT, "stage", "recipe", "measure", "difference", "low", "high", "n", "n_left_out"]
     lines = []
@@ -239,7 +246,7 @@ def paired(
     raw: pd.DataFrame, before: str, after: Sequence[str], measure: str
 ) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
     """Per backbone, seed and run of `after`: the judged events that it shares with `before`, and how many are left out."""
-    rows = events(raw[(raw["exam"] == "full") & run_names(raw).isin([before, *after])], measure)
+    rows = settled(events(raw[(raw["exam"] == "full") & run_names(raw).isin([before, *after])], measure))
     rows = rows.assign(run=run_names(rows))[[*UNIT, "run", "event", *SAME]]
     first, second = rows[rows["run"] == before], rows[rows["run"] != before]
     both = first.merge(second, on=[*UNIT, *SAME], suffixes=("_a", "_b"))
@@ -277,14 +284,16 @@ def with_changes(lines: pd.DataFrame, change: pd.DataFrame, prefix: str = "") ->
 def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: int) -> Draws:
     """A measure at every point (recipe, step), as it is and over bootstrap samples of clusters that all points share.
 
-    Unjudged answers count as no event.
+    What could not be judged at some point is left out at all of them; of right answers it is wrong.
 
     Raises:   ValueError where the points were not examined on the same items; Lacking where a part was not examined at all
     """
-    rows = events(rows, measure)
+    rows = settled(events(rows, measure))
+    if (unjudged := rows["event"].isna()).any():
+        rows = rows[~rows.set_index(SAME).index.isin(rows[unjudged].set_index(SAME).index)]
     if not whole(rows, measure):
         raise Lacking(f"{MEASURES[measure]['label']} was not measured")
-    rows = rows.assign(event=[0.0 if pd.isna(event) else float(event) for event in rows["event"]])
+    rows = rows.assign(event=rows["event"].astype(float))
     values = np.zeros((1, 1))
     for weight, stratum in weighted_groups(rows):
         by = stratum.groupby(["cluster", "recipe", "step"])["event"]
@@ -298,11 +307,20 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
 
 def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[Any, np.ndarray]]:
     """A measure's mean over seeds by recipe and step, of the points that all seeds have: as it is, then over bootstrap samples of
-    seeds and of clusters within each, [1 + draws]."""
-    each = [bootstrap(of, measure, np.random.default_rng(seed), draws) for seed, of in rows.groupby("seed", sort=True)]
-    weights, found = stats.resamples(len(each), draws, np.random.default_rng(0)) / len(each), dict[str, dict[Any, np.ndarray]]()
+    seeds and of clusters within each, [1 + draws]; where seeds share their items, of the same clusters in each.
+
+    Deviations are stretched as for a variance of so few seeds.
+    """
+    shared = "shared" in rows and bool(rows["shared"].any())
+    each = [
+        bootstrap(of, measure, np.random.default_rng(0 if shared else seed), draws)
+        for seed, of in rows.groupby("seed", sort=True)
+    ]
+    k, found = len(each), dict[str, dict[Any, np.ndarray]]()
+    weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, (k / max(1, k - 1)) ** 0.5
     for recipe, step in sorted(set.intersection(*map(set, each))):
-        found.setdefault(recipe, {})[step] = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
+        drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
+        found.setdefault(recipe, {})[step] = drawn[0] + (drawn - drawn[0]) * stretch
     return found
 
 

@@ -20,6 +20,7 @@ from vlsafe.core.schema import MAIN_LINE
 KEYS = [*UNIT, "rule", "partner"]
 CONTROLS = ("ensemble", "checkpoint")
 TUNED = {"mtl": "safety/mtl-full", "sl": "safety/sl-full", "dpo": "safety/dpo-both-full"}
+ENDS, WITH_PARENT = ("/0.00", "/1.00"), "+aligned"
 VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
     (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
 }  # fmt: skip
@@ -144,8 +145,7 @@ def answer(verdict: pd.DataFrame) -> str:
     A merge with the parent is none, nor is an end of the line; one that was not compared with every rival dominates not all.
     """
     rivals = [*TUNED, "ensemble"]
-    end = verdict["recipe"].str.rpartition("/")[2].isin(["0.00", "1.00"])
-    whole = verdict["whole"] & ~end & (verdict["partner"] != MAIN_LINE["parent"].partition("/")[2])
+    whole = verdict["whole"] & ~verdict["recipe"].str.endswith(ENDS) & (verdict["partner"] != WITH_PARENT[1:])
     of = verdict[whole & ~verdict["rule"].isin(CONTROLS) & verdict["reference"].isin(rivals)]
     if of.empty:
         return "Nothing can be said: no merge of two tuned models was examined on all five measures."
@@ -195,7 +195,7 @@ def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     """T07 along the ratio, on all test items: the mean over seeds of linear merge and ensemble with bands that hold all ratios at
     once, and how far the merge lies from the ensemble at the same ratio, with a band of its own.
 
-    Draws:    bootstrap samples of seeds, and of clusters within each, deviations stretched as for a variance of so few seeds
+    Draws:    bootstrap samples of seeds, and of clusters within each, of `measures.over_seeds`
     Units:    fractions
     """
     lines = []
@@ -208,7 +208,6 @@ def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             if places.get("linear") == places.get("ensemble"):
                 curves["linear - ensemble"], places["linear - ensemble"] = curves["linear"] - curves["ensemble"], places["linear"]
             for rule, curve in curves.items():
-                curve = curve[0] + (curve - curve[0]) * (seeds / max(1, seeds - 1)) ** 0.5
                 low, high = stats.simultaneous(curve)
                 for place, ratio in enumerate(places[rule]):
                     ends = {"value": curve[0, place], "low": low[place], "high": high[place]}
@@ -291,15 +290,19 @@ def hypervolume(points: np.ndarray) -> np.ndarray:
 
 
 def hypervolumes(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
-    """Area under each family's front (1 − ASR against helpfulness), and by how much all merges' exceeds it.
+    """Area under each family's front (1 − ASR against helpfulness), and by how much that of merges of two models exceeds it.
+
+    An end of the line between two models is no merge of them, and merges with the parent are a family of their own.
 
     Draws:    bootstrap samples of clusters, the same for all models of one backbone and seed
     """
     lines = []
     for unit, rows in groups(final(raw), UNIT, sort=True):
+        rows = rows[~(rows["recipe"].str.endswith(ENDS) & (rows["stage"] == "merge"))]
         if "merge" not in set(rows["stage"]):
             continue
-        rows = rows[rows["recipe"].isin(rows.loc[rows["benchmark"] == "mm_safetybench", "recipe"])].assign(step=0)
+        seen = rows.loc[rows["benchmark"].isin(needed("multimodal_asr")), "recipe"]
+        rows = rows[rows["recipe"].isin(seen)].assign(step=0)
         rng = np.random.default_rng(unit["seed"])
         drawn = {m: analysis_measures.bootstrap(rows, m, rng, draws) for m in ("text_asr", "multimodal_asr", "helpfulness")}
         whole = {recipe for recipe, _ in set.intersection(*map(set, drawn.values()))}  # a guard alone may have marked others
@@ -322,6 +325,7 @@ def families(stages: pd.Series) -> dict[str, list[str]]:
     recipes: dict[str, list[str]] = {"merged": []}
     for recipe, stage in stages.items():
         of = family(stage, recipe)
+        of = "merged with the parent" if of == "merged" and WITH_PARENT in recipe else of
         recipes.setdefault(of if stage == "merge" or of == "adapted" else "tuned", []).append(recipe)
     singles = {name: [run.partition("/")[2]] for name, run in TUNED.items() if run.partition("/")[2] in stages.index}
     return {name: members for name, members in {**recipes, **singles}.items() if members}
@@ -331,7 +335,8 @@ def sheet(lines: pd.DataFrame, verdict: pd.DataFrame, reference: str = "adapted"
     """T07 for the eye: one line per rule × partner in percent, with changes from a reference and the verdicts on the others, and
     whether the merge can answer at all, where the lines say so."""
     shown = analysis_measures.compact(lines[(lines["reference"] == reference) | lines["reference"].isna()], [*KEYS, "place"])
-    wide = verdict.pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
+    told = verdict["verdict"].where(verdict["whole"], verdict["verdict"] + " (in part)")  # not all measures were taken of both
+    wide = verdict.assign(verdict=told).pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
     rivals = [name for name in ("mtl", "sl", "dpo", "ensemble") if name in wide.columns]
     whole = shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")
     own = [name for name in ("capable",) if name in lines]

@@ -21,6 +21,7 @@ MODEL = [*UNIT, "stage", "recipe", "step"]
 COLUMNS = ("cosine", "cosine_centred", "increment", "increment_centred", "projection", "projection_reference")
 PROBES = ("probe_own", "probe_reference", "probe_transferred")
 OUTCOMES = ("text_asr", "multimodal_asr")
+FEW = 5  # of fewer studies no resample says how they spread
 DRAWS = 1000
 
 
@@ -165,9 +166,10 @@ def early(weights: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
 
 
 def _correlated(points: pd.DataFrame, x: str, y: str, draws: int = 1000) -> Iterator[tuple[str, np.ndarray]]:
-    """Rank correlation over all points and, with several studies, the mean within them, as is and over bootstrap samples."""
+    """Rank correlation over all points and, with several studies, the mean within them, as is and over bootstrap samples: of
+    studies, or where these are few of the recipes within each."""
     rng, studies = np.random.default_rng(0), [part[[x, y]].to_numpy(float) for _, part in points.groupby(UNIT)]
-    if len(studies) >= 3:
+    if len(studies) >= FEW:
         drawn = [rng.integers(len(studies), size=len(studies)) for _ in range(draws)]
         samples = [[studies[i] for i in sample] for sample in (range(len(studies)), *drawn)]
     else:

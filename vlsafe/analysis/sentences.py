@@ -12,9 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe.analysis import claims
+from vlsafe.analysis import claims, merging
 from vlsafe.analysis.measures import CHANCE, MEASURES
 
+LEDGER = "T09_claims"
 NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
 
 
@@ -121,27 +122,31 @@ def parted(lines: pd.DataFrame, what: str) -> str:
 
 
 def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
-    """A line per claim: what it states, and of every backbone the verdict over items, the effect, and what seeds say of it."""
-    said = []
+    """A line per claim: what it states, and of every backbone the verdict over items, the effect, and what seeds say of it; then
+    which of them nobody measured."""
+    said, missing = [], []
     for claim in (name for name in names if name in set(ledger["claim"])):
         of = ledger[ledger["claim"] == claim]
-        of = of[of["item_level"] != claims.NOT] if (of["item_level"] != claims.NOT).any() else of[:1]
+        statement, measured = of["statement"].iloc[0], of[of["item_level"] != claims.NOT]
         status = " (exploratory)" if of["status"].iloc[0] == claims.EXPLORATORY else ""
-        parts = [f"`{line.backbone}` {_verdict(line)}" if pd.notna(line.effect) else _verdict(line) for line in of.itertuples()]
-        said.append(f"- *{of['statement'].iloc[0]}*{status}: {'; '.join(parts)}.")
-    return "\n".join(said)
+        parts = [f"`{line.backbone}` {_verdict(line)}" for line in measured.itertuples()]
+        said += [f"- *{statement}*{status}: {'; '.join(parts)}."] if parts else []
+        missing += [] if parts else [statement]
+    return "\n".join([*said, *([f"- Not measured: *{'; '.join(missing)}*."] if missing else [])])
 
 
 def _verdict(line: Any) -> str:
     text = f"**{line.item_level}**"
-    if line.item_level == claims.NOT:
-        return text
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    if pd.isna(line.seed_low):
-        return f"{text}, one seed)"
-    return f"{text}; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}])"
+    over = f"; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}]"
+    return f"{text}{', one seed' if pd.isna(line.seed_low) else over}{_flag(line)})"
+
+
+def _flag(line: Any) -> str:
+    """Which of the models behind a line of the ledger cannot answer."""
+    return f"; not capable: {line.flagged}" if line.flagged else ""
 
 
 SEVERAL = {claim.name for claim in claims.CLAIMS if len(claims.leaves(claim.decided_by)) > 1}  # whose deciding part is named
@@ -177,7 +182,7 @@ def fell(table: pd.DataFrame) -> str:
 
 
 def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
-    """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 4h and 4b, points over items."""
+    """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 3, 4h and 4b, points over items."""
     text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
     rises = [
         f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} (`{backbone}`)"
@@ -185,24 +190,34 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     ]
     rise = measured[measured["claim"] == RISE]
     held, seeds = (rise["item_level"] == claims.SUPPORTED).tolist(), list(dict.fromkeys(rise["seed_level"]))
-    start = (["No.", "In part.", "Yes."][any(held) + all(held)] if held else "Not decided.") + "\n\n"
+    start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
+    seeing = measured[(measured["claim"] == SEEING) & measured["backbone"].isin(text["backbone"])]
+    if held and len(seeing):
+        rose = text.groupby("backbone")["difference"].mean()[list(seeing["backbone"])]
+        start += f": of {listed(map(signed, rose))} points of text ASR, seeing alone makes at most "
+        start += listed(map(signed, seeing["high"]))
     said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
     for claim, (what, sign) in TITLE.items():
         of = measured[measured["claim"] == claim]
-        ends = [(sign * line.effect, *sorted((sign * line.low, sign * line.high)), line.backbone) for line in of.itertuples()]
-        said += [f"- {what} {listed(f'{points(*end[:3])} points (`{end[3]}`)' for end in ends)}."] if ends else []
+        ends = [
+            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`{_flag(line)})"
+            for line in of.itertuples()
+        ]
+        said += [f"- {what} {listed(ends)}."] if ends else []
+    up = (text["difference"].dropna() > 0).tolist()
     registered = measured[measured["status"] == claims.REGISTERED]
     against = (registered["item_level"] == claims.CONTRADICTED).sum()
     said += [
-        f"- Over seeds the rise by adaptation is {listed(seeds)}. Of {len(registered)} lines of registered claims, a line for "
+        f"- Text ASR rises in {sum(up)} of {len(up)} studies (a parent and a seed each); what new seeds would show, in text and "
+        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} lines of registered claims, one for "
         f"each parent, {(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
     ] if seeds else []  # fmt: skip
-    return start + "\n".join(said)
+    return f"{start}.\n\n" + "\n".join(said)
 
 
-RISE = "3"  # the claim that answers the title
-TITLE = {  # what the effects of two more are, and their sign there
-    "4h": ("Seeing alone, every how-to left out, changes it by", 1),
+RISE, SEEING = "3", "4h"  # the claims that answer the title
+TITLE = {  # what the effects of two are, and their sign there
+    SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
     "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
 }  # fmt: skip
 
@@ -227,27 +242,93 @@ def guards(table: pd.DataFrame) -> str:
     return f"- Both guards together: {', '.join(parts)}."
 
 
+def missed(table: pd.DataFrame) -> str:
+    """Which bounds of T00 some seed misses."""
+    lines = table[table["holds"] < table["seeds"]].itertuples()
+    said = [f"`{line.backbone}` {line.measure} ({line.why}: in {line.holds} of {line.seeds} seeds)" for line in lines]
+    return f"- Bounds missed: {'; '.join(said)}." if said else "- No bound is missed."
+
+
+def ranged(values: pd.Series) -> str:
+    """The mean of changes, one per seed, and their range where there are several, in points."""
+    shown = f"{signed(values.mean())} points"
+    return f"{shown} ({signed(values.min())} to {signed(values.max())} over {len(values)} seeds)" if len(values) > 1 else shown
+
+
+def across(table: pd.DataFrame, what: str, column: str, where: dict[str, str]) -> str:
+    """What changes by how much, of the lines of a table whose columns are as `where` says, one per seed."""
+    lines = table[(table[list(where)] == list(where.values())).all(axis=1)]
+    said = [f"{ranged(of[column])} (`{backbone}`)" for backbone, of in lines.groupby("backbone", sort=False)]
+    return f"- {what} {listed(said)}." if said else ""
+
+
+def transplanted(table: pd.DataFrame) -> str:
+    """What the parent's located band and its best single block do to the adapted model's text ASR, of F10's lines."""
+    text, said = table[(table["measure"] == "text_asr") & (table["kind"] == "band")], []
+    for backbone, of in text.groupby("backbone", sort=False):
+        one = of[of["width"] == 1].groupby("start")["change"]
+        best, own = one.mean().idxmin(), of[of["located"].astype(bool)]["change"]
+        parts = [f"the located band by {ranged(own)}"] if len(own) else []
+        parts.append(f"block {best:.0f}, the best single one, by {ranged(one.get_group(best))}")
+        said.append(f"- The parent's blocks put back, text ASR changes in `{backbone}`: {', '.join(parts)}.")
+    return "\n".join(said)
+
+
+def dominated(table: pd.DataFrame) -> str:
+    """Whether merging dominates, of the lines of `merging.verdicts`."""
+    return "\n".join(f"- `{backbone}`: {merging.answer(of)}" for backbone, of in table.groupby("backbone", sort=False))
+
+
 Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
 
 
+def _by(rule: Callable[..., str], name: str, *values: Any) -> Part:
+    return lambda table: rule(table(name), *values)
+
+
 def _claims(*names: str) -> Part:
-    return lambda table: verdicts(table("T09_claims"), names)
+    return _by(verdicts, LEDGER, names)
 
 
 def _of(stage: str, *measures: str) -> Part:
-    return lambda table: rates(table("T02_degradation"), stage, measures)
+    return _by(rates, "T02_degradation", stage, measures)
 
 
+TEXT = {"measure": "text_asr"}
+RAW = (
+    "Without the filter text ASR changes by",
+    "difference",
+    {**TEXT, "at": "equal steps", "recipe": "unfiltered-full"},
+)
+BLANK = (
+    "A blank picture beside a request in words changes its ASR by",
+    "difference",
+    {"measure": "confounds_asr", "stage": "instruct", "condition": "blank"},
+)
+ABLATED = (
+    "The refusal direction ablated, the parent's text ASR changes by", "change",
+    {**TEXT, "of": "parent/aligned", "what": "ablated"},
+)  # fmt: skip
 OPENINGS: dict[str, tuple[Part, ...]] = {
-    "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"),),
-    "01_data_filtering": (lambda table: guards(table("T01_guard_quality")), _claims("3c")),
+    "00_world": (
+        _of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates"),
+    ),
+    "01_data_filtering": (
+        _by(guards, "T01_guard_quality"), _by(across, "T03_arms", *RAW), _claims("3c"),
+    ),
     "02_vl_adaptation": (_of("instruct", "helpfulness", "capability_caption-icon", "capability_howto-icon"), _claims("4h", "4i")),
-    "03_safety_degradation": (lambda table: fell(table("T02_degradation")), _claims("1", "3", "4b", "4h", "4j", "4k", "4l")),
+    "03_safety_degradation": (
+        _by(fell, "T02_degradation"), _claims("4h", "4k", "4j", "4l", "4b", "1", "3"),
+        _by(across, "T04_confounds", *BLANK),
+    ),
     "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"),),
-    "05_probing": (_claims("7", "8", "8b", "9", "9b"),),
-    "06_merging": (_claims("10", "10b", "11", "13", "13c", "13e", "14", "14e", "15"),),
-    "07_claims": (lambda table: counted(table("T09_claims")), _claims("3", "5", "6", "10")),
-}
+    "05_probing": (
+        _by(transplanted, "F10_transplants"), _by(across, "F10_directions", *ABLATED),
+        _claims("7", "8", "8b", "9", "9b"),
+    ),
+    "06_merging": (_by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13c", "13e", "14", "14e", "15"),),
+    "07_claims": (_by(counted, LEDGER), _claims("3", "5", "6", "10")),
+}  # fmt: skip
 """Notebook -> what its answer is made of."""
 
 
@@ -256,7 +337,7 @@ def opening(notebook: str, folder: Path) -> str:
     said = []
     for part in OPENINGS[notebook]:
         try:
-            said.append(part(lambda name: pd.read_csv(folder / f"{name}.csv", dtype={"claim": str})))
+            said.append(part(lambda name: claims.written(folder) if name == LEDGER else pd.read_csv(folder / f"{name}.csv")))
         except FileNotFoundError:
             continue
     return "\n".join(filter(None, said)) or NOTHING

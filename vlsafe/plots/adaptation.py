@@ -12,7 +12,10 @@ from vlsafe.plots import style
 def losses(frame: pd.DataFrame, smooth: int = 1) -> Figure:
     """One line per column of `Study.losses`, each the mean of the last `smooth` steps. Units: nats per token."""
     label = "loss, nats per token" + (f"\n(mean of {smooth} steps)" if smooth > 1 else "")
-    with style.panels({"": label}, {"": ""}, 1.9, "", "", "training step") as (figure, axes):
+    end = frame.apply(lambda values: values.dropna().tail(max(smooth, 20)).mean()).sort_values()
+    title = f"Training loss, mean of the last {max(smooth, 20)} steps: {end.iloc[0]:.2f} ({end.index[0]})"
+    title += f" to {end.iloc[-1]:.2f} ({end.index[-1]})" if len(end) > 1 else ""
+    with style.panels({"": label}, {"": ""}, 1.9, title, "", "training step") as (figure, axes):
         for name, values in frame.items():
             axes["", ""].plot(values.dropna().rolling(smooth, min_periods=1).mean(), label=name, linewidth=0.9)
         axes["", ""].set_yscale("log")
@@ -26,6 +29,7 @@ DOSES = {
 DRAWN = {
     "text_asr": "attacks in text",
     "multimodal_asr": "attacks beside pictures",
+    "multimodal_incoherent": "incoherent beside pictures",
     "helpfulness": "helpfulness",
 }
 

@@ -9,17 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vlsafe.analysis import claims, comparisons
+from vlsafe.analysis import claims
 from vlsafe.analysis.measures import Lacking
 from vlsafe.analysis.merging import named_short
 from vlsafe.analysis.tuning import TAUGHT_ON
+from vlsafe.core.schema import MAIN_LINE
 from vlsafe.plots import style
 from vlsafe.plots.style import KINDS
 from vlsafe.plots.tuning import INTERVALS
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
-ORDER = ("parent", "adapted", "SFT", "DPO", "merged")
+ORDER = ("parent", "stage 1", "adapted", "SFT", "DPO", "merged")
 
 
 def forest(ledger: pd.DataFrame, scale: str) -> Figure:
@@ -112,7 +113,9 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
 def _least_agreement(pairs: pd.DataFrame) -> str:
     least = pairs.groupby("modality")[["tau", "kappa"]].min().iloc[::-1].map(_two_places)
     ranking, answers = (", ".join(f"{name} {value}" for name, value in least[column].items()) for column in least)
-    return f"Two judges at worst: ranking τ {ranking}; answers κ {answers}"
+    alike = pairs[pairs["kappa"].isna()].groupby("modality").size()
+    without = "".join(f"; none of {n} pairs on {name}, of which one judge never varies" for name, n in alike.items())
+    return f"Two judges at worst: ranking τ {ranking}; answers κ {answers}{without}"
 
 
 def _two_places(value: float) -> str:
@@ -126,14 +129,15 @@ def kind(stage: str, recipe: str) -> str:
 
 
 def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
-    """F00's points from T08's lines: parent, adapted, one tuned model per method and the merged ones, in what they are judged by.
+    """F00's points from T08's lines: parent, stage 1, adapted, one tuned model per method and the merged ones, in what they are
+    judged by.
 
     The models are those that the claims are decided by, not the best ones.
 
     Raises:   Lacking where none of them was examined on that
     """
     runs = lines["stage"] + "/" + lines["recipe"]
-    chosen = runs.isin([claims.PARENT, comparisons.ADAPTED, *claims.TUNED]) | runs.map(claims.is_merged)
+    chosen = runs.isin([*MAIN_LINE.values(), *claims.TUNED]) | runs.map(claims.is_merged)
     points = lines[chosen & lines["measure"].isin(list(style.JUDGED))]
     if not set(points["measure"]) - {"text_asr"}:
         raise Lacking("no model of the lineage was examined on pictures")
@@ -145,7 +149,7 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def lineage(points: pd.DataFrame, scale: str) -> Figure:
-    """F00: from the parent over the adapted to the tuned and merged models, in what they are judged by."""
+    """F00: from the parent over stage 1 and the adapted to the tuned and merged models, in what they are judged by."""
     notes = ("small ticks: single seeds", INTERVALS, style.judges(points), "the models that the claims are decided by")
     caption = style.caption(points, scale, *notes, "the parent cannot see")
     columns = {name: text for name, text in style.JUDGED.items() if name in set(points["what"])}
@@ -153,12 +157,18 @@ def lineage(points: pd.DataFrame, scale: str) -> Figure:
 
 
 def _asr_by_kind(points: pd.DataFrame) -> str:
-    """Text ASR from parent to merged and what it costs, mean over seeds, of each backbone."""
-    said = []
-    for what, name in {"text_asr": "Text ASR", "twin_refusal": "harmless picture requests refused"}.items():
-        of = points[points["what"] == what]
-        means = (100 * of.groupby(["kind", "backbone"], sort=False)["value"].mean()).round().dropna().astype(int)
-        kinds = [kind for kind in ORDER if kind in means.index.get_level_values("kind")]
-        parts = [f"{kind} {' and '.join(map(str, dict.fromkeys(means[kind])))} %" for kind in kinds]
-        said += [f"{name}: {', '.join(parts)}"] if parts else []
+    """Text ASR from the parent to the tuned and merged models and what it costs, mean over seeds of each backbone."""
+    said, remedies = [], set(ORDER[3:])
+    for what, (name, *shown) in FROM.items():
+        of, texts = points[points["what"] == what].dropna(subset=["value"]), []
+        for kind, of_kind in [*((kind, {kind}) for kind in shown), ("tuned or merged", remedies)]:
+            means = 100 * of[of["kind"].isin(of_kind)].groupby(["kind", "backbone"])["value"].mean()
+            ends = dict.fromkeys(f"{end:.0f}" for end in (means.min(), means.max()))
+            texts += [f"{kind} {'–'.join(ends)} %"] if len(means) else []
+        said += [f"{name}: {', '.join(texts)}"] if texts else []
     return "; ".join(said)
+
+
+FROM = {  # what F00's title tells, and of which models beside the remedies
+    "text_asr": ("Text ASR", "parent", "adapted"), "twin_refusal": ("harmless picture requests refused", "stage 1", "adapted"),
+}  # fmt: skip

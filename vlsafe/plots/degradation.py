@@ -25,7 +25,9 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
     if rates.empty:
         raise Lacking("neither attack success nor refusals nor helpfulness was measured")
     n = int(rates["n"].max())
-    notes = (f"bands: {style.band(rates)}", f"up to n = {n} per point", style.judges(rates), "dotted: parent")
+    few = int(rates.loc[rates["exam"] == "panel", "n"].max()) if (rates["exam"] == "panel").any() else n
+    sizes = f"lines: the panel, up to n = {few} a point; large marks: all items, up to n = {n}"
+    notes = (f"bands: {style.band(rates)}", sizes, style.judges(rates), "dotted: parent")
     columns = {"projector": "stage 1: projector alone, captions", "instruct": "stage 2: projector and language model"}
     rows, xlabel = style.by_backbone(rates, "percent of prompts"), "training step (square-root scale)"
     caption = style.caption(rates, scale, *notes)
@@ -45,10 +47,18 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
 
 def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
     rates = rates.assign(root=np.sqrt(rates["step"])).sort_values("step")
-    style.draw_measures(axis, rates, "root")
+    style.draw_measures(axis, rates[rates["exam"] == "panel"], "root")
+    whole = rates[rates["exam"] == "full"]  # of other items, so no line leads to it
+    for measure, look in LINES.items():
+        of = whole[whole["measure"] == measure]
+        axis.plot(of["root"].unique(), of.groupby("root")["value"].mean(), markersize=4.5, linestyle="", **_mark(look))
     steps = sorted(rates["step"].unique())
     shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
     axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
+
+
+def _mark(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in look.items() if name != "linestyle"}
 
 
 def _before_and_after(rates: pd.DataFrame) -> str:
@@ -125,14 +135,11 @@ def _rise(rates: pd.DataFrame, measure: str) -> pd.Series:
 
 
 def _where_it_rose(rates: pd.DataFrame) -> str:
-    """The takeaway on text: in how many categories the intervals came apart, and where the rise was greatest."""
+    """The takeaway on text: in how many categories the intervals came apart."""
     before, after = (_pooled(rates, "text_asr", when).set_index("backbone", append=True) for when in (True, False))
     counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
     rise = _rise(rates, "text_asr").dropna()
     if rise.empty:
         return "Attack success by category of harm"
-    worst = rise.index[-1]
-    ends = [100 * frame.loc[worst, "value"].mean() for frame in (before, after)]
     many = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
-    where = f", most for {worst} ({ends[0]:.0f} → {ends[1]:.0f} %)" if rise.iloc[-1] > 0 else ""
-    return f"Text ASR rose clearly in {many} of {len(rise)} categories of harm{where}"
+    return f"Text ASR rose clearly in {many} of {len(rise)} categories of harm"

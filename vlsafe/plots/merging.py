@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vlsafe import analysis
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.plots import style, tuning
 from vlsafe.plots.style import KINDS, LINES
@@ -72,7 +73,8 @@ def _chosen(rates: pd.DataFrame) -> str:
         rows = linear[linear["partner"] == partner]
         if len(rows):
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
-            parts.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios} ({100 * rows['value'].mean():.0f} %)")
+            end = ", an end: no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
+            parts.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
     return f"Chosen ratio (multimodal ASR there): {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
 
 
@@ -89,7 +91,7 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     rates = rates[rates["measure"] == "text_asr"]
     columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
     text = lives[lives["measure"] == "text_asr"]
-    kept = [f"{title}: {(of['half_life_low'] == float('inf')).sum()} of {len(of)}" for kind, title in columns.items()
+    kept = [f"{title}: {analysis.durability.outlasts(of).sum()} of {len(of)}" for kind, title in columns.items()
             if len(of := text[text["rows"] == kind])]  # fmt: skip
     title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
     caption = style.caption(

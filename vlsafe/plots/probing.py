@@ -49,13 +49,14 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
     n = int(text.loc[text["kind"] != "difference", "n"].min())
     caption = _caption(
-        drawn, scale, "title: raw cosine", "thin: single seeds", "last position", f"n = {n} prompts of each kind and seed",
+        drawn, scale, "title: centred cosine", "thin: single seeds", "last position", f"n = {n} prompts of each kind and seed",
         "95 % intervals over what was asked",
         "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
     )  # fmt: skip
     rows = style.by_backbone(drawn, "cosine, harmful − benign\n(↓ harmful moved further)")
     keys = style.handles(dict(COSINES.values()), linestyle="-", markersize=3)
-    with style.panels(rows, _modalities(drawn), 2.0, _moved_further(text), caption, "block", keys, sharey="row") as (
+    centred = drawn[(drawn["group"] == "text") & (drawn["measure"] == "cosine_centred")]
+    with style.panels(rows, _modalities(drawn), 2.0, _moved_further(centred), caption, "block", keys, sharey="row") as (
         figure,
         axes,
     ):
@@ -69,7 +70,7 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
 
 
 def _moved_further(text: pd.DataFrame) -> str:
-    mean = text[text["kind"] == "difference"].groupby("layer")["value"].mean()
+    mean = text.groupby("layer")["value"].mean()
     layer, least = int(mean.idxmin()), mean.min()
     if least >= 0:
         return f"On text, harmful prompts moved no further than benign ones in any block (least: {least:+.3f} in block {layer})"
@@ -108,12 +109,12 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     The search kept no single pairs, so the cosines have no interval; refusals have Wilson's. The bands are those tried with the
     last factor, the one that was used where a band was located.
     """
-    refused = scaling.groupby(["backbone", "seed"])["refusals"].max()
-    many = "–".join(map(str, sorted({refused.min(), refused.max()})))
-    title = f"A safety band is located in {located['located'].sum()} of {len(located)} parents, by {many} of "
-    title += f"{located['prompts'].max()} harmless prompts that are then refused"
+    by = scaling.groupby(["backbone", "seed"])["refusals"]
+    more = (100 * (by.max() - by.first()) / located.set_index(["backbone", "seed"])["prompts"]).round().astype(int)
+    many = "–".join(map(str, sorted({more.min(), more.max()})))
+    title = f"Scaling the best band makes parents refuse {many} points more of {located['prompts'].max()} harmless prompts"
     chance = located["p"].dropna()
-    title += f"; more than by chance (p < .05) in {(chance < 0.05).sum()} of {len(chance)}" if len(chance) else ""
+    title += f"; beyond chance (p < .05) in {(chance < 0.05).sum()} of {len(chance)} parents" if len(chance) else ""
     several = (located.groupby("backbone").size() > 1).any()
     note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, "
     note += "of each parent the located one [start, end) (hollow: none is); thin: parents; " if several else "dotted: none is; "

@@ -64,6 +64,7 @@ def answer(study: Study, notebook: str) -> Any:
     origin = (
         f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]. Verdicts stand after "
         "Holm's correction over the claims of a family, so an interval may exclude zero and decide nothing."
+        + ("" if notebook in ACROSS else f" All below the answer is of `{study.backbone}`, seed {study.seed}, alone.")
     )
     return Markdown(f"**The answer.** {origin}\n\n{sentences.opening(notebook, folder)}")
 

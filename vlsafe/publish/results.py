@@ -44,15 +44,17 @@ FRAMES = {name: stage for name, (stage, _, _) in INSIDE.items()} | {
 def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """The frames that `gallery.make` takes, by name; a frame none of whose stages is finished is left out.
 
-    `texts`: answers. `perplexity`: of answers under the parents. `raw`: raw tables, a row per item × model × judge. `audit`: the
-    screened rows of each seed. `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have
-    printed. `panel`, `merged`: panel answers and validation lines of all merges. `losses`: those of the steps of stage 2.
-    `people`: a judge against them. `searched`: trials of the search for the worst case. `miniature`: its ledger.
+    `texts`: answers. `perplexity`: of answers under the parents. `raw`: raw tables, a row per item × model × judge, with
+    whether all seeds share their items, as where benchmarks are loaded (`shared`). `audit`: the screened rows of each seed.
+    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`:
+    panel answers and validation lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them.
+    `searched`: trials of the search for the worst case. `miniature`: its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
     by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    raw = read(studies, of("tables"), "raw.parquet")
     frames = {
-        "raw": read(studies, of("tables"), "raw.parquet"),
+        "raw": raw if raw is None else raw.assign(shared=studies[0].scale.loaded is not None),
         "texts": read(studies, of("tables"), "responses.parquet", ("backbone", "seed"), optional=True),
         "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
         "validation": read(studies, of("tuned"), "validation.parquet", MODEL),

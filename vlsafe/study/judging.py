@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlsafe import evaluation, models
+from vlsafe import analysis, evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.scale import Scale, known
 from vlsafe.core.schema import Item
@@ -123,14 +123,18 @@ def perplexity(grid: str) -> str:
 
 
 def make_perplexity(study: Study, work: Path, grid: str) -> dict[str, Any]:
-    """How likely its parent finds what each examined model answers to harmless requests in words alone.
+    """How likely its parent finds what each examined model answers to harmless requests in words alone, those of the benchmarks
+    that headline measures are of.
 
     Writes `perplexity.parquet`, a line per model with its number of `answers`. One that the token limit has cut off ends there;
     those that do not follow their prompt token by token are left out and counted in the run's numbers.
     """
     folder, lines, skipped = study.folder(PARENT), list[dict[str, Any]](), 0
     model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
-    items = {item.id: item for item in study.items() if item.scoring == "generated" and not item.images}
+    alike = analysis.merging.needed(
+        *analysis.measures.HEADLINE
+    )  # what merges are asked too, so that all answer the same requests
+    items = {i.id: i for i in study.items() if i.scoring == "generated" and not i.images and i.benchmark in alike}
     for name in (needed for needed in study.inputs(perplexity(grid)) if needed.startswith(("examination/", "merge/"))):
         texts, answered = _texts(study.rows(name, RESPONSES)), dict[tuple[str, ...], dict[str, Item]]()
         for row in study.rows(name, "raw.parquet"):
