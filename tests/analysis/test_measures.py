@@ -210,4 +210,19 @@ def test_categories_before_and_after():
         ("multimodal_asr", "stage 1"): 0.5, ("multimodal_asr", "adapted"): 1.0,
     }  # fmt: skip
     assert set(pooled["n_clusters"]) == {2} and set(pooled["n"]) == {4}
-    assert plots_degradation.by_category(found, "mini").get_suptitle().endswith("most for theft (0 → 75 %)")
+    assert plots_degradation.by_category(found, "mini").get_suptitle() == "Text ASR rose clearly in 0 of 1 categories of harm"
+    shared = degradation.by_category(table.assign(shared=True))
+    assert set(shared.loc[shared["seed"] == "all", "n_clusters"]) == {1}  # where seeds share their items
+
+
+def test_who_names_no_option_is_wrong_and_not_left_out():
+    """MMBench's letters: a refusal names none. Of rates it is a bound, of changes a loss."""
+    options = {"options": ("A", "B")}
+    asked = [("mmbench", "icon", f"q{i}", "A", "A", options) for i in range(6)]
+    before = raw(asked, stage="instruct", recipe="filtered-full", model="before")
+    said = [(*row[:4], NO if i < 4 else "A", row[5]) for i, row in enumerate(asked)]
+    after = raw(said, stage="safety", recipe="sl-full", model="after")
+    table = pd.concat([before, after], ignore_index=True)
+    assert table.loc[table["model"] == "after", "event"].isna().sum() == 4
+    (line,) = measures.differences(table, "instruct/filtered-full", ["safety/sl-full"], ["mmbench_circular"]).to_dict("records")
+    assert line["difference"] == pytest.approx(-4 / 6) and line["n"] == 6 and line["n_left_out"] == 0

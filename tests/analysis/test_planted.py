@@ -90,6 +90,12 @@ def panels(curves, seeds=SEEDS):
     return pd.concat(frames, ignore_index=True).drop_duplicates(["seed", "stage", "recipe", "step", "item"])
 
 
+def parent(rate):
+    """A parent on the items of the last step of `panels`."""
+    last = panels({"filtered-full": (0, 0, 0, rate)}).query("step == 300")
+    return last.assign(stage="parent", recipe="aligned", step=0)
+
+
 def weights(far, seeds=SEEDS):
     """How far weights of each recipe have moved at the steps of `panels`."""
     rows = [
@@ -115,7 +121,10 @@ TWINS = {"filtered-full": (0.0, 0.3, 0.5, 0.6), "textonly-full": (0.0, 0.3, 0.5,
 FAST, SLOW = (0.2, 0.5, 0.8), (0.05, 0.1, 0.2)
 INSIDE = {  # claims with methods of their own: frames of a winner, of a loser, of nothing
     "4": [{"raw": panels({"filtered-full": curve})} for curve in ((0, 0.2, 0.5, 0.6), (0.6, 0.5, 0.2, 0.1), (0.4,) * 4)],
-    "4e": [{"raw": panels({"filtered-full": curve})} for curve in ((0, 0.5, 0.6, 0.6), (0, 0, 0.1, 0.8), (0.4,) * 4)],
+    "4e": [
+        {"raw": pd.concat([panels({"filtered-full": curve}), parent(rate)])}
+        for curve, rate in (((0, 0.5, 0.6, 0.6), 0.0), ((0, 0, 0.1, 0.8), 0.0), ((0.4,) * 4, 0.4))
+    ],
     "4f": [{"raw": panels(early(True))}, {"raw": panels(early(False))}, {"raw": panels({"filtered-full": (0.4,) * 4})}],
     "4g": [
         {"raw": panels(TWINS), "drift": weights({"filtered-full": main, "textonly-full": twin})}
@@ -136,7 +145,7 @@ def of_layers(lost, asr, cosines=(0.5, -0.2)):
     return {name: frame.assign(backbone="mini-qwen") for name, frame in whole.items()}
 
 
-LAYERED = [of_layers(0.3, (20, 60)), of_layers(-0.1, (60, 20), (-0.2, 0.5)), of_layers(0.0, (40, 40), (0.0, 0.0))]
+LAYERED = [of_layers(0.3, (20, 60)), of_layers(-0.1, (60, 20), (0.1, 0.5)), of_layers(0.0, (40, 40), (0.3, 0.3))]
 INSIDE["7 7b 8 8c 9 9b"] = LAYERED
 DOSES = ("looking-full", "dose-pictured-05", "dose-pictured-20", "dose-text-05", "dose-text-20")
 INSIDE["4h 4i 4j 4k 4l 4m"] = [
@@ -179,6 +188,20 @@ def cases():
     for names, frames in INSIDE.items():
         for case, planted in zip(CASES, frames, strict=True):
             yield case, names.split(), planted
+
+
+def test_a_remedy_that_gained_nothing_does_not_last_and_a_curve_that_falls_back_has_not_risen_early():
+    def held(frames, *names):
+        ledger = claims.ledger(claims.prepared(frames)).set_index("claim")
+        return (ledger.loc[list(names), "item_level"] == SUPPORTED).tolist()
+
+    assert held(further(0.62, 0.4, 0.4), "13", "13d", "14e") == [False] * 3  # the adapted model begins at 0.6
+    assert held(further(0.1, 0.2, 0.05), "13") == [True]
+    refuses = further(0.1, 0.1, 0.1)["raw"]
+    twins = (refuses["recipe"] == "sl-full/instructions") & (refuses["benchmark"] == "mm_safetybench") & ~refuses["harmful"]
+    assert held({"raw": refuses.assign(label=refuses["label"].where(~twins, "refused"))}, "13", "13c") == [False, True]
+    back = pd.concat([panels({"filtered-full": (0.05, 0.55, 0.5, 0.05)}), parent(0.05)])
+    assert held({"raw": back}, "4e") == [False]
 
 
 def expected(case, name):

@@ -105,12 +105,42 @@ def test_the_title_is_answered_by_the_ledger():
         ends = [f"{100 * of[f'{stage}_value'].mean():.0f} % (" for stage in ("parent", "instruct")]
         assert re.search(rf"from {re.escape(ends[0])}[^)]*\) to {re.escape(ends[1])}[^)]*\) \(`{backbone}`", said)
     third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
-    assert said.startswith("Yes.") == (third == claims.SUPPORTED).all()
+    assert said.startswith("Adaptation does: of ") == (third == claims.SUPPORTED).all()
+    rose, seeing = re.search(r"of (.+?) points of text ASR, seeing alone makes at most (.+?)\.", said).groups()
+    wanted = table[table["measure"] == "text_asr"].groupby("backbone")["difference"].mean() * 100
+    most = LEDGER[(LEDGER["claim"] == sentences.SEEING) & LEDGER["high"].notna()].set_index("backbone")["high"] * 100
+    for text, values in ((rose, wanted[most.index]), (seeing, most)):
+        assert [float(number) for number in re.findall(r"[+-][\d.]+", text)] == pytest.approx(values.tolist(), abs=0.51)
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
-    assert sentences.title(table, fallen).startswith("No.")
+    assert sentences.title(table, fallen).startswith("Adaptation does not: ")
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
-    assert sentences.title(table, half).startswith("In part.")
+    assert sentences.title(table, half).startswith("Adaptation does in part: ")
+    broken = LEDGER.assign(flagged=LEDGER["flagged"].where(LEDGER["claim"] != "4b", "instruct/textonly-full, seed 0: broken"))
+    assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == 2
+
+
+def test_what_nobody_measured_is_one_line():
+    said = sentences.verdicts(LEDGER.assign(item_level=claims.NOT), ["3", "5"])
+    names = [LEDGER.loc[LEDGER["claim"] == claim, "statement"].iloc[0] for claim in ("3", "5")]
+    assert said == f"- Not measured: *{'; '.join(names)}*."
+
+
+def test_changes_over_seeds_and_missed_bounds_by_hand():
+    table = pd.DataFrame({"backbone": ["a", "a", "b"], "measure": "m", "recipe": ["x", "x", "x"], "difference": [0.1, -0.3, 0.2]})
+    assert sentences.across(table, "It changes by", "difference", {"measure": "m", "recipe": "x"}) == (
+        "- It changes by -10 points (-30 to +10 over 2 seeds) (`a`) and +20 points (`b`)."
+    )
+    assert sentences.across(table, "It changes by", "difference", {"recipe": "y"}) == ""
+    gates = pd.DataFrame({"backbone": "a", "measure": ["m", "n"], "why": ["it sees", "it reads"], "holds": [3, 1], "seeds": 3})
+    assert sentences.missed(gates) == "- Bounds missed: `a` n (it reads: in 1 of 3 seeds)."
+    assert sentences.missed(gates[:1]) == "- No bound is missed."
+    bands = pd.DataFrame({"backbone": "a", "measure": "text_asr", "kind": "band", "width": [1, 1, 2], "start": [0.0, 1.0, 1.0],
+                          "located": [False, False, True], "change": [-0.2, -0.1, -0.05]})  # fmt: skip
+    assert sentences.transplanted(bands) == (
+        "- The parent's blocks put back, text ASR changes in `a`: the located band by -5 points, block 0, the best single one, "
+        "by -20 points."
+    )
 
 
 def test_where_nothing_is_committed_the_answer_says_so(tmp_path):
