@@ -33,10 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough: `vlsafe status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except ImportError as error:
+        if error.name in ("vlsafe", None) or error.name.startswith("vlsafe."):
+            raise
+        print(f"vlsafe: this command needs {error.name}, which the base install leaves out; {EXTRAS}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         unnamed = error.strerror if isinstance(error, OSError) and not error.filename else None
         print("\n".join(map(failures.shortened, f"vlsafe: {unnamed or error}".splitlines())), file=sys.stderr)
         return 2
+
+
+EXTRAS = "`pip install 'vlsafe[models,notebooks]'` adds it"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -114,7 +122,9 @@ def _add_runs(command: Callable[..., Parser]) -> None:
 def _add_outside(command: Callable[..., Parser]) -> None:
     """Models, data and responses that others made, and what a scale needs of them."""
     added = command(_score, "score stored responses, or those of a run, to a real benchmark by its official metric", STUDY)
-    added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; README lists those with official files")
+    added.add_argument(
+        "benchmark", help="xstest, sorry_bench, mm_safetybench …; docs/benchmarks.md lists those with official files"
+    )
     data = "its official files, or a folder of many; for MME the tool's own Your_Results is one"
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help=data)
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
@@ -180,7 +190,7 @@ def _study(arguments: Arguments) -> Study:
 
 
 def _studies(arguments: Arguments) -> list[Study]:
-    places = [(backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds]
+    places = dict.fromkeys((backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds)
     return [Study.open(arguments.scale, backbone, seed, arguments.root) for backbone, seed in places]
 
 
@@ -298,17 +308,21 @@ def _dryrun(arguments: Arguments) -> None:
 
 
 def _doctor(arguments: Arguments) -> None:
-    lines = planning.doctor.doctor(load_scale(arguments.scale), arguments.deep)
+    scale = load_scale(arguments.scale)
+    lines = planning.doctor.doctor(scale, arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
     if lacking:
         remedy = "`vlsafe download` fetches what can be fetched; a corpus that is set to null in a YAML scale is done without"
+        remedy = "`make parts` installs its packages" if scale.loaded and scale.loaded.packed else remedy
         raise ValueError(f"{len(lacking)} things are lacking ({', '.join(lacking)}); {remedy}")
 
 
 def _download(arguments: Arguments) -> None:
     scale = load_scale(arguments.scale)
+    if scale.loaded and scale.loaded.packed:
+        raise ValueError(f"the parts of {scale.name!r} come from packages: `make parts` installs them")
     for name in arguments.only:
         known(name, [need.name for need in planning.outside.needs(scale)], "thing from outside")
     planning.outside.download(scale, print, arguments.only, arguments.unpack)

@@ -136,6 +136,42 @@ def test_what_others_put_into_a_run_is_named_ignored_and_never_lost(tmp_path):
     assert (folder.with_name("r.foreign") / "sub" / "notes.txt").read_text() == "mine"
 
 
+def test_files_of_others_are_never_written_over(tmp_path):
+    said = []
+    for number, text in enumerate(("week 1", "week 2", "week 3")):
+        folder = store.ensure(run_of(tmp_path, params={"a": number}), maker([]), said.append)
+        (folder / "notes.md").write_text(text)
+    store.ensure(run_of(tmp_path, params={"a": 9}), maker([]), said.append)
+    kept = sorted((path.name, path.read_text()) for path in folder.with_name("r.foreign").iterdir())
+    assert kept == [("notes.md", "week 1"), ("notes.md.2", "week 2"), ("notes.md.3", "week 3")]
+
+
+def test_a_run_is_replaced_only_by_a_finished_one(tmp_path):
+    """A number is edited, and the machine cannot make the new run: with the old number the old one is there."""
+    run, calls = run_of(tmp_path), []
+    store.ensure(run, maker(calls), print)
+
+    def broken(work):
+        raise ValueError("no GPU here")
+
+    with pytest.raises(ValueError, match="no GPU here"):
+        store.ensure(run_of(tmp_path, params={"a": 2}), broken, lambda text: None)
+    assert store.status(run, deep=True) == "valid"
+    store.ensure(run, maker(calls), print)
+    assert calls == ["x"]
+
+
+def test_what_another_process_makes_is_not_removed(tmp_path):
+    run = run_of(tmp_path)
+    store.ensure(run, maker([]), print)
+    with store.alone(run.folder), pytest.raises(ValueError, match="st/r is being made by another process"):
+        store.forget(run)
+    assert store.status(run) == "valid"
+    store.forget(run)
+    assert store.status(run) == "missing"
+    store.forget(run_of(tmp_path / "nowhere"))
+
+
 def test_what_a_viewer_leaves_while_a_run_is_made_is_no_part_of_it(tmp_path):
     def make(work):
         (work / "a").write_text("1")

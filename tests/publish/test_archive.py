@@ -1,6 +1,7 @@
 """Results without weights: the same frames from an archive as from the runs, and nothing that may not be committed."""
 
 import io
+import shutil
 import tarfile
 
 import pandas as pd
@@ -63,18 +64,40 @@ def test_the_same_runs_give_the_same_bytes(study, packed, elsewhere, tmp_path):
 
 def test_finished_runs_are_not_replaced(study, packed):
     before = study.run("parent/aligned").folder.stat().st_mtime_ns
-    assert archive.unpacked(packed, study.root) == []
+    put, kept = archive.unpacked(packed, study.root)
+    assert put == [] and set(kept) == archive.held(packed)
     assert study.run("parent/aligned").folder.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "outside"])
+def test_damaged_runs_are_replaced_and_running_ones_are_not_touched(packed, elsewhere):
+    folder = elsewhere.run("merge/sl-full").folder
+    (folder / "panel.parquet").write_bytes(b"x")
+    put, kept = archive.unpacked(packed, elsewhere.root)
+    assert put == [str(folder.relative_to(elsewhere.root))] and len(kept) == len(archive.held(packed)) - 1
+    assert store.status(elsewhere.run("merge/sl-full"), deep=True) == "valid"
+    (folder / "panel.parquet").write_bytes(b"x")
+    with store.alone(folder), pytest.raises(ValueError, match="merge/sl-full is being made by another process"):
+        archive.unpacked(packed, elsewhere.root)
+
+
+def test_an_archive_with_other_runs_is_not_overwritten(elsewhere, packed, tmp_path):
+    file = tmp_path / "x.tar.xz"
+    file.write_bytes(packed.read_bytes())
+    shutil.rmtree(elsewhere.run("merge/sl-full").folder)
+    with pytest.raises(ValueError, match=r"1 runs that are not here and would be lost .*merge/sl-full"):
+        archive.pack(elsewhere, file)
+    assert file.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "outside", "empty", "forged"])
 def test_what_is_no_archive_leaves_nothing(packed, tmp_path, capsys, damage):
     file, root = tmp_path / "x.tar.xz", tmp_path / "runs"
-    if damage == "outside":
+    if damage in ("outside", "empty", "forged"):
+        names = {"outside": "../outside/manifest.json", "empty": "mini/notes.txt", "forged": "mini/x/seed0/merge/y/manifest.json"}
         with tarfile.open(file, "w:xz") as tar:
-            entry = tarfile.TarInfo("../outside/manifest.json")
+            entry = tarfile.TarInfo(names[damage])
             entry.size = 2
-            tar.addfile(entry, io.BytesIO(b"{}"))
+            tar.addfile(entry, io.BytesIO(b"[]"))
     else:
         file.write_bytes(packed.read_bytes()[:-1000] if damage == "cut" else b"no archive")
     assert main(["unpack", str(file), "--root", str(root)]) == 2

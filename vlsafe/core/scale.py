@@ -217,6 +217,10 @@ class Exam:
     endpoints: Mapping[str, Endpoint] = later(default_factory=dict)
     validation: float = later(0.2)
 
+    def __post_init__(self) -> None:
+        for name in ("panel", "full", "batch_size", "max_new_tokens", "captions"):
+            positive(getattr(self, name), f"exam.{name}")
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -264,6 +268,7 @@ class Scale:
                 )
         if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
             raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
+        positive(self.threads, "threads")
         if len(self.rates) not in (0, 2):
             raise ValueError(f"scale.rates must have 2 entries, slow and fast, or none, not {list(self.rates)}")
 
@@ -277,6 +282,12 @@ class Scale:
     def backbone(self, name: str) -> Backbone:
         """The named backbone; an unknown name is refused with the nearest known one."""
         return self.backbones[known(name, self.backbones, "backbone")]
+
+
+def positive(value: int, name: str) -> None:
+    """Raises:   ValueError where a number is not at least 1"""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 FEW = 10  # names in an error; of more than twice as many the nearest are shown

@@ -7,11 +7,13 @@ tampered with. The store decides what is valid, the scheduler only the order.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from vlsafe.core import texts
 from vlsafe.core.scale import alike
@@ -140,11 +142,23 @@ def _of_system(name: Path) -> bool:
 
 def read_manifest(run: Run) -> dict[str, Any] | None:
     """The manifest of a finished run, or None where there is none that can be read."""
+    return _manifest_in(run.folder)
+
+
+def _manifest_in(folder: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((run.folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
+
+
+def whole_run(folder: Path) -> bool:
+    """Whether a folder holds a run with the files that its manifest lists, by their content."""
+    files = (_manifest_in(folder) or {}).get("files")
+    return isinstance(files, dict) and all(
+        (folder / name).is_file() and file_digest(folder / name) == record["sha256"] for name, record in files.items()
+    )
 
 
 def manifest_of(run: Run) -> dict[str, Any]:
@@ -199,7 +213,6 @@ def _notify(run: Run, say: Callable[[str], object]) -> None:
 
 
 def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Callable[[str], object]) -> None:
-    _discard(run, say)
     work, note = run.partial, run.partial / NOTE
     if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != run.digest):
         _put_aside(run, say)
@@ -219,6 +232,7 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Calla
             )
             raise OSError(errno.ENOSPC, message) from error
         raise
+    _discard(run, say)  # an older run stays until there is something in its place
     os.rename(work, run.folder)
     (run.folder / NOTE).unlink()  # last: a kill while digests are taken, which takes minutes, must not cost a training
     sync(run.folder.parent)
@@ -249,14 +263,19 @@ def _discard(run: Run, say: Callable[[str], object]) -> None:
     beside = run.folder.with_name(f"{run.folder.name}.foreign")
     for name in others:
         (beside / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (beside / name).exists():
-            os.rename(run.folder / name, beside / name)
+        os.rename(run.folder / name, _free(beside / name))
     if others:
         say(f"{run.stage}/{run.recipe}: {', '.join(map(str, others[:SHOWN]))}, not its own, moved to {beside.name}")
     doomed = run.folder.with_name(run.folder.name + ".doomed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(run.folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that somebody reads stays as .nfs…
+
+
+def _free(path: Path) -> Path:
+    """A path, or the first numbered one beside it that nobody uses."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
@@ -340,8 +359,33 @@ def claim(root: Path, name: str, origin: str, scale: Mapping[str, Any]) -> None:
 
 
 def forget(run: Run) -> None:
-    """Remove a run, finished or partial, and its receipt."""
-    _discard(run, lambda text: sys.stderr.write(f"{text}\n"))
-    for work in (run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
-        shutil.rmtree(work, ignore_errors=True)
-    run.receipt.unlink(missing_ok=True)
+    """Remove a run, finished or partial, and its receipt.
+
+    Raises:   ValueError where another process is making it
+    """
+    if not run.folder.parent.exists():
+        return
+    with alone(run.folder):
+        _discard(run, lambda text: sys.stderr.write(f"{text}\n"))
+        for work in (run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
+            shutil.rmtree(work, ignore_errors=True)
+        run.receipt.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder of a run that no other process makes for as long as the block lasts.
+
+    Raises:   ValueError where one does
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        run = "/".join(folder.parts[-2:])
+        raise ValueError(f"{run} is being made by another process; stop it first, or wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -67,6 +67,15 @@ class Server:
     parallel: int = 8
     patience: int = 16
 
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        except ValueError:  # a port that is no number
+            good = False
+        if not good:
+            raise ValueError("a server's address is such as http://127.0.0.1:8000/v1; one that was given is not")
+
     @property
     def host(self) -> str:
         """The address without path, user or password: what may be printed."""
@@ -245,7 +254,7 @@ def serve(command: str, folder: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [part.format(folder=folder, port=port) for part in shlex.split(command)]
+    line = [part.replace("{folder}", str(folder)).replace("{port}", str(port)) for part in shlex.split(command)]
     with tempfile.TemporaryFile("w+") as log:  # noqa: SIM117  (the log outlives the server)
         with subprocess.Popen(line, stdout=log, stderr=log, preexec_fn=processes.die_with_parent) as running:
             try:

@@ -11,13 +11,14 @@ import io
 import json
 import lzma
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from vlsafe.core import store
-from vlsafe.core.store import ELSEWHERE, MANIFEST, Run
+from vlsafe.core.store import ELSEWHERE, MANIFEST, SHOWN, Run
 from vlsafe.study.graph import planned
 from vlsafe.study.study import Study
 
@@ -48,17 +49,22 @@ def archive(arguments: argparse.Namespace) -> None:
 def unpack(arguments: argparse.Namespace) -> None:
     """Put the runs of archives into a run store."""
     for file in arguments.files:
-        print(f"{file}: {len(unpacked(file, arguments.root))} runs")
+        put, kept = unpacked(file, arguments.root)
+        print(f"{file}: {len(put)} runs{f', {len(kept)} that are there already stay' if kept else ''}")
 
 
 def pack(study: Study, file: Path) -> list[str]:
     """Write the results of a study's finished runs into one compressed file; the same runs give the same bytes.
 
-    Raises:   ValueError where no run is finished
+    Raises:   ValueError where no run is finished, or the file holds others that would be lost
     """
     names = [name for name in dict.fromkeys([*planned(study), *planned(study, "full")]) if store.readable(study.run(name))]
     if not names:
         raise ValueError(f"no run of {study.backbone} seed {study.seed} is finished; `make reproduce` makes them")
+    folders = {str(study.run(name).folder.relative_to(study.root)) for name in names}
+    if file.exists() and (lost := sorted(held(file) - folders)):
+        shown = f"{', '.join(lost[:SHOWN])}{', …' * (len(lost) > SHOWN)}"
+        raise ValueError(f"{file} holds {len(lost)} runs that are not here and would be lost ({shown}); move it away first")
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz") as tar:
         for name in names:
@@ -90,24 +96,44 @@ def _is_result(file: str, name: str, study: Study) -> bool:
     return file.endswith((".parquet", ".json")) and "/" not in file and file not in OF_MODELS and not rows
 
 
-def unpacked(file: Path, root: Path) -> list[str]:
-    """The runs of an archive that were put into a run store, by folder; where a run is there already, it stays.
+def held(file: Path) -> set[str]:
+    """The folders of the runs in an archive.
 
-    Raises:   ValueError where the file is no archive of this kind, before anything is put there
+    Raises:   ValueError where the file is no archive of this kind
     """
-    runs: list[str] = []
     try:
         with tarfile.open(file, "r:xz") as tar:
-            tar.getmembers()  # reads all of it
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as work:
-                tar.extractall(work, filter="data")
-                for manifest in sorted(Path(work).rglob(MANIFEST)):
-                    run = manifest.parent.relative_to(work)
-                    if not (root / run).exists():
-                        (root / run).parent.mkdir(parents=True, exist_ok=True)
-                        os.rename(manifest.parent, root / run)
-                        runs.append(str(run))
+            found = {str(PurePosixPath(name).parent) for name in tar.getnames() if PurePosixPath(name).name == MANIFEST}
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file} is no archive of results, or is cut short ({error}); `vlsafe archive` writes them") from None
-    return runs
+    if not found:
+        raise ValueError(f"{file} is no archive of results: it holds no run; `vlsafe archive` writes them")
+    return found
+
+
+def unpacked(file: Path, root: Path) -> tuple[list[str], list[str]]:
+    """The runs of an archive by folder: those that were put into a run store, and those that stay as they are there. One whose
+    files are not those of its manifest is replaced.
+
+    Raises:   ValueError where the file is no archive of this kind or one of its runs is not whole, before anything is put there;
+              where another process is making one of them
+    """
+    runs, put, kept = sorted(held(file)), list[str](), list[str]()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as work:
+        try:
+            with tarfile.open(file, "r:xz") as tar:
+                tar.extractall(work, filter="data")
+        except tarfile.TarError as error:
+            raise ValueError(f"{file} is no archive of results ({error}); `vlsafe archive` writes them") from None
+        if broken := [run for run in runs if not store.whole_run(Path(work) / run)]:
+            raise ValueError(f"{file} is no archive of results: the files of {broken[0]} are not those of its manifest")
+        for run in runs:
+            with store.alone(root / run):
+                if store.whole_run(root / run):
+                    kept.append(run)
+                    continue
+                shutil.rmtree(root / run, ignore_errors=True)
+                os.rename(Path(work) / run, root / run)
+                put.append(run)
+    return put, kept

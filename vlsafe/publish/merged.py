@@ -60,6 +60,7 @@ def merge(arguments: argparse.Namespace) -> None:
 def fisher(arguments: argparse.Namespace) -> None:
     """Write the diagonal of a model's Fisher information over the first rows of a file (`models.merge.fisher`)."""
     models.weights.shards(arguments.model)  # refuses what is no folder of safetensors, with the remedy
+    models.merge.fisher.refuse_existing(arguments.out)
     model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
     rows = (from_row(Example, row) for row in data.files.rows_in(arguments.rows))
     found = models.merge.fisher.diagonal(model, processor, rows, arguments.limit)

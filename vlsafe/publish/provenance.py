@@ -78,8 +78,15 @@ def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
         raise FileNotFoundError(f"{empty[0]} holds no CSV file: it is no folder of results")
     lines = [{"file": name, "what": f"only in {a if name in names[a] else b}"} for name in names[a] ^ names[b]]
     for name in names[a] & names[b]:
-        lines += [{"file": name, **line} for line in _table_differences(pd.read_csv(a / name), pd.read_csv(b / name), atol)]
+        lines += [{"file": name, **line} for line in _table_differences(_csv(a / name), _csv(b / name), atol)]
     return pd.DataFrame(lines, columns=["file", "what", "cells", "largest"]).sort_values("file", kind="stable", ignore_index=True)
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:  # also what is no UTF-8, empty or ragged
+        raise ValueError(f"{path} is no table of ours: {error}") from None
 
 
 def _table_differences(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[str, Any]]:

@@ -186,7 +186,7 @@ def read(
 def studies_in_store(study: Study) -> list[Study]:
     """All studies of a scale that have runs in the run store, the one passed in first."""
     folders = sorted((study.root / study.scale.name).glob("*/seed*"))
-    units = [(folder.parent.name, int(folder.name.removeprefix("seed"))) for folder in folders]
+    units = [(folder.parent.name, int(number)) for folder in folders if (number := folder.name.removeprefix("seed")).isdecimal()]
     others = [unit for unit in units if unit[0] in study.scale.backbones and unit != (study.backbone, study.seed)]
     return [study, *(dataclasses.replace(study, backbone=backbone, seed=seed) for backbone, seed in others)]
 
@@ -194,12 +194,14 @@ def studies_in_store(study: Study) -> list[Study]:
 def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
     """What every finished model answered in its full examination, with the prompt: what `human.export` takes.
 
-    Raises:   ValueError where nothing was examined yet
+    Raises:   ValueError where nothing was examined yet, or the store holds archived results, without prompts
     """
     from vlsafe.evaluation import human  # its statistics take a while to import
 
     frames, names = [], [name for name in read_by_all(studies, "tables", grid) if name.startswith(("examination/", "merge/"))]
     for study in studies:
+        if store.status(study.run("world/corpora")) == "without weights":
+            raise ValueError(f"{study.root} holds archived results without the prompts; export where the runs were made")
         prompts = pd.DataFrame(map(to_row, study.items())).rename(columns={"id": "item"})
         for _, _, folder in finished([study], names):
             raw, responses = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))

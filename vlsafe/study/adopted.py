@@ -23,8 +23,8 @@ import yaml
 from vlsafe import evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
-from vlsafe.core.presets import PAPER, load_scale
-from vlsafe.core.scale import as_plain, known
+from vlsafe.core.presets import PAPER, SCALES, load_scale
+from vlsafe.core.scale import PLACE, as_plain, known
 from vlsafe.core.schema import MAIN_LINE, content_digest
 from vlsafe.evaluation.benchmarks import OWN, REAL
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES
@@ -254,9 +254,15 @@ def opened(request: Request, root: Path, name: str = "", suffix: str = "") -> tu
     origin = Origin(**_origin(request.model))
     assets.model_folder(origin, "the model")
     name = (name or re.sub(r"[^\w.+-]+", "-", Path(origin.repo).name)) + suffix
+    if not PLACE.fullmatch(name) or name in SCALES:
+        raise ValueError(
+            f"{name!r} cannot name the results: choose another --name, of letters, digits and . _ + - and no preset's"
+        )
     file = root / name / "scale.yaml"
-    if file.exists() and (other := load_scale(file).loaded.adopted.model).repo != origin.repo:  # type: ignore[union-attr]
-        raise ValueError(f"{file.parent} holds the results of {other.repo}; choose another --name for those of {origin.repo}")
+    before = load_scale(file).loaded if file.exists() else None
+    if file.exists() and (before is None or before.adopted is None or before.adopted.model.repo != origin.repo):
+        other = before.adopted.model.repo if before and before.adopted else "something else"
+        raise ValueError(f"{file.parent} holds the results of {other}; choose another --name for those of {origin.repo}")
     found = {} if request.prompts else at_hand(assets.outside(), request.benchmarks, request.among)
     benchmarks = [of for of in PAPER.exam.judges if found.get(of) == ""]  # in the scale's order, in which they are read once
     content = scale_of(request, name, benchmarks, _items_of(request, benchmarks))

@@ -119,7 +119,8 @@ class Study:
                 store.claim(self.root, self.scale.name, self.file, as_plain(self.scale))
             takes = stage.estimate or f"{stage.cost} s at mini on one core"
             print(f"{name}: making it, {takes}", file=sys.stderr, flush=True)
-        return store.ensure(run, lambda work: _prepared(stage, self, work), lambda text: print(text, file=sys.stderr))
+        maker = replace(self, seed=run.seed)  # what all seeds share is drawn alike by whichever comes first
+        return store.ensure(run, lambda work: _prepared(stage, maker, work), lambda text: print(text, file=sys.stderr))
 
     def result(self, name: str, file: str) -> Path:
         """One file of a finished run, of which the rest need not be here; it is made first where it is missing."""

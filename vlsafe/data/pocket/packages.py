@@ -15,8 +15,11 @@ DEBIAN = "debian"  # the folder below the one of Python packages where Debian's 
 
 
 def root() -> Path:
-    """The folder of the packages, from the environment's `VLSAFE_POCKET`; else `.pocket` in the working folder."""
-    return Path(os.environ.get("VLSAFE_POCKET") or ".pocket").absolute()
+    """The folder of the packages, from the environment's `VLSAFE_POCKET`; else the nearest `.pocket` upwards, for notebooks run
+    below the one where `make` does."""
+    here = Path.cwd()
+    near = next((folder for folder in (here, *here.parents) if (folder / ".pocket").exists()), here)
+    return Path(os.environ.get("VLSAFE_POCKET") or near / ".pocket").absolute()
 
 
 def path(package: Package, file: str) -> Path:

@@ -66,8 +66,14 @@ def _log_likelihood(model: PreTrainedModel, processor: Any, row: Example) -> tor
     return log_probs.gather(-1, inputs["input_ids"][0, -length:, None]).sum()
 
 
-def save(found: Mapping[str, torch.Tensor], out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     """Raises:   ValueError where the file exists"""
     if out.exists():
         raise ValueError(f"{out} exists; choose another place, or remove it")
+
+
+def save(found: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Raises:   ValueError where the file exists"""
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: total.contiguous() for name, total in found.items()}, out)
