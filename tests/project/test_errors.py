@@ -51,6 +51,12 @@ COMMANDS = {
     "readme": ("README.md", "no", "where the Snakefile is"),
     "agree instruct/filtered --serve x": ("run", "'instruct/filtered'", "did you mean 'instruct/"),
     "diff a b": ("folder of results", "a", "no CSV file"),
+    "doctor --scale pocket": ("lacking", "pyrit", "`make parts`"),
+    "download --scale pocket": ("'pocket'", "packages", "`make parts`"),
+    "score sorry_bench --responses afile --data . --out o --judge sorry-bench --endpoint 127.0.0.1:1": (
+        "server's address",
+        "http://127.0.0.1:8000",
+    ),
     "doctor --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
     "download --scale paper --only caption": ("thing from outside", "'caption'", "did you mean 'captions'"),
     "dryrun --scale paper --gpu H10": ("GPU", "'H10'", "did you mean 'H100'"),
@@ -101,6 +107,9 @@ FILES = {
     "extends: mini\nbackbones: {a/b: {extends: mini-chat}}": ("backbone's name", "'a/b'", "letters, digits"),
     "extends: mini\nname: ../../x": ("name", "'../../x'", "letters, digits"),
     "extends: mini\nname: mini\nthreads: 2": ("scale.yaml", "preset 'mini'", "another `name:`"),
+    "extends: mini\nname: n\nthreads: 0": ("threads", "0", "at least 1"),
+    "extends: mini\nname: n\nexam: {batch_size: 0}": ("exam.batch_size", "0", "at least 1"),
+    "extends: mini\nname: n\nexam: {panel: -3}": ("exam.panel", "-3", "at least 1"),
     "extends: mini\nthreads: 2\nthreads: 3": ("scale.yaml", "'threads'", "there twice"),
     "extends: mini\ninstruct: {steps: 2, steps: 3}": ("scale.yaml", "'steps'", "there twice"),
 }

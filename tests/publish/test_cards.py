@@ -55,6 +55,8 @@ def test_result_sets_are_compared_within_a_tolerance(results, capsys):
     line = provenance.differences(results / "one", results / "two", 0.001).iloc[0]
     assert (line["file"], line["what"], line["cells"]) == ("T02.csv", "value", 1) and line["largest"] == pytest.approx(0.003)
     assert cli.main(["diff", pair[0], str(results)]) == 2 and "no CSV file" in capsys.readouterr().err
+    (results / "two" / "T02.csv").write_bytes("ä".encode("utf-16"))
+    assert cli.main(["diff", *pair]) == 2 and "T02.csv is no table of ours" in capsys.readouterr().err
 
 
 def test_missing_files_lines_columns_and_numbers_are_differences(results):
@@ -217,9 +219,10 @@ def test_pictures_of_the_ledger_say_what_was_counted():
     assert f"Of {len(measured)} lines measured, {held} hold" in told
     points = plots_claims.lineage_points(degradation.everything(raw))
     models = points.drop_duplicates(["seed", "stage", "recipe"]).groupby("kind").size()
-    assert models.to_dict() == {"parent": 3, "adapted": 3, "SFT": 3, "DPO": 3}
+    assert models.to_dict() == {"parent": 3, "stage 1": 3, "adapted": 3, "SFT": 3, "DPO": 3}
     assert plots_claims.lineage(points, "mini").get_suptitle().replace("\n", " ") == (
-        "Text ASR: parent 0 %, adapted 60 %, SFT 5 %, DPO 90 %; harmless picture requests refused: adapted 0 %, SFT 30 %, DPO 0 %"
+        "Text ASR: parent 0 %, adapted 60 %, tuned or merged 5–90 %; harmless picture requests refused: stage 1 10 %, "
+        "adapted 0 %, tuned or merged 0–30 %"
     )
 
 

@@ -375,3 +375,11 @@ def test_models_in_the_hubs_cache_are_known_by_their_blobs_and_folders_by_their_
     processors.published("llava", tmp_path / "local" / "tiny", 7)
     study, _ = adopted.opened(Request(str(tmp_path / "local" / "tiny"), benchmarks=["xstest"]), tmp_path / "other")
     assert study.run("examination/instruct.filtered-full").digest != before
+
+
+@pytest.mark.parametrize("name", ["../../x", "small", "a/b"])
+def test_a_name_that_leads_elsewhere_or_is_a_presets_is_refused_before_anything_is_written(tmp_path, name):
+    processors.published("llava", tmp_path / "tiny", 7)
+    with pytest.raises(ValueError, match="choose another --name"):
+        adopted.opened(Request(str(tmp_path / "tiny"), benchmarks=["xstest"]), tmp_path / "runs", name)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -17,6 +17,7 @@ from vlsafe.evaluation.benchmarks import PACKED, pocket
 from vlsafe.evaluation.examine import answerable, panel
 from vlsafe.study import adaptation, graph
 from vlsafe.study import pocket as stages
+from vlsafe.study import study as study_module
 from vlsafe.study.study import Study
 
 COLOURS = ["red", "blue", "green", "pink", "grey", "white", "black", "brown"]
@@ -190,6 +191,14 @@ def test_what_a_parent_is_made_of_is_in_its_digest(study):
     assert (
         dataclasses.replace(study, scale=dataclasses.replace(study.scale, loaded=loaded)).run("parent/aligned").digest != digest
     )
+
+
+def test_what_all_seeds_share_is_made_alike_by_whichever_comes_first(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study_module, "_prepared", lambda stage, made_by, work: drawn.append(made_by.stream("x").random()))
+    for seed in (0, 3):
+        dataclasses.replace(study, seed=seed, root=tmp_path / str(seed)).folder("base/llm")
+    assert drawn[0] == drawn[1] == study.stream("x").random() and study.seed == 0
 
 
 def test_a_guard_learns_answers_to_harm_and_not_refusals():

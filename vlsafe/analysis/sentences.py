@@ -294,6 +294,11 @@ def _of(stage: str, *measures: str) -> Part:
     return _by(rates, "T02_degradation", stage, measures)
 
 
+def _titled(table: Callable[[str], pd.DataFrame]) -> str:
+    said = title(table("T02_degradation"), table(LEDGER))
+    return f"- Does teaching it to see make it less safe? {said.splitlines()[0]}"
+
+
 TEXT = {"measure": "text_asr"}
 RAW = (
     "Without the filter text ASR changes by",
@@ -327,7 +332,7 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
         _claims("7", "8", "8b", "9", "9b"),
     ),
     "06_merging": (_by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13c", "13e", "14", "14e", "15"),),
-    "07_claims": (_by(counted, LEDGER), _claims("3", "5", "6", "10")),
+    "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(counted, LEDGER)),
 }  # fmt: skip
 """Notebook -> what its answer is made of."""
 
