@@ -144,6 +144,7 @@ lab: setup
 	$(BIN)/jupyter lab notebooks
 
 # The committed tables and figures of a scale again, from the committed results of its runs and without a model.
+figures: GRID := full
 figures: setup
 	rm -rf "build/results/$$SCALE"
 	$(BIN)/vlsafe unpack figures/"$$SCALE"/results/*.tar.xz --root "build/results/$$SCALE"

@@ -118,6 +118,14 @@ def at_ratios(*curves, seeds=(0,)):
     return pd.concat([*frames, *harmless], ignore_index=True)
 
 
+def test_a_backbone_without_all_items_is_drawn_from_its_panel():
+    raw = at_ratios([(12, 8), (3, 8), (2, 8)], [(12, 8), (9, 8), (2, 8)])
+    panel = pd.concat([raw.assign(exam="panel"), raw.assign(exam="panel", backbone="c")], ignore_index=True)
+    found = merging.at_most_items(raw, panel)
+    assert found.groupby("backbone")["exam"].unique().map(list).to_dict() == {"b": ["ratios"], "c": ["panel"]}
+    assert set(merging.at_most_items(raw.assign(exam="full"), panel)["exam"]) == {"panel"}
+
+
 def test_bands_over_ratios_hold_their_lines_and_tell_merge_and_ensemble_apart():
     table = merging.ratios(at_ratios([(12, 8), (3, 8), (2, 8)], [(12, 8), (9, 8), (2, 8)], seeds=(0, 1)), draws=400)
     text = table[table["measure"] == "text_asr"].set_index(["rule", "ratio"])

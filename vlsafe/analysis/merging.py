@@ -72,6 +72,12 @@ def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     return swept.merge(lines[[*UNIT, "recipe", "ratio", "chosen", "same_as"]], on=[*UNIT, "recipe"], how="left")
 
 
+def at_most_items(raw: pd.DataFrame, panel: pd.DataFrame) -> pd.DataFrame:
+    """Answers of merges at every ratio: to all test items of those backbones where they were asked, else to the panel."""
+    whole = raw[raw["exam"] == "ratios"]
+    return pd.concat([whole, panel[~panel["backbone"].isin(whole["backbone"].unique())]], ignore_index=True)
+
+
 def barriers(lines: pd.DataFrame) -> pd.DataFrame:
     """By how much the loss on the way from A to the partner rises above the straight line between its ends, at most.
 

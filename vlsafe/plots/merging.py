@@ -35,7 +35,7 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
     caption = style.caption(
         rates, scale, f"bands: {style.band(rates) if bands is None else WHOLE}", style.judges(rates),
         "lines: linear merge", "crosses: ensemble of the same two models", "triangle: the ratio that validation pairs chose",
-        f"{'on the panel, ' if bands is None else ''}n: {sizes}",
+        f"{'on the panel, ' if bands is None else ''}n: {sizes}", _few(rates, bands),
     )  # fmt: skip
     xlabel = "ratio: weight of the safe partner"
     rows = style.by_backbone(rates, "percent")
@@ -54,6 +54,12 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
                 names = {name: MEASURES[name]["label"].replace("harmless ", "harmless\n") for name in LINES}
                 style.label_ends(axis, linear, "ratio", names, gap=9.0)
     return figure
+
+
+def _few(rates: pd.DataFrame, bands: pd.DataFrame | None) -> str:
+    """Which backbones were asked the panel alone where others were asked all items."""
+    few = [] if bands is None else sorted(set(rates["backbone"]) - set(bands["backbone"]))
+    return f"{', '.join(few)}: on the panel, without bands" if few else ""
 
 
 WHOLE = "95 %, over seeds and what was asked, hold all ratios at once"

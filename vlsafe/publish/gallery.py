@@ -185,9 +185,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "sppft over seeds": lambda of: analysis.causal.frozen_over_seeds(of["sppft"]),
     "merges": lambda of: analysis.merging.methods(of["raw"], of["merged"]),
     "verdicts": lambda of: analysis.merging.verdicts(of["merges"]),
-    "swept": lambda of: analysis.merging.sweep(
-        of["panel"] if of.or_none("ratios") is None else of["raw"][of["raw"]["exam"] == "ratios"], of["merged"]
-    ),
+    "swept": lambda of: analysis.merging.sweep(analysis.merging.at_most_items(of["raw"], of["panel"]), of["merged"]),
     "fronts": lambda of: analysis.merging.plane(of["raw"]),
     "areas": lambda of: analysis.merging.hypervolumes(of["raw"]),
     "ratios": lambda of: analysis.merging.ratios(of["raw"]),
