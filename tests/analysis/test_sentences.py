@@ -126,6 +126,18 @@ def test_what_nobody_measured_is_one_line():
     assert said == f"- Not measured: *{'; '.join(names)}*."
 
 
+def test_the_worst_case_of_each_remedy():
+    table = pd.DataFrame([
+        {"backbone": "a", "seed": seed, "model": model, "measure": "text_asr", "before": before, "value": after}
+        for model, seeds in {"sl-full": [(0.1, 0.3), (0.2, 0.9)], "merged": [(0.2, 0.4)] * 2}.items()
+        for seed, (before, after) in enumerate(seeds)
+    ])  # fmt: skip
+    assert sentences.worst(table) == (
+        "- The worst of the further fine-tunings that keep helpfulness takes text ASR of `a`: sl-full from 15 % (10–20 over 2 "
+        "seeds) to 60 % (30–90 over 2 seeds) and merged from 20 % (20–20 over 2 seeds) to 40 % (40–40 over 2 seeds)."
+    )
+
+
 def test_changes_over_seeds_and_missed_bounds_by_hand():
     table = pd.DataFrame({"backbone": ["a", "a", "b"], "measure": "m", "recipe": ["x", "x", "x"], "difference": [0.1, -0.3, 0.2]})
     assert sentences.across(table, "It changes by", "difference", {"measure": "m", "recipe": "x"}) == (

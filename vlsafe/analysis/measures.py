@@ -320,7 +320,8 @@ def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[A
     weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, (k / max(1, k - 1)) ** 0.5
     for recipe, step in sorted(set.intersection(*map(set, each))):
         drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
-        found.setdefault(recipe, {})[step] = drawn[0] + (drawn - drawn[0]) * stretch
+        drawn = drawn[0] + (drawn - drawn[0]) * stretch
+        found.setdefault(recipe, {})[step] = drawn if MEASURES[measure].get("rescaled") else drawn.clip(0.0, 1.0)
     return found
 
 

@@ -279,6 +279,20 @@ def dominated(table: pd.DataFrame) -> str:
     return "\n".join(f"- `{backbone}`: {merging.answer(of)}" for backbone, of in table.groupby("backbone", sort=False))
 
 
+def worst(table: pd.DataFrame) -> str:
+    """What the worst of some further fine-tunings does to each remedy's text ASR, of T10's lines."""
+    said, text = [], table[table["measure"] == "text_asr"]
+    for backbone, of in text.groupby("backbone", sort=False):
+        ends = [
+            f"{model} from {percent(lines['before'].tolist())} to {percent(lines['value'].tolist())}"
+            for model, lines in of.groupby("model", sort=False)
+        ]
+        said.append(
+            f"- The worst of the further fine-tunings that keep helpfulness takes text ASR of `{backbone}`: {listed(ends)}."
+        )
+    return "\n".join(said)
+
+
 Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
 
 
@@ -331,7 +345,10 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
         _by(transplanted, "F10_transplants"), _by(across, "F10_directions", *ABLATED),
         _claims("7", "8", "8b", "9", "9b"),
     ),
-    "06_merging": (_by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13c", "13e", "14", "14e", "15"),),
+    "06_merging": (
+        _by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"),
+        _by(worst, "T10_worst_case"),
+    ),
     "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(counted, LEDGER)),
 }  # fmt: skip
 """Notebook -> what its answer is made of."""
