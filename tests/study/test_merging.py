@@ -106,6 +106,21 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     assert analysis_merging.answer(alone).startswith("No: 0 of 4")  # nobody compared the winner with its ensemble
 
 
+def test_rules_are_held_against_the_linear_merge_between_the_ends():
+    table = raw(inside=(6, 8), linear=(6, 8), ties=(0, 8), dare_ties=(12, 8))
+    found = merging.methods(table, lines((0.5, 0, 0, 0)).assign(chosen=True))
+    few = found.assign(p_holm=found["p_holm"].where(found["difference"].abs() < 0.4, 0.01))
+    told = merging.verdicts(few).assign(whole=True)
+    linear = told[told["reference"] == "linear"].set_index("rule")["verdict"].to_dict()
+    assert linear == {
+        "ensemble": "not resolved", "linear": "not resolved", "ties": "dominates", "dare_ties": "is dominated"
+    }  # fmt: skip
+    assert merging.beyond_linear(told) == (
+        "Of 2 merges by other rules, one for each rule, partner and seed, 1 dominate the linear one (ties 1), and it dominates 1."
+    )
+    assert "No merge by another rule" in merging.beyond_linear(told[told["reference"] != "linear"])
+
+
 def at_ratios(*curves, seeds=(0,)):
     """Linear merges and ensembles at ratios 0, .5 and 1 on all test items: attacks of twelve that succeed, right answers."""
     frames = [

@@ -20,6 +20,7 @@ MAIN = MAIN_LINE["adapted"].partition("/")[2]
 LEVELLED = ("text_asr", "multimodal_asr")  # compared at equal helpfulness as well
 DOSED = (
     "text_asr", "text_refusal_probability", "multimodal_asr", "picture_refusal_probability", "twin_refusal", "helpfulness",
+    "multimodal_incoherent",
 )  # fmt: skip
 NO_HOWTOS = "looking-full"
 STEPS, LEVEL = "equal steps", "equal helpfulness"

@@ -95,9 +95,13 @@ def barriers(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def references(runs: Collection[str], partner: str) -> dict[str, str]:
-    """What a merge with a partner is compared with, by name: adapted model, tunings, the ensemble with this partner."""
-    own = [run for run in runs if run.startswith("merge/ensemble/") and run.split("/")[2].endswith(f"+{partner}")]
-    names = {"adapted": MAIN_LINE["adapted"], **TUNED, **dict(zip(["ensemble"], own, strict=False))}
+    """What a merge with a partner is compared with, by name: adapted model, tunings, with this partner the ensemble and the linear
+    merge between the ends."""
+    own = {
+        name: run for name, rule in {"ensemble": "ensemble", "linear": "inside"}.items()
+        for run in runs if run.startswith(f"merge/{rule}/") and run.split("/")[2].endswith(f"+{partner}")
+    }  # fmt: skip
+    names = {"adapted": MAIN_LINE["adapted"], **TUNED, **own}
     return {name: run for name, run in names.items() if run in runs}
 
 
@@ -163,6 +167,21 @@ def answer(verdict: pd.DataFrame) -> str:
     start = "Yes, some" if best.any() else "No"
     what = f"{start}: {best.sum()} of {len(best)} merges of two tuned models dominate every tuning and their ensemble"
     return f"{what} ({'; '.join(parts)})."
+
+
+def beyond_linear(verdict: pd.DataFrame) -> str:
+    """Which rules' chosen merges dominate the linear one between the ends with the same partner, of merges of two tuned models."""
+    others = ~verdict["rule"].isin([*CONTROLS, "linear", "inside"]) & (verdict["partner"] != WITH_PARENT[1:])
+    of = verdict[others & (verdict["reference"] == "linear") & verdict["whole"] & ~verdict["recipe"].str.endswith(ENDS)]
+    if of.empty:
+        return "No merge by another rule was compared with the linear one."
+    won = of[of["verdict"] == "dominates"].groupby("rule", sort=False).size()
+    which = ", ".join(f"{rule} {n}" for rule, n in won.items())
+    lost = (of["verdict"] == "is dominated").sum()
+    return (
+        f"Of {len(of)} merges by other rules, one for each rule, partner and seed, {won.sum()} dominate the linear one"
+        f"{f' ({which})' if which else ''}, and it dominates {lost}."
+    )
 
 
 def against_ensemble(panel: pd.DataFrame) -> pd.DataFrame:
@@ -345,7 +364,7 @@ def sheet(lines: pd.DataFrame, verdict: pd.DataFrame, reference: str = "adapted"
         verdict["whole"], verdict["verdict"] + " (in part)"
     )  # not all measures were taken of both
     wide = verdict.assign(verdict=shown_verdict).pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
-    rivals = [name for name in ("mtl", "sl", "dpo", "ensemble") if name in wide.columns]
+    rivals = [name for name in ("mtl", "sl", "dpo", "ensemble", "linear") if name in wide.columns]
     whole = shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")
     own = [name for name in ("capable",) if name in lines]
     return whole.merge(lines[[*KEYS, *own]].drop_duplicates(KEYS), on=KEYS, how="left")

@@ -275,8 +275,11 @@ def transplanted(table: pd.DataFrame) -> str:
 
 
 def dominated(table: pd.DataFrame) -> str:
-    """Whether merging dominates, of the lines of `merging.verdicts`."""
-    return "\n".join(f"- `{backbone}`: {merging.answer(of)}" for backbone, of in table.groupby("backbone", sort=False))
+    """Whether merging dominates, and whether any rule dominates the linear one, of the lines of `merging.verdicts`."""
+    return "\n".join(
+        f"- `{backbone}`: {merging.answer(of)} {merging.beyond_linear(of)}"
+        for backbone, of in table.groupby("backbone", sort=False)
+    )
 
 
 def worst(table: pd.DataFrame) -> str:

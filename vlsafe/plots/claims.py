@@ -114,7 +114,7 @@ def _least_agreement(pairs: pd.DataFrame) -> str:
     least = pairs.groupby("modality")[["tau", "kappa"]].min().iloc[::-1].map(_two_places)
     ranking, answers = (", ".join(f"{name} {value}" for name, value in least[column].items()) for column in least)
     alike = pairs[pairs["kappa"].isna()].groupby("modality").size()
-    without = "".join(f"; none of {n} pairs on {name}, of which one judge never varies" for name, n in alike.items())
+    without = "".join(f"; {n} pairs on {name} have no κ, as one judge says the same of all" for name, n in alike.items())
     return f"Two judges at worst: ranking τ {ranking}; answers κ {answers}{without}"
 
 

@@ -70,11 +70,12 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
 
 
 def _moved_further(text: pd.DataFrame) -> str:
-    mean = text.groupby("layer")["value"].mean()
-    layer, least = int(mean.idxmin()), mean.min()
-    if least >= 0:
-        return f"On text, harmful prompts moved no further than benign ones in any block (least: {least:+.3f} in block {layer})"
-    return f"On text, harmful prompts moved further than benign ones, most in block {layer} ({least:+.3f})"
+    mean = text.groupby("layer")[["value", "high"]].mean()
+    clear = mean[mean["high"] < 0]
+    if clear.empty:
+        return "On text, harmful prompts moved clearly further than benign ones in no block"
+    layer = int(clear["value"].idxmin())
+    return f"On text, harmful prompts moved further than benign ones, most in block {layer} ({clear['value'].min():+.3f})"
 
 
 def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
