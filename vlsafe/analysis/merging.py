@@ -95,8 +95,8 @@ def barriers(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def references(runs: Collection[str], partner: str) -> dict[str, str]:
-    """What a merge with a partner is compared with, by name: adapted model, tunings, with this partner the ensemble and the linear
-    merge between the ends."""
+    """What a merge with a partner is compared with, by name: adapted model, tunings, and with this partner the ensemble and the
+    linear merge between the ends."""
     own = {
         name: run for name, rule in {"ensemble": "ensemble", "linear": "inside"}.items()
         for run in runs if run.startswith(f"merge/{rule}/") and run.split("/")[2].endswith(f"+{partner}")
@@ -170,7 +170,7 @@ def answer(verdict: pd.DataFrame) -> str:
 
 
 def beyond_linear(verdict: pd.DataFrame) -> str:
-    """Which rules' chosen merges dominate the linear one between the ends with the same partner, of merges of two tuned models."""
+    """Which rules' chosen merges of two tuned models dominate the linear one between the ends with the same partner."""
     others = ~verdict["rule"].isin([*CONTROLS, "linear", "inside"]) & (verdict["partner"] != WITH_PARENT[1:])
     of = verdict[others & (verdict["reference"] == "linear") & verdict["whole"] & ~verdict["recipe"].str.endswith(ENDS)]
     if of.empty:
