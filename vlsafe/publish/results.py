@@ -14,7 +14,7 @@ from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
 from vlsafe.study import pocket
-from vlsafe.study.graph import planned, read_by
+from vlsafe.study.graph import STAGES, planned, read_by
 from vlsafe.study.study import Study, project_root
 
 MODEL = ("backbone", "seed", "stage", "recipe")
@@ -153,7 +153,7 @@ def finished(studies: Sequence[Study], names: Sequence[str]) -> Iterator[tuple[S
         without = study.left_out("full") if study.adopted else {}
         for planned_name in (name for name in names if name not in without):
             for name in dict.fromkeys((planned_name, planned_name.removesuffix(".full"))):
-                if store.readable(study.run(name)):
+                if name in STAGES and store.readable(study.run(name)):
                     yield study, name, study.run(name).folder
                     break
 
