@@ -120,6 +120,11 @@ def test_the_title_is_answered_by_the_ledger():
     assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == 2
 
 
+def test_a_claim_of_one_seed_says_so():
+    one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
+    assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
+
+
 def test_what_nobody_measured_is_one_line():
     said = sentences.verdicts(LEDGER.assign(item_level=claims.NOT), ["3", "5"])
     names = [LEDGER.loc[LEDGER["claim"] == claim, "statement"].iloc[0] for claim in ("3", "5")]

@@ -140,8 +140,10 @@ def _verdict(line: Any) -> str:
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    over = f"; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}]"
-    return f"{text}{', one seed' if pd.isna(line.seed_low) else over}{_flag(line)})"
+    over = ", one seed"
+    if pd.notna(line.seed_low):
+        over = f"; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}]"
+    return f"{text}{over}{_flag(line)})"
 
 
 def _flag(line: Any) -> str:
@@ -189,7 +191,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
         for backbone, of in text.groupby("backbone", sort=False)
     ]
     rise = measured[measured["claim"] == RISE]
-    held, seeds = (rise["item_level"] == claims.SUPPORTED).tolist(), list(dict.fromkeys(rise["seed_level"]))
+    held = (rise["item_level"] == claims.SUPPORTED).tolist()
+    seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
     start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
     seeing = measured[(measured["claim"] == SEEING) & measured["backbone"].isin(text["backbone"])]
     if held and len(seeing):
