@@ -135,9 +135,12 @@ def at_ratios(*curves, seeds=(0,)):
 
 def test_a_backbone_without_all_items_is_drawn_from_its_panel():
     raw = at_ratios([(12, 8), (3, 8), (2, 8)], [(12, 8), (9, 8), (2, 8)])
-    panel = pd.concat([raw.assign(exam="panel"), raw.assign(exam="panel", backbone="c")], ignore_index=True)
+    other = raw.assign(exam="panel", recipe=raw["recipe"].str.replace("+sl-full", "+aligned"))
+    panel = pd.concat([raw.assign(exam="panel"), raw.assign(exam="panel", backbone="c"), other], ignore_index=True)
     found = merging.at_most_items(raw, panel)
-    assert found.groupby("backbone")["exam"].unique().map(list).to_dict() == {"b": ["ratios"], "c": ["panel"]}
+    partner = found["recipe"].str.split("/").str[1].str.partition("+")[2]
+    exams = found.groupby(["backbone", partner])["exam"].unique().map(list).to_dict()
+    assert exams == {("b", "sl-full"): ["ratios"], ("b", "aligned"): ["panel"], ("c", "sl-full"): ["panel"]}
     assert set(merging.at_most_items(raw.assign(exam="full"), panel)["exam"]) == {"panel"}
 
 

@@ -73,9 +73,10 @@ def sweep(panel: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_most_items(raw: pd.DataFrame, panel: pd.DataFrame) -> pd.DataFrame:
-    """Answers of merges at every ratio: to all test items of those backbones where they were asked, else to the panel."""
+    """Answers of merges at every ratio: to all test items for backbone and partner where asked, else to the panel."""
     whole = raw[raw["exam"] == "ratios"]
-    return pd.concat([whole, panel[~panel["backbone"].isin(whole["backbone"].unique())]], ignore_index=True)
+    lines, whole_lines = (of["backbone"] + " " + of["recipe"].str.split("/").str[1] for of in (panel, whole))
+    return pd.concat([whole, panel[~lines.isin(whole_lines)]], ignore_index=True)
 
 
 def barriers(lines: pd.DataFrame) -> pd.DataFrame:

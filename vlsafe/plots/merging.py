@@ -50,16 +50,17 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
                 axis.plot(ratio, value, marker="x", color=LINES[measure]["color"], markersize=4.5)
             picked = linear.loc[linear["chosen"].eq(True), "ratio"].drop_duplicates()
             axis.plot(picked, [-6] * len(picked), marker="^", color="black", markersize=4, linestyle="", clip_on=False)
-            if partner == list(columns)[-1]:
+            if partner == list(columns)[-1] and len(linear):
                 names = {name: MEASURES[name]["label"].replace("harmless ", "harmless\n") for name in LINES}
                 style.label_ends(axis, linear, "ratio", names, gap=9.0)
     return figure
 
 
 def _few(rates: pd.DataFrame, bands: pd.DataFrame | None) -> str:
-    """Which backbones were asked the panel alone where others were asked all items."""
-    few = [] if bands is None else sorted(set(rates["backbone"]) - set(bands["backbone"]))
-    return f"{', '.join(few)}: on the panel, without bands" if few else ""
+    """What lines without a band are of, where others have one."""
+    lines = ["backbone", "partner"]
+    few = bands is not None and len(rates[lines].drop_duplicates()) > len(bands[lines].drop_duplicates())
+    return "lines without a band: the panel alone" if few else ""
 
 
 WHOLE = "95 %, over seeds and what was asked, hold all ratios at once"
