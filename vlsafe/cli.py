@@ -33,18 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough: `vlsafe status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except ImportError as error:
-        if error.name in ("vlsafe", None) or error.name.startswith("vlsafe."):
-            raise
-        print(f"vlsafe: this command needs {error.name}, which the base install leaves out; {EXTRAS}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         unnamed = error.strerror if isinstance(error, OSError) and not error.filename else None
+        if isinstance(error, ImportError):
+            unnamed = f"{error}; the base install leaves out models and notebooks: `pip install 'vlsafe[all]'`"
         print("\n".join(map(failures.shortened, f"vlsafe: {unnamed or error}".splitlines())), file=sys.stderr)
         return 2
-
-
-EXTRAS = "`pip install 'vlsafe[models,notebooks]'` adds it"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -191,7 +185,7 @@ def _study(arguments: Arguments) -> Study:
 
 def _studies(arguments: Arguments) -> list[Study]:
     places = dict.fromkeys((backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds)
-    return [Study.open(arguments.scale, backbone, seed, arguments.root) for backbone, seed in places]
+    return [Study.open(arguments.scale, *place, arguments.root) for place in places]
 
 
 def _stages(arguments: Arguments) -> list[str]:
@@ -312,8 +306,7 @@ def _doctor(arguments: Arguments) -> None:
     lines = planning.doctor.doctor(scale, arguments.deep)
     for line in lines:
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
-    lacking = [line.what for line in lines if line.state in ("missing", "gated", "too small")]
-    if lacking:
+    if lacking := [line.what for line in lines if line.state in ("missing", "gated", "too small")]:
         remedy = "`vlsafe download` fetches what can be fetched; a corpus that is set to null in a YAML scale is done without"
         remedy = "`make parts` installs its packages" if scale.loaded and scale.loaded.packed else remedy
         raise ValueError(f"{len(lacking)} things are lacking ({', '.join(lacking)}); {remedy}")
@@ -336,8 +329,7 @@ def _gallery(arguments: Arguments) -> None:
     out = arguments.out or Path("figures") / studies[0].scale.name
     frames, missing = publish.results.results(studies, arguments.grid), publish.results.missing(studies, arguments.grid)
     gallery = publish.gallery.make(frames, studies[0].scale.name, out, provenance, missing)
-    for name in gallery.written:
-        print(f"{out}/{name}")
+    print(*(f"{out}/{name}" for name in gallery.written), sep="\n")
     for line in gallery.left_out[~gallery.left_out["what"].isin(list(missing))].itertuples():
         print(f"left out: {line.what}: {line.reason}{f' (missing: {line.missing})' if line.missing else ''}")
     if missing:
@@ -360,8 +352,7 @@ def _readme(arguments: Arguments) -> None:
 
 
 def _diff(arguments: Arguments) -> int:
-    before, after = arguments.results
-    frame = publish.provenance.differences(before, after, arguments.atol)
+    frame = publish.provenance.differences(*arguments.results, arguments.atol)
     print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
     return int(len(frame) > 0)
 
@@ -394,9 +385,9 @@ def _human_import(arguments: Arguments) -> None:
 def _human_report(arguments: Arguments) -> None:
     outputs = {name: arguments.out / name for name in ("F15_judges.csv", "F15_agreement.csv")}
     store.refuse_inputs(outputs, {"--people": arguments.people})
-    studies = _studies(arguments)
+    names = publish.results.read_by_all(studies := _studies(arguments), "tables", arguments.grid)
     wide = analysis.agreement.verdicts(
-        publish.results.read(studies, publish.results.read_by_all(studies, "tables", arguments.grid), "raw.parquet"),
+        publish.results.read(studies, names, "raw.parquet"),
         evaluation.human.table(arguments.people, ["seed", "harmful", "event", "item", "label"]),
     )
     rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
+from vlsafe.analysis import merging
+from vlsafe.analysis.measures import HEADLINE
 from vlsafe.core.schema import Turn
 from vlsafe.evaluation import engines
 from vlsafe.models import chat, checkpoints
@@ -19,7 +21,8 @@ def test_the_stage_agrees_with_a_plain_forward_pass(study):
     assert {"parent", "instruct", "safety", "merge"} == {stage for stage, _ in found.index} and (found["answers"] > 3).all()
     folder = study.folder("parent/aligned")
     model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
-    items = {item.id: item for item in study.items() if item.scoring == "generated" and not item.images}
+    alike = merging.needed(*HEADLINE)
+    items = {i.id: i for i in study.items() if i.scoring == "generated" and not i.images and i.benchmark in alike}
     raw, texts = (study.frame("examination/instruct.filtered-full", f"{file}.parquet") for file in ("raw", "responses"))
     asked = raw[(raw["exam"] == "full") & ~raw["harmful"].astype(bool)]
     said = texts[texts["model"] == asked["model"].iloc[0]].set_index("item")["text"]

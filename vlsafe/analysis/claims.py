@@ -225,11 +225,13 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def flagged(ledger: pd.DataFrame, capable: pd.DataFrame) -> pd.DataFrame:
+def flagged(ledger: pd.DataFrame, capable: pd.DataFrame | None) -> pd.DataFrame:
     """A ledger with `flagged`: which of the models that a claim compares cannot answer, in which seeds and why.
 
-    `capable` has the lines of `capability.guard`.
+    `capable` has the lines of `capability.guard`; None where no model was examined in full.
     """
+    if capable is None:
+        return ledger.assign(flagged="")
     missed = capable[capable["capable"].str.startswith("no")]
     missed = missed.assign(run=missed["stage"] + "/" + missed["recipe"], why=missed["capable"].str.removeprefix("no: "))
     parts = {claim.name: leaves(claim.decided_by) for claim in CLAIMS}

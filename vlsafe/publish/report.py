@@ -14,6 +14,7 @@ from vlsafe.publish.provenance import ARTEFACTS
 FIRST = ("F00_answer", "T09_claims", "F14_claims", "T00_left_out")
 OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 COLOURS = 128  # of a picture in the report, which is a third as large so; the files beside it have all
+MOST = 120  # lines of a table that is folded; the CSV beside the report has all
 TITLE = "What the paper claims, what was measured, how sure we are"
 
 
@@ -59,9 +60,12 @@ def _section(folder: Path, name: str) -> str:
         parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{_smaller(picture)}"></figure>')
     if (table := folder / f"{name}.md").exists():
         _, _, text = table.read_text(encoding="utf-8").partition("\n")
-        lines = max(0, text.count("\n|") - 2)
+        rows = [place for place, line in enumerate(text.split("\n")) if line.startswith("|")][2:]
+        cut = set() if name in FIRST else set(rows[MOST:])
+        text = "\n".join(line for place, line in enumerate(text.split("\n")) if place not in cut)
+        said = f"table, {len(rows)} lines" + (f", the first {MOST} shown, all in {name}.csv" if cut else "")
         shown = f'<div class="table">{mistune.html(text)}</div>'
-        parts.append(shown if name in FIRST else f"<details><summary>table, {lines} lines</summary>{shown}</details>")
+        parts.append(shown if name in FIRST else f"<details><summary>{said}</summary>{shown}</details>")
     return "\n".join(parts)
 
 
