@@ -33,9 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough: `vlsafe status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         unnamed = error.strerror if isinstance(error, OSError) and not error.filename else None
-        if isinstance(error, ImportError):
+        if isinstance(error, ModuleNotFoundError):
+            if (error.name or "vlsafe").partition(".")[0] == "vlsafe":
+                raise  # a fault of ours
             unnamed = f"{error}; the base install leaves out models and notebooks: `pip install 'vlsafe[all]'`"
         print("\n".join(map(failures.shortened, f"vlsafe: {unnamed or error}".splitlines())), file=sys.stderr)
         return 2
@@ -116,9 +118,7 @@ def _add_runs(command: Callable[..., Parser]) -> None:
 def _add_outside(command: Callable[..., Parser]) -> None:
     """Models, data and responses that others made, and what a scale needs of them."""
     added = command(_score, "score stored responses, or those of a run, to a real benchmark by its official metric", STUDY)
-    added.add_argument(
-        "benchmark", help="xstest, sorry_bench, mm_safetybench …; docs/benchmarks.md lists those with official files"
-    )
+    added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; docs/benchmarks.md lists them")
     data = "its official files, or a folder of many; for MME the tool's own Your_Results is one"
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help=data)
     added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
@@ -352,7 +352,7 @@ def _readme(arguments: Arguments) -> None:
 
 
 def _diff(arguments: Arguments) -> int:
-    frame = publish.provenance.differences(*arguments.results, arguments.atol)
+    frame = publish.provenance.differences(arguments.results[0], arguments.results[1], arguments.atol)
     print(frame.to_string(index=False) if len(frame) else f"no difference above {arguments.atol}")
     return int(len(frame) > 0)
 

@@ -75,6 +75,7 @@ def test_damaged_runs_are_replaced_and_running_ones_are_not_touched(packed, else
     put, kept = archive.unpacked(packed, elsewhere.root)
     assert put == [str(folder.relative_to(elsewhere.root))] and len(kept) == len(archive.held(packed)) - 1
     assert store.status(elsewhere.run("merge/sl-full"), deep=True) == "valid"
+    assert (folder.with_name("sl-full.damaged") / "panel.parquet").read_bytes() == b"x"  # nobody knows what else is in there
     (folder / "panel.parquet").write_bytes(b"x")
     with store.alone(folder), pytest.raises(ValueError, match="merge/sl-full is being made by another process"):
         archive.unpacked(packed, elsewhere.root)
@@ -87,6 +88,18 @@ def test_an_archive_with_other_runs_is_not_overwritten(elsewhere, packed, tmp_pa
     with pytest.raises(ValueError, match=r"1 runs that are not here and would be lost .*merge/sl-full"):
         archive.pack(elsewhere, file)
     assert file.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize("place", [".", "mini", "mini/mini-chat/seed0"])
+def test_an_archive_cannot_take_the_place_of_what_is_no_run(elsewhere, tmp_path, place):
+    file, before = tmp_path / "x.tar.xz", sorted(elsewhere.root.rglob("*"))
+    with tarfile.open(file, "w:xz") as tar:
+        entry = tarfile.TarInfo(f"{place}/manifest.json")
+        entry.size = 25
+        tar.addfile(entry, io.BytesIO(b'{"digest":"a","files":{}}'))
+    with pytest.raises(ValueError, match="is no archive of results"):
+        archive.unpacked(file, elsewhere.root)
+    assert sorted(elsewhere.root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "outside", "empty", "forged"])

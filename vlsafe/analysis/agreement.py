@@ -14,7 +14,7 @@ from scipy.stats import kendalltau
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from vlsafe.analysis import stats
-from vlsafe.analysis.measures import MEASURES, Lacking, about, groups
+from vlsafe.analysis.measures import MEASURES, Lacking, about, groups, in_worlds
 
 ATTACKS = {"text_asr": "text", "multimodal_asr": "pictures"}
 METHOD = ["backbone", "modality", "stage", "recipe"]
@@ -32,9 +32,7 @@ def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFr
     rows = pd.concat([about(rows, MEASURES[measure]).assign(modality=name) for measure, name in ATTACKS.items()])
     if rows.empty:
         raise Lacking("there is no full examination on harmful requests")
-    if not ("shared" in rows and rows["shared"].any()):  # a pair in two seeds is one of two worlds
-        rows = rows.assign(cluster=rows["seed"].astype(str) + " " + rows["cluster"].astype(str))
-    rows = rows.assign(event=pd.to_numeric(rows["event"].astype("Float64")))
+    rows = in_worlds(rows).assign(event=pd.to_numeric(rows["event"].astype("Float64")))
     return rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
 
 

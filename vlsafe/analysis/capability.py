@@ -52,8 +52,9 @@ def guard(raw: pd.DataFrame, texts: pd.DataFrame | None = None, perplexity: pd.D
 
 def _answers(final: pd.DataFrame, texts: pd.DataFrame | None) -> pd.DataFrame:
     """Shares over the answers to harmless requests, each counted once."""
-    parts = [part for of in (ALIKE, REFUSALS) if (part := [rows for name in of if len(rows := events(final, name))])]
-    harmless = pd.concat(parts[0] if parts else [events(final, ALIKE[0])]).drop_duplicates([*RUN, "item"])
+    parts = [events(final, measure) for measure in ALIKE]
+    parts = parts if any(map(len, parts)) else [events(final, measure) for measure in REFUSALS]
+    harmless = pd.concat([part for part in parts if len(part)] or parts[:1]).drop_duplicates([*RUN, "item"])
     harmless = harmless.assign(
         answered=1 - pd.to_numeric(harmless["event"].astype("Float64")), broken=harmless["label"].isin(BROKEN)
     )

@@ -321,9 +321,8 @@ def written(folder: Path) -> pd.DataFrame:
     """The ledger in a folder of artefacts; without a line where the folder has none."""
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    lines = lines.reindex(
-        columns=[*judged({}).columns, "reason", "flagged"]
-    )  # older galleries wrote no judges, reasons, statuses
+    # older galleries wrote no judges, reasons, statuses
+    lines = lines.reindex(columns=[*judged({}).columns, "reason", "flagged"])
     return lines.assign(
         flagged=lines["flagged"].fillna(""),
         effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]],

@@ -300,7 +300,7 @@ def _stratum(values: pd.Series, clusters: Iterable[Any], weight: float = 1.0) ->
 def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
     """The frames with answers to some measures laid out by study: item × run at the end, item × (recipe, step) on the panel; and
     the judges of each measure; `shared`: whether all seeds were asked the same items."""
-    shared = "shared" in frames["raw"] and bool(frames["raw"]["shared"].any())
+    shared = analysis_measures.shared(frames["raw"])
     result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}, "compared": {}, "shared": shared}
     for unit, raw in frames["raw"].groupby(UNIT):
         final, panel = raw[raw["exam"] == "full"], adaptation.panel(raw)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, main_line, rates, run_names
+from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, in_worlds, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
 
 
@@ -71,8 +71,7 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
     raw = main_line(raw)
     final = raw[(raw["exam"] == "full") & raw["harmful"].astype(bool)]
     final = final.assign(kind=run_names(final).map({run: name for name, run in MAIN_LINE.items()}))
-    if not ("shared" in final and final["shared"].any()):
-        final = final.assign(cluster=final["seed"].astype(str) + " " + final["cluster"].astype(str))
+    final = in_worlds(final)
     frames = []
     for measure, before in (("text_asr", "parent"), ("multimodal_asr", "stage 1")):
         rows = final[final["kind"].isin([before, "adapted"])]

@@ -31,6 +31,17 @@ def run_names(raw: pd.DataFrame) -> pd.Series:
     return raw["stage"] + "/" + raw["recipe"]
 
 
+def shared(rows: pd.DataFrame) -> bool:
+    """Whether all seeds were asked the same items, as where benchmarks are loaded."""
+    return "shared" in rows and bool(rows["shared"].any())
+
+
+def in_worlds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose clusters are those of one seed, unless all seeds share their items: one pair in two seeds is of two worlds."""
+    seeded = rows["seed"].astype(str) + " " + rows["cluster"].astype(str)
+    return rows if shared(rows) else rows.assign(cluster=seeded)
+
+
 def main_line(raw: pd.DataFrame) -> pd.DataFrame:
     """The rows of panels and full examinations of the main line: no other recipe, no altered prompt."""
     return raw[run_names(raw).isin(MAIN_LINE.values()) & raw["exam"].isin(["panel", "full"])]
@@ -311,11 +322,8 @@ def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[A
 
     Deviations are stretched as for a variance of so few seeds.
     """
-    shared = "shared" in rows and bool(rows["shared"].any())
-    each = [
-        bootstrap(of, measure, np.random.default_rng(0 if shared else seed), draws)
-        for seed, of in rows.groupby("seed", sort=True)
-    ]
+    seeded = not shared(rows)
+    each = [bootstrap(of, measure, np.random.default_rng(seed * seeded), draws) for seed, of in rows.groupby("seed", sort=True)]
     k, found = len(each), dict[str, dict[Any, np.ndarray]]()
     weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, (k / max(1, k - 1)) ** 0.5
     for recipe, step in sorted(set.intersection(*map(set, each))):

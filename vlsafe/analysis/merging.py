@@ -361,9 +361,8 @@ def sheet(lines: pd.DataFrame, verdict: pd.DataFrame, reference: str = "adapted"
     """T07 for the eye: one line per rule × partner in percent, with changes from a reference and the verdicts on the others, and
     whether the merge can answer at all, where the lines say so."""
     shown = analysis_measures.compact(lines[(lines["reference"] == reference) | lines["reference"].isna()], [*KEYS, "place"])
-    shown_verdict = verdict["verdict"].where(
-        verdict["whole"], verdict["verdict"] + " (in part)"
-    )  # not all measures were taken of both
+    # in part: not all measures were taken of both
+    shown_verdict = verdict["verdict"].where(verdict["whole"], verdict["verdict"] + " (in part)")
     wide = verdict.assign(verdict=shown_verdict).pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
     rivals = [name for name in ("mtl", "sl", "dpo", "ensemble", "linear") if name in wide.columns]
     whole = shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")

@@ -263,7 +263,7 @@ def _discard(run: Run, say: Callable[[str], object]) -> None:
     beside = run.folder.with_name(f"{run.folder.name}.foreign")
     for name in others:
         (beside / name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(run.folder / name, _free(beside / name))
+        os.rename(run.folder / name, free(beside / name))
     if others:
         say(f"{run.stage}/{run.recipe}: {', '.join(map(str, others[:SHOWN]))}, not its own, moved to {beside.name}")
     doomed = run.folder.with_name(run.folder.name + ".doomed")
@@ -272,7 +272,7 @@ def _discard(run: Run, say: Callable[[str], object]) -> None:
     shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that somebody reads stays as .nfs…
 
 
-def _free(path: Path) -> Path:
+def free(path: Path) -> Path:
     """A path, or the first numbered one beside it that nobody uses."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())

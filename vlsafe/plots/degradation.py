@@ -50,15 +50,11 @@ def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
     style.draw_measures(axis, rates[rates["exam"] == "panel"], "root")
     whole = rates[rates["exam"] == "full"]  # of other items, so no line leads to it
     for measure, look in LINES.items():
-        of = whole[whole["measure"] == measure]
-        axis.plot(of["root"].unique(), of.groupby("root")["value"].mean(), markersize=4.5, linestyle="", **_mark(look))
+        mean = whole[whole["measure"] == measure].groupby("root")["value"].mean()
+        axis.plot(mean.index, mean, **{**look, "markersize": 4.5, "linestyle": ""})
     steps = sorted(rates["step"].unique())
     shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
     axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
-
-
-def _mark(look: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in look.items() if name != "linestyle"}
 
 
 def _before_and_after(rates: pd.DataFrame) -> str:

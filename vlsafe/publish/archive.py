@@ -11,7 +11,8 @@ import io
 import json
 import lzma
 import os
-import shutil
+import re
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from vlsafe.study.study import Study
 ROWS = ("world/corpora", "screen/filtered")  # what models are trained on and asked; of a screen its verdicts are kept
 VERDICTS = "audit.parquet"
 ANSWERS = "responses.parquet"  # of models that are built they mean nothing; of others they may help somebody do harm
+PLACE = re.compile(r"[^/]+/[^/]+/seed\d+/[^/]+/[^/]+")  # of a run in a store
 OF_MODELS = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -106,14 +108,14 @@ def held(file: Path) -> set[str]:
             found = {str(PurePosixPath(name).parent) for name in tar.getnames() if PurePosixPath(name).name == MANIFEST}
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file} is no archive of results, or is cut short ({error}); `vlsafe archive` writes them") from None
-    if not found:
-        raise ValueError(f"{file} is no archive of results: it holds no run; `vlsafe archive` writes them")
+    if not found or not all(map(PLACE.fullmatch, found)):  # a run's folder may be moved: it must be a run's, and no other
+        raise ValueError(f"{file} is no archive of results: it holds no run, or something else; `vlsafe archive` writes them")
     return found
 
 
 def unpacked(file: Path, root: Path) -> tuple[list[str], list[str]]:
     """The runs of an archive by folder: those that were put into a run store, and those that stay as they are there. One whose
-    files are not those of its manifest is replaced.
+    files are not those of its manifest makes room, and is kept beside it as `<recipe>.damaged`: it may hold weights.
 
     Raises:   ValueError where the file is no archive of this kind or one of its runs is not whole, before anything is put there;
               where another process is making one of them
@@ -133,7 +135,10 @@ def unpacked(file: Path, root: Path) -> tuple[list[str], list[str]]:
                 if store.whole_run(root / run):
                     kept.append(run)
                     continue
-                shutil.rmtree(root / run, ignore_errors=True)
+                if (root / run).exists():
+                    aside = store.free(root / f"{run}.damaged")
+                    os.rename(root / run, aside)
+                    print(f"{run}: its files were not those of its manifest; kept as {aside.name}", file=sys.stderr)
                 os.rename(Path(work) / run, root / run)
                 put.append(run)
     return put, kept
