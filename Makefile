@@ -157,7 +157,7 @@ notebooks: reproduce
 # The committed notebooks and the golden numbers against the runs that are here.
 nbval: setup
 	$(BIN)/python -m pytest -p no:xdist tests/publish/test_golden.py
-	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -p no:xdist notebooks
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1800 -n 2 --dist loadfile notebooks
 
 clean:
 	rm -rf runs figures/mini-partial .snakemake

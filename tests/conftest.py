@@ -19,6 +19,14 @@ from vlsafe.study.study import Study
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests of a study that takes a minute to make go to one process; all others where there is room."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        shared = [name for name in ("study", "begun") if name in item.fixturenames]
+        if shared and not item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
+
+
 def smaller(fit, steps, batch_size=8):
     return dataclasses.replace(fit, steps=steps, batch_size=batch_size)
 
@@ -75,8 +83,16 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def begun(tmp_path_factory):
+    """A NANO study up to stage 1."""
+    made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
+    made.folder("projector/filtered")
+    return made
+
+
+@pytest.fixture(scope="session")
 def figures(study, tmp_path_factory):
-    """A gallery of the NANO study, made once; tests that ask for it share the group `figures`, so that one process makes it."""
+    """A gallery of the NANO study, made once."""
     out = tmp_path_factory.mktemp("figures")
     assert cli.main(["gallery", "--scale", "nano", "--root", str(study.root), "--out", str(out), "--seeds", "0"]) == 0
     return out

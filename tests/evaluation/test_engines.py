@@ -4,14 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.test_processes import begun  # noqa: F401  (a fixture)
 
 from vlsafe.evaluation import decoding, engines
 from vlsafe.models import chat, checkpoints
 
 
 @pytest.fixture(scope="module")
-def tools(begun):  # noqa: F811
+def tools(begun):
     folder = begun.checkpoints("projector/filtered")[-1]
     return checkpoints.load(folder), checkpoints.load_processor(folder), begun.items()
 

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 
 import pytest
-from training.test_processes import begun  # noqa: F401  (a fixture)
 
 from vlsafe import cli
 from vlsafe.core.presets import MINI
@@ -17,7 +16,7 @@ SERVE = f"{sys.executable} -m transformers.cli.transformers serve {{folder}} --d
 SERVE += " --host 127.0.0.1 --port {port}"
 
 
-def test_a_server_is_the_engine_of_an_examination_and_agrees_with_the_local_one(begun, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_server_is_the_engine_of_an_examination_and_agrees_with_the_local_one(begun, tmp_path, monkeypatch, capsys):
     pytest.importorskip("fastapi", reason="transformers serve needs the extra `test`")
     (tmp_path / "hub").mkdir()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -35,7 +34,7 @@ def test_a_server_is_the_engine_of_an_examination_and_agrees_with_the_local_one(
     assert [(r.item, r.text) for r in served] == [(r.item, r.text) for r in local]
 
 
-def test_a_server_that_ends_says_why(begun):  # noqa: F811
+def test_a_server_that_ends_says_why(begun):
     folder = begun.checkpoints("projector/filtered")[-1]
     command = f"{sys.executable} -c \"raise SystemExit('no such model')\""
     with pytest.raises(ChildProcessError, match="the server ended with code 1: no such model"):

@@ -141,6 +141,9 @@ def test_the_commands_weigh_and_merge(llavas, tmp_path, capsys):  # noqa: F811
         assert cli.main(["fisher", str(llavas / which), str(rows), "--out", out]) == 0
     call = ["merge", "fisher", *(str(llavas / which) for which in "ab"), "--ratio", "0.5", "--out", str(tmp_path / "out")]
     assert cli.main(["fisher", str(llavas / "a"), str(rows), "--out", weighed[0]]) == 2 and "exists" in capsys.readouterr().err
+    (tmp_path / "wrong.jsonl").write_text(rows.read_text().splitlines()[0] + '\n{"question": "x"}\n')
+    assert cli.main(["fisher", str(llavas / "a"), str(tmp_path / "wrong.jsonl"), "--out", str(tmp_path / "none")]) == 2
+    assert f"row 2 of {tmp_path}/wrong.jsonl: a row of Example has the wrong columns" in capsys.readouterr().err
     assert cli.main(call) == 2 and "(--fisher)" in capsys.readouterr().err
     assert cli.main([*call, "--fisher", *weighed]) == 0
     a, b = (checkpoints.load(llavas / which).state_dict() for which in "ab")

@@ -124,7 +124,6 @@ def test_results_are_held_against_published_numbers(tmp_path, capsys):
     assert "did you mean 'instruct/filtered-full'" in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("figures")
 def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(figures, study):
     names = {path.name for path in figures.iterdir()}
     assert {f"T0{name}.md" for name in ("8_models", "8_precision", "8_published", "9_claims", "9_by_seed", "9_parts")} <= names
@@ -140,7 +139,6 @@ def test_the_gallery_holds_the_ledger_and_says_where_everything_comes_from(figur
             assert all(digest.encode() in keywords for digest in told["runs"].values())
 
 
-@pytest.mark.xdist_group("figures")
 def test_the_report_is_one_file_with_the_claims_on_top(figures, tmp_path):
     cli.main(["report", "--figures", str(figures), "--out", str(tmp_path / "report.html")])
     html = (tmp_path / "report.html").read_text()

@@ -55,15 +55,18 @@ def texts(studies):
     return results.read(studies, [*MAIN, *MORE], "responses.parquet", ("backbone", "seed"))
 
 
-def rate(raw, backbone, seed, run, benchmark, harmful, event):
-    """Item -> event of one model's full examination, by the judge of the miniature, in plain Python."""
-    stage, _, recipe = MAIN_LINE.get(run, run).partition("/")
+@pytest.fixture(scope="module")
+def answered(raw):
+    """(study, run, benchmark, harmful) -> item -> event and label of a full examination, by the judge of the miniature, read
+    row by row in plain Python."""
     columns = ["backbone", "seed", "stage", "recipe", "exam", "benchmark", "harmful", "judge", "item", "event", "label", "group"]
     found = {}
-    for b, s, st, r, exam, of, h, judge, item, happened, label, group in zip(*(raw[c].tolist() for c in columns), strict=True):
-        asked = (b, s, st, r, exam, of, h, judge) == (backbone, seed, stage, recipe, "full", benchmark, harmful, "world")
-        if asked and group in ("base", "SD", "TYPO", "SD_TYPO") and happened is not None:
-            found[item] = float(happened) if event == "complied" else float(label == event)
+    for backbone, seed, stage, recipe, exam, of, harmful, judge, item, event, label, group in zip(
+        *(raw[c].tolist() for c in columns), strict=True
+    ):
+        if exam == "full" and judge == "world" and group in ("base", "SD", "TYPO", "SD_TYPO") and event is not None:
+            key = (backbone, seed, f"{stage}/{recipe}", of, bool(harmful))
+            found.setdefault(key, {})[item] = {"complied": float(event), "refused": float(label == "refused")}
     return found
 
 
@@ -77,14 +80,15 @@ EFFECTS = [  # claim, comparison's before and after, benchmark, harmful, event
 
 
 @pytest.mark.parametrize(("claim", "before", "after", "benchmark", "harmful", "event"), EFFECTS)
-def test_five_committed_effects_again(raw, claim, before, after, benchmark, harmful, event):
+def test_five_committed_effects_again(answered, claim, before, after, benchmark, harmful, event):
     ledger = analysis.claims.written(FIGURES)
     lines = ledger[(ledger["claim"] == claim) & (ledger["item_level"] != analysis.claims.NOT)]
     assert len(lines)
     for line in lines.itertuples():
         means = []
-        for seed in sorted(raw.loc[raw["backbone"] == line.backbone, "seed"].unique()):
-            a, b = (rate(raw, line.backbone, seed, run, benchmark, harmful, event) for run in (before, after))
+        for seed in sorted({key[1] for key in answered if key[0] == line.backbone}):
+            runs = (MAIN_LINE.get(run, run) for run in (before, after))
+            a, b = (answered.get((line.backbone, seed, run, benchmark, harmful), {}) for run in runs)
             if a and b:
-                means.append(np.mean([b[item] - a[item] for item in a if item in b]))
+                means.append(np.mean([b[item][event] - a[item][event] for item in a if item in b]))
         assert len(means) == line.seeds and np.mean(means) == pytest.approx(line.effect, abs=2e-4), line

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training.test_processes import DDP, begun, job, loopback, rows, trained, written  # noqa: F401  (fixtures)
+from training.test_processes import DDP, job, loopback, rows, trained, written  # noqa: F401  (fixtures)
 
 from vlsafe import cli
 from vlsafe.core import store
@@ -102,7 +102,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_is_told_and_a_rerun_with_room_completes(begun, small_disk, capsys):  # noqa: F811
+def test_a_full_disk_is_told_and_a_rerun_with_room_completes(begun, small_disk, capsys):
     shutil.copytree(begun.root, small_disk / "runs", ignore=shutil.ignore_patterns("projector"), copy_function=shutil.copy2)
     filler = small_disk / "filler"
     with open(filler, "wb") as file, pytest.raises(OSError):
@@ -131,7 +131,7 @@ def test_older_checkpoints_keep_their_weights_alone_and_the_newest_can_be_gone_o
     assert checkpoints.last_complete(tmp_path / "x").name == "checkpoint-6"
 
 
-def test_a_stage_killed_after_its_training_does_not_train_again(begun, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stage_killed_after_its_training_does_not_train_again(begun, tmp_path, monkeypatch):
     shutil.copytree(begun.root, tmp_path / "runs", copy_function=shutil.copy2)
     study = Study.open("nano", "mini-chat", 0, tmp_path / "runs")
     plain = store._manifest

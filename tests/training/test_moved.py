@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.test_processes import DDP, FSDP, HERE, begun, job, loopback, rows, written  # noqa: F401
+from training.test_processes import DDP, FSDP, HERE, job, loopback, rows, written  # noqa: F401
 
 from vlsafe.models import checkpoints as models
 from vlsafe.training import checkpoints, launch
@@ -16,7 +16,7 @@ from vlsafe.training import checkpoints, launch
 MODEL = "model.safetensors"
 
 
-def stage_1(begun, folder, **changes):  # noqa: F811
+def stage_1(begun, folder, **changes):
     return dataclasses.replace(job(begun, folder, **changes), method="projector", milestones=(3, 6))
 
 
@@ -30,7 +30,7 @@ def trained(of, data):
 
 
 @pytest.mark.parametrize("low", [{}, {"dtype": "bfloat16", "saved": "bfloat16"}])
-def test_finished_models_are_those_of_whole_checkpoints(begun, pictured, tmp_path, monkeypatch, low):  # noqa: F811
+def test_finished_models_are_those_of_whole_checkpoints(begun, pictured, tmp_path, monkeypatch, low):
     """Byte for byte, and with the same bits after a resumption."""
     of = stage_1(begun, tmp_path / "part", **low)
     losses = trained(of, pictured)
@@ -53,7 +53,7 @@ def test_finished_models_are_those_of_whole_checkpoints(begun, pictured, tmp_pat
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path, monkeypatch, kind):  # noqa: F811
+def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     alone = trained(stage_1(begun, tmp_path / "one"), pictured)
     of = stage_1(begun, tmp_path / "two", launch=written(tmp_path, FSDP if kind == "fsdp2" else DDP))
@@ -65,7 +65,7 @@ def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path,
     assert len(one) == 4 and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_checkpoint_that_lost_a_weight_is_not_finished(begun, tmp_path):  # noqa: F811
+def test_a_checkpoint_that_lost_a_weight_is_not_finished(begun, tmp_path):
     start = begun.checkpoints("projector/filtered")[0]
     place = tmp_path / "checkpoint-3"
     shutil.copytree(start, place)

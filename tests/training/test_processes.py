@@ -18,7 +18,6 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from vlsafe.core.scale import Fit, LoraSpec, as_plain
 from vlsafe.core.schema import Turn
 from vlsafe.models import checkpoints, trainable
-from vlsafe.study.study import Study
 from vlsafe.training import checkpoints as training_checkpoints
 from vlsafe.training import datasets, launch, processes, trainers
 
@@ -40,14 +39,6 @@ FSDP = {
 @pytest.fixture(autouse=True)
 def loopback(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """A NANO study up to stage 1."""
-    study = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
-    study.folder("projector/filtered")
-    return study
 
 
 @pytest.fixture(scope="module")

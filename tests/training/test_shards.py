@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training.test_precision import all_pairs, job, pairs  # noqa: F401
-from training.test_processes import FSDP, HERE, begun, loopback, rows, written  # noqa: F401
+from training.test_processes import FSDP, HERE, loopback, rows, written  # noqa: F401
 
 from vlsafe.models import checkpoints
 from vlsafe.training import checkpoints as training_checkpoints
@@ -32,7 +32,7 @@ def reports(tmp_path):
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def preferences(begun, folder, method="full"):  # noqa: F811
+def preferences(begun, folder, method="full"):
     of = job(begun, folder, "dpo", method, batch_size=8, micro_batches=1)
     return dataclasses.replace(of, fit=dataclasses.replace(of.fit, steps=6), milestones=(3, 6))
 

@@ -50,8 +50,11 @@ class Part(NamedTuple):
 
 
 def changes(part: Part, frames: Frames, unit: Unit) -> Changes | None:
-    """What a comparison finds in one study; None where it was not measured there."""
-    return METHODS[part.method](part, frames, unit)
+    """What a comparison finds in one study; None where it was not measured there. Claims and tables share some."""
+    key, memory = (part._replace(what="", sign=1, against=0.0), unit), frames["changes"]
+    if key not in memory:
+        memory[key] = METHODS[part.method](part, frames, unit)
+    return memory[key]
 
 
 def answers(part: Part, frames: Frames, unit: Unit) -> Changes | None:
@@ -301,7 +304,8 @@ def prepared(frames: Frames, measures: Iterable[str]) -> dict[str, Any]:
     """The frames with answers to some measures laid out by study: item × run at the end, item × (recipe, step) on the panel; and
     the judges of each measure; `shared`: whether all seeds were asked the same items."""
     shared = analysis_measures.shared(frames["raw"])
-    result: dict[str, Any] = {**frames, "answers": {}, "panels": {}, "judges": {}, "compared": {}, "shared": shared}
+    own: dict[str, dict[Any, Any]] = {name: {} for name in ("answers", "panels", "judges", "changes", "compared")}
+    result: dict[str, Any] = {**frames, **own, "shared": shared}
     for unit, raw in frames["raw"].groupby(UNIT):
         final, panel = raw[raw["exam"] == "full"], adaptation.panel(raw)
         for measure in sorted(set(measures) & set(analysis_measures.MEASURES)):

@@ -165,7 +165,7 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
     row = {renamed.get(name, name): value for name, value in row.items()}
     optional = {f.name for f in fields(kind) if f.default is not MISSING}
     if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
-        raise ValueError(f"a {kind.__name__} row has the wrong columns: {sorted(wrong)}")
+        raise ValueError(f"a row of {kind.__name__} has the wrong columns: {sorted(wrong)}")
     convert: dict[str, Callable[[Any], Any]] = {
         "turns": lambda turn: Turn(turn["role"], turn["text"]),
         "images": lambda image: Stored(image["path"]) if image["bytes"] is None else image["bytes"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlsafe import data, models
@@ -62,7 +62,14 @@ def fisher(arguments: argparse.Namespace) -> None:
     models.weights.shards(arguments.model)  # refuses what is no folder of safetensors, with the remedy
     models.merge.fisher.refuse_existing(arguments.out)
     model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
-    rows = (from_row(Example, row) for row in data.files.rows_in(arguments.rows))
-    found = models.merge.fisher.diagonal(model, processor, rows, arguments.limit)
+    found = models.merge.fisher.diagonal(model, processor, _examples(arguments.rows), arguments.limit)
     models.merge.fisher.save(found, arguments.out)
     print(f"{arguments.out}: {len(found)} tensors")
+
+
+def _examples(path: Path) -> Iterator[Example]:
+    for number, row in enumerate(data.files.rows_in(path), 1):
+        try:
+            yield from_row(Example, row)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {number} of {path}: {error}") from error
