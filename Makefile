@@ -72,9 +72,8 @@ pocket-nano: setup
 	if ! [ -f .pocket/.installed ] || ! [ -f .pocket/debian/.installed ]; then \
 	    echo "make pocket-nano: skipped: the packages of scale pocket cannot be installed on this machine"; \
 	else \
-	    $(BIN)/vlsafe stage examination/parent.aligned examination/projector.filtered examination/instruct.filtered-full \
-	        examination/safety.sl-full examination/safety.dpo-both-full safety/grpo-text-full \
-	        probe/localisation probe/direction probe/seeing merge/sl-full \
+	    $(BIN)/vlsafe stage examination/parent.aligned examination/instruct.filtered-full examination/safety.sl-full \
+	        safety/dpo-both-full safety/grpo-text-full probe/localisation probe/direction probe/seeing merge/aligned \
 	        --backbone pocket-chat --seed 0 $(NANO) && \
 	    $(BIN)/vlsafe gallery $(NANO) --backbones pocket-chat --seeds 0 --out build/pocket-nano/figures && \
 	    test -s build/pocket-nano/figures/T02_degradation.csv && test -s build/pocket-nano/figures/T03_seeing.csv; \
