@@ -167,7 +167,7 @@ def strata(rows: pd.DataFrame, measure: str) -> list[stats.Stratum]:
         return []
     return [
         stats.Stratum(weight / (1 - of["floor"].iloc[0]), of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
-        for weight, of in weighted_groups(rows[[*STRATA, "least", "most"]])
+        for weight, of in weighted_groups(rows[[*SAME, "least", "most"]])
     ]
 
 
@@ -178,7 +178,6 @@ def weighted_groups(rows: pd.DataFrame) -> Iterator[tuple[float, pd.DataFrame]]:
             yield 1 / rows["part"].nunique() / part["stratum"].nunique(), stratum
 
 
-STRATA = ["part", "stratum", "floor", "cluster"]  # what an estimate is made of, apart from the events themselves
 WHOLE = {"all_right": all_right, "mme_score": mme_score}
 
 
@@ -207,7 +206,7 @@ def rates(raw: pd.DataFrame, measures: Sequence[str], by: Sequence[str] = MODEL)
     """
     lines = []
     for measure in measures:
-        for key, rows in groups(events(raw, measure)[[*by, "judge", *STRATA, "event"]], by):
+        for key, rows in groups(events(raw, measure)[[*dict.fromkeys([*by, "judge", "event", *SAME])]], by):
             if rate := estimate(rows, measure):
                 lines.append(key | {"measure": measure} | vars(rate) | {"judge": named(rows["judge"])})
     return pd.DataFrame(lines)
