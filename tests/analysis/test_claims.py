@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import claims, comparisons
+from vlsafe.analysis import claims, comparisons, crossing
 from vlsafe.analysis.claims import CEILING, CONTRADICTED, NOT, SUPPORTED, UNDECIDED
 from vlsafe.analysis.measures import MODEL
 
@@ -309,10 +309,10 @@ def test_models_that_cannot_answer_are_named_beside_the_claims_that_compare_them
         [{"backbone": "b", "seed": s, "stage": a, "recipe": r, "capable": c} for s in (0, 2) for a, r, c in names]
     )
     ledger = claims.ledger(found(study()))
-    told = claims.flagged(ledger, capable).set_index("claim")["flagged"]
+    told = crossing.flagged(ledger, capable).set_index("claim")["flagged"]
     assert told["4b"] == told["4g"] == "instruct/textonly-full, seed 0, 2: answers are broken" and told["3"] == ""
-    assert claims.sheet(claims.flagged(ledger, capable)).set_index("claim")["not capable"].to_dict() == told.to_dict()
-    assert set(claims.flagged(ledger, capable.assign(capable="yes"))["flagged"]) == {""}
+    assert claims.sheet(crossing.flagged(ledger, capable)).set_index("claim")["not capable"].to_dict() == told.to_dict()
+    assert set(crossing.flagged(ledger, capable.assign(capable="yes"))["flagged"]) == {""}
 
 
 def test_what_a_benchmark_could_have_shown():

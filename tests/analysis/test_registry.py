@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from vlsafe.analysis import claims
+from vlsafe.analysis import claims, crossing
 from vlsafe.analysis.claims import EXPLORATORY, REGISTERED, SUPPORTED
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,13 @@ def test_the_first_ledger_is_what_the_crossing_refuses():
     line = {"claim": "10", "backbone": "b", "item_level": SUPPORTED}
     rival = {"backbone": "b", "rule": "inside", "partner": "sl-full", "reference": "dpo"}
     lost, won = (pd.DataFrame([rival | {"verdict": verdict}]) for verdict in ("is dominated", "dominates"))
-    assert contradictions(pd.DataFrame([line]), lost) == [("10", "b")] and contradictions(pd.DataFrame([line]), won) == []
+    ledger = pd.DataFrame([line | {"seed_level": SUPPORTED}])
+    assert contradictions(ledger, lost) == [("10", "b")] and contradictions(ledger, won) == []
+    for dominance, level in ((lost, claims.DIFFERS), (won, SUPPORTED), (None, SUPPORTED)):
+        assert crossing.crossed(ledger, dominance)[["item_level", "seed_level"]].eq(level).all(axis=None)
+    others = [("backbone", "c"), ("partner", "aligned"), ("reference", "ensemble"), ("reference", "adapted"), ("rule", "linear")]
+    for column, value in others:
+        assert crossing.crossed(ledger, lost.assign(**{column: value}))["item_level"].tolist() == [SUPPORTED], column
 
 
 SIDE = {"instruct/filtered-full": "adapted", "parent/aligned": "parent"}

@@ -57,7 +57,16 @@ def test_nobody_knows_which_rows_of_other_peoples_corpora_are_harmful():
 
 def test_what_was_not_compared_says_so():
     rows = pd.DataFrame(
-        {"benchmark": "xstest", "judge": "x", "group": "homonym", "event": [True], "harmful": False, "model": "m"}
+        {
+            "benchmark": "xstest",
+            "judge": "x",
+            "group": "homonym",
+            "event": [True],
+            "harmful": False,
+            "model": "m",
+            "item": "i",
+            "cluster": "c",
+        }
     )
     with pytest.raises(Lacking, match="see helpfulness"):
         adaptation.capabilities(rows)

@@ -6,8 +6,8 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.analysis import (
-        adaptation, agreement, capability, causal, claims, comparisons, degradation, durability, filtering, measures, merging,
-        probing, sentences, stats, tuning,
+        adaptation, agreement, capability, causal, claims, comparisons, crossing, degradation, durability, filtering, measures,
+        merging, probing, sentences, stats, tuning,
     )  # fmt: skip
 
 __getattr__ = lazily(__name__)

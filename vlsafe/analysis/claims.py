@@ -225,26 +225,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def flagged(ledger: pd.DataFrame, capable: pd.DataFrame | None) -> pd.DataFrame:
-    """A ledger with `flagged`: which of the models that a claim compares cannot answer, in which seeds and why.
-
-    `capable` has the lines of `capability.guard`; None where no model was examined in full.
-    """
-    if capable is None:
-        return ledger.assign(flagged="")
-    missed = capable[capable["capable"].str.startswith("no")]
-    missed = missed.assign(run=missed["stage"] + "/" + missed["recipe"], why=missed["capable"].str.removeprefix("no: "))
-    parts = {claim.name: leaves(claim.decided_by) for claim in CLAIMS}
-
-    def text(name: str, backbone: str) -> str:
-        globs = {run for part in parts[name] for run in (part.before, part.after)}
-        compared = missed["run"].map(lambda run: any(fnmatchcase(run, glob) for glob in globs)).astype(bool)
-        found = missed[compared & (missed["backbone"] == backbone)].groupby(["run", "why"], sort=False)["seed"]
-        return "; ".join(f"{run}, seed {', '.join(map(str, seeds))}: {why}" for (run, why), seeds in found)
-
-    return ledger.assign(flagged=[text(*of) for of in zip(ledger["claim"], ledger["backbone"], strict=True)])
-
-
 def every_part(frames: Frames) -> pd.DataFrame:
     """One line per claim × backbone × comparison, before they are weighed against each other."""
     lines = results(frames)

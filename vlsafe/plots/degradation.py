@@ -27,7 +27,7 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
     n = int(rates["n"].max())
     few = int(rates.loc[rates["exam"] == "panel", "n"].max()) if (rates["exam"] == "panel").any() else n
     sizes = f"lines: the panel, up to n = {few} a point; large marks: all items, up to n = {n}"
-    notes = (f"bands: {style.band(rates)}", sizes, style.judges(rates), "dotted: parent")
+    notes = (f"bands (ASR): {style.band(rates)}", sizes, style.judges(rates), "dotted: parent")
     columns = {"projector": "stage 1: projector alone, captions", "instruct": "stage 2: projector and language model"}
     rows, xlabel = style.by_backbone(rates, "percent of prompts"), "training step (square-root scale)"
     caption = style.caption(rates, scale, *notes)
@@ -47,7 +47,11 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
 
 def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
     rates = rates.assign(root=np.sqrt(rates["step"])).sort_values("step")
-    style.draw_measures(axis, rates[rates["exam"] == "panel"], "root")
+    panel = rates[rates["exam"] == "panel"]
+    attacked = panel["measure"].str.endswith("_asr")
+    means = panel[~attacked].groupby(["measure", "root"], as_index=False)["value"].mean()
+    style.draw_measures(axis, means.assign(seed=0), "root")
+    style.draw_measures(axis, panel[attacked], "root")
     whole = rates[rates["exam"] == "full"]  # of other items, so no line leads to it
     for measure, look in LINES.items():
         mean = whole[whole["measure"] == measure].groupby("root")["value"].mean()

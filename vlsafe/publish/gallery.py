@@ -197,7 +197,9 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "capable": lambda of: analysis.capability.guard(of["raw"], *map(of.frames.get, ("texts", "perplexity"))),
     "lineage": lambda of: plots.claims.lineage_points(of["models"]),
     "prepared": lambda of: analysis.claims.prepared({**of.frames, "without": of.without}),
-    "ledger": lambda of: analysis.claims.flagged(analysis.claims.ledger(of["prepared"]), of.or_none("capable")),
+    "ledger": lambda of: analysis.crossing.flagged(
+        analysis.crossing.crossed(analysis.claims.ledger(of["prepared"]), of.or_none("verdicts")), of.or_none("capable")
+    ),
     "precision": lambda of: analysis.claims.precision(of["prepared"]),
     "parts": lambda of: analysis.claims.every_part(of["prepared"]),
     "by seed": lambda of: analysis.claims.by_seed(of["prepared"]),
