@@ -104,8 +104,6 @@ def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, k
     low = losses(job(begun, tmp_path / "low", objective, **rest), data)
     noted(f"{objective.upper()} full, two processes ({kind})", low, plain)
     assert low != plain and apart(low, plain) < 0.01
-    if objective == "dpo":
-        return  # it goes on as SFT does
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "low" / "checkpoint-25", tmp_path / "again" / "checkpoint-25")
     assert losses(job(begun, tmp_path / "again", objective, **rest), data) == low
