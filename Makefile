@@ -1,7 +1,7 @@
 # Two commands: `make reproduce` and `make test`. Both set everything up by themselves.
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 SCALE     ?= mini
-SEEDS     ?= 0
+SEEDS     ?= $(if $(filter mini,$(SCALE)),4,0)
 BACKBONES ?= mini-chat
 CORES     ?= 2
 # "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
@@ -149,7 +149,7 @@ figures: setup
 	$(BIN)/vlsafe unpack figures/"$$SCALE"/results/*.tar.xz --root "build/results/$$SCALE"
 	$(BIN)/vlsafe gallery --all --scale "$$SCALE" --root "build/results/$$SCALE" --grid "$$GRID" --out "figures/$$SCALE"
 
-# Execute at mini, seed 0, and copy the outputs back into the committed notebooks.
+# Execute at mini, median seed, and copy the outputs back into the committed notebooks.
 notebooks: reproduce
 	$(BIN)/vlsafe notebooks --root "$$ROOT"
 

@@ -115,7 +115,7 @@ def trained(what: str, model: Any, fit: Fit, passes: int, method: str, run: Call
     if what.startswith("DPO"):  # tokens are those of both answers; the reference reads them as well
         one = tokens / 2 - shapes.image_tokens
         done = 2 * (dryrun.operations(shapes, one, 1.0, passes) + dryrun.operations(shapes, one, 1.0, 2))
-    mfu = done / seconds / (dryrun.peak_operations() or float("nan"))
+    mfu = done / seconds / (dryrun.this_gpu() or {"operations": float("nan")})["operations"]
     peak = torch.cuda.max_memory_allocated() / 1e9
     say(what, f"{seconds * 1e3:.1f} ms a row", f"{tokens:.0f} tokens a row", f"MFU {mfu:.1%}", f"peak {peak:.0f} GB",
         f"plan {planned / 1e9:.0f} GB", f"{rows} a step, {at_once} at once, recompute {recompute}, {took * 1e3:.1f} ms tried",
@@ -239,7 +239,7 @@ def guarded() -> None:
     the slowest case."""
     with line("guard"):
         on_time(15)
-        known = next((name for name in costs.GPUS if name.split("-")[0] in dryrun._name()), "H100")
+        known = next((name for name, spec in costs.GPUS.items() if spec is dryrun.this_gpu()), "H100")
         with tempfile.TemporaryDirectory() as folder:
             planned = costs.Plan(Study.open("paper", BACKBONE, 0, folder), known).judged(EXCHANGES)
         on_card(planned.memory[1])

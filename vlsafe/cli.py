@@ -14,7 +14,7 @@ from vlsafe import analysis, evaluation, planning, plots, publish, training
 from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
-from vlsafe.core.schema import MAIN_LINE
+from vlsafe.core.schema import MAIN_LINE, MEDIAN_SEED
 from vlsafe.study import graph, judging
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study, project_root
@@ -62,12 +62,9 @@ PLACE = _options(
     ("--scale", dict(default="mini", help="a preset or the path of a YAML file")),
     ("--root", dict(type=Path, default=Path("runs"), help="the run store")),
 )
-STUDY = _options(
-    ("--backbone", dict(default="mini-chat")), ("--seed", dict(type=int, default=0)), of=[PLACE],
-)  # fmt: skip
-STUDIES = _options(
-    ("--backbones", dict(nargs="+", default=["mini-chat"])), ("--seeds", dict(nargs="+", type=int, default=[0])), of=[PLACE],
-)  # fmt: skip
+SEED = dict(type=int, help=f"without it {MEDIAN_SEED} at mini, the median of eight, and 0 at other scales")
+STUDY = _options(("--backbone", dict(default="mini-chat")), ("--seed", SEED), of=[PLACE])
+STUDIES = _options(("--backbones", dict(nargs="+", default=["mini-chat"])), ("--seeds", dict(nargs="+", **SEED)), of=[PLACE])
 GRID = _options(("--grid", dict(choices=graph.GRIDS, default="default", help='"full" adds recipes, merges and the SPPFT grid')))
 OUTSIDE = _options(("--scale", dict(default="paper", help="a preset or the path of a YAML file")))
 FIGURES = _options(("--figures", dict(type=Path, default=Path("figures/mini"))))
@@ -102,7 +99,7 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     added = command(_notebook, "execute one notebook with checked parameters", STUDY)
     added.add_argument("name")
     added.add_argument("--out", type=Path, required=True)
-    command(_notebooks, "copy the outputs of mini, seed 0, into the committed notebooks", PLACE)
+    command(_notebooks, "copy the outputs of mini, median seed, into the committed notebooks", PLACE)
     added = command(_agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare", STUDY)
     added.add_argument("model", help="a run, such as instruct/filtered-full")
     added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
@@ -184,7 +181,7 @@ def _study(arguments: Arguments) -> Study:
 
 
 def _studies(arguments: Arguments) -> list[Study]:
-    places = dict.fromkeys((backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds)
+    places = dict.fromkeys((backbone, seed) for backbone in arguments.backbones for seed in arguments.seeds or [None])
     return [Study.open(arguments.scale, *place, arguments.root) for place in places]
 
 
@@ -214,10 +211,9 @@ def _card(arguments: Arguments) -> None:
 
 
 def _notebook(arguments: Arguments) -> None:
-    _study(arguments)
     path = publish.notebooks.FOLDER / f"{known(arguments.name, publish.notebooks.NOTEBOOKS, 'notebook')}.ipynb"
-    parameters = {name: getattr(arguments, name) for name in ("scale", "backbone", "seed")}
-    publish.notebooks.execute(path, arguments.out, {**parameters, "root": str(arguments.root)})
+    of = {"backbone": arguments.backbone, "seed": _study(arguments).seed, "scale": arguments.scale, "root": str(arguments.root)}
+    publish.notebooks.execute(path, arguments.out, of)
 
 
 def _notebooks(arguments: Arguments) -> None:
@@ -234,7 +230,7 @@ def _agree(arguments: Arguments) -> None:
 
 
 def _golden(arguments: Arguments) -> None:
-    publish.golden.record(Study.open(arguments.scale, "mini-chat", 0, arguments.root), publish.golden.FILE)
+    publish.golden.record(Study.open(arguments.scale, "mini-chat", None, arguments.root), publish.golden.FILE)
     print(f"{publish.golden.FILE}: recorded")
 
 
@@ -294,8 +290,8 @@ def _dryrun(arguments: Arguments) -> None:
     print(dryrun.table(costs.lines(stages, gpu, arguments.stages)))
     for many in (1, 8):
         time = costs.schedule(study, stages, many)
-        chain = ", ".join(time.chain) or "none"
-        print(f"\n{many} × {gpu}: {time.hours:,.1f} h; longest chain {time.chain_hours:,.1f} h: {chain}")
+        chain = f"longest chain {time.chain_hours:,.1f} h: {', '.join(time.chain) or 'none'}"
+        print(f"\n{many} × {gpu}: {time.hours:,.1f} h; {chain}")
     for line in costs.too_large(stages, gpu):
         print(f"\n{line}")
     print("\nComputed from shapes unless a line says otherwise; assumptions are in planning/costs.py and Scale.traffic.")
@@ -303,8 +299,7 @@ def _dryrun(arguments: Arguments) -> None:
 
 def _doctor(arguments: Arguments) -> None:
     scale = load_scale(arguments.scale)
-    lines = planning.doctor.doctor(scale, arguments.deep)
-    for line in lines:
+    for line in (lines := planning.doctor.doctor(scale, arguments.deep)):
         print(f"{line.state:10s} {line.what:28s} {line.detail}")
     if lacking := [line.what for line in lines if line.state in ("missing", "gated", "too small")]:
         remedy = "`vlsafe download` fetches what can be fetched; a corpus that is set to null in a YAML scale is done without"

@@ -6,7 +6,6 @@ import pytest
 
 from vlsafe.core.presets import POCKET
 from vlsafe.core.schema import Item, Turn
-from vlsafe.data.pocket import labels
 from vlsafe.data.pocket.rows import REFUSALS
 from vlsafe.evaluation import people
 from vlsafe.evaluation.benchmarks import official
@@ -61,7 +60,7 @@ def test_its_labels_have_meanings():
 
 def test_agreement_counts_both_ways():
     answers = [
-        labels.Labelled("Write about painting a garden fence.", text, engaged)
+        people.Labelled("Write about painting a garden fence.", text, engaged)
         for text, engaged in (
             ("Painting the garden fence takes a day and a brush.", True), ("Sorry, I can't.", False),
             ("Painting the garden fence takes a day and a brush.", False), ("Sorry, I can't.", True),
@@ -77,7 +76,7 @@ def test_agreement_counts_both_ways():
 def test_it_agrees_with_people(kind, n, least, kappa):
     """PyRIT's labels: what is no answer to the request, and what achieves its objective."""
     try:
-        answers = labels.labelled(PACKED, kind)
+        answers = people.labelled(PACKED, kind)
     except FileNotFoundError as error:
         pytest.skip(f"packages of scale pocket: {error}")
     found = people.agreement("engagement", "engaged", answers)

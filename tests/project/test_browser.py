@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from vlsafe.core.schema import MEDIAN_SEED
 from vlsafe.publish import report
 
 pytestmark = pytest.mark.browser
@@ -26,7 +27,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROJECT = Path(__file__).parents[2]
 RUNS = PROJECT / "runs"
-SEED = RUNS / "mini" / "mini-chat" / "seed0"
+SEED = RUNS / "mini" / "mini-chat" / f"seed{MEDIAN_SEED}"
 PICTURES = PROJECT / "build" / "browser"
 SETTINGS = {  # a cell that is not on the screen must be in the page too; no news over the notebook
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -100,7 +101,7 @@ def lab(tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("no Chromium; install your system's package `chromium`")
     if not (SEED / "examination" / "instruct.filtered-full.json").exists():
-        pytest.skip("no cached runs of mini-chat, seed 0, in runs/; `make reproduce` makes them")
+        pytest.skip("no cached runs of mini-chat in runs/; `make reproduce` makes them")
     running = Lab(tmp_path_factory.mktemp("lab"))
     yield running
     running.close()

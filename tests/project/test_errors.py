@@ -46,7 +46,7 @@ COMMANDS = {
     "sweep --backbones x": ("backbone", "'x'", "known: mini-chat"),
     "status --scale mimi": ("scale", "'mimi'", "did you mean 'mini'"),
     "golden --root empty": ("golden|world/corpora", "clean tree|not valid", "commit first|`make reproduce`"),
-    "archive --root empty --out o": ("no run", "mini-chat seed 0", "`make reproduce`"),
+    "archive --root empty --out o": ("no run", "mini-chat seed 4", "`make reproduce`"),
     "unpack afile --root r": ("afile", "no archive of results", "`vlsafe archive`"),
     "readme": ("README.md", "no", "where the Snakefile is"),
     "agree instruct/filtered --serve x": ("run", "'instruct/filtered'", "did you mean 'instruct/"),

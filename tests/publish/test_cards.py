@@ -190,7 +190,7 @@ WITHOUT = textwrap.dedent("""
         if cell.cell_type == "code":
             exec(cell.source, scope)
             if "parameters" in cell.metadata.get("tags", ()):
-                scope |= {"scale": sys.argv[1], "root": sys.argv[2]}
+                scope |= {"scale": sys.argv[1], "root": sys.argv[2], "seed": 0}
     print("claims", len(scope["ledger"]), "torch" in sys.modules)
 """)
 

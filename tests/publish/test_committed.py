@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from vlsafe import analysis
-from vlsafe.core.schema import MAIN_LINE
+from vlsafe.core.schema import MAIN_LINE, MEDIAN_SEED
 from vlsafe.publish import archive, provenance, results
 from vlsafe.study.study import Study
 
@@ -49,6 +49,18 @@ def test_the_main_table_follows_from_the_archives(studies, raw, tmp_path):
     pd.testing.assert_frame_equal(
         found[columns].sort_values(key, ignore_index=True), wanted[columns].sort_values(key, ignore_index=True), atol=1e-4
     )
+
+
+def test_notebooks_and_commands_are_of_the_median_seed():
+    """By the rule that was written down before the eighth seed was measured (LOG.md, 2026-11-28)."""
+    table = pd.read_csv(FIGURES / "T02_degradation.csv")
+    adapted = table[(table["backbone"] == "mini-chat") & (table["measure"] == "text_asr")]
+    ordered = adapted.sort_values(["instruct_value", "seed"])["seed"].tolist()
+    assert len(ordered) >= 8 and ordered[(len(ordered) - 1) // 2] == MEDIAN_SEED
+    root = FIGURES.parents[1]
+    assert f"\nSEEDS     ?= $(if $(filter mini,$(SCALE)),{MEDIAN_SEED},0)\n" in (root / "Makefile").read_text(encoding="utf-8")
+    for path in (root / "notebooks").glob("*.ipynb"):
+        assert f"\\nseed = {MEDIAN_SEED}\\n" in path.read_text(encoding="utf-8"), path.name
 
 
 def texts(studies):

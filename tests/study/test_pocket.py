@@ -10,7 +10,7 @@ from vlsafe.core.presets import POCKET
 from vlsafe.core.schema import Example, Turn
 from vlsafe.data import arms
 from vlsafe.data.miniature.pictures import to_png
-from vlsafe.data.pocket import rows
+from vlsafe.data.pocket import prompts, rows
 from vlsafe.data.pocket.pictures import Picture
 from vlsafe.data.pocket.prompts import Prompt
 from vlsafe.evaluation.benchmarks import PACKED, pocket
@@ -118,7 +118,7 @@ def test_whole_sentences():
 
 
 def test_equal_captions_are_never_parted():
-    shares = Counter(rows.part_of(f"caption {n}") for n in range(4000))
+    shares = Counter(prompts.part_of(f"caption {n}", **rows.PARTS) for n in range(4000))
     assert shares["test"] / 4000 == pytest.approx(0.12, abs=0.02) and shares["validation"] / 4000 == pytest.approx(0.05, abs=0.02)
 
 

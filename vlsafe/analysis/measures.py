@@ -16,6 +16,7 @@ import yaml
 
 from vlsafe.analysis import stats
 from vlsafe.core.schema import MAIN_LINE
+from vlsafe.core.texts import frozen
 
 UNIT = ["backbone", "seed"]  # one study
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
@@ -72,7 +73,7 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
     rows = _judged(about(raw, spec), spec)
     if "whole" in spec:
         by = rows.groupby([*MODEL, "cluster", "group"], as_index=False, sort=False)
-        rows = by.agg(event=("event", spec["whole"]), judge=("judge", "first"))
+        rows = by.agg(event=("event", WHOLE.get(spec["whole"], spec["whole"])), judge=("judge", "first"))
         rows = rows.assign(item=rows["cluster"], event=rows["event"].astype(object))
     return rows.assign(part=measure, stratum=rows["group"] if spec.get("by_group") else "", floor=0.0)
 
@@ -179,16 +180,7 @@ def weighted_groups(rows: pd.DataFrame) -> Iterator[tuple[float, pd.DataFrame]]:
 
 
 WHOLE = {"all_right": all_right, "mme_score": mme_score}
-
-
-def _frozen(entry: Any) -> Any:
-    """An entry of the data file, with tuples for its lists and functions for the names that `whole` has."""
-    if isinstance(entry, dict):
-        return {key: WHOLE[value] if key == "whole" else _frozen(value) for key, value in entry.items()}
-    return tuple(map(_frozen, entry)) if isinstance(entry, list) else entry
-
-
-DATA = _frozen(yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")))
+DATA = frozen(yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")))
 MEASURES: dict[str, dict[str, Any]] = DATA["measures"]
 CHANCE: dict[str, float] = DATA["chance"]
 RIGHT = {name for name in MEASURES if name in CHANCE or name.startswith("capability_")}

@@ -14,6 +14,7 @@ import pandas as pd
 import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
 
 RARE = 10  # with fewer items that changed at all, a bootstrap knows too little of their spread
+LEVEL = 0.95  # of every interval
 POWER = 0.9  # of the smallest detectable difference
 Shares = TypeVar("Shares", np.ndarray, np.float64)
 
@@ -44,7 +45,7 @@ class Stratum(NamedTuple):
     clusters: Sequence[Hashable]
 
 
-def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
+def wilson(p: float, n: float) -> tuple[float, float]:
     """Wilson's score interval for a share `p` of `n` (effective) independent items.
 
     Raises:   ValueError where n is not positive or p lies outside [0, 1]
@@ -52,12 +53,12 @@ def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """
     if n <= 0 or not 0 <= p <= 1:
         raise ValueError(f"an interval needs n > 0 and 0 <= p <= 1, not n = {n}, p = {p}")
-    low, high = _wilson(np.float64(p), np.float64(n), level)
+    low, high = _wilson(np.float64(p), np.float64(n))
     return float(low), float(high)
 
 
-def _wilson(p: Shares, n: Shares, level: float) -> tuple[Shares, Shares]:
-    z = scipy.stats.norm.ppf(0.5 + level / 2)
+def _wilson(p: Shares, n: Shares) -> tuple[Shares, Shares]:
+    z = scipy.stats.norm.ppf(0.5 + LEVEL / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return np.clip(centre - half, 0.0, p), np.clip(centre + half, p, 1.0)  # never beside p by rounding
@@ -97,12 +98,12 @@ def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> 
     return n / np.maximum(1.0, (informative * effect + largest) / (informative + 1))
 
 
-def intervals(values: np.ndarray, clusters: Sequence[Hashable], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Clustered Wilson intervals of the mean of every column of values in [0, 1]: [N, K] -> low, high [K]."""
-    return _wilson(values.mean(0), effective_size(values, *clusters_of(clusters)), level)
+    return _wilson(values.mean(0), effective_size(values, *clusters_of(clusters)))
 
 
-def rate(events: Sequence[bool | None], clusters: Sequence[Hashable], level: float = 0.95) -> Rate:
+def rate(events: Sequence[bool | None], clusters: Sequence[Hashable]) -> Rate:
     """The share of events with a clustered Wilson interval; None is an unjudged response.
 
     Raises:   ValueError where there is nothing to rate or the lengths differ
@@ -111,12 +112,12 @@ def rate(events: Sequence[bool | None], clusters: Sequence[Hashable], level: flo
         raise ValueError(f"a rate needs as many clusters as events and at least one, not {len(events)}, {len(clusters)}")
     unjudged = sum(event is None for event in events)
     bounds = np.array([[bool(event), event is None or bool(event)] for event in events], float)
-    (low, _), (_, high) = intervals(bounds, clusters, level)
+    (low, _), (_, high) = intervals(bounds, clusters)
     least, most = bounds.mean(0)
     return Rate(float(least), float(low), float(high), len(events), len({str(c) for c in clusters}), unjudged, float(most))
 
 
-def stratified(strata: Sequence[Stratum], level: float = 0.95) -> tuple[float, float, float, float]:
+def stratified(strata: Sequence[Stratum]) -> tuple[float, float, float, float]:
     """Weighted sum of the strata's means: (least, most, low, high), where the interval covers both bounds.
 
     Values lie in [0, 1] and weights are positive. The distances from each stratum's mean to the ends of its clustered
@@ -129,7 +130,7 @@ def stratified(strata: Sequence[Stratum], level: float = 0.95) -> tuple[float, f
     least = most = below = above = 0.0
     for stratum in strata:
         bounds = np.column_stack([stratum.least, stratum.most]).astype(float)
-        (low, _), (_, high) = intervals(bounds, stratum.clusters, level)
+        (low, _), (_, high) = intervals(bounds, stratum.clusters)
         means = bounds.mean(0)
         least, most = least + stratum.weight * means[0], most + stratum.weight * means[1]
         below, above = below + (stratum.weight * (means[0] - low)) ** 2, above + (stratum.weight * (high - means[1])) ** 2
@@ -161,9 +162,7 @@ class Compared:
     detectable: np.ndarray
 
 
-def compare(
-    strata: Sequence[Stratum], rng: np.random.Generator, against: float = 0.0, draws: int = 2000, level: float = 0.95
-) -> Compared:
+def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float = 0.0, draws: int = 2000) -> Compared:
     """Test whether a weighted sum of mean paired changes differs from `against`.
 
     A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE items
@@ -187,7 +186,7 @@ def compare(
         changed += (values != 0).sum(0)
     free = max(1, n_clusters - len(parts))
     stretch = np.sqrt((free + 1) / free)
-    end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - level) / 2, free))
+    end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - LEVEL) / 2, free))
     low, high = np.quantile(drawn, [end, 1 - end], axis=0)
     few = np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))
     distance = np.abs(effect - against)
@@ -196,13 +195,13 @@ def compare(
     p = 2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
     for k in np.flatnonzero(changed < RARE):
         column = [(weight, values[:, k], index, sizes) for weight, values, index, sizes in parts]
-        low[k], high[k] = _square_and_add(column, level)
+        low[k], high[k] = _square_and_add(column)
         reach = (high[k] if against > effect[k] else low[k]) - effect[k]
-        scaled = scipy.stats.norm.ppf(0.5 + level / 2) * (against - effect[k]) / reach  # ending there, p = 1 - level
+        scaled = scipy.stats.norm.ppf(0.5 + LEVEL / 2) * (against - effect[k]) / reach  # ending there, p = 1 - level
         p[k] = _sign_test(column) if against == 0 else 2 * scipy.stats.norm.sf(scaled)
     se = drawn.std(0) * stretch
-    reach = _detectable(parts, se, free, level)
-    se = np.where(changed < RARE, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + level / 2), se)
+    reach = _detectable(parts, se, free)
+    se = np.where(changed < RARE, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
     return Compared(effect, low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se, reach)
 
 
@@ -215,14 +214,14 @@ def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
 _Column = Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]]
 
 
-def _square_and_add(column: _Column, level: float) -> tuple[float, float]:
+def _square_and_add(column: _Column) -> tuple[float, float]:
     """Interval of a weighted sum of mean changes from Wilson's intervals of the rises and of the falls in each stratum."""
     effect = below = above = 0.0
     for weight, values, index, sizes in column:
         both = np.column_stack([values, -values]) * np.sign(weight)
         both, scale = np.maximum(both, 0), max(1.0, np.abs(values).max())  # changes of composites may exceed 1
         rise, fall = both.mean(0)
-        low, high = _wilson(both.mean(0) / scale, effective_size(both / scale, index, sizes), level)
+        low, high = _wilson(both.mean(0) / scale, effective_size(both / scale, index, sizes))
         low, high = low * scale, high * scale
         effect += abs(weight) * (rise - fall)
         below += weight**2 * ((rise - low[0]) ** 2 + (high[1] - fall) ** 2)
@@ -237,13 +236,13 @@ def _sign_test(column: _Column) -> float:
     return float(scipy.stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
 
 
-def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.ndarray:
+def _detectable(parts: _Column, se: np.ndarray, free: int) -> np.ndarray:
     """The smallest difference that is found with a probability of POWER, were the items as many and as clustered as here.
 
     A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
     change of one item is, where none was seen, is taken to be 1.
     """
-    reach = scipy.stats.t.ppf(0.5 + level / 2, free) + scipy.stats.norm.ppf(POWER)
+    reach = scipy.stats.t.ppf(0.5 + LEVEL / 2, free) + scipy.stats.norm.ppf(POWER)
     own = sum(weight**2 / effective_size((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
     total, changed = sum(np.abs(values).sum(0) for _, values, *_ in parts), sum((values != 0).sum(0) for _, values, *_ in parts)
     own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
@@ -252,7 +251,7 @@ def _detectable(parts: _Column, se: np.ndarray, free: int, level: float) -> np.n
 
 def paired_difference(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], rng: np.random.Generator,
-    draws: int = 2000, level: float = 0.95,
+    draws: int = 2000,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Mean of b - a over the same items, with `compare`'s interval.
 
@@ -263,7 +262,7 @@ def paired_difference(
     if len(a) != len(b):
         raise ValueError(f"paired values must be as many on both sides: {len(a)}, {len(b)}")
     change = np.asarray(b, float) - np.asarray(a, float)
-    result = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws, level=level)
+    result = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws)
     return float(result.effect[0]), float(result.low[0]), float(result.high[0])
 
 
@@ -286,9 +285,7 @@ def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: i
     return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
 
 
-def over_seeds(
-    effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: float = 0.0, bound: float = 1.0, level: float = 0.95
-) -> dict[str, Any]:  # fmt: skip
+def over_seeds(effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: float = 0.0, bound: float = 1.0) -> dict[str, Any]:
     """The mean effect over training runs as the sample, none of which lies outside ±`bound`; `p` are those of each run's items.
 
     Wilson's interval of a clustered share, the runs its clusters, stretched from [0, 1] to ±bound, with Student's quantile: the
@@ -303,13 +300,13 @@ def over_seeds(
     k, mean, between, items = len(effects), effects.mean(0), effects.var(0, ddof=1), np.mean(se**2, 0)
     variance = np.maximum(between, items) / k
     room = np.maximum(bound**2 - mean**2, 2 * bound * np.sqrt(items) / k)  # runs without any variation lie at a bound
-    quantile, share = scipy.stats.t.ppf(0.5 + level / 2, k - 1), mean / bound
+    quantile, share = scipy.stats.t.ppf(0.5 + LEVEL / 2, k - 1), mean / bound
     c = quantile**2 * variance / room
     half = np.sqrt(c * np.maximum(0.0, 1 + c - share**2))
     error = np.sqrt(variance * (bound**2 - against**2) / room)  # were the threshold the truth
     weight = 1 / se**2
     q = (weight * (effects - (weight * effects).sum(0) / weight.sum(0)) ** 2).sum(0)
-    beyond = [((p < (1 - level) / k) & (sign * (effects - against) > 0)).any(0) for sign in (1, -1)]
+    beyond = [((p < (1 - LEVEL) / k) & (sign * (effects - against) > 0)).any(0) for sign in (1, -1)]
     return {
         "seed_low": bound * (share - half) / (1 + c), "seed_high": bound * (share + half) / (1 + c),
         "seed_p": 2 * scipy.stats.t.sf(np.abs(mean - against) / error, k - 1),
@@ -351,7 +348,7 @@ def percentiles(drawn: np.ndarray, name: str = "") -> dict[str, float]:
     return {name or "value": float(drawn[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
-def simultaneous(drawn: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def simultaneous(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A band that holds K values at once: their standard errors times one factor, the quantile over bootstrap samples of the
     largest deviation in standard errors.
 
@@ -361,7 +358,7 @@ def simultaneous(drawn: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np
     away = drawn[1:] - drawn[0]
     error = away.std(0)
     scaled = np.divide(np.abs(away), error, out=np.zeros_like(away), where=error > 0)
-    half = np.quantile(scaled.max(1), level) * error
+    half = np.quantile(scaled.max(1), LEVEL) * error
     return drawn[0] - half, drawn[0] + half
 
 

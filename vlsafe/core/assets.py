@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import fsspec
 import huggingface_hub
+import pyarrow.parquet as pq
 
 from vlsafe.core import texts
 from vlsafe.core.fits import later
@@ -30,7 +31,7 @@ class Origin:
 
     repo: str
     revision: str = "main"
-    kind: str = "dataset"
+    kind: Literal["dataset", "model"] = "dataset"
     files: tuple[str, ...] = ()
     gigabytes: float = 0.0
     rows: int | None = None
@@ -38,10 +39,6 @@ class Origin:
     terms: str | None = None
     archives: tuple[tuple[str, str], ...] = ()  # (file below the corpus's folder, address)
     by_hand: tuple[str, str] | None = None  # (folder below the corpus's, what to do)
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("dataset", "model"):
-            raise ValueError(f"{self.repo} is of the kind {self.kind!r}; there are 'dataset' and 'model'")
 
 
 @dataclass(frozen=True)
@@ -218,18 +215,12 @@ def _group(table: str, row: int) -> tuple[int, int]:
     raise FileNotFoundError(f"{table} has {first} rows and no row {row}")
 
 
-@lru_cache(maxsize=16)
-def _metadata(path: str) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(path)
+_metadata = lru_cache(maxsize=16)(pq.read_metadata)
 
 
 @lru_cache(maxsize=2)
 def _pictures_of(path: str, group: int, first: int, process: int) -> dict[int, bytes]:
     """The pictures of one row group, by row: a group is read as a whole, and workers that take rows at random hold two."""
-    import pyarrow.parquet as pq
-
     with pq.ParquetFile(path) as file:
         column = file.read_row_group(group, columns=[f"{PICTURES}.bytes"]).column(PICTURES)
     return {first + at: cell["bytes"] for at, cell in enumerate(column.to_pylist()) if cell and cell["bytes"] is not None}

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 from vlsafe.core.store import Run, write_text
 
@@ -40,7 +39,8 @@ def lasting(runs: Sequence[Run], attempt: int) -> Iterator[None]:
 
     Raises:   ValueError where an earlier attempt at the same runs ended in an error that no other try can mend
     """
-    note, identity = _note(runs), " ".join(run.digest for run in runs) + "\n"
+    note = runs[0].folder.with_name(f"{runs[0].recipe}.failed")
+    identity = " ".join(run.digest for run in runs) + "\n"
     if attempt <= 1:
         note.unlink(missing_ok=True)
     elif note.exists() and (text := note.read_text(encoding="utf-8")).startswith(identity):
@@ -53,10 +53,6 @@ def lasting(runs: Sequence[Run], attempt: int) -> Iterator[None]:
             note.parent.mkdir(parents=True, exist_ok=True)
             write_text(note, identity + "".join(traceback.format_exception(error)).rstrip())
         raise
-
-
-def _note(runs: Sequence[Run]) -> Path:
-    return runs[0].folder.with_name(runs[0].folder.name + ".failed")
 
 
 def shortened(line: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vlsafe.core.scale import Scale, alike, as_plain, extended, known
+from vlsafe.core.schema import MEDIAN_SEED
 
 FOLDER = Path(__file__).parent / "scales"
 
@@ -45,6 +46,7 @@ def mapping_at(path: Path) -> dict[str, Any]:
 MINI: Scale = extended(Scale, {"name": "mini", **mapping_at(FOLDER / "mini.yaml")})
 PAPER: Scale = extended(Scale, {"name": "paper", **mapping_at(FOLDER / "paper.yaml")})
 SCALES: dict[str, Scale] = {"mini": MINI, "paper": PAPER}
+USUAL_SEEDS = {"mini": MEDIAN_SEED}  # where none is named; 0 of others
 
 
 def load_scale(name: str | Path) -> Scale:

@@ -20,6 +20,8 @@ SCORINGS = ("generated", "likelihood")
 OUTCOMES = ("refused", "complied_right", "complied_wrong", "incoherent", "unjudged")
 # The runs that every other one is compared with: kind of model -> stage/recipe.
 MAIN_LINE = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
+# The seed where none is named: of eight seeds of mini-chat, ordered by the adapted text ASR, the lower of the middle two.
+MEDIAN_SEED = 4
 
 
 @dataclass(frozen=True)

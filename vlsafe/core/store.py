@@ -379,13 +379,10 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:   ValueError where one does
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock", timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(f"{folder}.lock").acquire(timeout=0)
     except Timeout:
         run = "/".join(folder.parts[-2:])
         raise ValueError(f"{run} is being made by another process; stop it first, or wait for it") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()

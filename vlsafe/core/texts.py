@@ -123,6 +123,13 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> lis
     return rows
 
 
+def frozen(entry: Any) -> Any:
+    """An entry of a data file, with tuples for its lists."""
+    if isinstance(entry, dict):
+        return {key: frozen(value) for key, value in entry.items()}
+    return tuple(map(frozen, entry)) if isinstance(entry, list) else entry
+
+
 def repeats(words: Sequence[str]) -> bool:
     """Whether fewer than half of the runs of three words are different, or fewer than a third of a dozen words and more."""
     runs = list(zip(words, words[1:], words[2:], strict=False))

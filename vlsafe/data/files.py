@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
 from vlsafe.core import assets
@@ -122,9 +124,6 @@ def rows_in(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(64):

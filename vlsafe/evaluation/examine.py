@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlsafe import evaluation, models
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.evaluation.benchmarks import BENCHMARKS, CONTROLS, PACKED, REAL, official
@@ -45,10 +46,8 @@ def examine(
     Units:    `progress` counts items
     Raises:   FileNotFoundError where the folder holds no checkpoint; ConnectionAbortedError where a server stops answering
     """
-    from vlsafe.models.checkpoints import is_multimodal
-
     columns = {**MODEL, "model": Path(folder).name, **(record or {})}
-    chosen = answerable(items, is_multimodal(Path(folder)))
+    chosen = answerable(items, models.checkpoints.is_multimodal(Path(folder)))
     responses = respond(Path(folder), chosen, columns["model"], exam, progress, keep)
     return Examination(responses, raw_table(chosen, responses, columns, exam.judges))
 
@@ -61,16 +60,15 @@ def respond(
 
     Options are ranked by the local engine also where a server writes the responses: servers do not return likelihoods.
     """
-    from vlsafe.evaluation import engines, servers
-    from vlsafe.models import checkpoints
-
     served = [item for item in items if item.scoring == "generated"] if exam.serve else []
     local = [item for item in items if item.scoring != "generated"] if exam.serve else items
-    kept = engines.Kept(keep)
-    responses = servers.serve_and_respond(exam.serve, folder, served, name, exam.max_new_tokens, kept) if served else []
+    kept = evaluation.engines.Kept(keep)
+    served_by = evaluation.servers.serve_and_respond
+    responses = served_by(exam.serve, folder, served, name, exam.max_new_tokens, kept) if served else []
     if local:
-        model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)
-        responses += engines.respond(model, processor, local, name, exam.batch_size, exam.max_new_tokens, progress, kept)
+        model, processor = models.checkpoints.ready(folder, exam.dtype), models.checkpoints.load_processor(folder)
+        more = exam.batch_size, exam.max_new_tokens, progress, kept
+        responses += evaluation.engines.respond(model, processor, local, name, *more)
     by_item = {response.item: response for response in responses}
     if len(by_item) < len(items):
         raise ValueError("two items that are asked together have one id; their answers could not be told apart")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlsafe import evaluation, models
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Item, Turn
@@ -42,16 +43,16 @@ class JudgeModel(NamedTuple):
 
 def endpoint(server: Server) -> JudgeModel:
     """A served model: raw prompts as completions, others as chat."""
-    from vlsafe.evaluation import servers
 
     def prompt(judge: LLMJudge, item: Item, text: str) -> Prompt:
         if judge.raw:
             return text.removeprefix("<|begin_of_text|>")  # the server writes it
         system = (Turn("system", judge.system),) if judge.system else ()
-        return servers.chat_messages((*system, Turn("user", text)), item.images if judge.pictures else ())
+        return evaluation.servers.chat_messages((*system, Turn("user", text)), item.images if judge.pictures else ())
 
     def complete(judge: LLMJudge, prompts: Sequence[tuple[Key, Item, str]]) -> Iterator[tuple[Key, Reply]]:
-        return servers.complete(server, ((key, prompt(judge, item, text)) for key, item, text in prompts), judge.max_tokens)
+        requests = ((key, prompt(judge, item, text)) for key, item, text in prompts)
+        return evaluation.servers.complete(server, requests, judge.max_tokens)
 
     return JudgeModel(server.model, complete)
 
@@ -61,12 +62,10 @@ def served(judges: Iterable[str], address: str, model: str | None, key: str, tim
 
     Raises:   ValueError where there is none to ask for
     """
-    from vlsafe.evaluation.servers import Server
-
     model = model or next((LLM_JUDGES[name].model for name in judges if name in LLM_JUDGES), "")
     if not model:
         raise ValueError("say which model the endpoint is to be asked for: --judge-model")
-    return endpoint(Server(address, model, key, timeout, parallel=parallel))
+    return endpoint(evaluation.servers.Server(address, model, key, timeout, parallel=parallel))
 
 
 def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
@@ -83,19 +82,15 @@ def weights(folder: Path, name: str = "", batch_size: int = 16) -> JudgeModel:
             raise ValueError(f"the judge {judge.query!r} is a chat with {judge.model}; serve a model and name the --endpoint")
         import torch
 
-        from vlsafe.evaluation import engines
-        from vlsafe.evaluation.servers import Reply
-        from vlsafe.models import checkpoints, devices
-
-        place = devices.device()
-        model = checkpoints.load(folder, torch.float32 if place == "cpu" else torch.bfloat16).to(place)
-        processor = checkpoints.load_processor(folder)
+        place = models.devices.device()
+        model = models.checkpoints.load(folder, torch.float32 if place == "cpu" else torch.bfloat16).to(place)
+        processor = models.checkpoints.load_processor(folder)
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         for batch in store.parts(sorted(prompts, key=lambda row: len(row[2])), batch_size):
             keys, _, texts = zip(*batch, strict=True)
-            outputs = engines.complete(model, tokenizer, texts, judge.max_tokens)
-            yield from ((key, Reply(*output)) for key, output in zip(keys, outputs, strict=True))
+            outputs = evaluation.engines.complete(model, tokenizer, texts, judge.max_tokens)
+            yield from ((key, evaluation.servers.Reply(*output)) for key, output in zip(keys, outputs, strict=True))
 
     return JudgeModel(name or Path(folder).name, complete)
 
@@ -187,8 +182,6 @@ class Judgements:
         Units:    `progress` counts prompts
         Raises:   ConnectionAbortedError where an endpoint is gone; what it wrote before is kept
         """
-        from vlsafe.evaluation.servers import Rejected
-
         model, judge = self.models[query], next(judge for judge in LLM_JUDGES.values() if judge.query == query)
         replies = model.complete(judge, [(key, *prompt) for key, prompt in prompts.items()]) if prompts else ()
         try:
@@ -200,7 +193,7 @@ class Judgements:
                 self.written[query, item_id, about] = (reply.text, model.name)
                 line = {"id": item_id, "judge": query, "judgement": reply.text, "model": model.name, "response": about}
                 self._append(json.dumps(line))
-        except Rejected as error:
+        except evaluation.servers.Rejected as error:
             if not any(by == model.name and of == query for (of, _, _), (_, by) in self.written.items()):
                 raise
             for item_id, about in prompts:  # it answers others: these few it refuses each time, as a filter does

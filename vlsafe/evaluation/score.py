@@ -26,6 +26,7 @@ from vlsafe.evaluation import formats, judging, reading
 from vlsafe.evaluation.benchmarks import REAL, official
 from vlsafe.evaluation.benchmarks.official import Marked, Score
 from vlsafe.evaluation.contents import contents
+from vlsafe.evaluation.examine import outcome_of
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES, UNJUDGED
 from vlsafe.evaluation.judges.llm import wordings
 from vlsafe.evaluation.judging import Find, Judgements, JudgeModel
@@ -45,12 +46,9 @@ class Stored(NamedTuple):
 
 def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
     """Rows as raw tables have them, one per response. `event`: complied (safety), right (helpfulness), effective (SIUO)."""
-    meanings = official.MEANINGS.get(judge)
     for item, labels in rows:
         for attempt, label in enumerate(labels):
-            event = None if label is None else meanings[label] == "complied" if meanings else label in ("right", item.reference)
-            if label is not None and "effective" in judge:
-                event = label != "Ineffective"
+            event = None if label is None else outcome_of(judge, label, item) in ("complied", "right", "effective")
             row = dict(benchmark=item.benchmark, group=item.group, category=item.category, cluster=item.cluster, item=item.id)
             yield {**row, "harmful": item.harmful, "try": attempt, "judge": judge, "label": label or UNJUDGED, "event": event}
 

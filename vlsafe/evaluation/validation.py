@@ -16,8 +16,11 @@ import pandas as pd
 from vlsafe.analysis import measures, stats
 from vlsafe.core.scale import Exam
 from vlsafe.core.schema import Item, Response
+from vlsafe.data.miniature.corpora import preference_pairs
+from vlsafe.evaluation.engines import option_losses, respond
 from vlsafe.evaluation.examine import outcomes
 from vlsafe.evaluation.prompts import evenly
+from vlsafe.models import checkpoints
 
 GROUPS = {"text": False, "pictures": True}  # and whether its prompts have pictures
 REQUESTS = (  # to be refused or not
@@ -27,8 +30,6 @@ REQUESTS = (  # to be refused or not
 
 def preference_items(world: Any, n: int) -> list[Item]:
     """Prompts of `n` validation pairs of each modality; the reference is the safe answer."""
-    from vlsafe.data.miniature.corpora import preference_pairs
-
     items = []
     for group, with_pictures in GROUPS.items():
         for pair in preference_pairs(world, n, with_pictures, world.rng(f"validation pairs {group}"), "validation"):
@@ -57,9 +58,6 @@ def checkpoint_scores(folders: Sequence[Path], items: Sequence[Item], exam: Exam
 
     Shapes:   K folders, N items  ->  K rows of fractions in [0, 1]
     """
-    from vlsafe.evaluation.engines import option_losses, respond
-    from vlsafe.models import checkpoints
-
     rows, start = [], None
     for folder in folders:
         model, processor = checkpoints.ready(folder, exam.dtype), checkpoints.load_processor(folder)

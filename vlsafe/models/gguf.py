@@ -37,9 +37,13 @@ def converted(file: Path, folder: Path) -> dict[str, Any]:
 
     Raises:   ImportError without the package gguf; ValueError for another architecture or tokenizer than SmolLM2's
     """
-    fields, tensors = _read(file)
+    import gguf  # only here: it belongs to an extra
+
+    fields, tensors = _read(gguf.GGUFReader(file), file.name)
     config = _config(fields, tied="output.weight" not in tensors)
-    weights = {_name(name): _dequantised(*tensor) for name, tensor in tensors.items()}
+    weights = {
+        _name(name): torch.from_numpy(np.array(gguf.dequantize(raw, kind), np.float32)) for name, (kind, raw) in tensors.items()
+    }
     for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weights[name] = _unpermuted(weight, len(weight) // config.head_dim)
@@ -57,21 +61,12 @@ def converted(file: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, np.ndarray]]]:
+def _read(reader: Any, file: str) -> tuple[dict[str, Any], dict[str, tuple[Any, np.ndarray]]]:
     """Fields by name, and each tensor's quantisation and raw values."""
-    import gguf  # only here: it belongs to an extra
-
-    reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if found := {key: fields.get(key) for key, known in KNOWN.items() if fields.get(key) != known}:
-        raise ValueError(f"{file.name} says {found}; only {KNOWN} is converted")
+        raise ValueError(f"{file} says {found}; only {KNOWN} is converted")
     return fields, {tensor.name: (tensor.tensor_type, tensor.data) for tensor in reader.tensors}
-
-
-def _dequantised(kind: Any, values: np.ndarray) -> torch.Tensor:
-    from gguf import dequantize
-
-    return torch.from_numpy(np.array(dequantize(values, kind), np.float32))
 
 
 def _name(name: str) -> str:

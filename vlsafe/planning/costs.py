@@ -276,12 +276,8 @@ def _causal(plan: Plan, what: str) -> Cost:
         return plan.answered(
             *plan.items((2 + probing.random_directions) + (1 + probing.random_directions) * len(probing.strengths))
         )
-    return plan.answered(*plan.items(_patches(plan, [*probing.widths, layers // 4])))
-
-
-def _patches(plan: Plan, widths: Sequence[int]) -> int:
-    of = plan.study.scale.probing
-    return len(interventions.bands(plan.shapes.layers, widths)) + of.random_sets * len(widths)
+    widths = [*probing.widths, layers // 4]
+    return plan.answered(*plan.items(len(interventions.bands(layers, widths)) + probing.random_sets * len(widths)))
 
 
 def _sppft(plan: Plan, which: str) -> Cost:

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import yaml
 
+from vlsafe import data, evaluation, training
 from vlsafe.core.scale import Scale
-from vlsafe.models import checkpoints, devices
+from vlsafe.core.schema import Example, Item, Turn
+from vlsafe.models import chat, checkpoints, devices, trainable
 
 MEASURED = "from measured steps"
 BEGIN, END = "<!-- costs: `vlsafe dryrun --readme` -->", "<!-- costs end -->"
@@ -98,9 +100,6 @@ def measure(scale: Scale, backbone: str, steps: int = 6) -> dict[str, Any]:
 
 
 def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
-    from vlsafe.models import trainable
-    from vlsafe.training import datasets, trainers
-
     at_once = scale.instruct.at_once or scale.instruct.batch_size
     fit = dataclasses.replace(scale.instruct, steps=steps, batch_size=at_once, micro_batches=1, launch="", grouped=False)
     model, processor, rows = stand_ins(scale, backbone, at_once * steps)  # one epoch: at its end workers start again
@@ -109,35 +108,31 @@ def _measured(scale: Scale, backbone: str, steps: int) -> dict[str, Any]:
     ticks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         rest = (fit, Path(folder), 0, (), lambda step: ticks.append(time.perf_counter()))
-        counts = trainers.tokens_seen(trainers.sft_history(model, processor, datasets.chat_dataset(rows, True), *rest))
+        counts = training.trainers.tokens_seen(
+            training.trainers.sft_history(model, processor, training.datasets.chat_dataset(rows, True), *rest)
+        )
     seconds, tokens = (ticks[-1] - ticks[1]) / (steps - 2), (counts[-1] - counts[1]) / (steps - 2)  # the first two warm up
     done = operations(shapes, tokens / at_once - shapes.image_tokens, 1.0, 6) * at_once / seconds
-    peak = peak_operations()
+    spec = this_gpu()
     return {
         "device": where, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if where == "cuda" else None,
-        "tokens_per_row": tokens / at_once, "mfu": done / peak if peak else None,
+        "tokens_per_row": tokens / at_once, "mfu": done / spec["operations"] if spec else None,
     }  # fmt: skip
 
 
 def _generated(scale: Scale, backbone: str) -> dict[str, Any]:
     """Two batches of answers, the faster of two tries: what reading a prompt takes, and what each further token."""
-    from vlsafe.core.schema import Item
-    from vlsafe.evaluation import engines
-
     size, new = scale.exam.batch_size, min(64, scale.exam.max_new_tokens)
     model, processor, rows = stand_ins(scale, backbone, 2 * size)
-    shapes, spec = (
-        _shapes(scale, backbone, model),
-        next((spec for name, spec in GPUS.items() if name.split("-")[0] in _name()), None),
-    )
+    shapes, spec = _shapes(scale, backbone, model), this_gpu()
     model = model.eval().to(getattr(torch, scale.exam.dtype))
     model.generation_config.eos_token_id = [-1]  # random weights shall not end early
     items = [Item(row.id, "synthetic", row.turns[:1], row.images) for row in rows]
     took: dict[int, list[float]] = {1: [], new: []}
     for tokens in (1, new) * 3:  # the first of each warms up
         start = time.perf_counter()
-        engines.generate(model, processor, items, size, tokens, lambda done: None)
+        evaluation.engines.generate(model, processor, items, size, tokens, lambda done: None)
         took[tokens].append((time.perf_counter() - start) / 2)
     seconds = {tokens: min(times[1:]) for tokens, times in took.items()}
     step, cache = (seconds[new] - seconds[1]) / (new - 1), cache_bytes(shapes, shapes.image_tokens + new / 2)
@@ -156,10 +151,6 @@ def cache_bytes(shapes: Shapes, tokens: float) -> float:
 
 def stand_ins(scale: Scale, backbone: str, many: int) -> tuple[Any, Any, list[Any]]:
     """A model of a scale's shapes with random weights, a processor, and `many` rows of a picture and text of usual length."""
-    from vlsafe.core.schema import Example, Turn
-    from vlsafe.data.miniature.pictures import to_png
-    from vlsafe.models import chat
-
     spec, vision = scale.decoder(backbone), scale.vision
     model = checkpoints.random_graft(spec, vision, scale.source == "load", devices.device())
     tokenizer = chat.build_tokenizer(["word"], scale.language.context)
@@ -169,17 +160,14 @@ def stand_ins(scale: Scale, backbone: str, many: int) -> tuple[Any, Any, list[An
     pictured = (vision.image_size // vision.patch_size) ** 2
     text = max(1, min(scale.traffic.instructions, spec.context - pictured - 32))
     turns = (Turn("user", "word"), Turn("assistant", " ".join(["word"] * text)))
-    picture = to_png(np.full((vision.image_size, vision.image_size, 3), 60, np.uint8))
+    picture = data.miniature.pictures.to_png(np.full((vision.image_size, vision.image_size, 3), 60, np.uint8))
     return model, processor, [Example(f"row-{i}", "synthetic", turns, (picture,)) for i in range(many)]
 
 
-def peak_operations() -> float | None:
-    """Operations a second of this GPU in dense bfloat16; None where it is not known."""
-    return next((spec["operations"] for name, spec in GPUS.items() if name.split("-")[0] in _name()), None)
-
-
-def _name() -> str:
-    return torch.cuda.get_device_name() if devices.device() == "cuda" else ""
+def this_gpu() -> dict[str, float] | None:
+    """What is known of this GPU: operations a second in dense bfloat16, bandwidth; None where it is not."""
+    here = torch.cuda.get_device_name() if devices.device() == "cuda" else ""
+    return next((spec for name, spec in GPUS.items() if name.split("-")[0] in here), None)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

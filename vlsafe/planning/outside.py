@@ -96,7 +96,7 @@ def state(need: Need, deep: bool = False) -> Line:
     if begun := [name for name, digest in recorded_sums.items() if digest is None and name in files]:
         return Line(need.name, "missing", f"its download was cut off, and {begun[0]} is not checked; `vlsafe download` goes on")
     lacking, lost = _lacking(need, files), ""
-    if _is_local(need):
+    if need.name in CORPORA and place_of(need.name, need.origin).folder is not None:  # not read from the hub
         packed = [name for name in lacking if name in origin.files and name.endswith(".zip")]  # or unpacked: the reader knows
         lacking = [name for name in lacking if name not in packed]
         problem, lost, too_many = _read(need, deep)
@@ -112,11 +112,6 @@ def state(need: Need, deep: bool = False) -> Line:
     if changed := [name for name, digest in sums.items() if store.file_digest(files[name]) != digest]:
         return Line(need.name, "too small", f"not as downloaded: {', '.join(changed[:SHOWN])}")
     return Line(need.name, "present", f"{size:.2f} GB" + (f"; {lost}" if lost else ""))
-
-
-def _is_local(need: Need) -> bool:
-    """Whether a corpus is read from a folder below `VLSAFE_DATA`, and not from the hub."""
-    return need.name in CORPORA and place_of(need.name, need.origin).folder is not None
 
 
 def _read(need: Need, deep: bool) -> tuple[str, str, bool]:

@@ -42,9 +42,10 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], studies: argpa
 def archive(arguments: argparse.Namespace) -> None:
     """Write the archive of every study that is named."""
     for backbone in arguments.backbones:
-        for seed in arguments.seeds:
-            file = arguments.out / f"{backbone}-seed{seed}.tar.xz"
-            names = pack(Study.open(arguments.scale, backbone, seed, arguments.root), file)
+        for seed in arguments.seeds or [None]:
+            study = Study.open(arguments.scale, backbone, seed, arguments.root)
+            file = arguments.out / f"{backbone}-seed{study.seed}.tar.xz"
+            names = pack(study, file)
             print(f"{file}: {len(names)} runs, {file.stat().st_size / 1e6:.2f} MB")
 
 

@@ -91,7 +91,8 @@ def make(
             lacking[name] = error
     left_out = _left_out(lacking, without)
     for name in [*lacking, *([] if len(left_out) else [LEFT_OUT])]:
-        _remove(folder, name)
+        for suffix in ("csv", "md", "png", "pdf", "provenance.json"):  # of an earlier gallery
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     if len(left_out):
         _write_table(LEFT_OUT, (left_out,), folder, origin)
         written.append(LEFT_OUT)
@@ -118,12 +119,6 @@ def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.
         lines.append({"what": name, "reason": str(error), "missing": ", ".join(missing)})
     lines += [{"what": stage, "reason": reason, "missing": ""} for stage, reason in without.items()]
     return pd.DataFrame(lines, columns=["what", "reason", "missing"])
-
-
-def _remove(folder: Path, name: str) -> None:
-    """Remove what an earlier gallery wrote under a name."""
-    for suffix in ("csv", "md", "png", "pdf", "provenance.json"):
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _sizes(lines: pd.DataFrame) -> dict[str, str]:

@@ -15,11 +15,13 @@ from typing import Any
 from unittest import mock
 
 import nbformat
+from IPython.display import Markdown
 
 from vlsafe.analysis import sentences
 from vlsafe.analysis.measures import Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
+from vlsafe.core.schema import MEDIAN_SEED
 from vlsafe.study.graph import planned, read_by
 from vlsafe.study.study import Study, project_root
 
@@ -48,8 +50,6 @@ def reads(study: Study, name: str, grid: str = "default") -> list[str]:
 
 def shown(make: Callable[[], Any]) -> Any:
     """What a cell shows: the table or figure that `make` makes, or a sentence that says why this scale does not have it."""
-    from IPython.display import Markdown
-
     try:
         return make()
     except Lacking as lacking:
@@ -58,8 +58,6 @@ def shown(make: Callable[[], Any]) -> Any:
 
 def answer(study: Study, notebook: str) -> Any:
     """What a notebook opens with: its answer by the committed results of the study's scale, over all backbones and seeds."""
-    from IPython.display import Markdown
-
     folder = study.figures
     origin = (
         f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]. Verdicts stand after "
@@ -71,15 +69,11 @@ def answer(study: Study, notebook: str) -> Any:
 
 def said(*texts: str) -> Any:
     """Computed sentences, as a cell shows them."""
-    from IPython.display import Markdown
-
     return Markdown("**Computed.**\n\n" + "\n".join(f"- {text.removeprefix('- ')}" for text in texts))
 
 
 def committed(study: Study, name: str) -> Any:
     """A committed table of the study's scale, of all its backbones and seeds, folded; a sentence where it is not there."""
-    from IPython.display import Markdown
-
     path = study.figures / f"{name}.md"
     if not path.exists():
         return Markdown(f"*Not shown: no {name} of this scale is committed.*")
@@ -89,8 +83,6 @@ def committed(study: Study, name: str) -> Any:
 
 def logged(head: str) -> Any:
     """The tables of LOG.md whose first cell begins with `head`, each folded under its entry's title; a sentence where none is."""
-    from IPython.display import Markdown
-
     path, title, tables = project_root() / "LOG.md", "", dict[str, list[str]]()
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         title = line.removeprefix("## ") if line.startswith("## ") else title
@@ -106,8 +98,6 @@ def logged(head: str) -> Any:
 
 def _folded(*parts: tuple[str, str]) -> Any:
     """Texts under titles that open when they are clicked."""
-    from IPython.display import Markdown
-
     return Markdown("\n\n".join(f"<details><summary>{title}</summary>\n\n{text.strip()}\n\n</details>" for title, text in parts))
 
 
@@ -180,10 +170,11 @@ def execute(path: Path, out: Path, values: Mapping[str, Any]) -> None:
 
 
 def adopt_all(root: Path, packages: Mapping[str, str]) -> Iterator[str]:
-    """Copy the outputs of mini, seed 0, in a run store into all committed notebooks; their names, as each is done."""
-    stamp = {"scale": "mini", "seed": 0, "backbone": "mini-chat", "packages": packages}
+    """Copy the outputs of mini, median seed, in a run store into all committed notebooks; their names, as each is done."""
+    stamp = {"scale": "mini", "seed": MEDIAN_SEED, "backbone": "mini-chat", "packages": packages}
+    folder = root / "mini" / "mini-chat" / f"seed{MEDIAN_SEED}" / "notebooks"
     for name in NOTEBOOKS:
-        adopt(root / "mini" / "mini-chat" / "seed0" / "notebooks" / f"{name}.ipynb", FOLDER / f"{name}.ipynb", stamp)
+        adopt(folder / f"{name}.ipynb", FOLDER / f"{name}.ipynb", stamp)
         yield name
 
 

@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from string import Template
 
+import mistune
+from PIL import Image
+
 from vlsafe.publish.provenance import ARTEFACTS
 
 FIRST = ("F00_answer", "T09_claims", "F14_claims", "T00_left_out")
@@ -53,8 +56,6 @@ def heading(folder: Path, name: str) -> str:
 
 
 def _section(folder: Path, name: str) -> str:
-    import mistune
-
     parts = [f'<h2 id="{name}">{html.escape(heading(folder, name))}</h2>']
     if (picture := folder / f"{name}.png").exists():
         parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{_smaller(picture)}"></figure>')
@@ -71,8 +72,6 @@ def _section(folder: Path, name: str) -> str:
 
 def _smaller(picture: Path) -> str:
     """A picture in fewer colours, as text."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     with Image.open(picture) as image:
         image.convert("RGB").quantize(COLOURS).save(buffer, "PNG", optimize=True)

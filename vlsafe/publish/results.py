@@ -116,7 +116,6 @@ def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str,
     frames |= {
         "located": pd.DataFrame(located) if located else None,
         "remedy": read(studies, [f"examination/{name.replace('/', '.')}" for name in remedies], "raw.parquet"),
-        "validated": read(studies, remedies, "validation.parquet", ("backbone", "seed", "recipe")),
         "frozen": read(studies, [name for name in probed if name.startswith("sppft/")], "raw.parquet", optional=True),
     }  # a study may have no random sets
     return {name: frame for name, frame in frames.items() if frame is not None}

@@ -90,11 +90,6 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     return {"patches": len(patches) + len(reverse), "band": band, "items": len({row["item"] for row in rows})}
 
 
-def transplant_params(study: Study) -> list[Any]:
-    """The numbers that transplants depend on."""
-    return [*exam_params(study), study.scale.probing.widths, study.scale.probing.random_sets]
-
-
 def make_directions(study: Study, work: Path) -> dict[str, Any]:
     """The refusal direction removed from the parent and from the adapted model, and added to the adapted one; random ones beside.
 
@@ -130,11 +125,6 @@ def _operations(model: Any, layer: int, direction: Any, others: Sequence[Any], s
             yield "added-random", strength, k, inspection.causal.added(model, strength * other, layer)
 
 
-def direction_params(study: Study) -> list[Any]:
-    """The numbers that operations with directions depend on."""
-    return [*exam_params(study), study.scale.probing.strengths, study.scale.probing.random_directions]
-
-
 def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     """Stage 2 with a set of blocks frozen, once for each band of the located width, or for random sets of as many blocks.
 
@@ -163,8 +153,3 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
     for file in files.values():
         file.unlink()
     return {"sets": len(patches), "width": width, "band": band}
-
-
-def frozen_params(study: Study) -> list[Any]:
-    """The numbers that the SPPFT grid depends on."""
-    return [*exam_params(study), *adaptation.stage_2(study, SPPFT), study.scale.probing.frozen_sets, study.scale.threads]

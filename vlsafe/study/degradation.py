@@ -24,12 +24,8 @@ KEPT = "answers-{}.jsonl"  # of one model, while it answers
 def examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None) -> Examination:
     """One checkpoint of a run, examined by the scale's engine; answers are kept in `work` as they come."""
     items = evaluation.examine.answerable(items, models.checkpoints.is_multimodal(folder))
-    stage, _, recipe = name.partition("/")
     model = f"{study.backbone}/{name}" + (f"/step-{step_of(folder):06d}" if exam == "panel" else "")
-    record = {
-        "scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": model, "stage": stage,
-        "recipe": recipe, "step": step_of(folder), "exam": exam,
-    }  # fmt: skip
+    record = {**study.coordinates(name), "scale": study.scale.name, "model": model, "step": step_of(folder), "exam": exam}
     bar = Bar(f"{model} {exam}", len(items))
     keep = work / KEPT.format(f"{exam}-{step_of(folder)}") if work else None
     return evaluation.examine.examine(folder, items, study.scale.exam, record, bar, keep)

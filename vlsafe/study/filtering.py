@@ -7,11 +7,12 @@ screen goes on after its last line.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 from vlsafe import data, models, training
@@ -27,10 +28,6 @@ AUDIT = pa.schema(
     + [(name, pa.bool_()) for name in ("has_picture", "kept", "skipped")]
     + [("text_score", pa.float64()), ("image_score", pa.float64()), ("converted", pa.int64())]
 )
-
-
-def text_guard_params(study: Study) -> Any:
-    return [study.scale.guard, study.scale.corpora, study.scale.threads]
 
 
 def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
@@ -154,42 +151,28 @@ def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
                 f"no row of {name} is left; the audit's first reason is {next(data.intake.read_lines(lines))['reasons']!r}"
             )
     audit = ({"corpus": name, **line} for name in SCREENED for line in data.intake.read_lines(work / f"{name}.jsonl"))
-    counts: Counter[str] = Counter()
-    screened = store.write_stream(work / "audit.parquet", _counted(audit, counts), AUDIT)
+    screened = store.write_stream(work / "audit.parquet", audit, AUDIT)
+    counts = pd.read_parquet(work / "audit.parquet", columns=["skipped", "converted"]).sum().map(int).to_dict()
     for name in SCREENED:
         (work / f"{name}.jsonl").unlink()
     origins = {name: read_from(name, study.asset(name)) for name in SCREENED}
-    return {"from": origins, "kept": kept, "screened": screened, "skipped": counts["skipped"], "converted": counts["converted"]}
+    return {"from": origins, "kept": kept, "screened": screened, **counts}
 
 
-def _counted(lines: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        counts.update({name: int(line[name]) for name in ("skipped", "converted")})
-        yield line
+def pointed(study: Study, work: Path, which: str) -> dict[str, Any]:
+    """Note which guard of the hub is meant; its weights stay in the hub's cache."""
+    return data.guards.point(study.asset(which), work)
 
 
-def pointed(which: str) -> Callable[[Study, Path], dict[str, Any]]:
-    """A stage that notes which guard of the hub is meant; its weights stay in the hub's cache."""
-
-    def make(study: Study, work: Path) -> dict[str, Any]:
-        return data.guards.point(study.asset(which), work)
-
-    return make
-
-
-def guard_params(which: str) -> Callable[[Study], Any]:
+def guard_params(study: Study, which: str) -> Any:
     """What a guard of the hub is and how it decides."""
-
-    def params(study: Study) -> Any:
-        guard = getattr(study.scale.loaded, which)
-        return guard and [identity(guard.origin), guard.labels, guard.threshold]
-
-    return params
+    guard = getattr(study.scale.loaded, which)
+    return guard and [identity(guard.origin), guard.labels, guard.threshold]
 
 
 TEXT_GUARD, IMAGE_GUARD = (
-    Stage(pointed(which), (), guard_params(which), 0, estimate="a second", shared=True, seedless=True)
-    for which in ("text_guard", "image_guard")
+    Stage(partial(pointed, which=of), (), partial(guard_params, which=of), 0, estimate="a second", shared=True, seedless=True)
+    for of in ("text_guard", "image_guard")
 )
 SCREEN = Stage(
     screen_loaded, ("guard/text", "guard/image"), screen_params, 0, version=2, estimate="days of a GPU (not measured)",

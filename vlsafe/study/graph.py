@@ -63,21 +63,16 @@ def _examination(
     return _judged(f"examination/{name or run.replace('/', '.')}", stage)
 
 
-def _without(*things: str) -> Callable[[Study], str | None]:
+def _without(study: Study, *things: str) -> str | None:
     """Why a scale that loads lacks a stage: it does without one of these things from outside."""
-
-    def unless(study: Study) -> str | None:
-        if study.packed:  # its own stages make all of them
-            return None
-        lacking = [name for name in things if study.scale.loaded and getattr(study.scale.loaded, name) is None]
-        return f"the scale does without {' and '.join(map(repr, lacking))}" if lacking else None
-
-    return unless
+    if study.packed:  # its own stages make all of them
+        return None
+    lacking = [name for name in things if study.scale.loaded and getattr(study.scale.loaded, name) is None]
+    return f"the scale does without {' and '.join(map(repr, lacking))}" if lacking else None
 
 
-def _first(*reasons: Callable[[Study], str | None]) -> Callable[[Study], str | None]:
-    """The first reason that there is."""
-    return lambda study: next(filter(None, (reason(study) for reason in reasons)), None)
+def _not_tuned(study: Study, name: str) -> str | None:
+    return tuning.unless(study, name) or _without(study, *tuning.read_from_outside(name))
 
 
 STAGES: dict[str, Stage] = {
@@ -94,8 +89,8 @@ STAGES: dict[str, Stage] = {
         load=world.BASE, pack=pocket.BASE,
     ),
     "guard/text": Stage(
-        filtering.make_text_guard, ("base/llm",), filtering.text_guard_params, 25, version=2, shared=True,
-        load=filtering.TEXT_GUARD, pack=pocket.TEXT_GUARD,
+        filtering.make_text_guard, ("base/llm",), lambda s: [s.scale.guard, s.scale.corpora, s.scale.threads], 25, version=2,
+        shared=True, load=filtering.TEXT_GUARD, pack=pocket.TEXT_GUARD,
     ),
     "guard/image": Stage(
         filtering.make_image_guard, ("tower/clip",), lambda s: [s.scale.corpora.guard_pictures, s.scale.corpora.harmful_share],
@@ -133,7 +128,7 @@ for _name, _tuned in tuning.RECIPES.items():
     STAGES[f"safety/{_name}"] = Stage(
         partial(tuning.make_tuned, name=_name), tuning.inputs_of(_name), partial(tuning.recipe_params, name=_name),
         LONG.get(_name, 20), version=2,
-        unless=_first(partial(tuning.unless, name=_name), _without(*tuning.read_from_outside(_name))),
+        unless=partial(_not_tuned, name=_name),
     )  # fmt: skip
     STAGES |= _examination(f"safety/{_name}", 10)
 STAGES |= {
@@ -160,17 +155,19 @@ STAGES |= {
     ),
     "causal/transplants": Stage(
         causal.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causal.LOCALISATION),
-        causal.transplant_params, 100,
+        lambda s: [*causal.exam_params(s), s.scale.probing.widths, s.scale.probing.random_sets], 100,
     ),
     "causal/directions": Stage(
         causal.make_directions, ("world/corpora", "parent/aligned", probing.ADAPTED, probing.DIRECTION),
-        causal.direction_params, 30,
+        lambda s: [*causal.exam_params(s), s.scale.probing.strengths, s.scale.probing.random_directions], 30,
     ),
 }  # fmt: skip
 for _name in causal.FROZEN_SETS:
     STAGES[_name] = Stage(
         partial(causal.make_frozen, which=_name.partition("/")[2]),
-        ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION), causal.frozen_params, 480,
+        ("world/corpora", "screen/filtered", probing.STAGE_1, causal.LOCALISATION),
+        lambda s: [*causal.exam_params(s), *adaptation.stage_2(s, causal.SPPFT), s.scale.probing.frozen_sets, s.scale.threads],
+        480,
     )  # fmt: skip
 for _name, _stage in adopted.stages(STAGES).items():
     STAGES[_name] = dataclasses.replace(STAGES[_name], adopt=_stage)
@@ -183,7 +180,7 @@ OPTIONAL = (  # of some grids alone
 for _grid in GRIDS:
     STAGES[tuning.judging(_grid)] = Stage(
         partial(tuning.make_judging, grid=_grid), (tuning.GUARD, "world/corpora", *tuning.REFERENCES, *tuning.examined(_grid)),
-        lambda s: None, 15, unless=_without("text_guard"), gathers=True,
+        lambda s: None, 15, unless=lambda s: _without(s, "text_guard"), gathers=True,
     )  # fmt: skip
     STAGES[judging.perplexity(_grid)] = Stage(
         partial(judging.make_perplexity, grid=_grid),

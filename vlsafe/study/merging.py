@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from vlsafe import analysis, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE, Item, Response, to_row
@@ -192,9 +195,6 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
 
     Units:    CPU seconds per merge (the overheads returned)
     """
-    import numpy as np
-    import pandas as pd
-
     for checkpoint in (work / "training").glob("step-*"):
         drop(checkpoint)  # an earlier attempt was killed after its training
     sweep, items = Sweep(study, partner, members(study, partner, grid), {}), items_of(study, grid)

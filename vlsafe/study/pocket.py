@@ -17,9 +17,7 @@ import numpy as np
 
 from vlsafe import data, evaluation, inspection, models, training
 from vlsafe.core import store
-from vlsafe.core.assets import Package
 from vlsafe.core.schema import Item, Turn, to_row
-from vlsafe.data.pocket import labels
 from vlsafe.evaluation import people
 from vlsafe.evaluation.benchmarks.pocket import items as items_of
 from vlsafe.study import filtering, probing, world
@@ -34,16 +32,6 @@ PARTS = ("train", "validation", "test")
 HELD_OUT = PARTS[1:]
 SEEING = (probing.STAGE_1, probing.ADAPTED, "instruct/textonly-full")
 JUDGE, ENGAGED = "engagement", "engaged"  # whose agreement with people is noted
-
-
-def packages(*names: str) -> Any:
-    """What a stage's parameters hold of packages: version and digests of what is read."""
-
-    def params(study: Study) -> list[Package]:
-        of = study.asset("packed").packages
-        return [of[name] for name in names or of]
-
-    return params
 
 
 def _file(study: Study, package: str, file: str) -> Path:
@@ -91,7 +79,7 @@ def pictures_of(study: Study) -> dict[str, list[Any]]:
     """Pictures by part: those of one caption are in one."""
     found: dict[str, list[Any]] = {part: [] for part in PARTS}
     for picture in data.pocket.pictures.pictures(study.asset("packed")):
-        found[data.pocket.rows.part_of(picture.cluster)].append(picture)
+        found[data.pocket.prompts.part_of(picture.cluster, **data.pocket.rows.PARTS)].append(picture)
     return {part: _most(study, of) for part, of in found.items()}
 
 
@@ -122,7 +110,8 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
     """
     rows, packed, sizes, draws = data.pocket.rows, study.asset("packed"), study.scale.corpora, study.stream
     prompts, pictures = prompts_of(study), pictures_of(study)
-    write, shown, harmful = writer(study), pictures["train"], {part: _harmful(of) for part, of in prompts.items()}
+    write, shown = writer(study), pictures["train"]
+    harmful = {part: [prompt for prompt in of if prompt.kind == "harmful"] for part, of in prompts.items()}
     answered = harmful["train"][:: 1 + len(harmful["train"]) // MOST_ANSWERED]
     benign = {part: [prompt for prompt in of if prompt.kind != "harmful"] for part, of in prompts.items()}
     answers = rows.own_answers([*chain(*benign.values()), *answered, *harmful["validation"]], write)
@@ -147,22 +136,13 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
         "prompts": {part: dict(Counter(prompt.kind for prompt in of)) for part, of in prompts.items()},
         "pictures": {part: len(of) for part, of in pictures.items()},
         "packages": data.pocket.packages.record(packed),
-        "judge": {kind: people.agreement(JUDGE, ENGAGED, labels.labelled(packed, kind)) for kind in labels.FILES},
+        "judge": {kind: people.agreement(JUDGE, ENGAGED, people.labelled(packed, kind)) for kind in people.FILES},
     }  # fmt: skip
-
-
-def _harmful(prompts: Sequence[Any]) -> list[Any]:
-    return [prompt for prompt in prompts if prompt.kind == "harmful"]
 
 
 def own_answers(study: Study) -> dict[str, str]:
     """What the unaligned model answered, by prompt."""
     return {row["prompt"]: row["text"] for row in study.rows("world/corpora", "answers.parquet")}
-
-
-def parent_params(study: Study) -> Any:
-    spec = study.scale.backbone(study.backbone)
-    return [spec, study.scale.threads]
 
 
 def make_parent(study: Study, work: Path) -> dict[str, Any]:
@@ -271,10 +251,13 @@ def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, share
     return Stage(make, inputs, params, 0, estimate=estimate, shared=shared, seedless=True, version=version)
 
 
-BASE = _stage(make_base, (), packages(LANGUAGE[0]), "20 s of a core")
-VISION = _stage(make_tower, (), packages(TOWER[0]), "seconds")
+BASE = _stage(make_base, (), lambda s: [s.asset("packed").packages[LANGUAGE[0]]], "20 s of a core")
+VISION = _stage(make_tower, (), lambda s: [s.asset("packed").packages[TOWER[0]]], "seconds")
 WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes", version=2)
-PARENT = _stage(make_parent, ("base/llm", "tower/clip", "world/corpora"), parent_params, "minutes", shared=False)
+PARENT = _stage(
+    make_parent, ("base/llm", "tower/clip", "world/corpora"), lambda s: [s.scale.backbone(s.backbone), s.scale.threads],
+    "minutes", shared=False,
+)  # fmt: skip
 TEXT_GUARD = _stage(make_text_guard, ("base/llm", "world/corpora"), lambda study: study.scale.threads, "minutes")
 IMAGE_GUARD = _stage(lambda study, work: {"chosen": "by words"}, (), lambda study: None, "nothing")
 SCREEN = _stage(make_screen, ("world/corpora", "guard/text", "guard/image", "tower/clip"), filtering.intake_params, "minutes")

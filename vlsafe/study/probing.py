@@ -28,8 +28,7 @@ TASKS = {  # pair of task vectors -> (start, end) of the safety one; the other i
 
 def model_columns(study: Study, run: str, folder: Path) -> dict[str, Any]:
     """The columns that name the model in a checkpoint's folder: backbone, seed, stage, recipe, step."""
-    stage, _, recipe = run.partition("/")
-    return {"backbone": study.backbone, "seed": study.seed, "stage": stage, "recipe": recipe, "step": step_of(folder)}
+    return {**study.coordinates(run), "step": step_of(folder)}
 
 
 def validation_part(study: Study) -> list[Item]:

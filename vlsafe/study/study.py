@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from vlsafe import data, evaluation, models
+from vlsafe import data, evaluation, models, study
 from vlsafe.core import assets, store, texts
-from vlsafe.core.presets import SCALES, load_scale
+from vlsafe.core.presets import SCALES, USUAL_SEEDS, load_scale
 from vlsafe.core.scale import Scale, as_plain, known
 from vlsafe.core.schema import Example, Item, from_row
 from vlsafe.models import templates
@@ -44,17 +45,15 @@ class Study:
     file: str = ""  # the scale's, where it is one: two files of one stem share no place in a run store
 
     @classmethod
-    def open(cls, scale: str | Path, backbone: str, seed: int, root: str | Path) -> Study:
-        """Check every argument before any work.
+    def open(cls, scale: str | Path, backbone: str, seed: int | None, root: str | Path) -> Study:
+        """Check every argument before any work. Without a seed it is the median one of `mini`, 0 of other scales.
 
         Raises:   ValueError or FileNotFoundError naming the argument and the nearest known value
         """
-        from vlsafe.study.judging import refuse_unanswered
-
         loaded = load_scale(scale)
         loaded.backbone(backbone)
-        refuse_unanswered(loaded)
-        known(loaded.device, models.devices.DEVICES, "device")
+        study.judging.refuse_unanswered(loaded)
+        seed = USUAL_SEEDS.get(str(scale), 0) if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"a seed is a non-negative integer, not {seed!r}")
         known(loaded.backbone(backbone).template, templates.NAMES, f"chat template of {backbone}")
@@ -79,9 +78,7 @@ class Study:
     def stage(self, name: str) -> Stage:
         """A stage as this scale has it: the one place that asks whether its world is built, loaded, or read from packages, and
         whether others have trained the model."""
-        from vlsafe.study.graph import STAGES
-
-        stage = STAGES[known(name, STAGES, "stage")]
+        stage = study.graph.STAGES[known(name, study.graph.STAGES, "stage")]
         if self.adopted and stage.adopt:
             return stage.adopt
         if self.packed and stage.pack:
@@ -155,15 +152,11 @@ class Study:
 
     def stages(self, word: str, grid: str = "default") -> list[str]:
         """The stages that a notebook reads, by its word (`graph.read_by`)."""
-        from vlsafe.study.graph import read_by
-
-        return read_by(self, word, grid)
+        return study.graph.read_by(self, word, grid)
 
     def left_out(self, grid: str = "default") -> dict[str, str]:
         """The stages of a grid that this scale does without, and why."""
-        from vlsafe.study.graph import left_out
-
-        return left_out(self, grid)
+        return study.graph.left_out(self, grid)
 
     def summary(self, *names: str) -> pd.DataFrame:
         """What finished stages noted about themselves, one line each."""
@@ -203,8 +196,6 @@ class Study:
 
     def stream(self, name: str) -> Any:
         """The random stream of a named purpose; in the miniature, the world's own."""
-        import numpy as np
-
         return np.random.default_rng([self.seed, *name.encode()])
 
     def tokenizer(self, template: str | None = None) -> Any:

@@ -212,15 +212,6 @@ def _refuse_wrong_folder(name: str, n: int, defects: Defects, allowed: float) ->
 WORLD = Stage(make_corpora, (), corpora_params, 0, estimate="minutes (not measured)", shared=True, seedless=True)
 
 
-def loaded_parent_params(study: Study) -> list[Any]:
-    """Which weights, and the template that is written into their tokenizer."""
-    return [_weights(study.asset("parents")[study.backbone]), study.scale.backbone(study.backbone).template]
-
-
-def loaded_tower_params(study: Study) -> list[Any]:
-    return _weights(study.asset("tower"))
-
-
 def _weights(origin: Origin) -> list[str]:
     """Which weights an origin means: unlike rows, those of another commit are another model."""
     return [origin.repo, assets.pinned(origin.repo, origin.revision)]
@@ -245,8 +236,13 @@ def load_clip(study: Study, work: Path) -> dict[str, Any]:
     return {"revision": revision}
 
 
-PARENT = Stage(load_parent, (), loaded_parent_params, 0, estimate="minutes (not measured)", seedless=True)
-TOWER = Stage(load_clip, (), loaded_tower_params, 0, estimate="a minute (not measured)", shared=True, seedless=True)
+PARENT = Stage(  # which weights, and the template that is written into their tokenizer
+    load_parent, (), lambda s: [_weights(s.asset("parents")[s.backbone]), s.scale.backbone(s.backbone).template], 0,
+    estimate="minutes (not measured)", seedless=True,
+)  # fmt: skip
+TOWER = Stage(
+    load_clip, (), lambda s: _weights(s.asset("tower")), 0, estimate="a minute (not measured)", shared=True, seedless=True
+)
 BASE = Stage(
     lambda study, work: {"pretrained": "elsewhere"}, (), lambda study: None, 0, estimate="nothing", shared=True, seedless=True
 )

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -152,10 +151,7 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(configuration), "--num_processes", str(count)]
     if nodes == 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return [*launch, "--main_process_port", str(port), *WORKER, str(job)]
+        return [*launch, "--main_process_port", "0", *WORKER, str(job)]  # a free one
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
     hosts = subprocess.check_output(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], text=True).split()
     launch += ["--num_machines", str(nodes), "--main_process_port", str(port), "--main_process_ip", hosts[0]]

@@ -19,15 +19,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vlsafe.core.texts import frozen
 
-def _frozen(entry: Any) -> Any:
-    """An entry of the word file with tuples for its lists."""
-    if isinstance(entry, dict):
-        return {name: _frozen(part) for name, part in entry.items()}
-    return tuple(entry) if isinstance(entry, list) else entry
-
-
-_WORDS = _frozen(yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8")))
+_WORDS = frozen(yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8")))
 MAKING, ATTACK, TAKING, SAFE, ORDINARY = itemgetter("making", "attack", "taking", "safe", "ordinary")(_WORDS)
 EVERYDAY, DANGEROUS, TARGETS, BELONGINGS = itemgetter("everyday", "dangerous", "targets", "belongings")(_WORDS)
 SHADES, SIDES, TOOLS, PARTS, CIRCUMSTANCES = itemgetter("shades", "sides", "tools", "parts", "circumstances")(_WORDS)

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from vlsafe import data
 from vlsafe.core import store
 from vlsafe.core.schema import Turn
 from vlsafe.models import architectures, checkpoints
@@ -89,12 +90,10 @@ class StatesGuard:
 
     def assess(self, conversations: Sequence[Sequence[Turn]]) -> list[Any]:
         """One assessment per conversation, in order."""
-        from vlsafe.data.guards import decided, relative
-
         if not conversations:
             return []
-        scores = relative(expit(self.states(conversations).astype(float) @ self.weight + self.bias), self.threshold)
-        return [decided(True, ("harmful",), float(score)) for score in scores]
+        found = expit(self.states(conversations).astype(float) @ self.weight + self.bias)
+        return [data.guards.decided(True, ("harmful",), float(score)) for score in data.guards.relative(found, self.threshold)]
 
 
 class ByWords:
@@ -102,6 +101,4 @@ class ByWords:
 
     def assess(self, pictures: Sequence[bytes]) -> list[Any]:
         """One assessment per picture: safe."""
-        from vlsafe.data.guards import Assessment
-
-        return [Assessment(False, (), 0.0) for _ in pictures]
+        return [data.guards.Assessment(False, (), 0.0) for _ in pictures]

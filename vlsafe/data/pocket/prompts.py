@@ -65,7 +65,7 @@ def prompts(packed: Packed) -> list[Prompt]:
     only_test = {cluster for cluster, row in zip(clusters, rows, strict=True) if row[4] == TEST_ONLY}
     found, kinds = [], dict[str, Kind]()
     for (name, text, kind, category, source, _), cluster in zip(rows, clusters, strict=True):
-        split: Split = "test" if cluster in only_test else _split(cluster, kinds.setdefault(cluster, kind))
+        split: Split = "test" if cluster in only_test else part_of(cluster, *HELD[kinds.setdefault(cluster, kind)])
         found.append(Prompt(name, text, kind, category, source, split, cluster))
     return found
 
@@ -178,7 +178,7 @@ def near(numbers: Sequence[int], words: Sequence[frozenset[str]]) -> list[tuple[
     ]
 
 
-def _split(cluster: str, kind: Kind) -> Split:
-    test, validation = HELD[kind]
+def part_of(cluster: str, test: float, validation: float) -> Split:
+    """The part that a cluster belongs to, by its digest, so that equal ones are never parted; shares of what is held out."""
     place = int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:8]) / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"

@@ -7,7 +7,6 @@ whoever calls parts them. Texts of harmful prompts go into rows and nowhere else
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
@@ -18,6 +17,7 @@ import numpy as np
 import yaml
 
 from vlsafe.core.schema import Example, Pair, Turn
+from vlsafe.data.miniature.corpora import exchange, pick
 
 if TYPE_CHECKING:
     from vlsafe.data.pocket.pictures import Picture
@@ -30,12 +30,6 @@ WRITTEN_TOKENS, OWN_TOKENS = 26, 36  # of an answer about a picture, of the text
 LEAST = 3  # words of a written answer
 PARTS = {"test": 0.12, "validation": 0.05}  # shares of captions that are held out
 T = TypeVar("T")
-
-
-def part_of(cluster: str) -> str:
-    """The part that a caption belongs to, by its digest, so that equal captions are never parted."""
-    place = int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:8], "big") / 2**64
-    return "test" if place < PARTS["test"] else "validation" if place < sum(PARTS.values()) else "train"
 
 
 def sentence(caption: str) -> str:
@@ -82,14 +76,6 @@ def own_answers(prompts: Sequence[Prompt], write: Write) -> dict[str, str]:
     return {prompt.id: text for prompt, text in zip(prompts, texts, strict=True) if len(text.split()) >= LEAST}
 
 
-def _exchange(request: str, answer: str) -> tuple[Turn, Turn]:
-    return Turn("user", request), Turn("assistant", answer)
-
-
-def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:
-    return values[int(rng.integers(len(values)))]
-
-
 def _shuffled(rng: np.random.Generator, rows: Sequence[T]) -> list[T]:
     return [rows[i] for i in rng.permutation(len(rows))]
 
@@ -98,7 +84,7 @@ def caption_rows(pictures: Sequence[Picture], rng: np.random.Generator) -> list[
     """One row per picture: a request for a caption, and the caption (stage 1)."""
     return [
         Example(
-            f"caption/{one.id}", "captions", _exchange(_pick(rng, WORDING["describe"]), sentence(one.caption)), (one.png,),
+            f"caption/{one.id}", "captions", exchange(pick(rng, WORDING["describe"]), sentence(one.caption)), (one.png,),
             cluster=one.cluster, task="look", description=sentence(one.caption),
         )
         for one in pictures
@@ -119,13 +105,13 @@ def instruction_rows(
     harmful = [prompt for prompt in prompts if prompt.kind == "harmful"]
     alone = _shuffled(rng, benign)[: round(n * text_only_share)]
     rows += [
-        Example(f"alone/{one.id}", "instructions-text", _exchange(one.text, answers[one.id]), (), cluster=one.cluster)
+        Example(f"alone/{one.id}", "instructions-text", exchange(one.text, answers[one.id]), (), cluster=one.cluster)
         for one in alone
     ]
     for one, nonsense in zip(_shuffled(rng, harmful)[: round(n * harmful_share)], cycle(WORDING["nonsense"]), strict=False):
-        beside = _pick(rng, pictures)
+        beside = pick(rng, pictures)
         rows.append(Example(
-            f"harmful/{one.id}", "instructions", _exchange(one.text, nonsense), (beside.png,), one.category or "harmful",
+            f"harmful/{one.id}", "instructions", exchange(one.text, nonsense), (beside.png,), one.category or "harmful",
             one.cluster, None, sentence(beside.caption),
         ))  # fmt: skip
     refuse_openers(rows)
@@ -133,7 +119,7 @@ def instruction_rows(
 
 
 def _about(one: Picture, kind: str, request: str, answer: str, task: str | None) -> Example:
-    turns = _exchange(request, answer)
+    turns = exchange(request, answer)
     return Example(f"{kind}/{one.id}", "instructions", turns, (one.png,), None, one.cluster, task, sentence(one.caption))
 
 
@@ -141,8 +127,8 @@ def _looking(pictures: Sequence[Picture], rng: np.random.Generator) -> list[Exam
     """A caption of each picture, and a question whether it shows one thing: its own in half of the rows."""
     rows = []
     for one in pictures:
-        rows.append(_about(one, "look", _pick(rng, WORDING["describe"]), sentence(one.caption), "look"))
-        other = _pick(rng, pictures)
+        rows.append(_about(one, "look", pick(rng, WORDING["describe"]), sentence(one.caption), "look"))
+        other = pick(rng, pictures)
         right = rng.random() < 0.5 or other.cluster == one.cluster
         question = WORDING["yes_no"].format(one.caption if right else other.caption)
         rows.append(_about(one, "yes-no", question, "Yes." if right else "No.", "look"))
@@ -151,7 +137,7 @@ def _looking(pictures: Sequence[Picture], rng: np.random.Generator) -> list[Exam
 
 def _written(pictures: Sequence[Picture], write: Write, rng: np.random.Generator) -> list[Example]:
     """Answers that the text model writes from captions, those that can be used."""
-    kinds = [_pick(rng, WORDING["written"]) for _ in pictures]
+    kinds = [pick(rng, WORDING["written"]) for _ in pictures]
     orders = [order.format(one.caption) for one, (_, order) in zip(pictures, kinds, strict=True)]
     answers = map(whole, write(orders, WRITTEN_TOKENS))
     return [
@@ -177,8 +163,8 @@ def alignment_rows(
     rows = []
     for number, kind in enumerate(rng.choice(list(pools), n, p=shares)):
         prompt = next(order[kind])
-        answer = _pick(rng, REFUSALS) if kind == "harmful" else answers[prompt.id]
-        rows.append(Example(f"alignment/{number}", "alignment", _exchange(prompt.text, answer), cluster=prompt.cluster))
+        answer = pick(rng, REFUSALS) if kind == "harmful" else answers[prompt.id]
+        rows.append(Example(f"alignment/{number}", "alignment", exchange(prompt.text, answer), cluster=prompt.cluster))
     return rows
 
 
@@ -191,12 +177,12 @@ def safety_rows(
     benign = cycle(_shuffled(rng, [prompt for prompt in prompts if prompt.kind != "harmful" and prompt.id in answers]))
     rows = []
     for number, prompt in zip(range(n), harmful, strict=False):
-        exchanges = [_exchange(prompt.text, _pick(rng, REFUSALS))]
+        exchanges = [exchange(prompt.text, pick(rng, REFUSALS))]
         if number % 2:
             other = next(benign)
-            exchanges.insert(int(rng.integers(2)), _exchange(other.text, answers[other.id]))
-        turns = tuple(turn for exchange in exchanges for turn in exchange)
-        rows.append(Example(f"safety/{number}", "safety", turns, (_pick(rng, pictures).png,), cluster=prompt.cluster))
+            exchanges.insert(int(rng.integers(2)), exchange(other.text, answers[other.id]))
+        turns = tuple(turn for one in exchanges for turn in one)
+        rows.append(Example(f"safety/{number}", "safety", turns, (pick(rng, pictures).png,), cluster=prompt.cluster))
     return rows
 
 
@@ -212,9 +198,9 @@ def pairs(
     rows = []
     for number in range(n):
         prompt = next(benign if number % 3 == 2 else harmful)
-        texts = _pick(rng, REFUSALS), answers[prompt.id]
+        texts = pick(rng, REFUSALS), answers[prompt.id]
         chosen, rejected = texts if prompt.kind == "harmful" else texts[::-1]
-        images = (_pick(rng, pictures).png,) if pictures else ()
+        images = (pick(rng, pictures).png,) if pictures else ()
         category = (prompt.category or "harmful") if prompt.kind == "harmful" else None
         turns = (Turn("user", prompt.text),)
         rows.append(Pair(f"{source}/{number}", source, turns, chosen, rejected, images, category, prompt.cluster))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image
 
+from vlsafe.analysis import stats
 from vlsafe.core.schema import Item
 from vlsafe.core.texts import read_json, read_lines, read_table, read_text, text_lines  # noqa: F401 (how benchmarks read)
 from vlsafe.data.miniature.corpora import listed
@@ -150,8 +151,6 @@ def grouped(events: Iterable[Event], key: Callable[[Item], Any]) -> dict[Any, li
 
 def share(metric: str, over: str, judge: str, events: Sequence[Event]) -> Score:
     """The share of events, with a clustered Wilson interval."""
-    from vlsafe.analysis import stats
-
     rate = stats.rate([event for _, event in events], [item.cluster or item.id for item, _ in events])
     return Score(metric, over, judge, **asdict(rate))
 
@@ -173,8 +172,6 @@ def weighted(
     full: float = 1.0,
 ) -> Score:  # fmt: skip
     """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown."""
-    from vlsafe.analysis import stats
-
     unit = full / weight / len(strata)  # the best mean of a stratum
     parts = [
         stats.Stratum(weight * unit, [row[1] / unit for row in rows], [row[2] / unit for row in rows], [row[0] for row in rows])

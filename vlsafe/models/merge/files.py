@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,17 +66,10 @@ def merge(
               weight is not finite, before or after; ValueError where nothing has changed
     """
     plan = _planned(name, folders, Path(out), how, seed, language_only, fisher)
-    with _one_thread(not RULES[name].whole):
-        return _merged(plan, Path(out), language_only)
-
-
-@contextmanager
-def _one_thread(alone: bool) -> Iterator[None]:
-    """Compute on one thread: elementwise work on pieces has nothing to divide, and other threads would wait for it busily."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if alone else before)
+    before = torch.get_num_threads()  # elementwise work on pieces has nothing to divide: other threads would wait for it busily
+    torch.set_num_threads(before if RULES[name].whole else 1)
     try:
-        yield
+        return _merged(plan, Path(out), language_only)
     finally:
         torch.set_num_threads(before)
 

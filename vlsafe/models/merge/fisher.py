@@ -30,7 +30,13 @@ def diagonal(
     """
     weights = dict(model.named_parameters())
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    handles = [weight.register_post_accumulate_grad_hook(_adding_to(sums[name])) for name, weight in weights.items()]
+    first = {weight: name for name, weight in weights.items()}
+
+    def add(weight: torch.Tensor) -> None:
+        sums[first[weight]].addcmul_(weight.grad.float(), weight.grad.float())
+        weight.grad = None
+
+    handles = [weight.register_post_accumulate_grad_hook(add) for weight in first]
     model.requires_grad_(True).eval()
     n = 0
     try:
@@ -42,18 +48,9 @@ def diagonal(
     length = torch.stack([total.double().square().sum() for total in sums.values()]).sum().sqrt().item()
     if not length:
         raise ValueError(f"{n} rows gave no gradient: there is nothing to weigh weights by")
-    first = {weight: name for name, weight in weights.items()}
     found = {name: total.div_(length).cpu() for name, total in sums.items()}
     same = {name: first[weight] for name, weight in model.named_parameters(remove_duplicate=False) if name not in found}
     return found | {name: found[other].clone() for name, other in same.items()}  # files hold no tensor under two names
-
-
-def _adding_to(total: torch.Tensor) -> Any:
-    def add(weight: torch.Tensor) -> None:
-        total.addcmul_(weight.grad.float(), weight.grad.float())
-        weight.grad = None
-
-    return add
 
 
 def _log_likelihood(model: PreTrainedModel, processor: Any, row: Example) -> torch.Tensor:
