@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from vlsafe.core import store
@@ -176,11 +177,17 @@ def read(
         if (folder / file).exists() or not optional:
             values = dict(zip(MODEL, (study.backbone, study.seed, *name.split("/", 1)), strict=True))
             frame = pd.read_parquet(folder / file)
-            frame = frame.astype(dict.fromkeys(frame.select_dtypes("str"), object))  # of which small groups are taken faster
+            frame = frame.assign(**{column: _objects(frame[column]) for column in frame.select_dtypes("str")})
             for place, column in enumerate(columns):
                 frame.insert(place, column, values[column])
             frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def _objects(texts: pd.Series) -> pd.Series:
+    """Texts as objects, of which small groups are taken faster; equal ones are one object: a quarter of the memory."""
+    codes, found = pd.factorize(texts)
+    return pd.Series(np.append(found.astype(object), np.nan)[codes], texts.index, object)
 
 
 def studies_in_store(study: Study) -> list[Study]:
