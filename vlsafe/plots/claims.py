@@ -142,8 +142,9 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     if not set(points["measure"]) - {"text_asr"}:
         raise Lacking("no model of the lineage was examined on pictures")
     kinds = [kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
-    short = [named_short(*pair).partition(" + ")[2] for pair in zip(points["stage"], points["recipe"], strict=True)]
-    names = [f"{of}{f' with {partner}' if of == 'merged' else ''}" for of, partner in zip(kinds, short, strict=True)]
+    partners = [named_short(*pair).partition(" + ")[2] for pair in zip(points["stage"], points["recipe"], strict=True)]
+    partners = [TAUGHT_ON.get(partner, (partner,))[0] for partner in partners]
+    names = [f"{of}{f' with {partner}' if of == 'merged' else ''}" for of, partner in zip(kinds, partners, strict=True)]
     points = points.assign(kind=kinds, name=names, what=points["measure"])
     return points.sort_values("kind", key=lambda of: of.map(ORDER.index), kind="stable")
 
