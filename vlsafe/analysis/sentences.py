@@ -136,14 +136,18 @@ def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def _verdict(line: Any) -> str:
-    text = f"**{line.item_level}**"
+    text = f"**{line.item_level}**" + " but too small to matter" * (line.item_level == claims.SUPPORTED and line.matters == "no")
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    over = ", one seed"
-    if pd.notna(line.seed_low):
-        over = f"; over {int(line.seeds)} seeds {line.seed_level}, [{signed(line.seed_low)}, {signed(line.seed_high)}]"
+    over = f"; over {int(line.seeds)} seeds {line.seed_level}, {ends}" if (ends := _over_seeds(line)) else ", one seed"
     return f"{text}{over}{_flag(line)})"
+
+
+def _over_seeds(line: Any, sign: int = 1) -> str:
+    """The interval of an effect over seeds; nothing where there is one."""
+    low, high = sorted((sign * line.seed_low, sign * line.seed_high))
+    return f"[{signed(low)}, {signed(high)}]" if pd.notna(low) else ""
 
 
 def _flag(line: Any) -> str:
@@ -184,7 +188,7 @@ def fell(table: pd.DataFrame) -> str:
 
 
 def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
-    """What adaptation does to text ASR, and what of it is seeing: T02's lines and the claims 3, 4h and 4b, points over items."""
+    """What adaptation does to text ASR, and what of it is how-tos and what is seeing: T02's lines and the ledger, in points."""
     text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
     rises = [
         f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} (`{backbone}`)"
@@ -194,19 +198,24 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
     start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
-    seeing = measured[(measured["claim"] == SEEING) & measured["backbone"].isin(text["backbone"])]
-    if held and len(seeing):
-        rose = text.groupby("backbone")["difference"].mean()[list(seeing["backbone"])]
-        start += f": of {listed(map(signed, rose))} points of text ASR, seeing alone makes at most "
-        start += listed(map(signed, seeing["high"]))
+    shares = measured[measured["claim"].isin((SEEING, ASKED))].pivot(index="backbone", columns="claim", values="effect")
+    if held and {SEEING, ASKED} <= set(shares):
+        rose = text.groupby("backbone")["difference"].mean()[shares.index]
+        start += ": text ASR rises by " + listed(
+            f"{signed(rose[backbone])} points in `{backbone}` ({signed(asked)} through rows that ask how to do something, "
+            f"{signed(shares.at[backbone, SEEING])} through seeing alone)" for backbone, asked in shares[ASKED].items()
+        )  # fmt: skip
     said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
     for claim, (what, sign) in TITLE.items():
         of = measured[measured["claim"] == claim]
         ends = [
-            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`{_flag(line)})"
+            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`; over "
+            f"{int(line.seeds)} seeds {_over_seeds(line, sign) or 'nothing'}{_flag(line)})"
             for line in of.itertuples()
         ]
-        said += [f"- {what} {listed(ends)}."] if ends else []
+        status = " (exploratory)" if claims.EXPLORATORY in set(of["status"]) else ""
+        said += [f"- {what} {listed(ends)}{status}."] if ends else []
+    said += [verdicts(measured, [CLEAN])] if CLEAN in set(measured["claim"]) else []
     up = (text["difference"].dropna() > 0).tolist()
     registered = measured[measured["status"] == claims.REGISTERED]
     against = (registered["item_level"] == claims.CONTRADICTED).sum()
@@ -218,7 +227,7 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     return f"{start}.\n\n" + "\n".join(said)
 
 
-RISE, SEEING = "3", "4h"  # the claims that answer the title
+RISE, CLEAN, SEEING, ASKED = "3", "3b", "4h", "4d"  # the claims that answer the title
 TITLE = {  # what the effects of two are, and their sign there
     SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
     "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
@@ -248,7 +257,7 @@ def guards(table: pd.DataFrame) -> str:
 def missed(table: pd.DataFrame) -> str:
     """Which bounds of T00 some seed misses."""
     lines = table[table["holds"] < table["seeds"]].itertuples()
-    said = [f"`{line.backbone}` {line.measure} ({line.why}: in {line.holds} of {line.seeds} seeds)" for line in lines]
+    said = [f"`{line.backbone}` {line.measure} ({line.why}) in {line.seeds - line.holds} of {line.seeds} seeds" for line in lines]
     return f"- Bounds missed: {'; '.join(said)}." if said else "- No bound is missed."
 
 
@@ -299,6 +308,20 @@ def worst(table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+def restored(table: pd.DataFrame) -> str:
+    """What a model is whose language model is the parent's again, behind the projector of the adapted one, of T08's lines."""
+    said, of = [], table[table["recipe"] == f"linear/{RESTORED}/1.00"]
+    for backbone, lines in of.groupby("backbone", sort=False):
+        names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+        parts = [f"{MEASURES[m]['label']} {percent(lines.loc[lines['measure'] == m, 'value'].tolist())}" for m in names]
+        said.append(
+            f"- All language weights of `{backbone}` put back to the parent's and the adapted projector kept, where validation "
+            f"chooses that: {', '.join(parts)}."
+        )
+    return "\n".join(said)
+
+
+RESTORED = "filtered-full+aligned"
 Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
 
 
@@ -339,11 +362,11 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
         _of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates"),
     ),
     "01_data_filtering": (
-        _by(guards, "T01_guard_quality"), _by(across, "T03_arms", *RAW), _claims("3c"),
+        _by(guards, "T01_guard_quality"), _by(across, "T03_arms", *RAW), _claims("3c", "3b"),
     ),
     "02_vl_adaptation": (_of("instruct", "helpfulness", "capability_caption-icon", "capability_howto-icon"), _claims("4h", "4i")),
     "03_safety_degradation": (
-        _by(fell, "T02_degradation"), _claims("4h", "4k", "4j", "4l", "4b", "1", "3"),
+        _by(fell, "T02_degradation"), _claims("4h", "4k", "4j", "4l", "4b", "1", "3", "3b"),
         _by(across, "T04_confounds", *BLANK),
     ),
     "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"),),
@@ -353,7 +376,7 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
     ),
     "06_merging": (
         _by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"),
-        _by(worst, "T10_worst_case"),
+        _by(worst, "T10_worst_case"), _by(restored, "T08_models"),
     ),
     "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(counted, LEDGER)),
 }  # fmt: skip

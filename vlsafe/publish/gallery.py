@@ -75,9 +75,7 @@ def make(
     if "raw" not in frames and not only:
         raise ValueError("no examination is made yet; `make reproduce` makes them")
     raw, without = frames.get("raw", pd.DataFrame(runs).reindex(columns=["seed", "backbone"])), without or {}
-    seeds = sorted(int(seed) for seed in raw["seed"].unique())
-    backbones = sorted(raw["backbone"].unique())
-    origin = f"Scale {scale}, {', '.join(backbones)}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; 95 % intervals."
+    studies = raw[["backbone", "seed"]].drop_duplicates()
     of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw) if "raw" in frames else ""
     written, lacking = list[str](), dict[str, Lacking]()
     for name in only or (*TABLES, *FIGURES):
@@ -85,7 +83,7 @@ def make(
             if name in FIGURES:
                 plots.style.write(*FIGURES[name](of), folder, name, provenance.stamp(name, scale, runs))
             else:
-                _write_table(name, TABLES[name](of), folder, origin, judges)
+                _write_table(name, TABLES[name](of), folder, scale, studies, judges)
             written.append(name)
         except Lacking as error:
             lacking[name] = error
@@ -94,7 +92,7 @@ def make(
         for suffix in ("csv", "md", "png", "pdf", "provenance.json"):  # of an earlier gallery
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     if len(left_out):
-        _write_table(LEFT_OUT, (left_out,), folder, origin)
+        _write_table(LEFT_OUT, (left_out,), folder, scale, studies)
         written.append(LEFT_OUT)
     for name in written:
         stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
@@ -103,12 +101,25 @@ def make(
     return Gallery(written, left_out)
 
 
-def _write_table(name: str, table: tuple[Any, ...], folder: Path, origin: str, judges: str = "") -> None:
+def _write_table(
+    name: str, table: tuple[Any, ...], folder: Path, scale: str, studies: pd.DataFrame, judges: str = ""
+) -> None:  # fmt: skip
     frame, *more = table
     shown, *values = more or [None]
     text = provenance.ARTEFACTS["tables"][name]
     caption = text.get("caption", "").format_map({"judges": judges, **dict(*values)})
-    provenance.write_table(frame, folder, name, text["title"], f"{origin} {caption}".strip(), shown)
+    provenance.write_table(frame, folder, name, text["title"], f"{_origin(scale, studies, frame)} {caption}".strip(), shown)
+
+
+def _origin(scale: str, studies: pd.DataFrame, frame: pd.DataFrame) -> str:
+    """Which studies a table is of: of all those that its own rows name."""
+    for column in {"backbone", "seed"} & set(frame):
+        studies = studies[studies[column].isin(frame[column])]
+    of = [
+        f"{backbone}, seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(map(int, each))))}"
+        for backbone, each in studies.groupby("backbone")["seed"].unique().items()
+    ]
+    return f"Scale {scale}; {'; '.join(of)}; 95 % intervals."
 
 
 def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.DataFrame:
