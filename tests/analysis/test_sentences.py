@@ -113,7 +113,7 @@ def test_the_title_is_answered_by_the_ledger():
     parts = re.findall(r"(\S+) points in `(.+?)` \((\S+) through rows [^,]+, (\S+) through seeing alone", said.splitlines()[0])
     assert {backbone for _, backbone, *_ in parts} == set(rose.index)
     for whole, backbone, asked, seeing in parts:
-        wanted = rose[backbone], effects[sentences.ASKED, backbone], effects[sentences.SEEING, backbone]
+        wanted = rose[backbone], effects[sentences.HOWTOS, backbone], effects[sentences.SEEING, backbone]
         assert list(map(float, (whole, asked, seeing))) == pytest.approx(wanted, abs=0.51)
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
     assert sentences.title(table, fallen).startswith("Adaptation does not: ")
@@ -156,9 +156,9 @@ def test_what_is_too_small_to_matter_is_called_so():
 
 
 def test_a_model_with_its_parents_language_weights_by_hand():
-    names = ["text_asr", "multimodal_asr", "twin_refusal", "helpfulness"]
+    rates = {"text_asr": 0.1, "multimodal_asr": 0.2, "twin_refusal": 0.3, "helpfulness": 0.7}
     line = {"backbone": "a", "recipe": "linear/filtered-full+aligned/1.00"}
-    seeds = [dict(line, measure=name, value=value + more) for more in (0.0, 0.1) for name, value in zip(names, (0.1, 0.2, 0.3, 0.7))]
+    seeds = [dict(line, measure=name, value=rate + more) for more in (0.0, 0.1) for name, rate in rates.items()]
     other = dict(line, recipe="linear/filtered-full+aligned/0.90", measure="text_asr", value=0.9)
     assert sentences.restored(pd.DataFrame([*seeds, other])).endswith(
         "where validation chooses that: text ASR 15 % (10–20 over 2 seeds), multimodal ASR 25 % (20–30 over 2 seeds), refusal of "

@@ -198,12 +198,12 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
     start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
-    shares = measured[measured["claim"].isin((SEEING, ASKED))].pivot(index="backbone", columns="claim", values="effect")
-    if held and {SEEING, ASKED} <= set(shares):
-        rose = text.groupby("backbone")["difference"].mean()[shares.index]
+    effects = measured[measured["claim"].isin((SEEING, HOWTOS))].pivot(index="backbone", columns="claim", values="effect")
+    if held and {SEEING, HOWTOS} <= set(effects):
+        rose = text.groupby("backbone")["difference"].mean()[effects.index]
         start += ": text ASR rises by " + listed(
-            f"{signed(rose[backbone])} points in `{backbone}` ({signed(asked)} through rows that ask how to do something, "
-            f"{signed(shares.at[backbone, SEEING])} through seeing alone)" for backbone, asked in shares[ASKED].items()
+            f"{signed(rose[backbone])} points in `{backbone}` ({signed(share)} through rows that ask how to do something, "
+            f"{signed(effects.at[backbone, SEEING])} through seeing alone)" for backbone, share in effects[HOWTOS].items()
         )  # fmt: skip
     said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
     for claim, (what, sign) in TITLE.items():
@@ -227,7 +227,7 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     return f"{start}.\n\n" + "\n".join(said)
 
 
-RISE, CLEAN, SEEING, ASKED = "3", "3b", "4h", "4d"  # the claims that answer the title
+RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 TITLE = {  # what the effects of two are, and their sign there
     SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
     "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
