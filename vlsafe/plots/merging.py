@@ -13,10 +13,12 @@ from vlsafe.plots.style import KINDS, LINES
 PARTNERS = {  # what each partner is for the eye
     "sl-full": "child: SL", "dpo-both-full": "child: DPO on both", "sibling-full": "sibling", "aligned": "parent",
 }  # fmt: skip
-FURTHER = {  # what is fine-tuned again; two kinds of SFT and SPPFT are told apart by line and colour
-    "adapted": KINDS["adapted"], "mtl-full": KINDS["SFT"] | {"linestyle": "--"}, "sl-full": KINDS["SFT"],
-    "dpo-both-full": KINDS["DPO"], "filtered-sppft": KINDS["GRPO"], "merged": KINDS["merged"],
+FURTHER = {  # what is fine-tuned again, for the eye; two kinds of SFT and SPPFT are told apart by line and colour
+    "adapted": ("adapted", KINDS["adapted"]), "filtered-sppft": ("SPPFT", KINDS["GRPO"]),
+    "merged": ("merged with SFT", KINDS["merged"]), "dpo-both-full": ("DPO", KINDS["DPO"]),
+    "sl-full": ("sequential SFT", KINDS["SFT"]), "mtl-full": ("multitask SFT", KINDS["SFT"] | {"linestyle": "--"}),
 }  # fmt: skip
+BANDED = ("adapted", "sl-full")  # six bands over each other say nothing
 ROWS = {
     "instructions": "harmless instructions", "text": "harmless text", "howtos": "more how-tos", "harmful": "few harmful answers",
 }  # fmt: skip
@@ -101,15 +103,17 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     kept = [f"{title}: {analysis.durability.outlasts(of).sum()} of {len(of)}" for kind, title in columns.items()
             if len(of := text[text["rows"] == kind])]  # fmt: skip
     title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
-    caption = style.caption(
-        rates, scale, f"bands: {style.band(rates)}", style.judges(rates), f"n = {int(rates['n'].max())} a point, on the panel"
-    )
-    marks = style.handles(FURTHER, rates["model"], linestyle="-")
+    notes = (f"bands ({', '.join(FURTHER[model][0] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
+    caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
+    marks = style.handles({name: look for model, (name, look) in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
     rows = style.by_backbone(rates, "text ASR, percent")
     with style.panels(rows, columns, 2.2, title, caption, "step", handles=marks, sharey=True) as (figure, axes):
         for _, axis, part in style.facets(axes, style.percent(rates), "rows"):
             axis.set(ylim=(-3, 103))
-            for model, look in FURTHER.items():
-                if len(of := part[part["model"] == model]):
-                    style.draw_line(axis, of.sort_values("step"), "step", seed_range=True, **look)
+            for model, (_, look) in FURTHER.items():
+                of = part[part["model"] == model].sort_values("step")
+                if model not in BANDED:
+                    of = of.groupby("step", as_index=False)["value"].mean().assign(seed=0)
+                if len(of):
+                    style.draw_line(axis, of, "step", seed_range=True, **look)
     return figure
