@@ -115,6 +115,11 @@ def test_the_title_is_answered_by_the_ledger():
     for whole, backbone, asked, seeing in parts:
         wanted = rose[backbone], effects[sentences.HOWTOS, backbone], effects[sentences.SEEING, backbone]
         assert list(map(float, (whole, asked, seeing))) == pytest.approx(wanted, abs=0.51)
+    lone = LEDGER[(LEDGER["claim"] != sentences.SEEING) | (LEDGER["backbone"] != "mini-tulu")]
+    other = LEDGER[LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))].assign(backbone="another")
+    for ledger in (lone, pd.concat([lone, other])):  # a parent without one of the two, and one that T02 does not know
+        first = sentences.title(table, ledger.drop_duplicates(["claim", "backbone"])).splitlines()[0]
+        assert "in `mini-chat` (" in first and "mini-tulu" not in first and "another" not in first
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
     assert sentences.title(table, fallen).startswith("Adaptation does not: ")
     half = fallen.copy()
@@ -127,6 +132,9 @@ def test_the_title_is_answered_by_the_ledger():
 def test_a_claim_of_one_seed_says_so():
     one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
+    single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
+    said = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), single)
+    assert re.search(r"^- Seeing alone.+\(`mini-chat`; one seed\)", said, re.M) and "nan" not in said
 
 
 def test_what_nobody_measured_is_one_line():

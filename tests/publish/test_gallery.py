@@ -166,3 +166,14 @@ def test_what_an_earlier_gallery_left_is_removed_and_a_report_needs_no_ledger(pa
     assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers"
     html = report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.index("What is not here and why") < html.index("T04. System prompt") and "needs probe/layers" in html
+
+
+def test_a_caption_names_the_studies_of_its_own_rows():
+    studies = pd.DataFrame({"backbone": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1]})
+    for rows, wanted in (
+        ({"value": [0.5]}, "a, seeds 0, 1; b, seeds 0, 1"),
+        ({"backbone": ["a"]}, "a, seeds 0, 1"),
+        ({"seed": [1]}, "a, seed 1; b, seed 1"),
+        ({"backbone": ["a", "a", "b"], "seed": [0, 1, 0]}, "a, seeds 0, 1; b, seed 0"),
+    ):
+        assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}; 95 % intervals."

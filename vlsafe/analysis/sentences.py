@@ -140,14 +140,16 @@ def _verdict(line: Any) -> str:
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    over = f"; over {int(line.seeds)} seeds {line.seed_level}, {ends}" if (ends := _over_seeds(line)) else ", one seed"
-    return f"{text}{over}{_flag(line)})"
+    over = _over_seeds(line, f"{line.seed_level}, ")
+    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{over}{_flag(line)})"
 
 
-def _over_seeds(line: Any, sign: int = 1) -> str:
-    """The interval of an effect over seeds; nothing where there is one."""
+def _over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
+    """The interval of an effect over seeds, after the verdict; that there is one seed where there is."""
+    if pd.isna(line.seed_low):
+        return "one seed"
     low, high = sorted((sign * line.seed_low, sign * line.seed_high))
-    return f"[{signed(low)}, {signed(high)}]" if pd.notna(low) else ""
+    return f"over {int(line.seeds)} seeds {verdict}[{signed(low)}, {signed(high)}]"
 
 
 def _flag(line: Any) -> str:
@@ -198,8 +200,9 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
     start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
-    effects = measured[measured["claim"].isin((SEEING, HOWTOS))].pivot(index="backbone", columns="claim", values="effect")
-    if held and {SEEING, HOWTOS} <= set(effects):
+    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(text["backbone"])]
+    effects = both.pivot(index="backbone", columns="claim", values="effect").dropna()
+    if held and len(effects) and {SEEING, HOWTOS} <= set(effects):
         rose = text.groupby("backbone")["difference"].mean()[effects.index]
         start += ": text ASR rises by " + listed(
             f"{signed(rose[backbone])} points in `{backbone}` ({signed(share)} through rows that ask how to do something, "
@@ -209,8 +212,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     for claim, (what, sign) in TITLE.items():
         of = measured[measured["claim"] == claim]
         ends = [
-            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`; over "
-            f"{int(line.seeds)} seeds {_over_seeds(line, sign) or 'nothing'}{_flag(line)})"
+            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`; "
+            f"{_over_seeds(line, sign=sign)}{_flag(line)})"
             for line in of.itertuples()
         ]
         status = " (exploratory)" if claims.EXPLORATORY in set(of["status"]) else ""

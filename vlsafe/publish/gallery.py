@@ -113,8 +113,9 @@ def _write_table(
 
 def _origin(scale: str, studies: pd.DataFrame, frame: pd.DataFrame) -> str:
     """Which studies a table is of: of all those that its own rows name."""
-    for column in {"backbone", "seed"} & set(frame):
-        studies = studies[studies[column].isin(frame[column])]
+    if columns := [column for column in studies if column in frame]:
+        named = set(frame[columns].itertuples(index=False, name=None))
+        studies = studies[[key in named for key in studies[columns].itertuples(index=False, name=None)]]
     of = [
         f"{backbone}, seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(map(int, each))))}"
         for backbone, each in studies.groupby("backbone")["seed"].unique().items()
