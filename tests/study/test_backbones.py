@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import NANO
 
 from vlsafe.core.presets import MINI, load_scale
 from vlsafe.core.scale import as_plain
@@ -14,23 +13,26 @@ from vlsafe.models import chat, checkpoints
 from vlsafe.study.graph import STAGES
 from vlsafe.study.study import Study
 
-FILE = Path(__file__).parents[2] / "env/scales/mini-qwen.yaml"
+OWN = {"mine": {"extends": "mini-chat", "language": {"architecture": "qwen2", "key_value_heads": 4, "tied_head": False}}}
 DECODER = dataclasses.replace(MINI.language, architecture="qwen2", key_value_heads=4, tied_head=False)
+SHIPPED = sorted((Path(__file__).parents[2] / "env/scales").glob("*.yaml"))
+
+
+def extending(scale, folder):
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"extends": scale, "name": scale, "backbones": OWN}))
+    return path
 
 
 @pytest.fixture(scope="module")
 def brought(study, tmp_path_factory):
-    """NANO with the committed file's backbone, in the run store of the finished study, whose shared runs it takes over."""
-    own = {"backbones": yaml.safe_load(FILE.read_text())["backbones"]}
-    own["backbones"]["mini-qwen"]["fit"] = as_plain(NANO.backbones["mini-chat"].fit)
-    path = tmp_path_factory.mktemp("scale") / "mine.yaml"
-    path.write_text(yaml.safe_dump({"extends": "nano", "name": "nano", **own}))
-    return Study.open(path, "mini-qwen", 0, study.root)
+    """NANO with a file's backbone, in the run store of the finished study, whose shared runs it takes over."""
+    return Study.open(extending("nano", tmp_path_factory.mktemp("scale")), "mine", 0, study.root)
 
 
-def test_the_file_adds_a_backbone_and_changes_nothing_else():
-    scale = load_scale(FILE)
-    assert scale.decoder("mini-qwen") == DECODER
+def test_the_file_adds_a_backbone_and_changes_nothing_else(tmp_path):
+    scale = load_scale(extending("mini", tmp_path))
+    assert scale.decoder("mine") == DECODER == MINI.decoder("mini-qwen")
     assert scale.decoder("mini-chat") == MINI.language
     assert {**vars(scale), "backbones": None} == {**vars(MINI), "backbones": None}
     assert {name: scale.backbones[name] for name in MINI.backbones} == dict(MINI.backbones)
@@ -38,7 +40,7 @@ def test_the_file_adds_a_backbone_and_changes_nothing_else():
 
 @pytest.mark.parametrize("backbone", MINI.backbones)
 def test_finished_runs_of_the_others_stay_valid(backbone, tmp_path):
-    before, after = (Study.open(scale, backbone, 0, tmp_path) for scale in ("mini", FILE))
+    before, after = (Study.open(scale, backbone, 0, tmp_path) for scale in ("mini", extending("mini", tmp_path)))
     assert {name: before.run(name).digest for name in STAGES} == {name: after.run(name).digest for name in STAGES}
 
 
@@ -93,7 +95,7 @@ def test_queries_start_like_the_key_that_they_share(study):
     assert alike.flatten().tolist() == pytest.approx([0.8] * 4, abs=0.03)
 
 
-@pytest.mark.parametrize("scale", ["mini", "small", "paper", *sorted(FILE.parent.glob("*.yaml"))], ids=str)
+@pytest.mark.parametrize("scale", ["mini", "small", "paper", "pocket", *SHIPPED], ids=str)
 def test_every_scale_that_is_shipped_can_be_opened(scale, tmp_path):
     from vlsafe.core.presets import load_scale
 
