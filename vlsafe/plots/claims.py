@@ -20,6 +20,7 @@ from vlsafe.plots.tuning import INTERVALS
 
 VERDICTS = {claims.SUPPORTED: "#0072B2", claims.CONTRADICTED: "#D55E00"}  # all others grey
 GREY, MARKS = "#8A8A8A", "osDv^P"
+PITCH, LEADING, GAP = 0.09, 0.1, 0.06  # of F14, in inches: from line to line of a claim, of its words, between claims
 ORDER = ("parent", "stage 1", "adapted", "SFT", "DPO", "merged")
 
 
@@ -32,32 +33,34 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     title, missing = _count(ledger), int((ledger["item_level"] == claims.NOT).sum())
     ledger = ledger[ledger["item_level"] != claims.NOT]
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
-    height, heads, hollow = 0.0, {}, False
     note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds; "
     note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
-    inches = 0.3 + 0.145 * (len(ledger) + 0.7 * ledger["claim"].nunique() + 1.5)
     caption = f"{style.origin(scale)}; {note}; {missing} lines of the ledger are not measured and not drawn"
-    with style.panels({"": ""}, {"": ""}, inches, title, caption, xlabel) as (figure, axes):
+    height, heads, border = 0.0, {}, None
+    for name, rows in ledger.groupby("claim", sort=False):
+        if rows["status"].iloc[0] == claims.EXPLORATORY and border is None:
+            border, height = height, height + 3 * GAP
+        words = textwrap.fill(f"{name}  {rows['statement'].iloc[0]}", 46)
+        tall = max(PITCH * len(rows), LEADING * len(words.splitlines())) + GAP
+        heads[name] = height + tall / 2, words
+        height += tall
+    with style.panels({"": ""}, {"": ""}, 0.3 + height, title, caption, xlabel) as (figure, axes):
         axis = axes["", ""]
         axis.axvspan(0, 110, color="#F1F6FA", zorder=0)
         axis.axvline(0, color="black", linewidth=0.7)
+        if border is not None:
+            axis.axhline(border, color=GREY, linewidth=0.5)
+            axis.text(-108, border + 0.02, "exploratory: the rule was made after results were seen", fontsize=5.5, va="top")
         for name, rows in ledger.groupby("claim", sort=False):
-            if rows["status"].iloc[0] == claims.EXPLORATORY and not hollow:
-                hollow, height = True, height + 1.5
-                axis.axhline(height - 1.2, color=GREY, linewidth=0.5)
-                axis.text(-108, height - 1.1, "exploratory: the rule was made after results were seen", fontsize=5.5, va="top")
-            heads[height] = textwrap.fill(f"{name}  {rows['statement'].iloc[0]}", 46)
-            for row in rows.itertuples():
-                _draw_claim(axis, row, height, marks[row.backbone])
-                height += 1.0
-            height += 0.7
-        axis.set_yticks(list(heads), list(heads.values()))
-        axis.tick_params(axis="y", length=0)
-        axis.set(xlim=(-110, 110), ylim=(height - 0.5, -1.2))
-        axis.text(112, -0.9, "item-level / seed-level", fontsize=5.5, va="bottom")
+            for place, row in enumerate(rows.itertuples()):
+                _draw_claim(axis, row, heads[name][0] + PITCH * (place - (len(rows) - 1) / 2), marks[row.backbone])
+        axis.set_yticks(*zip(*heads.values(), strict=True))
+        axis.tick_params(axis="y", length=0, labelsize=6)
+        axis.set(xlim=(-110, 110), ylim=(height, -0.15))
+        axis.text(112, -0.03, "item-level / seed-level", fontsize=5.5, va="bottom")
         looks = {name: dict(marker=mark, color=GREY) for name, mark in marks.items()}
-        axis.legend(handles=style.handles(looks), loc="lower left")
+        axis.legend(handles=style.handles(looks), loc="upper left", borderaxespad=0)
     return figure
 
 

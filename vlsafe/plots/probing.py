@@ -30,7 +30,7 @@ VECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("DPO after it", dict(color="#009E73", marker="o")),
 }
 PAIRED = {"normal_normal": ("N–N", "#0072B2"), "normal_harmful": ("N–M", "#000000"), "harmful_harmful": ("M–M", "#D55E00")}
-SHOWN = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+SHOWN = ("text_asr", "multimodal_asr")  # in F10; its CSV has two more
 
 
 def _caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
@@ -196,17 +196,14 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     note = "percent; circles: bands, bars: 95 % intervals over what was asked; crosses: random sets of as many blocks; "
     note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
     rows = {
-        (
-            name,
-            measure,
-        ): f"{name}\n{MEASURES[measure]['label'].replace('refusal of harmless picture requests', 'refusal, harmless')}"
+        (name, measure): f"{name}\n{MEASURES[measure]['label']}"
         for name in style.by_backbone(drawn)
         for measure in SHOWN
         if measure in set(drawn["measure"])
     }
     columns = {width: f"{width} block{'s' if width > 1 else ''}" for width in sorted(drawn["width"].unique())[:4]}
     caption = _caption(drawn, scale, note)
-    with style.panels(rows, columns, 0.9, _best_band(drawn), caption, "first block", sharey="row") as (figure, axes):
+    with style.panels(rows, columns, 1.1, _best_band(drawn), caption, "first block", sharey="row") as (figure, axes):
         for ((backbone, measure), width), axis in axes.items():
             own = style.percent(lines[(lines["backbone"] == backbone) & (lines["measure"] == measure)])
             _draw_patches(axis, own, width, LINES[measure]["color"])
