@@ -1,5 +1,6 @@
 """A gallery of any part of a run store: what is there is drawn, what is missing is named, and nothing raises or warns."""
 
+import html.parser
 import random
 import warnings
 from functools import cache
@@ -164,8 +165,18 @@ def test_what_an_earlier_gallery_left_is_removed_and_a_report_needs_no_ledger(pa
     said = left_out.set_index("what")
     assert "examination/instruct.filtered-full" in said.loc["T02_degradation", "missing"]
     assert said.loc["F07_cka", "reason"] == "needs probe/layers" and said.loc["F07_cka", "missing"] == "probe/layers"
-    html = report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert html.index("What is not here and why") < html.index("T04. System prompt") and "needs probe/layers" in html
+    text = report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.index("What is not here and why") < text.index("T04. System prompt") and "needs probe/layers" in text
+
+
+def test_a_report_shows_what_is_in_a_table_cell_by_cell(tmp_path):
+    cells = ["a|b", "0.*[1-9]*", "<b>x</b> & y", "back\\slash", "`c`", "two\nlines"]
+    provenance.write_table(pd.DataFrame({"model": cells}), tmp_path, "T02_degradation", "T02. A table", "")
+    found, parser = [("", "")], html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, _: found.append((tag, ""))
+    parser.handle_data = lambda text: found.append((found[-1][0], found.pop()[1] + text))
+    parser.feed(report.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [text.strip() for tag, text in found if tag == "td"] == [*cells[:-1], "two lines"]
 
 
 def test_a_caption_names_the_studies_of_its_own_rows():

@@ -60,10 +60,11 @@ def write_table(
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table; missing values are empty cells."""
-    shown = frame.astype(object).where(frame.notna(), "")
-    head = "| " + " | ".join(map(str, shown.columns)) + " |\n|" + "---|" * len(shown.columns)
-    return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False))])
+    """A frame as a Markdown table; missing values are empty cells, and what Markdown would take for its own is escaped."""
+    cells = frame.astype(object).where(frame.notna(), "").astype(str)
+    cells = cells.replace({r"([\\|*`])": r"\\\1", r"\s*\n\s*": " "}, regex=True)
+    head = "| " + " | ".join(map(str, frame.columns)) + " |\n|" + "---|" * len(frame.columns)
+    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in cells.itertuples(index=False))])
 
 
 def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:

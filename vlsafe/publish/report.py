@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from string import Template
 
@@ -18,6 +19,7 @@ FIRST = ("F00_answer", "T09_claims", "F14_claims", "T00_left_out")
 OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 COLOURS = 128  # of a picture in the report, which is a third as large so; the files beside it have all
 MOST = 120  # lines of a table that is folded; the CSV beside the report has all
+MARKDOWN = mistune.create_markdown(plugins=["table"])  # a name with angle brackets stays a name
 TITLE = "What the paper claims, what was measured, how sure we are"
 
 
@@ -47,12 +49,8 @@ def report(folder: Path, out: Path, title: str = TITLE) -> Path:
 
 def heading(folder: Path, name: str) -> str:
     """What an artefact is called for the eye: its number and title."""
-    path = folder / f"{name}.md"
-    return (
-        path.read_text(encoding="utf-8").partition("\n")[0]
-        if path.exists()
-        else f"{name[:3]}. {ARTEFACTS['figures'].get(name, name)}"
-    )
+    path, title = folder / f"{name}.md", ARTEFACTS["figures"].get(name, name)
+    return path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else f"{name[:3]}. {title}"
 
 
 def _section(folder: Path, name: str) -> str:
@@ -65,7 +63,8 @@ def _section(folder: Path, name: str) -> str:
         cut = set() if name in FIRST else set(rows[MOST:])
         text = "\n".join(line for place, line in enumerate(text.split("\n")) if place not in cut)
         said = f"table, {len(rows)} lines" + (f", the first {MOST} shown, all in {name}.csv" if cut else "")
-        shown = f'<div class="table">{mistune.html(text)}</div>'
+        short = re.sub(r"\s*(</t[dhr]>\s*)+", "", MARKDOWN(text))  # HTML needs no ends of cells: a seventh of the file
+        shown = f'<div class="table">{short}</div>'
         parts.append(shown if name in FIRST else f"<details><summary>{said}</summary>{shown}</details>")
     return "\n".join(parts)
 
