@@ -149,7 +149,7 @@ def test_what_a_picture_is_worth_is_a_paired_difference_of_losses():
     rows = [{**model, "item": f"i{i}", "cluster": f"c{i}", "right": 2.0 + i % 3, "shuffled": 2.5 + i % 3} for i in range(30)]
     (line,) = adaptation.seeing(pd.DataFrame(rows)).to_dict("records")
     assert (line["right"], line["shuffled"], line["n"], line["norm_ratio"]) == (3.0, 3.5, 30, 1.5)
-    assert line["difference"] == line["difference_low"] == line["difference_high"] == 0.5
+    assert 0.4 < line["difference_low"] < line["difference"] == line["difference_high"] == 0.5  # alike in all of few prompts
 
 
 def test_points_with_other_items_are_refused():

@@ -54,18 +54,30 @@ def test_the_sentence_says_what_lasts_what_does_not_and_what_is_open():
     lines = pd.DataFrame({
         "backbone": "b", "rows": "harmful", "measure": "text_asr", "steps": 30, "model": ["sl-full", "dpo-both-full", "merged"],
         "half_life": [6.4, np.inf, 20.0], "half_life_low": [4.0, np.inf, 9.0], "half_life_high": [9.0, np.inf, np.inf],
-        "gain": 0.3, "gain_low": 0.2, "gain_high": 0.4,
+        "gain": 0.3, "gain_low": 0.2, "gain_high": 0.4, "seeds": [8, 8, 3],
     })  # fmt: skip
     said = durability.answer(lines)
     assert said == (
         "b, 30 steps on harmful: dpo-both-full keep more than half of their gain; sl-full has lost half after 6 of them; "
-        "of merged neither can be said."
+        "of merged (3 of 8 seeds) neither can be said."
     )
+    lines["seeds"] = 8
     nothing = lines.assign(gain=0.0, gain_low=-0.1, gain_high=0.1, half_life_low=np.inf)
     assert durability.answer(nothing).endswith("harmful: sl-full, dpo-both-full, merged had no clear gain to lose.")
     assert not durability.outlasts(nothing).any() and durability.outlasts(lines).tolist() == [False, True, False]
     shown = durability.sheet(lines)
     assert shown["half-life, harmful"].tolist() == ["6 [4, 9]", ">30 [>30, >30]", "20 [9, >30]"]
+
+
+def test_a_remedy_that_some_seeds_lack_is_held_against_the_adapted_model_of_the_others():
+    raw = pd.concat([
+        attacked("adapted", 8, 8, 8, 8, seeds=(0, 1, 2)), attacked("sl-full", 2, 3, 5, 9, seeds=(0, 1, 2)),
+        attacked("merged", 2, 3, 5, 9, seeds=(1, 2)), attacked("mtl-full", 2, 3, 5, 9, seeds=(0, 1)),
+    ], ignore_index=True)  # fmt: skip
+    gone = (raw["recipe"] == "mtl-full/harmful") & (raw["step"] == 6) & (raw["seed"] == 1)
+    text = durability.half_lives(raw[~gone], draws=50).query("measure == 'text_asr'").set_index("model")
+    assert text["seeds"].to_dict() == {"merged": 2, "mtl-full": 1, "sl-full": 3} and (text["half_life"] == 6).all()
+    assert "merged (2 of 3 seeds)" in durability.answer(text.reset_index())
 
 
 def test_after_a_dip_half_is_lost_where_the_curve_itself_crosses_it():

@@ -98,9 +98,14 @@ def _verdict(line: dict[str, float]) -> str:
 def beside(lines: pd.DataFrame, found: pd.DataFrame, keys: Sequence[str] = RUN, prefix: str = "") -> pd.DataFrame:
     """A table with the column `capable` of each line's model, the one with its `keys`, as its last one; nothing else changes.
 
-    Of several models, which only seeds tell apart, it is "yes" where all are, else every reason.
+    Of several models, which only seeds tell apart, it is "yes" where all are, else every reason; empty where nothing was
+    measured.
     """
-    verdicts = found.groupby(list(keys), sort=False)["capable"].agg(lambda of: "; ".join(sorted(set(of) - {"yes"})) or "yes")
+
+    def agreed(of: pd.Series) -> str:
+        return "yes" if set(of) == {"yes"} else "; ".join(sorted({*of} - {"yes", ""}))
+
+    verdicts = found.groupby(list(keys), sort=False)["capable"].agg(agreed)
     return lines.join(verdicts.rename(f"{prefix}capable"), on=list(keys))
 
 

@@ -152,7 +152,7 @@ def frozen_over_seeds(lines: pd.DataFrame) -> pd.DataFrame:
     by, frames = ["backbone", "at", "measure"], []
     mean = lines.pivot_table(index=[*UNIT, "at", "measure"], columns="kind", values="value")
     for other in ("band", "random", "nothing frozen"):
-        if other in mean:
+        if {"located", other} <= set(mean):
             difference = (mean["located"] - mean[other]).dropna()
             spread = difference.groupby(by).agg(n_seeds="size", mean="mean", min="min", max="max")
             frames.append(spread.assign(against=other, below=(difference < 0).groupby(by).sum()))

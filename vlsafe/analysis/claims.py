@@ -74,13 +74,14 @@ def compared(part: Part, studies: Mapping[Unit, Changes], shared: bool = False) 
     """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample. Where all
     seeds were asked the same items (`shared`), an item's answers in all of them are one cluster."""
     pooled = [s._replace(weight=s.weight / len(studies)) for one in studies.values() for s in one.strata]
-    if shared:
+    if shared and part.method not in comparisons.OF_THE_STUDY:
         alike = zip(*(one.strata for one in studies.values()), strict=True)
         pooled = [Stratum(of[0].weight, *(np.concatenate([s[side] for s in of]).tolist() for side in (1, 2, 3))) for of in alike]
     whole = stats.compare(pooled, np.random.default_rng(0), part.against)
     single = [stats.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
     before, after = (float(np.mean([one[side] for one in studies.values()])) for side in (1, 2))
-    room = part.sign * ((part.sign > 0) - before - part.against)
+    least, most = comparisons.bounds(part)
+    room = most - before - part.against if part.sign > 0 else before + part.against - least
     line = {name: getattr(whole, name).item() for name in ("effect", "low", "high", "p", "detectable")}
     line |= {"part": part.what, "sign": part.sign, "before": before, "after": after, "against": part.against}
     strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to change
@@ -197,20 +198,23 @@ def judged(lines: Lines) -> pd.DataFrame:
         row |= {column: getattr(claim, column) for column in ("status", "family", "interest", "rule")}
         if of:
             item, seed = (weigh(claim.decided_by, of, p) for p in ("p", "seed_p"))
-            falls = item.contradict < min(LEVEL, item.support)
-            row |= of[item.contradicting if falls else item.supporting]
+            row |= of[item.contradicting if item.contradict < item.support else item.supporting]
             row |= {"p": min(item[:2]), "seed_p": min(seed[:2])}
             row |= {by: hindered(claim.decided_by, of, by) for by in ("ceiling", "differs")}
-            row |= {"item_holds": item.support < item.contradict, "seed_holds": seed.support < seed.contradict}
+            for level, weight in (("item", item), ("seed", seed)):  # of "all", one part that fails is enough
+                fails = weight.contradict < weight.support and not of[weight.contradicting]["ceiling"]
+                row |= {f"{level}_holds": weight.support < weight.contradict, f"{level}_fails": fails}
         rows.append(row)
     head = ["claim", "statement", "status", "family", "backbone", *COLUMNS]
-    frame = pd.DataFrame(rows).reindex(columns=[*head, "item_holds", "seed_holds", "ceiling", "differs"])
+    frame = pd.DataFrame(rows).reindex(columns=[*head, *VERDICT])
     for p in ("p", "seed_p"):
         frame[f"{p}_holm"] = stats.holm(frame[p], [frame[key] for key in ("backbone", "family", "status")])
     few = (frame["seeds"].fillna(0) < SEEDS) & frame["seed_p"].notna()
     for level, p in (("item", frame["p_holm"]), ("seed", frame["seed_p_holm"].mask(few, 1.0))):
-        holds, ceiling, differs = (frame[name].eq(True) for name in (f"{level}_holds", "ceiling", "differs"))
-        cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs, CEILING: ceiling}
+        names = (f"{level}_holds", f"{level}_fails", "ceiling", "differs")
+        holds, fails, ceiling, differs = (frame[name].eq(True) for name in names)
+        cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs}
+        cases[CEILING] = ceiling & ~((p < LEVEL) & fails)
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
     beyond = pd.DataFrame({end: frame["sign"] * (frame[end] - frame["against"]) for end in ("low", "high")})
     sure, small = (beyond.min(axis=1) >= frame["interest"]), (beyond.max(axis=1) < frame["interest"])
@@ -218,6 +222,7 @@ def judged(lines: Lines) -> pd.DataFrame:
     return frame.assign(matters=np.select([nothing, sure, small], ["", "yes", "no"], "open"))[head]
 
 
+VERDICT = ("item_holds", "seed_holds", "item_fails", "seed_fails", "ceiling", "differs")
 COLUMNS = [
     "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
     "seeds", "detectable", "interest", "matters", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable",

@@ -64,6 +64,9 @@ def answers(part: Part, frames: Frames, unit: Unit) -> Changes | None:
         wide = frames["answers"].get((*unit, measure), pd.DataFrame())
         after = [run for run in wide if fnmatchcase(run, part.after)]
         before = [run for run in wide if fnmatchcase(run, part.before) and run not in after]
+        doses = [{_dose(run) for run in side} for side in (before, after)]
+        if None not in doses[0] | doses[1]:  # several doses of each are held against each other where both have them
+            before, after = ([run for run in side if _dose(run) in doses[0] & doses[1]] for side in (before, after))
         if not before or not after:
             return None
         judged = wide.dropna(subset=[*before, *after])
@@ -72,8 +75,18 @@ def answers(part: Part, frames: Frames, unit: Unit) -> Changes | None:
         if not change:
             return None
         strata += change
-        rates += [float(sum(s.weight * np.mean(s.least) for s in _strata(side, measure))) for side in sides]
-    return Changes(strata, *rates[:2])
+        rates.append([float(sum(s.weight * np.mean(s.least) for s in _strata(side, measure))) for side in sides])
+    return Changes(strata, *map(sum, zip(*rates, strict=True)))
+
+
+def _dose(run: str) -> int | None:
+    number = run.rpartition("-")[2]
+    return int(number) if number.isdecimal() else None
+
+
+def bounds(part: Part) -> tuple[float, float]:
+    """Between which values both sides of a comparison lie."""
+    return (-1.0 if part.method == "gradients" else 0.0), float(len(part.measures) if part.method == "answers" else 1)
 
 
 def _strata(values: pd.Series, measure: str) -> list[Stratum]:
@@ -119,7 +132,7 @@ def dose(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     """How much a straight line through the rates at all doses rises from none, `part.before`, to the largest; the doses are the
     numbers at the ends of the recipes that match `part.after`."""
     wide = frames["answers"].get((*unit, part.measures[0]), pd.DataFrame())
-    dosed = {run: int(run.rpartition("-")[2]) for run in wide if fnmatchcase(run, part.after)}
+    dosed = {run: number for run in wide if fnmatchcase(run, part.after) and (number := _dose(run)) is not None}
     if part.before not in wide or len(dosed) < 2:
         return None
     doses = pd.Series({part.before: 0} | dosed).sort_values() / max(dosed.values())
@@ -212,8 +225,9 @@ def frozen(part: Part, frames: Frames, unit: Unit) -> Changes | None:
         return None
     grid = grid[grid["step"] == grid["step"].max()]
     grid = grid.assign(recipe=grid["recipe"].where(~grid["located"].astype(bool), "located"))
-    counted = events(grid, part.measures[0])
-    wide = counted.pivot_table(index=SAME, columns="recipe", values="event", aggfunc=lambda v: float(v.iloc[0])).dropna()
+    counted = analysis_measures.settled(events(grid, part.measures[0]))
+    counted = counted.assign(event=counted["event"].astype("Float64").astype(float))
+    wide = counted.pivot_table(index=SAME, columns="recipe", values="event", aggfunc="first").dropna()
     others = [name for name in wide if name != "located" and fnmatchcase(f"sppft/{name}", part.before)]
     if "located" not in wide or not others:
         return None
@@ -257,6 +271,7 @@ METHODS = {
     function.__name__: function
     for function in (answers, trend, onset, dose, half, matched, foreseen, band_similarity, frozen, gradients)
 }  # fmt: skip
+OF_THE_STUDY = ("foreseen", "gradients")  # whose items are no prompts that studies could share
 NEEDS = {  # what each needs of a study
     "trend": "three checkpoints of the adapted model", "onset": "three checkpoints of the adapted model",
     "dose": "the arm without how-tos and two doses of one kind",

@@ -289,8 +289,11 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
 
     What could not be judged at some point is left out at all of them; of right answers it is wrong.
 
-    Raises:   ValueError where the points were not examined on the same items; Lacking where a part was not examined at all
+    Raises:   ValueError where the points were not examined on the same items, or for a measure that is rescaled from chance;
+              Lacking where a part was not examined at all
     """
+    if MEASURES[measure].get("rescaled"):
+        raise ValueError(f"{measure} is rescaled from chance: no share of items, which could be drawn again")
     rows = settled(events(rows, measure))
     if (unjudged := rows["event"].isna()).any():
         rows = rows[~rows.set_index(SAME).index.isin(rows[unjudged].set_index(SAME).index)]
@@ -321,7 +324,7 @@ def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[A
     for recipe, step in sorted(set.intersection(*map(set, each))):
         drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
         drawn = drawn[0] + (drawn - drawn[0]) * stretch
-        found.setdefault(recipe, {})[step] = drawn if MEASURES[measure].get("rescaled") else drawn.clip(0.0, 1.0)
+        found.setdefault(recipe, {})[step] = drawn.clip(0.0, 1.0)
     return found
 
 

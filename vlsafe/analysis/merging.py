@@ -165,8 +165,9 @@ def answer(verdict: pd.DataFrame) -> str:
         counts = of.loc[of["reference"] == name, "verdict"].value_counts()
         parts.append(f"{name}: " + ", ".join(f"{kind}: {counts.get(kind, 0)}" for kind in VERDICTS.values()))
     best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].sum() == len(there)
-    start = "Yes, some" if best.any() else "No"
-    what = f"{start}: {best.sum()} of {len(best)} merges of two tuned models dominate every tuning and their ensemble"
+    start, all_of = "Yes, some" if best.any() else "No", "every tuning and their ensemble"
+    what = f"{start}: {best.sum()} of {len(best)} merges of two tuned models dominate "
+    what += all_of if there == rivals else f"all that they were compared with, which is {' and '.join(there)} alone"
     return f"{what} ({'; '.join(parts)})."
 
 
@@ -231,7 +232,7 @@ def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             drawn = analysis_measures.over_seeds(rows, measure, draws)
             places = {rule: list(of) for rule, of in drawn.items()}
             curves = {rule: np.stack(list(of.values()), 1) for rule, of in drawn.items()}
-            if places.get("linear") == places.get("ensemble"):
+            if {"linear", "ensemble"} <= set(places) and places["linear"] == places["ensemble"]:
                 curves["linear - ensemble"], places["linear - ensemble"] = curves["linear"] - curves["ensemble"], places["linear"]
             for rule, curve in curves.items():
                 low, high = stats.simultaneous(curve)

@@ -59,7 +59,7 @@ def similarity(prompts: pd.DataFrame) -> pd.DataFrame:
 def last(lines: pd.DataFrame) -> pd.DataFrame:
     """The adapted model after its last step."""
     of = lines[lines["stage"] == "instruct"]
-    return of[of["step"] == of["step"].max()]
+    return of[of["step"] == of.groupby(UNIT)["step"].transform("max")]
 
 
 def probes(prompts: pd.DataFrame) -> pd.DataFrame:
@@ -121,7 +121,7 @@ def prediction(weights: pd.DataFrame, alike: pd.DataFrame, raw: pd.DataFrame) ->
 
     Rank correlations at every step that all recipes share, over all points, and as the mean over studies of the
     correlation within one ("within"), which no difference between seeds can make. The interval resamples studies where
-    there are at least three, recipes otherwise.
+    there are at least FEW, recipes otherwise.
 
     Predictors: `drift`, relative change of all blocks' weights; `harmful` and `benign`, one less the centred cosine to
     the parent on text; `selective`, the difference of these two.

@@ -42,6 +42,8 @@ def shares(lines: pd.DataFrame, *names: str) -> str:
 
 def percent(values: Sequence[float]) -> str:
     """The mean of fractions, one per seed, and their range where there are several."""
+    if not len(values):
+        return "(not measured)"
     shown = f"{100 * sum(values) / len(values):.0f} %"
     return shown if len(values) < 2 else f"{shown} ({100 * min(values):.0f}–{100 * max(values):.0f} over {len(values)} seeds)"
 
@@ -77,7 +79,7 @@ def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: st
 
 def best(lines: pd.DataFrame, measure: str, name: str = "recipe") -> str:
     """The best model of a measure, with its interval, and those whose intervals overlap with it; of one study."""
-    spec, of = MEASURES[measure], lines[lines["measure"] == measure].dropna(subset=["value"])
+    spec, of = MEASURES[measure], lines[lines["measure"] == measure]
     of = of.sort_values("value", ascending=spec["worse"] == "higher", kind="stable")
     first, others = of.iloc[0], of.iloc[1:]
     near = others[(others["low"] <= first["high"]) & (others["high"] >= first["low"])][name].tolist()
@@ -89,6 +91,7 @@ def best(lines: pd.DataFrame, measure: str, name: str = "recipe") -> str:
 
 def winners(lines: pd.DataFrame, measures: Sequence[str], name: str = "recipe") -> str:
     """The best model by each of some measures; of one study."""
+    lines = lines.dropna(subset=["value"])
     found = [best(lines, measure, name) for measure in measures if (lines["measure"] == measure).any()]
     text = "; ".join(found) + "."
     return text[0].upper() + text[1:]
@@ -199,7 +202,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     rise = measured[measured["claim"] == RISE]
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
-    start = ("Adaptation " + ["does not", "does in part", "does"][any(held) + all(held)]) if held else "Not decided"
+    start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else "Not decided"
+    start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(text["backbone"])]
     effects = both.pivot(index="backbone", columns="claim", values="effect").dropna()
     if held and len(effects) and {SEEING, HOWTOS} <= set(effects):
@@ -282,9 +286,10 @@ def transplanted(table: pd.DataFrame) -> str:
     text, said = table[(table["measure"] == "text_asr") & (table["kind"] == "band")], []
     for backbone, of in text.groupby("backbone", sort=False):
         one = of[of["width"] == 1].groupby("start")["change"]
-        best, own = one.mean().idxmin(), of[of["located"].astype(bool)]["change"]
+        own = of[of["located"].astype(bool)]["change"]
         parts = [f"the located band by {ranged(own)}"] if len(own) else []
-        parts.append(f"block {best:.0f}, the best single one, by {ranged(one.get_group(best))}")
+        for best in one.mean().nsmallest(1).index:
+            parts.append(f"block {best:.0f}, the best single one, by {ranged(one.get_group(best))}")
         said.append(f"- The parent's blocks put back, text ASR changes in `{backbone}`: {', '.join(parts)}.")
     return "\n".join(said)
 
@@ -302,7 +307,7 @@ def worst(table: pd.DataFrame) -> str:
     said, text = [], table[table["measure"] == "text_asr"]
     for backbone, of in text.groupby("backbone", sort=False):
         ends = [
-            f"{model} from {percent(lines['before'].tolist())} to {percent(lines['value'].tolist())}"
+            f"{model} from {percent(lines['before'].dropna().tolist())} to {percent(lines['value'].tolist())}"
             for model, lines in of.groupby("model", sort=False)
         ]
         said.append(

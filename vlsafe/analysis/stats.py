@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
 
-RARE = 10  # with fewer items that changed at all, a bootstrap knows too little of their spread
+RARE = 10  # with fewer clusters that changed at all, a bootstrap knows too little of their spread
 LEVEL = 0.95  # of every interval
 POWER = 0.9  # of the smallest detectable difference
 Shares = TypeVar("Shares", np.ndarray, np.float64)
@@ -147,7 +147,7 @@ class Compared:
     """A paired difference `effect` with its interval and two-sided p-value against one hypothesis; arrays where several
     were compared at once.
 
-    `changed` counts items that differ, and decides the test: a bootstrap of clusters, or where there are few an exact test.
+    `changed` counts items that differ. Tested by a bootstrap of clusters, or where few of them differ by an exact test.
     `se` is the standard error over items, `detectable` the smallest difference found in nine of ten such comparisons.
     """
 
@@ -165,10 +165,10 @@ class Compared:
 def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float = 0.0, draws: int = 2000) -> Compared:
     """Test whether a weighted sum of mean paired changes differs from `against`.
 
-    A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE items
-    that changed, whole clusters are resampled, and the percentiles are moved out as far as a t-interval's bounds
-    lie from a normal one's; where few samples lie beyond `against`, the tail of a normal distribution says how many would.
-    With fewer, the interval adds up Wilson's for rises and for falls, and the p-value is the sign test's over clusters:
+    A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE clusters
+    that changed, not all of them alike, whole clusters are resampled, and the percentiles are moved out as far as a t-interval's
+    bounds lie from a normal one's; where few samples lie beyond `against`, the tail of a normal distribution says how many would.
+    Otherwise the interval adds up Wilson's for rises and for falls, and the p-value is the sign test's over clusters:
     McNemar's exact test where every cluster is one item.
 
     Draws:    from `rng` only
@@ -178,12 +178,13 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
     _refuse_uneven(strata)
     parts = [(s.weight, np.asarray(s.least, float).reshape(len(s.least), -1), *clusters_of(s.clusters)) for s in strata]
     n_clusters, width = sum(len(sizes) for *_, sizes in parts), parts[0][1].shape[1]
-    effect, drawn, changed = np.zeros(width), np.zeros((draws, width)), np.zeros(width, int)
+    effect, drawn, changed, moved = np.zeros(width), np.zeros((draws, width)), np.zeros(width, int), np.zeros(width, int)
     for weight, values, index, sizes in parts:
         counts = _redrawn(len(sizes), draws, rng)
         effect += weight * values.mean(0)
         drawn += weight * (counts @ totals(values, index, len(sizes))) / (counts @ sizes.astype(float))[:, None]
         changed += (values != 0).sum(0)
+        moved += (totals(np.abs(values), index, len(sizes)) > 0).sum(0)
     free = max(1, n_clusters - len(parts))
     stretch = np.sqrt((free + 1) / free)
     end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - LEVEL) / 2, free))
@@ -193,7 +194,8 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
     tail = scipy.stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
     beyond = np.where((few < RARE) & (distance > 0), np.minimum(tail, (1 + few) / (1 + draws)), (1 + few) / (1 + draws))
     p = 2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
-    for k in np.flatnonzero(changed < RARE):
+    exact = (moved < RARE) | (drawn.std(0) < 1e-12)
+    for k in np.flatnonzero(exact):
         column = [(weight, values[:, k], index, sizes) for weight, values, index, sizes in parts]
         low[k], high[k] = _square_and_add(column)
         reach = (high[k] if against > effect[k] else low[k]) - effect[k]
@@ -201,7 +203,7 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
         p[k] = _sign_test(column) if against == 0 else 2 * scipy.stats.norm.sf(scaled)
     se = drawn.std(0) * stretch
     reach = _detectable(parts, se, free)
-    se = np.where(changed < RARE, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
+    se = np.where(exact, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
     return Compared(effect, low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se, reach)
 
 
@@ -219,7 +221,7 @@ def _square_and_add(column: _Column) -> tuple[float, float]:
     effect = below = above = 0.0
     for weight, values, index, sizes in column:
         both = np.column_stack([values, -values]) * np.sign(weight)
-        both, scale = np.maximum(both, 0), max(1.0, np.abs(values).max())  # changes of composites may exceed 1
+        both, scale = np.maximum(both, 0), np.abs(values).max() or 1.0  # in units of the largest change
         rise, fall = both.mean(0)
         low, high = _wilson(both.mean(0) / scale, effective_size(both / scale, index, sizes))
         low, high = low * scale, high * scale
