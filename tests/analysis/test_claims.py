@@ -159,6 +159,30 @@ def test_no_room_is_a_ceiling():
     assert claims.ledger(found(low)).set_index("claim").loc["4b", "item_level"] == UNDECIDED
 
 
+def test_one_part_that_fails_is_enough_whatever_bounds_another():
+    """SFT: text ASR can fall no further, and multimodal ASR rises; "all" of both is contradicted."""
+    sides = {"instruct/filtered-full": of_two(1, 20), "safety/sl-full": of_two(1, 60)}
+    line = claims.ledger(found(*(study(seed, **sides) for seed in range(3)))).set_index("claim").loc["5"]
+    assert (line["item_level"], line["part"]) == (CONTRADICTED, "multimodal ASR falls from the adapted model's")
+    still = {"instruct/filtered-full": of_two(1, 20), "safety/sl-full": of_two(1, 20)}
+    assert claims.ledger(found(study(**still))).set_index("claim").loc["5", "item_level"] == CEILING
+
+
+def test_doses_are_held_against_as_large_ones():
+    doses = {"dose-pictured-05": 30, "dose-pictured-20": 50, "dose-text-05": 60, "dose-text-20": 80}
+    raw = pd.concat([run(f"instruct/{name}", text=rate, pictures=90 - rate) for name, rate in doses.items()])
+    both = claims.ledger(found(raw)).set_index("claim").loc[["4l", "4m"], "effect"]
+    for gone in ("dose-text-20", "dose-pictured-20"):
+        part = claims.ledger(found(raw[raw["recipe"] != gone])).set_index("claim").loc[["4l", "4m"], "effect"]
+        assert part.tolist() == pytest.approx([0.3, 0.3]) and both.tolist() == pytest.approx([0.3, 0.3])
+    lone = raw[raw["recipe"].isin(["dose-text-05", "dose-pictured-20"])]
+    assert set(claims.ledger(found(lone)).set_index("claim").loc[["4l", "4m"], "item_level"]) == {NOT}
+
+
+def test_a_change_of_two_measures_is_the_difference_of_what_stands_beside_it(three):
+    assert three.loc["4c", "after"] - three.loc["4c", "before"] == pytest.approx(three.loc["4c", "effect"])
+
+
 def test_nothing_measured_is_no_verdict():
     ledger = claims.ledger(found(run("parent/aligned", text=0, xstest=0)))
     assert set(ledger["item_level"]) == set(ledger["seed_level"]) == {NOT} and ledger["effect"].isna().all()
@@ -261,6 +285,13 @@ def test_claims_about_the_inside(lost, asr, verdict):
     assert ledger.loc["9", "item_level"] == ledger.loc["9b", "item_level"] == SUPPORTED
     assert ledger.loc["7", "detectable"] < 0.1  # a change of a cosine is smaller than one of an answer
     assert ledger.loc["9b", "effect"] == pytest.approx(-0.2, abs=0.01)
+    shared = claims.prepared({**whole, "raw": whole["raw"].assign(shared=True)})  # no gradient is of an item that seeds share
+    columns = ["effect", "low", "high"]
+    assert claims.ledger(shared).set_index("claim").loc["9", columns].tolist() == ledger.loc["9", columns].tolist()
+    whole["frozen"]["event"] = (
+        whole["frozen"]["event"].astype(object).mask(whole["frozen"]["item"] == whole["frozen"]["item"].iloc[0], None)
+    )
+    assert claims.ledger(claims.prepared(whole)).set_index("claim").loc["8", "n"] == ledger.loc["8", "n"] - 3  # unjudged in each
     for none in ({"located": False}, {"p": 0.2}):  # one that chance explains is none
         nowhere = claims.prepared(whole | {"located": whole["located"].assign(**none)})
         assert set(claims.ledger(nowhere).set_index("claim").loc[["7", "7b", "8"], "item_level"]) == {NOT}
@@ -277,6 +308,7 @@ def test_tasks_with_one_gradient_and_unequal_noise_do_not_diverge():
         return claims.ledger(claims.prepared({"raw": study(), "gradients": found})).set_index("claim")
 
     line = ledger(0.253)
+    assert line.loc["9b", "item_level"] == CONTRADICTED  # a cosine can be negative, so zero is no ceiling
     assert line.loc["9", "item_level"] != SUPPORTED and line.loc["9", "effect"] == pytest.approx(0, abs=0.01)
     assert ledger(0.1).loc["9", "item_level"] == SUPPORTED
 

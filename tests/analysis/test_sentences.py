@@ -122,6 +122,9 @@ def test_the_title_is_answered_by_the_ledger():
         assert "in `mini-chat` (" in first and "mini-tulu" not in first and "another" not in first
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
     assert sentences.title(table, fallen).startswith("Adaptation does not: ")
+    for level in (claims.UNDECIDED, claims.CEILING, claims.DIFFERS):
+        unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, level))
+        assert sentences.title(table, unsure).startswith("Not decided: ")
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
     assert sentences.title(table, half).startswith("Adaptation does in part: ")

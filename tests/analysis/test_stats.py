@@ -65,6 +65,26 @@ def test_few_changes_are_tested_exactly():
     assert clustered.changed[0] == 8 and clustered.p[0] == pytest.approx(2 * 0.5**4)  # four clusters, not eight items
 
 
+@pytest.mark.parametrize("size", [1, 12])
+def test_changes_that_are_all_alike_have_an_interval_and_the_clusters_count(size):
+    """Twelve items that all rose by one: as many clusters, or one."""
+    rises = np.ones(12)
+    found = stats.compare([stats.Stratum(1.0, rises, rises, np.arange(12) // size)], np.random.default_rng(0))
+    assert found.p[0] == pytest.approx(2 * 0.5**12 if size == 1 else 1.0) and found.low[0] < 0.8 < found.high[0] == 1.0
+    few = np.r_[np.ones(12), np.zeros(66)]  # four clusters of three that changed, all the same way
+    line = stats.compare([stats.Stratum(1.0, few, few, np.arange(78) // 3)], np.random.default_rng(0))
+    assert line.p[0] == pytest.approx(2 * 0.5**4) and line.low[0] > 0 - 0.1
+
+
+def test_few_small_changes_are_measured_in_their_own_unit():
+    """Seven errors of up to .09 are no seven flips of a coin; the interval agrees with the sign test."""
+    change = -np.array([0.09, 0.07, 0.08, 0.06, 0.07, 0.05, 0.08])
+    small, large = (stats.compare([stats.Stratum(1.0, c, c, range(7))], np.random.default_rng(0)) for c in (change, 10 * change))
+    assert small.p[0] == large.p[0] == pytest.approx(2 * 0.5**7) and small.high[0] < 0
+    ends = [np.array([found.low, found.high, found.se]) for found in (small, large)]
+    assert ends[1] == pytest.approx(10 * ends[0])
+
+
 def test_a_difference_is_tested_against_a_margin():
     change = np.r_[np.ones(12), np.zeros(188)]
     strata = [stats.Stratum(1.0, change, change, range(200))]

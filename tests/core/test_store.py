@@ -86,6 +86,46 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
     assert store.status(run, deep=True) == "valid"
 
 
+def test_a_disk_that_takes_no_byte_costs_no_training(tmp_path, monkeypatch):
+    """The note that says whose attempt it is stays what it was; the next call finds what the first one left."""
+    run = run_of(tmp_path)
+
+    def cut(work):
+        (work / "checkpoint-50").write_text("hours")
+        raise RuntimeError("cut")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError):
+        store.ensure(run, cut, print)
+    with monkeypatch.context() as context:
+        context.setattr(store, "write_text", full)
+        context.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.ensure(run, maker([]), print)
+    seen = []
+    store.ensure(run, lambda work: seen.append((work / "checkpoint-50").read_text()), print)
+    assert seen == ["hours"]
+
+
+@pytest.mark.parametrize("files", [[], 3, {"sub/file.txt": {}}, {"sub/file.txt": "x"}])
+def test_a_manifest_without_its_records_is_no_run(tmp_path, files):
+    run = run_of(tmp_path)
+    store.ensure(run, maker([]), print)
+    manifest = json.loads((run.folder / store.MANIFEST).read_text())
+    (run.folder / store.MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+    assert store.status(run) == "tampered" and not store.whole_run(run.folder)
+
+
+def test_what_a_killed_removal_has_left_is_removed_by_the_next_one(tmp_path):
+    run = run_of(tmp_path)
+    store.ensure(run, maker([]), print)
+    os.rename(run.folder, run.folder.with_name("r.doomed"))  # a kill came here
+    store.forget(run)
+    assert [path.name for path in run.folder.parent.iterdir() if not path.name.endswith(".lock")] == []
+
+
 def test_leftovers_of_other_parameters_are_not_continued(tmp_path):
     seen = []
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vlsafe import cli
 from vlsafe.core import store
 from vlsafe.models import checkpoints, weights
 from vlsafe.models.merge import files, inputs
-from vlsafe.models.merge.rules import How
+from vlsafe.models.merge.rules import RULES, How, merged
 
 BLOCK = "model.layers.0.mlp.up_proj.weight"
 
@@ -425,6 +426,55 @@ def test_rows_of_tokens_that_one_model_lacks_are_as(piece, ratio, tmp_path, monk
         assert torch.equal(found[name], expected), name
     assert torch.equal(found[BLOCK], torch.lerp(a[BLOCK], b[BLOCK], ratio))
     assert all(torch.equal(value, b[name]) for name, value in load_file(tmp_path / "b" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("rule", ["linear", "slerp", "task_arithmetic", "ties", "tsv_m", "iso_c"])
+@pytest.mark.parametrize("rows", [(8, 12, 10), (12, 8, 8)])
+def test_rows_that_are_not_shared_have_no_say_in_those_that_are(rule, rows, tmp_path):
+    """Shorter and longer tables than A's; the row of a token of A's own is as large as it likes."""
+    folders, found = {which: tmp_path / which for which in ("a", "b", "base")}, []
+    tables = ("lm_head.weight", "model.embed_tokens.weight")
+    words = {"w": 0, "x": 1, "y": 2, "z": 3}
+    for size in (1.0, 1000.0):
+        for seed, (which, n) in enumerate(zip(folders, rows, strict=True)):
+            more = {name: torch.randn(n, 4, generator=torch.Generator().manual_seed(9 + seed)) for name in tables}
+            for table in more.values():
+                table[4] *= size
+            shutil.rmtree(folders[which], ignore_errors=True)
+            plain(folders[which], seed, **more)
+            tokenizer(folders[which], words | ({"<image>": 4} if which == "a" else {}))
+        used = folders if RULES[rule].based else ab(folders)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        files.merge(rule, used, tmp_path / "out", How(0.5, kept=0.5), language_only=True)
+        found.append(load_file(tmp_path / "out" / "model.safetensors"))
+    keep = [0, 1, 2, 3, 5, 6, 7]
+    for name in tables:
+        assert found[0][name].shape == (rows[0], 4) and torch.equal(found[0][name][keep], found[1][name][keep])
+        shared = [load_file(used[which] / "model.safetensors")[name][keep] for which in used]
+        a, b, base = (*shared, None)[:3]
+        alone = merged(rule, a, b, base, How(0.5, kept=0.5))
+        assert torch.allclose(found[0][name][keep], alone, atol=1e-5)
+        own = [4, *range(8, rows[0])]
+        assert torch.equal(found[1][name][own], load_file(used["a"] / "model.safetensors")[name][own])
+
+
+def test_a_task_vector_is_zero_also_behind_another_padding(tmp_path):
+    tables = ("lm_head.weight", "model.embed_tokens.weight")
+    base = plain(tmp_path / "base", 0)
+    plain(tmp_path / "b", 1)
+    plain(tmp_path / "a", 0, **{name: torch.cat([base[name], torch.ones(2, 4)]) for name in tables})
+    refused(
+        {which: tmp_path / which for which in ("a", "b", "base")},
+        r"the task vector of a \(a\) is zero",
+        "ties",
+        language_only=True,
+    )
+
+
+def test_numbers_of_eight_bits_on_one_side_are_named(tmp_path):
+    plain(tmp_path / "a", 0, q=torch.ones(4).to(torch.float8_e4m3fn))
+    plain(tmp_path / "b", 1, q=torch.ones(4))
+    refused({which: tmp_path / which for which in "ab"}, r"no floating-point numbers, and not equal in a and b \(1\): q")
 
 
 def test_other_tokens_are_refused(pair, tmp_path):

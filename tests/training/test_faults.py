@@ -131,14 +131,30 @@ def test_older_checkpoints_keep_their_weights_alone_and_the_newest_can_be_gone_o
     assert checkpoints.last_complete(tmp_path / "x").name == "checkpoint-6"
 
 
-def test_a_stage_killed_after_its_training_does_not_train_again(begun, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["digests", "the last checkpoint", "all are settled"])
+def test_a_stage_killed_after_its_training_does_not_train_again(begun, tmp_path, monkeypatch, place):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def strip_and_die(checkpoint, plain=checkpoints._strip):
+        plain(checkpoint)
+        if checkpoint == checkpoints._checkpoints(checkpoint.parent)[-1]:
+            raise KeyboardInterrupt
+
+    def settle_and_die(*arguments, plain=checkpoints.settle):
+        plain(*arguments)
+        raise KeyboardInterrupt
+
     shutil.copytree(begun.root, tmp_path / "runs", copy_function=shutil.copy2)
     study = Study.open("nano", "mini-chat", 0, tmp_path / "runs")
-    plain = store._manifest
-    monkeypatch.setattr(store, "_manifest", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        if place == "digests":
+            context.setattr(store, "_manifest", killed)
+        elif place == "the last checkpoint":
+            context.setattr(checkpoints, "_strip", strip_and_die)
+        else:
+            context.setattr(checkpoints, "settle", settle_and_die)
         study.folder("instruct/filtered-full")
-    monkeypatch.setattr(store, "_manifest", plain)
     monkeypatch.setattr(launch, "trained", lambda *arguments: pytest.fail("it trained again"))
     study.folder("instruct/filtered-full")
     assert store.status(study.run("instruct/filtered-full"), deep=True) == "valid"

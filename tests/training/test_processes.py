@@ -188,6 +188,19 @@ def test_rows_that_cannot_be_dealt_evenly_are_refused():
         processes.per_process(Fit(steps=1, batch_size=128, learning_rate=1e-3), 3)
 
 
+@pytest.mark.parametrize(
+    ("batch", "at_once", "parts"), [(16, 3, 8), (32, 12, 4), (32, 5, 8), (64, 10, 8), (15, 4, 5), (16, 16, 2)]
+)
+def test_fewer_rows_at_once_lose_none_of_a_step(batch, at_once, parts):
+    fit = Fit(steps=1, batch_size=batch, learning_rate=1e-3, micro_batches=2 if batch % 2 == 0 else 1, at_once=at_once)
+    assert processes.micro_batches(fit, 1) == parts and processes.per_process(fit, 1) * parts == batch
+
+
+def test_a_step_that_its_micro_batches_do_not_divide_is_refused_on_one_process_too():
+    with pytest.raises(ValueError, match="10 rows a step cannot be split over 1 processes in 4 micro-batches"):
+        processes.per_process(Fit(steps=1, batch_size=10, learning_rate=1e-3, micro_batches=4), 1)
+
+
 def test_the_command_of_several_nodes_starts_once_on_each(monkeypatch):
     monkeypatch.setattr(launch.subprocess, "check_output", lambda line, text: "n1\nn2\n")
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}

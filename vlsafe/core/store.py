@@ -51,6 +51,7 @@ from vlsafe.core.writing import (
 )  # fmt: skip
 
 NOTE, OWNER = ".digest", "scale.json"
+RECORDED = {"bytes", "mtime_ns", "sha256"}  # of every file, in a manifest
 ELSEWHERE = "elsewhere"  # in a manifest: files that `publish.archive` has left where the run was made
 FULL = 16 * 2**20  # bytes; with less free, any error is reported as a full disk: libraries word it in many ways
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
@@ -150,7 +151,9 @@ def _manifest_in(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and {"digest", "files"} <= set(manifest) else None
+    files = manifest.get("files") if isinstance(manifest, dict) and "digest" in manifest else None
+    sound = isinstance(files, dict) and all(isinstance(of, dict) and set(of) >= RECORDED for of in files.values())
+    return manifest if sound else None
 
 
 def whole_run(folder: Path) -> bool:
@@ -219,9 +222,10 @@ def _make(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Calla
     if not work.exists() and (kept := _aside(run, run.digest)).exists():
         os.rename(kept, work)
     work.mkdir(exist_ok=True)
-    note.write_text(run.digest, encoding="utf-8")
     started = time.monotonic()
     try:
+        if not note.exists():  # never written twice: an attempt whose note is lost counts as another's
+            write_text(note, run.digest)
         numbers = make(work)
         write_text(work / MANIFEST, json.dumps(_manifest(run, work, numbers, time.monotonic() - started), indent=1))
     except Exception as error:
@@ -266,10 +270,13 @@ def _discard(run: Run, say: Callable[[str], object]) -> None:
         os.rename(run.folder / name, free(beside / name))
     if others:
         say(f"{run.stage}/{run.recipe}: {', '.join(map(str, others[:SHOWN]))}, not its own, moved to {beside.name}")
-    doomed = run.folder.with_name(run.folder.name + ".doomed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed := _doomed(run), ignore_errors=True)
     os.rename(run.folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that somebody reads stays as .nfs…
+
+
+def _doomed(run: Run) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.doomed")
 
 
 def free(path: Path) -> Path:
@@ -367,7 +374,7 @@ def forget(run: Run) -> None:
         return
     with alone(run.folder):
         _discard(run, lambda text: sys.stderr.write(f"{text}\n"))
-        for work in (run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
+        for work in (_doomed(run), run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
             shutil.rmtree(work, ignore_errors=True)
         run.receipt.unlink(missing_ok=True)
 

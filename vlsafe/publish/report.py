@@ -63,7 +63,7 @@ def _section(folder: Path, name: str) -> str:
         cut = set() if name in FIRST else set(rows[MOST:])
         text = "\n".join(line for place, line in enumerate(text.split("\n")) if place not in cut)
         said = f"table, {len(rows)} lines" + (f", the first {MOST} shown, all in {name}.csv" if cut else "")
-        short = re.sub(r"\s*(</t[dhr]>\s*)+", "", MARKDOWN(text))  # HTML needs no ends of cells: a seventh of the file
+        short = re.sub(r"\s*(</t[dhr]>\s*)+", "", str(MARKDOWN(text)))  # HTML needs no ends of cells: a seventh of the file
         shown = f'<div class="table">{short}</div>'
         parts.append(shown if name in FIRST else f"<details><summary>{said}</summary>{shown}</details>")
     return "\n".join(parts)

@@ -110,23 +110,21 @@ def trained(
     """Train the model in the folder `start` and leave every milestone, the last included, as a model folder.
 
     Steps follow the rows where the fit says for how many its own are; milestones beyond the end are dropped. A kill after the
-    training, while digests of what it left are taken, costs no training.
+    training, while its checkpoints are settled and digests of them are taken, costs no training.
     """
-    if (done := work / "trained.json").exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    fit = following(fit, len(rows), len(rows))
-    milestones = _milestones(milestones[:-1], fit.steps)
-    dataset = training.datasets.chat_dataset(rows, with_images=True)
-    job = training.launch.Job(
-        "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
-    )
-    history, moving = training.launch.trained(job, dataset, Bar(name, fit.steps), project_root())
+    if not (done := work / "trained.json").exists():
+        fit = following(fit, len(rows), len(rows))
+        milestones = _milestones(milestones[:-1], fit.steps)
+        dataset = training.datasets.chat_dataset(rows, with_images=True)
+        job = training.launch.Job(
+            "sft", method, str(start), str(work), fit, study.scale.lora, study.seed, tuple(milestones), band, blocks=tuple(blocks)
+        )
+        history, moving = training.launch.trained(job, dataset, Bar(name, fit.steps), project_root())
+        losses = [record["loss"] for record in history]
+        store.write_text(work / "losses.json", json.dumps(losses))
+        store.write_text(done, json.dumps({"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}))
     training.checkpoints.settle(work, models.checkpoints.load_processor(start), start, fit.saved)
-    losses = [record["loss"] for record in history]
-    store.write_text(work / "losses.json", json.dumps(losses))
-    record = {"rows": len(rows), "moving_weights": moving, "loss": losses[-1]}
-    store.write_text(done, json.dumps(record))
-    return record
+    return json.loads(done.read_text(encoding="utf-8"))
 
 
 def make_projector(study: Study, work: Path) -> dict[str, Any]:

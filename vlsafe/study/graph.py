@@ -106,7 +106,7 @@ STAGES: dict[str, Stage] = {
         lambda s: [s.scale.projector, s.scale.vision, s.scale.checkpoints, s.scale.threads], 60,
     ),
     "probe/localisation": Stage(
-        probing.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size], 2
+        probing.make_localisation, ("parent/aligned",), lambda s: [s.scale.search, s.scale.exam.batch_size, *s.choosing], 2
     ),
     **_examination("parent/aligned", 8),
     **_examination("projector/filtered", 14),
@@ -133,12 +133,13 @@ for _name, _tuned in tuning.RECIPES.items():
     STAGES |= _examination(f"safety/{_name}", 10)
 STAGES |= {
     "probe/direction": Stage(
-        probing.make_direction, ("parent/aligned",), lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens], 10,
+        probing.make_direction, ("parent/aligned",),
+        lambda s: [s.scale.probing.prompts, s.scale.exam.max_new_tokens, *s.choosing], 10,
         unless=probing.nothing_to_choose_by,
     ),
     "probe/layers": Stage(
         probing.make_layers, ("parent/aligned", probing.DIRECTION, probing.ADAPTED, *probing.TUNED),
-        lambda s: [s.scale.probing.prompts, s.scale.probing.along], 30,
+        lambda s: [s.scale.probing.prompts, s.scale.probing.along, *s.choosing], 30,
     ),
     "probe/drift": Stage(
         probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),

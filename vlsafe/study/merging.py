@@ -379,6 +379,8 @@ def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     """The checkpoints on the way to a tuned partner, its last one included: its own training, run once more."""
     start, scratch = study.checkpoints(tuning.RECIPES[partner].start)[-1], work / "training"
     rows, fit, _ = tuning.prepared(study, partner, models.checkpoints.load_processor(start))
-    tuning.train_by(study, partner, scratch, start, rows, fit)
+    if not (done := scratch / "trained").exists():
+        tuning.train_by(study, partner, scratch, start, rows, fit)
+        done.touch()  # a kill while checkpoints are settled costs no training
     folders = training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start)
     return [Point("checkpoint", None, folder.name, folder=folder) for folder in folders]

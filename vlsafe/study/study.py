@@ -222,6 +222,12 @@ class Study:
             return models.efficientnet.load(self.folder("tower/clip")), self.processor()
         return CLIPModel.from_pretrained(self.folder("tower/clip")).eval(), self.processor()
 
+    @property
+    def choosing(self) -> list[Any]:
+        """What decides the validation items that a stage chooses by, and how models compute there; a part of its parameters."""
+        exam = self.scale.exam
+        return [exam.validation, exam.judges, exam.dtype] if self.scale.loaded else [exam.dtype] * (exam.dtype != "float32")
+
     def examples(self, name: str, file: str) -> list[Example]:
         """Training rows of a finished run."""
         return [from_row(Example, row) for row in self.rows(name, file)]

@@ -87,7 +87,7 @@ def recipe_params(study: Study, name: str) -> Any:
     replay = scale.tuning.replay if "replay" in recipe.corpora else None
     lora = scale.lora if recipe.method == "lora" else None
     chosen_by = [scale.tuning.pairs, scale.tuning.milestones, scale.exam.max_new_tokens]
-    return [list(recipe[:4]), base_fit(study, name), own, replay, lora, chosen_by, _limit(study), scale.threads]
+    return [list(recipe[:4]), base_fit(study, name), own, replay, lora, chosen_by, _limit(study), scale.threads, *study.choosing]
 
 
 def base_fit(study: Study, name: str) -> Fit:
@@ -147,9 +147,9 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     rows, fit, record = prepared(study, name, models.checkpoints.load_processor(start))
     if not done.exists():
         history = train_by(study, name, scratch, start, rows, fit, record["rows"][RECIPES[name].corpora[0]])
-        training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start, fit.saved)
         store.write_text(done, json.dumps(history))
     if not (work / "validation.parquet").exists():
+        training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start, fit.saved)
         history = json.loads(done.read_text(encoding="utf-8"))
         validated = _validated(study, [start, *sorted(scratch.glob("step-*"))], training.trainers.tokens_seen(history))
         best = max(validated[1:], key=lambda line: line["score"])  # of equals the first, which took the fewest steps

@@ -52,15 +52,19 @@ def sharded() -> bool:
 
 
 def micro_batches(fit: Fit, processes: int) -> int:
-    """Gradient accumulation steps: as many as the fit says, more where a process would take over `at_once` rows."""
-    return max(fit.micro_batches, -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1)
+    """Gradient accumulation steps: as many as the fit says; with `at_once`, so many more that no process takes over as many rows
+    and none is left over."""
+    parts = max(fit.micro_batches, -(-fit.batch_size // (processes * fit.at_once)) if fit.at_once else 1)
+    while fit.at_once and parts * processes < fit.batch_size and fit.batch_size % (parts * processes):
+        parts += 1
+    return parts
 
 
 def per_process(fit: Fit, processes: int) -> int:
     """Rows of one micro-batch of one process; ValueError where a step's rows cannot be split evenly."""
     parts = micro_batches(fit, processes)
     rows, rest = divmod(fit.batch_size, parts * processes)
-    if not rows or (rest and (processes > 1 or fit.grouped)):
+    if not rows or rest:
         raise ValueError(f"{fit.batch_size} rows a step cannot be split over {processes} processes in {parts} micro-batches; "
                          "change micro_batches, at_once, or the number of processes")  # fmt: skip
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,9 +126,10 @@ def _planned(
         refuse_pointer(path)
     for model in models.values():
         inputs.verify(model)
-    inputs.refuse_zero(models)
+    rows = inputs.shared_rows(models) if language_only else {}
+    inputs.refuse_zero(models, rows)
     weighing = [inputs.diagonal(path, models[which], language_only) for which, path in zip("ab", fisher, strict=False)]
-    return Plan(name, models, how, seed, inputs.shared_rows(models) if language_only else {}, weighing, {})
+    return Plan(name, models, how, seed, rows, weighing, {})
 
 
 def _beside(model: Checkpoint) -> list[Path]:
@@ -141,22 +142,24 @@ def _beside(model: Checkpoint) -> list[Path]:
     )  # fmt: skip
 
 
-def _pieces(entries: Sequence[Entry | None], rows: int | None, whole: bool = False) -> Iterator[Any]:
-    """The flat fp32 pieces of tensors of one shape, or of their first rows; None for one that is None. `whole`: all of each, in
+def _pieces(entries: Sequence[Entry | None], rows: list[int] | None, whole: bool = False) -> Iterator[Any]:
+    """The flat fp32 pieces of tensors of one shape, or of some of their rows; None for one that is None. `whole`: all of each, in
     its shape."""
     flat: list[Any] = [None if entry is None else _read(entry, rows) for entry in entries]
     if whole:
-        shape = entries[0].shape if rows is None else (rows, *entries[0].shape[1:])  # type: ignore[union-attr]
+        shape = entries[0].shape if rows is None else (len(rows), *entries[0].shape[1:])  # type: ignore[union-attr]
         yield tuple(None if values is None else values.reshape(shape).float() for values in flat)
         return
     for start in range(0, len(flat[0]), PIECE):
         yield tuple(None if values is None else values[start : start + PIECE].float() for values in flat)
 
 
-def _read(entry: Entry, rows: int | None = None) -> torch.Tensor:
-    """A flat tensor, or its first rows."""
+def _read(entry: Entry, rows: list[int] | None = None) -> torch.Tensor:
+    """A flat tensor, or some of its rows, in their order."""
     tensor = read_tensor(entry[:2])
-    return (tensor if rows is None else tensor[:rows]).reshape(-1)
+    if rows is not None:
+        tensor = tensor[: len(rows)] if rows == [*range(len(rows))] else tensor[rows]
+    return tensor.reshape(-1)
 
 
 def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
@@ -167,7 +170,7 @@ def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
     rule, seeds = RULES[plan.rule], seed_of(plan.seed, inputs.seed_name(plan.models["a"], key))
     entries = [plan.models[which].tensors[key] if which in plan.models else None for which in ("a", "b", "base")]
     entries += [weighing[key] for weighing in plan.fisher]
-    own, rows = plan.models["a"].tensors[key], plan.rows[key].merged if key in plan.rows else None
+    own, rows = plan.models["a"].tensors[key], plan.rows[key].shared() if key in plan.rows else None
 
     def pieces(sound: bool = True) -> Iterator[Any]:
         for piece in _pieces(entries, rows, rule.whole):
@@ -179,13 +182,20 @@ def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
     summary, draws = rule.summarise(lambda: pieces(rule.whole), plan.how, streams(seeds)), streams(seeds)
     if (value := rule.measure(summary)) is not None:
         plan.measured[own.name] = value
-    for piece in pieces():
-        result = rule.combine(*piece, plan.how, summary, draws).to(FLOATS[own.dtype]).reshape(-1)
+    results = (rule.combine(*piece, plan.how, summary, draws).to(FLOATS[own.dtype]).reshape(-1) for piece in pieces())
+    for result in results if rows is None or not plan.rows[key].own else _among(own, rows, results):
         if not finite(result.float()):
             raise ValueError(f"{own.name} would not be finite in {own.dtype}, though all models' weights are; is B larger, or λ?")
         yield result
-    if rows is not None:
-        yield _read(own)[rows * (own.shape[1] if len(own.shape) > 1 else 1) :]
+    if rows is not None and not plan.rows[key].own:
+        yield _read(own)[len(rows) * (own.shape[1] if len(own.shape) > 1 else 1) :]
+
+
+def _among(own: Entry, rows: list[int], results: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """All rows of A's as one piece, those that are merged among them."""
+    table = _read(own).reshape(own.shape).clone()
+    table[rows] = torch.cat([*results]).reshape(len(rows), *own.shape[1:])
+    yield table.reshape(-1)
 
 
 def finite(values: torch.Tensor) -> bool:
@@ -199,15 +209,9 @@ def _tensor(plan: Plan, key: str, changed: set[str]) -> Iterator[torch.Tensor]:
     if not plan.merges(key):
         yield own
         return
-    start, kept = 0, plan.rows[key].own if key in plan.rows else ()
-    width = own.numel() // plan.models["a"].tensors[key].shape[0] if kept else 1
+    start = 0
     for piece in _combined(plan, key):
         mine = own[start : start + len(piece)]
-        for row in kept:
-            if start - width < row * width < start + len(piece):
-                at = slice(max(0, row * width - start), (row + 1) * width - start)
-                piece = piece.clone()  # it may be an input's memory
-                piece[at] = mine[at]
         if key not in changed and not torch.equal(piece, mine):
             changed.add(key)
         start += len(piece)

@@ -63,6 +63,10 @@ class Rows(NamedTuple):
     whole: int
     own: tuple[int, ...] = ()
 
+    def shared(self) -> list[int]:
+        """The rows that are merged, in their order."""
+        return sorted({*range(self.merged)} - {*self.own})
+
     def __str__(self) -> str:
         rest = f", the other {self.whole - self.merged} are A's" if self.merged < self.whole else ""
         own = f", without {len(self.own)} whose tokens differ" if self.own else ""
@@ -163,9 +167,12 @@ def like(a: Checkpoint, other: Checkpoint) -> Checkpoint:
     return other._replace(tensors=tensors, keys=keys)
 
 
-def same(one: Entry, two: Entry) -> bool:
-    """Whether two tensors have equal values in the first one's precision."""
-    return one.shape == two.shape and torch.equal(read_tensor(one[:2]), read_tensor(two[:2]).to(FLOATS.get(one.dtype)))
+def same(one: Entry, two: Entry, rows: int | None = None) -> bool:
+    """Whether two tensors, or their first rows, have equal values in the first one's precision."""
+    if rows is None and one.shape != two.shape:
+        return False
+    mine, its = (read_tensor(entry[:2])[:rows] if rows else read_tensor(entry[:2]) for entry in (one, two))
+    return torch.equal(mine, its.to(FLOATS.get(one.dtype)))
 
 
 def refuse_different(models: Mapping[str, Checkpoint], language_only: bool) -> None:
@@ -199,7 +206,8 @@ def differences(a: Checkpoint, other: Checkpoint, which: str, language_only: boo
         },
         f"no floating-point numbers, and not equal in a and {which}": {
             one.name for one, two in pairs.values() if one.shape == two.shape
-            and not {one.dtype, two.dtype} <= set(FLOATS) and not torch.equal(read_tensor(one[:2]), read_tensor(two[:2]))
+            and not {one.dtype, two.dtype} <= set(FLOATS)
+            and (one.dtype != two.dtype or not torch.equal(read_tensor(one[:2]), read_tensor(two[:2])))
         },
         f"other tokens in a and {which}": {repr(token) for token in _conflicts(a.words, other.words, language_only)},
     }  # fmt: skip
@@ -229,7 +237,7 @@ def shared_rows(models: Mapping[str, Checkpoint]) -> dict[str, Rows]:
         whole = a.tensors[key].shape[0]
         merged = min(model.tensors[key].shape[0] for model in models.values())
         own = tuple(sorted(row for row in foreign if row < merged))
-        if merged < whole or own:
+        if own or any(model.tensors[key].shape[0] > merged for model in models.values()):
             found[key] = Rows(merged, whole, own)
     return found
 
@@ -263,11 +271,12 @@ def verify(model: Checkpoint) -> None:
             raise ValueError(f"{shard} is damaged: its content is not the one that was recorded when it was written")
 
 
-def refuse_zero(models: Mapping[str, Checkpoint]) -> None:
-    """Raises:   ValueError naming the model that equals its base: a merge learns nothing from a zero task vector"""
+def refuse_zero(models: Mapping[str, Checkpoint], rows: Mapping[str, Rows]) -> None:
+    """Raises:   ValueError naming the model that equals its base, in the `rows` that all have: a merge learns nothing from a zero
+    task vector"""
     for which in ("a", "b") if "base" in models else ():
         tensors, base = models[which].tensors, models["base"].tensors
-        if all(same(tensors[key], base[key]) for key in models["a"].keys):
+        if all(same(tensors[key], base[key], rows[key].merged if key in rows else None) for key in models["a"].keys):
             name = models[which].folder.name
             raise ValueError(f"the task vector of {which} ({name}) is zero: it is its base, weight by weight")
 

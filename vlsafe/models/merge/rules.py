@@ -185,7 +185,10 @@ def cut(magnitudes: np.ndarray, share: float) -> float:
 
 
 def cuts(pieces: Pieces, how: How, draws: Draws) -> tuple[float, float]:
-    """The magnitude below which the entries of each task vector are trimmed; ties with the last kept one are kept too."""
+    """The magnitude below which the entries of each task vector are trimmed; ties with the last kept one are kept too.
+
+    Departs:  tensor by tensor, so that a merge streams, as mergekit does; the paper trims the whole task vector at once
+    """
     if how.kept == 1:
         return 0.0, 0.0
     n = sum(len(a) for a, _, _ in pieces())
