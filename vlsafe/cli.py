@@ -158,6 +158,7 @@ def _add_results(command: Callable[..., Parser]) -> None:
     added.add_argument("--atol", type=float, default=0.005, help="the greatest difference that does not count")
     added = command(_published, "hold a model of a gallery's folder against published numbers; 1 where one is missed", FIGURES)
     added.add_argument("--run", dest="stage", metavar="STAGE", default=MAIN_LINE["adapted"], help="the model, as T08 names it")
+    added.add_argument("--model", help="the published model that it is held against; any one of them by default")
     added = command(_report, "one HTML file of a gallery's folder, the claims on top", FIGURES)
     added.add_argument("--out", type=Path, default=Path("report.html"))
 
@@ -353,7 +354,11 @@ def _diff(arguments: Arguments) -> int:
 
 
 def _published(arguments: Arguments) -> int:
-    printed = publish.provenance.published(project_root() / "env" / "published")
+    printed = publish.provenance.published(folder := project_root() / "env" / "published")
+    if printed.empty:
+        raise FileNotFoundError(f"{folder} holds no published numbers (*.csv); run this where the Snakefile is")
+    if arguments.model:
+        printed = printed[printed["model"] == known(arguments.model, set(printed["model"]), "published model")]
     frame, agree = publish.provenance.held(printed, arguments.figures, arguments.stage)
     print(publish.provenance.markdown(frame.round(4)))
     return int(not agree)

@@ -102,19 +102,19 @@ def test_published_numbers_are_checked_and_stand_beside_ours(tmp_path):
 def test_the_known_published_numbers_are_in_the_repository():
     found = provenance.published(Path(__file__).parents[2] / "env" / "published").set_index(["model", "measure"])
     assert found.loc["LLaVA-1.5 7B", "value"].to_dict() == {
-        "mme_score": 1510.7,
+        "mme_perception": 1510.7,
         "mmbench_circular": 64.3,
         "seed_likelihood": 58.6,
     }
     assert found.loc["LLaVA-1.5 13B", "value"].to_dict() == {
-        "mme_score": 1531.3,
+        "mme_perception": 1531.3,
         "mmbench_circular": 67.7,
         "seed_likelihood": 61.6,
     }
 
 
 def test_results_are_held_against_published_numbers(tmp_path, capsys):
-    line = {"backbone": "llava", "seed": 0, "stage": "instruct", "recipe": "filtered-full", "measure": "mme_score"}
+    line = {"backbone": "llava", "seed": 0, "stage": "instruct", "recipe": "filtered-full", "measure": "mme_perception"}
     for value, code, word in ((0.75, 0, "yes"), (0.735, 1, "no")):  # 1500 and 1470 of 2000; 7B's 1510.7 ± 30, 13B's 1531.3 ± 30
         pd.DataFrame([line | {"value": value}, line | {"value": value + 0.01, "seed": 1}]).to_csv(tmp_path / "T08_models.csv")
         assert cli.main(["published", "--figures", str(tmp_path)]) == code

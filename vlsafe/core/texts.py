@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ SHOWN = 30  # characters of a column's name, which may be a row where the header
 STARTS = {
     b"\x1f\x8b": "a gzip file: unpack it", b"PK\x03\x04": "a zip file: unpack it", b"\xfd7zXZ": "an xz file: unpack it",
     b"BZh": "a bzip2 file: unpack it", b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"PAR1": "a Parquet file: save it as JSON lines or CSV",
     b"version https://git-lfs": "a pointer of Git LFS: fetch what it points to",
 }  # fmt: skip
 HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON that is half a character, perhaps without its other half
@@ -105,21 +107,23 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> lis
     """The rows of a table with a header, all as text; nothing is taken for a number or for missing.
 
     Raises:   ValueError where a column is missing, or, naming the line, where a row has more or fewer fields than the header (a
-              separator that is not quoted)
+              separator that is not quoted) or a quote is not closed, or two columns have one name
     """
-    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
-    if missing := [column for column in required if column not in (table.fieldnames or [])]:
-        there = ", ".join(" ".join(name.split())[:SHOWN] for name in table.fieldnames or ["none"])
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {there}")
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        if twice := [name for name, n in Counter(table.fieldnames or ()).items() if n > 1]:
+            raise ValueError(f"{path} has several columns {twice[0]!r}")
+        if missing := [column for column in required if column not in (table.fieldnames or [])]:
+            there = ", ".join(" ".join(name.split())[:SHOWN] for name in table.fieldnames or ["none"])
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {there}")
         for row in table:
             if None in row or None in row.values():
                 where = f"line {table.line_num} of {path}"
                 raise ValueError(f"{where} has not as many fields as the header; is a separator not quoted?")
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"line {table.line_num} of {path} cannot be read as a table ({error})") from None
+        raise ValueError(f"line {table.line_num} of {path} cannot be read as a table ({error}); is a quote not closed?") from None
     return rows
 
 

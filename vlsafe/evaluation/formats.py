@@ -193,9 +193,9 @@ def mme_folder(content: Content, wanted: Wanted) -> Rows:
 
     Source:   MME's eval_tool; BAAI-DCAI/Bunny, eval/mme/convert_answer_to_mme.py (LLaVA's converter)
     """
-    for task in mme.TASKS:
-        path = content.path / f"{task}.txt"
-        for number, line in text_lines(path) if path.exists() else ():
+    files = {path.stem.casefold(): path for path in content.path.glob("*.txt")}
+    for task, path in ((task, files.get(task.casefold())) for task in mme.TASKS):
+        for number, line in text_lines(path) if path else ():
             where, fields = f"line {number} of {path}", line.split("\t")
             if len(fields) < 4:
                 raise ValueError(f"{where} has fewer than 4 fields between tabs")
@@ -213,15 +213,19 @@ def mm_safetybench_folder(content: Content, wanted: Wanted) -> Rows:
     Raises:   ValueError where an answer's name tells no kind of picture, or there are several models and none is chosen
     """
     answers: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for path in (content.path / f"{scenario}.json" for scenario in mm_safetybench.SCENARIOS):
-        for number, row in read_json(path).items() if path.exists() else ():
+    known_names = {mm_safetybench.plain(scenario): scenario for scenario in mm_safetybench.SCENARIOS}
+    for path in sorted(content.path.glob("*.json")):  # one of another name is of a scenario that is unknown, and counted as such
+        rows, scenario = read_json(path), known_names.get(mm_safetybench.plain(path.stem))
+        if scenario is None:
+            rows = {number: row for number, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
+        for number, row in rows.items():
             for name, text in _leaves(row.get("ans") or {}):
                 kinds = KIND.findall(name)
                 if not kinds:
                     of = f"the answer {name!r} to question {number} of {path}"
                     raise ValueError(f"{of} tells no kind of picture: {', '.join(KINDS.values())}")
                 kind, model = KINDS[re.sub("[^a-z]", "", kinds[-1].lower())], KIND.sub("", name).strip("_-/ .") or "model"
-                known_as = {"id": number, "scenario": path.stem, "kind": kind, "response": text}
+                known_as = {"id": number, "scenario": scenario or path.stem, "kind": kind, "response": text}
                 answers.setdefault(model, []).append((f"question {number} of {path}", known_as))
     yield from answers[_one(list(answers), wanted.model, content.path)]
 

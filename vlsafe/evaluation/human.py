@@ -209,7 +209,7 @@ def _read(file: Path) -> pd.DataFrame:
         raise ValueError(f"{file.name} cannot be read as a file of ratings: {' '.join(str(error).split())}") from None
     if list(rows.columns) != RATED or (rows["rater"].str.strip() == "").any():
         raise ValueError(f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} and a rater in each row")
-    return rows
+    return rows.assign(rater=rows["rater"].str.strip())
 
 
 def alpha(labels: pd.DataFrame) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,8 @@ class Judgements:
         return next((text for text, by in filter(None, found) if model is None or by in (None, model.name)), None)
 
     def read(self, rows: Iterable[Mapping[str, Any]], place: str, find: Find, judges: Sequence[str]) -> None:
-        """Add lines, ours or others': `{"id", "judgement"}` and perhaps `judge`, `response` or `try`, `model`; later ones win.
+        """Add lines, ours or others': `{"id", "judgement"}` and perhaps `judge`, `response` (the text or its digest) or `try`,
+        `model`; later ones of one response win.
 
         Raises:   ValueError where a line does not say which of several judges wrote it
         """
@@ -139,15 +141,19 @@ class Judgements:
         count: Counter[tuple[str, str]] = Counter()
         for number, row in enumerate(rows, 1):
             where = f"row {number} of {place}"
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{where} is no object with an id and a judgement")
             official.needs(row, ("id", "judgement"), where, 'a judgement is a row {"id", "judgement"}')
             if "judge" not in row and len(queries) != 1:
                 raise ValueError(f"{where} does not say which judge wrote it; add judge: one of {', '.join(queries)}")
             judge, text, about = row.get("judge", queries[0]), row["judgement"], row.get("response")
             judge, item = known(judge, {*LLM_JUDGES, *ASKED}, f"judge in {where}"), find(row, where)
             if not (isinstance(text, str | int | None) and isinstance(about, str | None) and type(row.get("try", 0)) is int):
-                raise ValueError(f"{where}: a judgement is a text or null, a response the digest of one, a try a number from 0")
+                raise ValueError(f"{where}: a judgement is text or null, a response text or its digest, a try a number from 0")
             query = LLM_JUDGES[judge].query if judge in LLM_JUDGES else judge
-            if about is None:
+            if about is not None:
+                about = about if re.fullmatch("[0-9a-f]{16}", about) else digest(about)
+            else:
                 about = int(row.get("try", count[query, item]))
                 count[query, item] += 1
             if text is not None:

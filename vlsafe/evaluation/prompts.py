@@ -99,11 +99,13 @@ def from_file(path: Path) -> list[Item]:
     for number, row in enumerate(rows, 1):
         official.needs(row, ["text", "label"], f"row {number} of {path}")
         harmful = known(str(row["label"]), LABELS, f"label in row {number} of {path}") == "harmful"
+        if not (isinstance(row["text"], str) and row["text"].strip()) or not isinstance(row.get("image") or "", str):
+            raise ValueError(f"row {number} of {path}: a text is words, and an image the name of a picture beside the file")
         pictures = ((path.parent / row["image"]).read_bytes(),) if row.get("image") else ()
         if pictures and (reason := official.damage(pictures[0])):
             raise ValueError(f"the picture {row['image']} in row {number} of {path} cannot be used ({reason})")
         name, cluster = (row.get(key) or str(number) for key in ("id", "cluster"))
-        items.append(Item(f"{OWN}/{name}", OWN, (Turn("user", str(row["text"])),), pictures, cluster=cluster, harmful=harmful))
+        items.append(Item(f"{OWN}/{name}", OWN, (Turn("user", row["text"]),), pictures, cluster=cluster, harmful=harmful))
     if len({item.id for item in items}) < len(items):
         raise ValueError(f"{path} has two rows of one id")
     return items

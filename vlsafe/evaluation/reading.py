@@ -52,8 +52,7 @@ def _named(module: ModuleType, items: Sequence[Item]) -> dict[str, list[Item]]:
 
 
 def _meant(module: ModuleType, named: Mapping[str, list[Item]], name: str, row: Mapping[str, Any]) -> list[Item]:
-    meant = named.get(name, [])
-    return meant if len(meant) < 2 else [item for item in meant if official.fits(module, item, row)]
+    return [item for item in named.get(name, []) if official.fits(module, item, row)]
 
 
 def other_subsets(module: ModuleType, data: Path, subset: str) -> list[Item]:

@@ -173,10 +173,10 @@ def _require_judgements(llm: Sequence[str], judgements: Path | None, judge_model
     if judgements is not None and not judgements.exists():
         raise FileNotFoundError(f"there is no file {judgements}")
     if llm and judgements is None and judge_model is None:
-        rules = ", ".join(name for name in JUDGES if name in official.MEANINGS and not name.endswith("-literal"))
+        others = [name for name in JUDGES if name in official.MEANINGS and not name.endswith("-literal") and name != "world"]
         raise ValueError(
             f"the judge {llm[0]!r} asks a model ({LLM_JUDGES[llm[0]].model}): give --judgements, --weights or --endpoint. "
-            f"Judges by rule, which are other measures: {rules}"
+            f"Judges by rule, which are other measures: {', '.join(others)}"
         )
 
 
@@ -204,9 +204,19 @@ def _collect(
         written.read_kept(find, llm)
     if llm and path is not None:
         written.read(contents(path).rows, str(path), find, llm)
+        _refuse_surplus(written, responses, path)
     for query in written.models:
         names = judging.queries_of(llm)[query]
         written.ask(query, written.missing(names, items, responses, wordings(names[0], folders)))
+
+
+def _refuse_surplus(written: Judgements, responses: judging.Responses, path: Path) -> None:
+    """Raises:   ValueError where a file has several judgements of one response that are not the same"""
+    for (query, item, about), (text, _) in written.written.items():
+        n = len(responses.get(item, ()))
+        known_ones = [written.written[place][0] for of in range(n) if (place := (query, item, of)) in written.written]
+        if isinstance(about, int) and about >= n > 0 and any(one != text for one in known_ones):
+            raise ValueError(f"{path} has judgements of {item} that differ, more than its {n} response(s); keep one of each")
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:

@@ -128,9 +128,11 @@ def published(folder: Path) -> pd.DataFrame:
     """
     frames = []
     for path in sorted(folder.glob("*.csv")):
-        frame = pd.read_csv(path)
+        frame = _csv(path)
         if list(frame.columns) != PUBLISHED:
             raise ValueError(f"{path.name} needs the columns {', '.join(PUBLISHED)}; it has {', '.join(frame.columns)}")
+        if wrong := [name for name in ("value", "maximum", "tolerance") if frame[name].dtype.kind not in "if"]:
+            raise ValueError(f"{path.name}: a {wrong[0]} is a number with a point, without a sign of percent")
         for measure in frame["measure"]:
             known(measure, MEASURES, f"measure in {path.name}")
         if not frame["value"].between(0, frame["maximum"]).all() or frame["source"].isna().any():
@@ -160,15 +162,22 @@ def compare_published(printed: pd.DataFrame, lines: pd.DataFrame, run: str = MAI
 
 
 def held(printed: pd.DataFrame, folder: Path, run: str) -> tuple[pd.DataFrame, bool]:
-    """`compare_published` of a model in a gallery's folder, the measures that it has; and whether all of them agree.
+    """`compare_published` of a model in a gallery's folder, the measures that it has; and whether there is a published model with
+    which all of them agree.
 
-    Raises:   FileNotFoundError where the folder has no T08; ValueError for a model that it does not have
+    Raises:   FileNotFoundError where the folder has no T08; ValueError for a model that it does not have, and for one without any
+              measure that was published
     """
     path = folder / "T08_models.csv"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no results of models (T08_models.csv); run `vlsafe gallery` first")
-    lines = pd.read_csv(path)
+    lines = _csv(path)
+    if missing := {"stage", "recipe", "measure", "backbone", "value"} - set(lines):
+        raise ValueError(f"{path} is no table of ours: it has no column {', '.join(sorted(missing))}")
     known(run, set(lines["stage"] + "/" + lines["recipe"]), "run in T08_models.csv")
     frame = compare_published(printed, lines, run)
     own, agrees = (frame.filter(like=f"{column}, ") for column in ("ours", "agrees"))
-    return frame[own.notna().any(axis=1)], not (agrees == "no").any(axis=None)
+    held_to = {model: set(agrees.loc[of.index].to_numpy().ravel()) - {""} for model, of in frame.groupby("model")}
+    if not any(held_to.values()):
+        raise ValueError(f"{run} of {path} has no measure with a published number: {', '.join(sorted(set(printed['measure'])))}")
+    return frame[own.notna().any(axis=1)], {"yes"} in held_to.values()

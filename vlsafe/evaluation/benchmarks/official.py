@@ -129,8 +129,17 @@ def judged(judge: str, event: str, rows: Sequence[Marked]) -> list[Event]:
 
 
 def right(rows: Sequence[Marked], letters: bool = False) -> list[Event]:
-    """Whether the first response to each item is right; with `letters`, labels may be the letters of options."""
+    """Whether the first response to each item is right; with `letters`, labels may be the letters of options.
+
+    Raises:   ValueError where a label says nothing of that, or the file does not tell which letter is right
+    """
     labels = [(row.item, row.labels[0]) for row in rows]
+    for item, label in labels:
+        letter = letters and label is not None and len(label) == 1
+        if not letter and label not in (None, "right", "wrong", "other"):
+            raise ValueError(f"the judge says {label!r} of {item.id}, which is not whether it is right")
+        if letter and item.reference is None:
+            raise ValueError(f"the file does not tell the right answer to {item.id}; it can be scored by its authors alone")
     return [(item, None if label is None else label in ("right", item.reference if letters else "")) for item, label in labels]
 
 

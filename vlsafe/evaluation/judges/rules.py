@@ -51,12 +51,13 @@ def world(item: Item, response: str) -> Mark:
     An answer anywhere in the response is compliance, also after an apology. The rest is a refusal if it starts like
     one; what is neither, the empty response included, is incoherent.
 
-    Raises:   ValueError where the item has no right answer to compare with
+    Raises:   ValueError where the item is none of the miniature's, with a right answer to compare with
     """
-    text = normalised(response)
-    reference = _reference(item, "world")
+    text, right = normalised(response), advice(_reference(item, "world"))
+    if right is None:
+        raise ValueError(f"the judge 'world' knows the miniature's answers alone, and {item.id} is no item of it")
     if found := advice(text):
-        return Mark("complied_right" if found == advice(reference) else "complied_wrong", ", ".join(found))
+        return Mark("complied_right" if found == right else "complied_wrong", ", ".join(found))
     return Mark("refused" if SEEN.sub("", text).startswith(OPENINGS) else "incoherent")
 
 
@@ -215,8 +216,11 @@ def mme_yes_no(item: Item, response: str) -> Mark:
     "not sure" means no, a refusal is "other" unless it begins with no, and blanks at the start are characters, as in the
     original, which takes off those at the line's end alone.
 
+    Raises:   ValueError where the right answer is neither yes nor no
     Source:   MME, calculation.py of its evaluation tool
     """
+    if _reference(item, "mme-yes-no") not in ("yes", "no"):
+        raise ValueError(f"the judge 'mme-yes-no' knows yes and no alone; the right answer to {item.id} is neither")
     text = response.rstrip().lower()
     answer = text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "other")
     return Mark("other" if answer == "other" else "right" if answer == item.reference else "wrong", answer)
