@@ -201,7 +201,7 @@ def _stage(arguments: Arguments) -> None:
 def _fresh(arguments: Arguments) -> None:
     study = _study(arguments)
     for name in _stages(arguments):
-        store.forget(study.run(name))
+        print(f"{name}: {'removed' if store.forget(study.run(name)) else 'no such run'} ({study.backbone}, seed {study.seed})")
 
 
 def _card(arguments: Arguments) -> None:
@@ -322,7 +322,7 @@ def _gallery(arguments: Arguments) -> None:
     studies = publish.results.studies_in_store(studies[0]) if arguments.all else studies
     names = list(dict.fromkeys(name for study in studies for name in graph.planned(study, arguments.grid)))
     provenance = publish.results.made_by(studies, names)
-    out = arguments.out or Path("figures") / studies[0].scale.name
+    out = arguments.out or publish.gallery.place(studies)
     frames, missing = publish.results.results(studies, arguments.grid), publish.results.missing(studies, arguments.grid)
     gallery = publish.gallery.make(frames, studies[0].scale.name, out, provenance, missing)
     print(*(f"{out}/{name}" for name in gallery.written), sep="\n")
@@ -354,9 +354,7 @@ def _diff(arguments: Arguments) -> int:
 
 
 def _published(arguments: Arguments) -> int:
-    printed = publish.provenance.published(folder := project_root() / "env" / "published")
-    if printed.empty:
-        raise FileNotFoundError(f"{folder} holds no published numbers (*.csv); run this where the Snakefile is")
+    printed = publish.provenance.published(project_root() / "env" / "published")
     if arguments.model:
         printed = printed[printed["model"] == known(arguments.model, set(printed["model"]), "published model")]
     frame, agree = publish.provenance.held(printed, arguments.figures, arguments.stage)

@@ -49,6 +49,8 @@ def test_the_word_does_not_decide_but_what_cannot_be_read_stays_unread():
     assert guards.decided(True, ("S1",), 0.4) == (False, (), 0.4)
     assert guards.decided(True, ("S1",), 0.6) == (True, ("S1",), 0.6)
     assert guards.decided(None, (), 0.9) == (None, (), 0.9)
+    for label in (True, False):  # a score that is no number says nothing, and is not the least of several
+        assert guards.decided(label, ("S1",), float("nan")) == (None, (), 1.0)
 
 
 def test_guard_rows_are_labelled_by_the_world():

@@ -337,6 +337,32 @@ def test_unknown_and_ambiguous_files_are_refused_in_one_line(scored, tmp_path):
     assert "is not built as MM-SafetyBench's questions_with_answers" in scored("mm_safetybench", listed)[1]
 
 
+def test_a_quote_that_is_not_closed_swallows_no_rows_and_two_columns_of_one_name_are_refused(scored, tmp_path):
+    text = 'id,response\n1,Sure.\n2,"Sure.\n3,I cannot help.\n'
+    assert "is a quote not closed?" in scored("xstest", write(tmp_path / "q.csv", text))[1]
+    assert "several columns 'response'" in scored("xstest", write(tmp_path / "d.csv", "id,response,response\n1,Sure.,No.\n"))[1]
+
+
+def test_answers_to_a_scenario_of_another_spelling_count(scored, tmp_path):
+    folder = with_answers(tmp_path / "answers", lambda i: {"llava_sd": YES}, 2)
+    for path in [*folder.iterdir()]:
+        path.rename(folder / path.name.replace("Activitiy", "Activity"))
+    write(folder / "notes.json", '{"0": {"ans": {"llava_sd": "x"}}, "accuracy": 1}')
+    found, said = scored("mm_safetybench", folder)
+    assert found, said
+    assert found["n_left_out"]["unknown"] == 1 and found["scores"][0]["n_unjudged"] < found["n_items"]
+
+
+def test_one_answer_more_than_the_others_have_is_named(scored, tmp_path):
+    rows = [{"id": f"01-Illegal_Activitiy/SD/{n}", "response": YES} for n in (0, 7)]
+    found, _ = scored("mm_safetybench", write(tmp_path / "r.jsonl", lines(rows)))
+    assert not any("tries" in line for line in found["files"])
+    wrong = write(tmp_path / "w.jsonl", lines([rows[0] | {"scenario": "02-HateSpeech"}]))
+    assert "is an item of mm_safetybench, but not one of scenario '02-HateSpeech'" in scored("mm_safetybench", wrong)[1]
+    blank = write(tmp_path / "b.jsonl", lines([rows[0] | {"scenario": "Illegal Activity", "kind": "SD"}]))
+    assert scored("mm_safetybench", blank)[0]["n_items"] > 0
+
+
 def test_what_is_left_out_is_counted_and_named(scored, tmp_path):
     rows = [{"question_id": n, "prediction": "B"} for n in ("101", "999", "101", "998", "997", "996")]
     found, said = scored("seed_bench", write(tmp_path / "r.jsonl", lines(rows)))

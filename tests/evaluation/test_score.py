@@ -349,6 +349,10 @@ def test_a_users_own_file_of_judgements_loses_nothing(root, tmp_path, scripted, 
         ("sorry_bench", [{"id": "base/1", "response": "x"}], [], "asks a model .*give --judgements, --weights or --endpoint"),
         ("sorry_bench", [{"id": "base/1", "response": "x"}], ["--judge", "letters"], "has no options; the judge"),
         ("xstest", [{"id": 1, "response": "x"}], ["--judge", "xtest-strings"], "did you mean 'xstest-strings'"),
+        ("siuo", [{"id": 1001, "response": "Sure."}], ["--judge", "world"], "knows the miniature's answers alone"),
+        ("seed_bench", [{"id": "101", "response": "B"}], ["--judge", "xstest-strings"], "which is not whether it is right"),
+        ("seed_bench", [{"id": "101", "response": "B"}], ["--judge", "mme-yes-no"], "knows yes and no alone"),
+        ("vlguard", [{"id": "HOD_1", "subset": "safe_safes", "response": "x"}], [], "'HOD_1' is no item of vlguard"),
         ("xstets", [], [], "unknown benchmark 'xstets'; did you mean 'xstest'"),
         ("siuo", [{"id": 1001, "response": "x"}], ["--subset", "mcq"], "unknown subset of siuo 'mcq'; did you mean 'mcqa'"),
         ("xstest", [], [], "holds no rows"),
@@ -361,6 +365,29 @@ def test_mistakes_are_named(name, rows, options, message, root, tmp_path, capsys
     assert run(root, tmp_path, name, *options, responses=responses)[0] == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_judgements_of_other_tools_name_the_response_by_its_text_and_do_not_contradict_each_other(root, tmp_path, capsys):
+    responses = write(tmp_path / "r.jsonl", json.dumps({"id": "base/1", "response": "Sure."}) + "\n")
+
+    def judged(*rows):
+        path = write(tmp_path / "j.jsonl", "".join(f"{json.dumps({'id': 'base/1', **row})}\n" for row in rows))
+        return run(root, tmp_path, "sorry_bench", "--judgements", path, responses=responses)
+
+    for rows in (
+        [{"response": "Sure.", "judgement": "1"}],
+        [{"judgement": "1"}],
+        [{"judgement": "1"}] * 2,
+        [{"judgement": None}, {"judgement": "1"}],
+    ):
+        code, found = judged(*rows)
+        assert code == 0 and found["scores"][0]["n_unjudged"] == 2  # of three items
+    assert judged({"response": "No.", "judgement": "1"})[1]["scores"][0]["n_unjudged"] == 3  # of another response
+    capsys.readouterr()
+    assert judged({"judgement": "0"}, {"judgement": "1"})[0] == 2
+    assert "base/1 has 1 response(s), and a judgement of another try (1, from 0) that differs" in capsys.readouterr().err
+    assert run(root, tmp_path, "sorry_bench", "--judgements", write(tmp_path / "k.json", "[1]"), responses=responses)[0] == 2
+    assert "row 1 of" in capsys.readouterr().err
 
 
 def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Results without weights: the same frames from an archive as from the runs, and nothing that may not be committed."""
 
 import io
+import json
 import shutil
 import tarfile
 
@@ -79,6 +80,15 @@ def test_damaged_runs_are_replaced_and_running_ones_are_not_touched(packed, else
     (folder / "panel.parquet").write_bytes(b"x")
     with store.alone(folder), pytest.raises(ValueError, match="merge/sl-full is being made by another process"):
         archive.unpacked(packed, elsewhere.root)
+
+
+def test_a_run_of_another_digest_stays_and_is_named(packed, elsewhere, capsys):
+    path = elsewhere.run("merge/sl-full").folder / store.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "0123456789abcdef"}))
+    put, kept = archive.unpacked(packed, elsewhere.root)
+    assert not put and len(kept) == len(archive.held(packed))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("merge/sl-full: another run is there and stays; `vlsafe fresh` removes it")
 
 
 def test_an_archive_with_other_runs_is_not_overwritten(elsewhere, packed, tmp_path):

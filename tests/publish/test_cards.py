@@ -19,7 +19,7 @@ from vlsafe.analysis import degradation
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.core.scale import as_plain
 from vlsafe.plots import claims as plots_claims
-from vlsafe.publish import modelcards, provenance, report
+from vlsafe.publish import gallery, modelcards, provenance, report
 from vlsafe.study.study import Study
 
 RUN = {"packages": {"numpy": "2.0"}, "commit": "abc", "backbone": "b", "seed": 0}
@@ -111,6 +111,23 @@ def test_the_known_published_numbers_are_in_the_repository():
         "mmbench_circular": 67.7,
         "seed_likelihood": 61.6,
     }
+
+
+def test_nothing_is_replaced_that_somebody_did_not_name(tmp_path, monkeypatch, capsys):
+    """The ledger by a report, figures of many studies by those of one; and what is not there is said to be removed by nobody."""
+    (tmp_path / "T09_claims.md").write_text("T09. X\n\ntext\n")
+    assert cli.main(["report", "--figures", str(tmp_path), "--out", str(tmp_path / "T09_claims.md")]) == 2
+    assert "is no report" in capsys.readouterr().err and (tmp_path / "T09_claims.md").read_text().startswith("T09. X")
+    monkeypatch.chdir(tmp_path)
+    studies = [Study.open("mini", "mini-chat", seed, tmp_path) for seed in (0, 1)]
+    assert gallery.place(studies) == Path("figures/mini")
+    (tmp_path / "figures/mini").mkdir(parents=True)
+    (tmp_path / "figures/mini/provenance.json").write_text(
+        '[{"backbone": "mini-chat", "seed": 1}, {"backbone": "shared", "seed": 7}]'
+    )
+    assert [gallery.place(of) for of in (studies, studies[:1])] == [Path("figures/mini"), Path("figures/mini-partial")]
+    assert cli.main(["fresh", "instruct/filtered-full", "--root", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == "instruct/filtered-full: no such run (mini-chat, seed 4)\n"
 
 
 def test_results_are_held_against_published_numbers(tmp_path, capsys):

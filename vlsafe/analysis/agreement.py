@@ -25,7 +25,7 @@ def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFr
     """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged.
     Clusters are those of one seed, unless all seeds share their items.
 
-    Raises:   Lacking where no model was asked one
+    Raises:   Lacking where no model was asked one, or no verdict of `people` is of an answer that is here
     """
     rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
     rows = rows[rows["exam"] == "full"]
@@ -33,7 +33,11 @@ def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFr
     if rows.empty:
         raise Lacking("there is no full examination on harmful requests")
     rows = in_worlds(rows).assign(event=pd.to_numeric(rows["event"].astype("Float64")))
-    return rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
+    wide = rows.pivot_table(index=ANSWER, columns="judge", values="event", aggfunc="first").reset_index()
+    rated = wide[wide["people"].notna()] if "people" in wide else wide.iloc[:0]
+    if people is not None and not rated[judges(wide)[:-1]].notna().any(axis=None):
+        raise Lacking("no verdict of people is of an answer of these studies, or none was examined yet")
+    return wide
 
 
 def judges(wide: pd.DataFrame) -> list[str]:

@@ -42,9 +42,7 @@ def shares(lines: pd.DataFrame, *names: str) -> str:
 
 def percent(values: Sequence[float]) -> str:
     """The mean of fractions, one per seed, and their range where there are several."""
-    if not len(values):
-        return "(not measured)"
-    shown = f"{100 * sum(values) / len(values):.0f} %"
+    shown = f"{100 * sum(values) / len(values):.0f} %" if len(values) else "(not measured)"
     return shown if len(values) < 2 else f"{shown} ({100 * min(values):.0f}–{100 * max(values):.0f} over {len(values)} seeds)"
 
 

@@ -13,6 +13,18 @@ Schedule = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def positive(value: int, name: str) -> None:
+    """Raises:   ValueError where a number is not at least 1"""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def share(value: float, name: str, above: bool = False) -> None:
+    """Raises:   ValueError where a number lies outside of [0, 1), or with `above` of (0, 1]"""
+    if not (0 < value <= 1 if above else 0 <= value < 1):
+        raise ValueError(f"{name} is a share {'above 0 and at most 1' if above else 'from 0 to below 1'}, not {value}")
+
+
 def later(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     """A field that is newer than some results. At its default it is left out of digests, so that they stay valid."""
     value = more["default_factory"]() if "default_factory" in more else default

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlsafe.core.assets import Endpoint, Loaded
-from vlsafe.core.fits import Dtype, Fit, LoraSpec, Preference, Rollout, Tuning, later
+from vlsafe.core.fits import Dtype, Fit, LoraSpec, Preference, Rollout, Tuning, later, positive, share
 
 PLACE = re.compile(r"\w([\w .+-]*[\w+-])?")  # names that are folders: nothing that leads out of one or that a shell reads
 
@@ -84,6 +84,13 @@ class Merging:
     rank: float = later(0.5)  # Gargiulo et al. 2025: one part for each of two tasks
     weighing: int = later(256)
     requests: int = later(100)  # assumed: official requests per kind and modality that choose a ratio where tuning.pairs is 0
+
+    def __post_init__(self) -> None:
+        for name, of in ((name, getattr(self, name)) for name in ("ratios", "few", "votes")):
+            if not of or not all(0 <= value <= 1 for value in of) or len({f"{value:.2f}" for value in of}) < len(of):
+                raise ValueError(f"merging.{name}: numbers from 0 to 1 that differ in two digits, one or more; not {of}")
+        for name in ("kept", "survived", "rank"):
+            share(getattr(self, name), f"merging.{name}", above=True)
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,7 @@ class Exam:
     def __post_init__(self) -> None:
         for name in ("panel", "full", "batch_size", "max_new_tokens", "captions"):
             positive(getattr(self, name), f"exam.{name}")
+        share(self.validation, "exam.validation")
 
 
 @dataclass(frozen=True)
@@ -282,12 +290,6 @@ class Scale:
     def backbone(self, name: str) -> Backbone:
         """The named backbone; an unknown name is refused with the nearest known one."""
         return self.backbones[known(name, self.backbones, "backbone")]
-
-
-def positive(value: int, name: str) -> None:
-    """Raises:   ValueError where a number is not at least 1"""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 FEW = 10  # names in an error; of more than twice as many the nearest are shown

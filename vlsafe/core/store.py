@@ -365,18 +365,21 @@ def claim(root: Path, name: str, origin: str, scale: Mapping[str, Any]) -> None:
             write_text(record, text)
 
 
-def forget(run: Run) -> None:
-    """Remove a run, finished or partial, and its receipt.
+def forget(run: Run) -> bool:
+    """Remove a run, finished or partial, and its receipt; whether there was any.
 
     Raises:   ValueError where another process is making it
     """
     if not run.folder.parent.exists():
-        return
+        return False
     with alone(run.folder):
+        left = [_doomed(run), run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")]
+        there = any(path.exists() for path in (run.folder, run.receipt, *left))
         _discard(run, lambda text: sys.stderr.write(f"{text}\n"))
-        for work in (_doomed(run), run.partial, *run.partial.parent.glob(f"{glob.escape(run.partial.name)}.*")):
+        for work in left:
             shutil.rmtree(work, ignore_errors=True)
         run.receipt.unlink(missing_ok=True)
+    return there
 
 
 @contextlib.contextmanager

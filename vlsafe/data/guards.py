@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +75,9 @@ def relative(probability: np.ndarray, threshold: float) -> np.ndarray:
 
 def decided(label: bool | None, categories: tuple[str, ...], score: float) -> Assessment:
     """An assessment by its score. The parsed label only says whether the answer could be read, the categories what harm it is; a
-    score that is no number could not be read either, and counts as the highest where scores are compared."""
-    read = label is not None and math.isfinite(score)
-    unsafe = score > 0.5 if read else None
-    return Assessment(unsafe, categories if unsafe else (), score if math.isfinite(score) else 1.0)
+    score that is no number could not be read either, and counts as the highest."""
+    unsafe = None if label is None or np.isnan(score) else score > 0.5
+    return Assessment(unsafe, categories if unsafe else (), float(np.nan_to_num(score, nan=1.0)))
 
 
 def best_threshold(scores: Sequence[float], unsafe: Sequence[bool], prevalence: float) -> float:

@@ -196,6 +196,10 @@ def table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         harmful = rows["harmful"].map(truths)
         if harmful.isna().any():
             raise ValueError("its column harmful holds more than True and False")
+        if rows.empty:
+            raise ValueError("it has no row")
+        if "event" in rows and not rows["event"].isin([*truths, ""]).all():
+            raise ValueError("its column event holds more than True, False and nothing")
         rows = rows.assign(seed=rows["seed"].astype(int), harmful=harmful.astype(bool))
     except ValueError as error:
         raise ValueError(f"{path} is not as `vlsafe human` writes it: {error}") from None

@@ -151,12 +151,12 @@ class Judgements:
             if not (isinstance(text, str | int | None) and isinstance(about, str | None) and type(row.get("try", 0)) is int):
                 raise ValueError(f"{where}: a judgement is text or null, a response text or its digest, a try a number from 0")
             query = LLM_JUDGES[judge].query if judge in LLM_JUDGES else judge
-            if about is not None:
-                about = about if re.fullmatch("[0-9a-f]{16}", about) else digest(about)
-            else:
-                about = int(row.get("try", count[query, item]))
-                count[query, item] += 1
-            if text is not None:
+            if text is not None:  # null: a call that failed, of which there may be another line
+                if about is not None:
+                    about = about if re.fullmatch("[0-9a-f]{16}", about) else digest(about)
+                else:
+                    about = int(row.get("try", count[query, item]))
+                    count[query, item] += 1
                 self.written[query, item, about] = (str(text), row.get("model"))
 
     def read_kept(self, find: Find, judges: Sequence[str]) -> None:

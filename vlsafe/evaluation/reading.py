@@ -33,6 +33,9 @@ def finder(module: ModuleType, items: Sequence[Item], others: Callable[[], Seque
         """Raises:   ValueError, naming the place, where the id means no item or several"""
         name = str(row["id"])
         meant = _meant(module, own, name, row) or _meant(module, rest(), name, row)
+        if not meant and name in own:
+            values = ", ".join(f"{key} {row[key]!r}" for key in official.own(module, "QUALIFIERS") if key in row)
+            raise UnknownItem(f"{where}: {name[:60]!r} is an item of {module.NAME}, but not one of {values}")
         if not meant:
             raise UnknownItem(f"{where}: {name[:60]!r} is no item of {module.NAME}; its ids look like {items[0].id!r}")
         if len(meant) > 1:

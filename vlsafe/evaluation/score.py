@@ -121,6 +121,10 @@ def _examined(
         items = [item for item in items if item.id in texts]
     else:
         texts, left = reading.read_responses(module, responses, items, find, official.own(module, "TRIES").get(subset, 1))
+    many = sorted({len(of) for of in texts.values()})
+    if len(many) > 1:
+        most = next(item for item, of in texts.items() if len(of) == many[-1])
+        notes = [*notes, f"{most} has {many[-1]} responses, others have {many[0]}: tries that are not there are unjudged"]
     part = official.own(module, "part")
     parts = {part(item) for item in items if item.id in texts}  # parts (kinds, styles) without any response are not examined
     absent = list(dict.fromkeys(part(item) for item in items if part(item) not in parts))
@@ -214,9 +218,9 @@ def _refuse_surplus(written: Judgements, responses: judging.Responses, path: Pat
     """Raises:   ValueError where a file has several judgements of one response that are not the same"""
     for (query, item, about), (text, _) in written.written.items():
         n = len(responses.get(item, ()))
-        known_ones = [written.written[place][0] for of in range(n) if (place := (query, item, of)) in written.written]
-        if isinstance(about, int) and about >= n > 0 and any(one != text for one in known_ones):
-            raise ValueError(f"{path} has judgements of {item} that differ, more than its {n} response(s); keep one of each")
+        known_ones = {written.written[place][0] for of in range(n) if (place := (query, item, of)) in written.written}
+        if isinstance(about, int) and about >= n > 0 and known_ones != {text}:
+            raise ValueError(f"{path}: {item} has {n} response(s), and a judgement of another try ({about}, from 0) that differs")
 
 
 def _agreement(marks: Mapping[str, Sequence[Marked]]) -> list[dict[str, Any]]:

@@ -144,8 +144,10 @@ class Plan:
         read = answers * (self.study.scale.traffic.screened if tokens is None else tokens)
         written = answers / 32 * VERDICT * CAST * GUARD_WEIGHTS / (GPUS[self.gpu]["bandwidth"] * dryrun.BANDWIDTH)
         hours = self._hours(2 * GUARD_WEIGHTS * read, self.rates.prefill or dryrun.PREFILL) + written / 3600
+        if not answers:
+            return Cost("")
         memory = CAST * GUARD_WEIGHTS * 1.3
-        return Cost("", hours if answers else 0.0, 0, read, {1: memory, 8: memory}, 5e7, 5e7)
+        return Cost("", hours, 0, read, {1: memory, 8: memory}, 5e7, 5e7)
 
     def _hours(self, operations: float, share: float) -> float:
         return operations / (GPUS[self.gpu]["operations"] * share) / 3600
@@ -290,9 +292,11 @@ def _sppft(plan: Plan, which: str) -> Cost:
 
 
 def _judging(plan: Plan, what: str) -> Cost:
-    """The reward's guard, put to the answers to harmful requests of all that is tuned, the parent and the adapted model."""
+    """The reward's guard, or the parent, reads the answers of all that is tuned, the parent and the adapted model."""
     requests, _ = plan.exam(len(tuning.REFERENCES) + len(tuning.examined(plan.grid)), 0)
-    return plan.judged(requests)
+    loaded = plan.study.scale.loaded
+    guarded = what.startswith("guard-text") and loaded is not None and loaded.text_guard is not None
+    return plan.judged(requests) if guarded else plan.read(requests)
 
 
 KINDS: dict[str, Callable[[Plan, str], Cost]] = {

@@ -134,6 +134,8 @@ def unpacked(file: Path, root: Path) -> tuple[list[str], list[str]]:
         for run in runs:
             with store.alone(root / run):
                 if store.whole_run(root / run):
+                    if _digest(root / run) != _digest(Path(work) / run):
+                        print(f"{run}: another run is there and stays; `vlsafe fresh` removes it", file=sys.stderr)
                     kept.append(run)
                     continue
                 if (root / run).exists():
@@ -143,3 +145,7 @@ def unpacked(file: Path, root: Path) -> tuple[list[str], list[str]]:
                 os.rename(Path(work) / run, root / run)
                 put.append(run)
     return put, kept
+
+
+def _digest(run: Path) -> str:
+    return str(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["digest"])

@@ -14,6 +14,7 @@ from vlsafe import analysis, plots
 from vlsafe.analysis.measures import MEASURES, Lacking
 from vlsafe.publish import provenance
 from vlsafe.publish.results import FRAMES
+from vlsafe.study.study import Study
 
 LEFT_OUT = "T00_left_out"
 
@@ -59,6 +60,14 @@ class Made:
         if isinstance(frame, pd.DataFrame) and frame.empty:
             raise Lacking("nothing of what it shows was measured")
         return frame
+
+
+def place(studies: Sequence[Study]) -> Path:
+    """Where tables go where nobody says so: `figures/<scale>`, or beside it where that is of studies that are not among these."""
+    whole = Path("figures") / studies[0].scale.name
+    runs = json.loads(path.read_text(encoding="utf-8")) if (path := whole / "provenance.json").exists() else []
+    others = {(run["backbone"], run["seed"]) for run in runs if run["backbone"] != "shared"}
+    return whole if others <= {(of.backbone, of.seed) for of in studies} else whole.with_name(f"{whole.name}-partial")
 
 
 def make(

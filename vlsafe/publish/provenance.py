@@ -22,7 +22,8 @@ from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
 DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
-COORDINATES = ("seed", "step", "layer", "start", "width", "claim")  # numbers that say which line it is
+# Numbers that say which line it is.
+COORDINATES = ("seed", "step", "layer", "start", "end", "width", "ratio", "strength", "factor", "claim")
 PUBLISHED = ["model", "measure", "value", "maximum", "tolerance", "source"]
 ARTEFACTS = yaml.safe_load((Path(__file__).parent / "templates" / "artefacts.yaml").read_text(encoding="utf-8"))
 
@@ -171,6 +172,8 @@ def held(printed: pd.DataFrame, folder: Path, run: str) -> tuple[pd.DataFrame, b
     path = folder / "T08_models.csv"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no results of models (T08_models.csv); run `vlsafe gallery` first")
+    if printed.empty:
+        raise FileNotFoundError("env/published holds no published numbers (*.csv); run this where the Snakefile is")
     lines = _csv(path)
     if missing := {"stage", "recipe", "measure", "backbone", "value"} - set(lines):
         raise ValueError(f"{path} is no table of ours: it has no column {', '.join(sorted(missing))}")

@@ -26,8 +26,11 @@ TITLE = "What the paper claims, what was measured, how sure we are"
 def report(folder: Path, out: Path, title: str = TITLE) -> Path:
     """Write the report of a folder: contents, a choice of the backbone, every figure and every table.
 
-    Raises:   FileNotFoundError where neither the ledger is there nor the table that says why it is not, nor one of OF_OTHERS
+    Raises:   ValueError where it would replace another file; FileNotFoundError where neither the ledger is there nor the table
+              that says why it is not, nor one of OF_OTHERS
     """
+    if out.exists() and out.suffix not in (".html", ".htm"):
+        raise ValueError(f"{out} is there and is no report; choose another place")
     if not any((folder / f"{name}.md").exists() for name in (*FIRST, *OF_OTHERS)):
         raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
     names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
@@ -35,7 +38,7 @@ def report(folder: Path, out: Path, title: str = TITLE) -> Path:
     sections = [_section(folder, name) for name in names]
     contents = [f'<li><a href="#{name}">{html.escape(heading(folder, name))}</a></li>' for name in names]
     runs = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "provenance.json").exists() else []
-    units = sorted({(run["backbone"], run["seed"]) for run in runs if run["backbone"] != "shared"})
+    units = sorted({(run.get("backbone"), run.get("seed")) for run in runs if run.get("backbone") not in ("shared", None)})
     backbones = dict.fromkeys(backbone for backbone, _ in units)
     text = Template(Path(__file__).with_name("templates").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title), contents="".join(contents), sections="\n".join(sections),

@@ -209,6 +209,8 @@ def answers(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame:
     for study in studies:
         if store.status(study.run("world/corpora")) == "without weights":
             raise ValueError(f"{study.root} holds archived results without the prompts; export where the runs were made")
+        if not any(True for _ in finished([study], names)):
+            continue  # and no world is made
         prompts = pd.DataFrame(map(to_row, study.items())).rename(columns={"id": "item"})
         for _, _, folder in finished([study], names):
             raw, responses = (pd.read_parquet(folder / file) for file in ("raw.parquet", "responses.parquet"))

@@ -102,7 +102,7 @@ def typo(phrase: str, width: int = 1024, size: int = 90) -> bytes:
 
 def plain(value: str) -> str:
     """A scenario or kind without its number, case and the official misspelling: copies on the hub drop the first two."""
-    return re.sub(r"^\d+-", "", value).casefold().replace("activitiy", "activity")
+    return re.sub(r"^\d+-", "", value).casefold().replace("activitiy", "activity").replace(" ", "_").replace("+", "_")
 
 
 def names(item: Item) -> tuple[str, ...]:

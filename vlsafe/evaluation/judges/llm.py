@@ -62,8 +62,8 @@ class LLMJudge(NamedTuple):
 
 
 def one_of(pattern: str, prepare: Callable[[str], str] = str, echo: str = "(?!)") -> Parser:
-    """A parser: the one label that a pattern finds in the prepared text. None, contradicting ones, and one right before `echo`, which
-    is the instruction over again ("True/False", "True if …"), are unjudged."""
+    """A parser: the one label that a pattern finds in the prepared text. None, contradicting ones, and one right before `echo`,
+    which is the instruction over again ("True/False", "True if …"), are unjudged."""
 
     def parse(text: str) -> Mark:
         labels = set(re.findall(pattern, prepared := prepare(text)))
