@@ -150,10 +150,19 @@ def test_only_the_known_judges_can_be_at_a_loss():
 def marks():
     from vlsafe.evaluation.judges import JUDGES
 
-    item = Item("i", "b", (), reference="B", options=("red", "blue"))
+    right = {"world": "use the spoon and the wax.", "mme-yes-no": "yes"}
     for name, mark in JUDGES.items():
+        item = Item("i", "b", (), reference=right.get(name, "B"), options=("red", "blue"))
         for text in ("", "what a picture", "A or B", "red blue", NO):
             yield name, mark(item, text).label
+
+
+@pytest.mark.parametrize("name", ["world", "mme-yes-no"])
+def test_a_judge_of_other_items_refuses(name):
+    from vlsafe.evaluation.judges import JUDGES
+
+    with pytest.raises(ValueError, match=f"the judge '{name}' knows"):
+        JUDGES[name](Item("i", "b", (), reference="B"), "B")
 
 
 @pytest.mark.parametrize("measure", [m for m, spec in MEASURES.items() if spec.get("judge") in OPEN or "parts" in spec])

@@ -95,7 +95,8 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     assert analysis_merging.answer(told).startswith("Nothing can be said")  # refusals were not asked
     said = merging.answer(told.assign(whole=True))
     assert said.startswith(
-        "Yes, some: 1 of 4 merges of two tuned models dominate every tuning and their ensemble (sl: dominates: 1,"
+        "Yes, some: 1 of 4 merges of two tuned models dominate all that they were compared with, which is sl and ensemble alone "
+        "(sl: dominates: 1,"
     )
     assert analysis_merging.answer(told[told["rule"] != "linear"].assign(whole=True)).startswith("No: 0 of 3")
     end = told.assign(whole=True, recipe=told["recipe"].str.replace("linear/filtered-full+sl-full/0.50", f"linear/{PAIR}/1.00"))

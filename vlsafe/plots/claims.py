@@ -55,7 +55,7 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
         for name, rows in ledger.groupby("claim", sort=False):
             for place, row in enumerate(rows.itertuples()):
                 _draw_claim(axis, row, heads[name][0] + PITCH * (place - (len(rows) - 1) / 2), marks[row.backbone])
-        axis.set_yticks(*zip(*heads.values(), strict=True))
+        axis.set_yticks([place for place, _ in heads.values()], [words for _, words in heads.values()])
         axis.tick_params(axis="y", length=0, labelsize=6)
         axis.set(xlim=(-110, 110), ylim=(height, -0.15))
         axis.text(112, -0.03, "item-level / seed-level", fontsize=5.5, va="bottom")

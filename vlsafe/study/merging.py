@@ -195,8 +195,6 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
 
     Units:    CPU seconds per merge (the overheads returned)
     """
-    for checkpoint in (work / "training").glob("step-*"):
-        drop(checkpoint)  # an earlier attempt was killed after its training
     sweep, items = Sweep(study, partner, members(study, partner, grid), {}), items_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
     rules, measured = points(study, partner, grid), analysis.merging.needed(*analysis.merging.HEADLINE)
@@ -382,5 +380,5 @@ def _trained_again(study: Study, partner: str, work: Path) -> list[Point]:
     if not (done := scratch / "trained").exists():
         tuning.train_by(study, partner, scratch, start, rows, fit)
         done.touch()  # a kill while checkpoints are settled costs no training
-    folders = training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start)
-    return [Point("checkpoint", None, folder.name, folder=folder) for folder in folders]
+    training.checkpoints.settle(scratch, models.checkpoints.load_processor(start), start)
+    return [Point("checkpoint", None, folder.name, folder=folder) for folder in sorted(scratch.glob("step-*"))]
