@@ -129,7 +129,8 @@ def test_the_title_is_answered_by_the_ledger():
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
     assert sentences.title(table, half).startswith("Adaptation does in part: ")
     broken = LEDGER.assign(flagged=LEDGER["flagged"].where(LEDGER["claim"] != "4b", "instruct/textonly-full, seed 0: broken"))
-    assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == 2
+    n = ((LEDGER["claim"] == "4b") & (LEDGER["item_level"] != claims.NOT)).sum()
+    assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == n >= 2
 
 
 def test_a_claim_of_one_seed_says_so():

@@ -185,7 +185,8 @@ def test_a_corpus_that_a_scale_does_without_is_not_looked_for(loaded, tmp_path):
 
 def test_a_parent_that_a_scale_does_without_is_not_asked_for_its_tokens(loaded, tmp_path):
     path = tmp_path / "one.yaml"
-    path.write_text("extends: nano-load\nbackbones: {mini-chat: null, mini-qwen: null}\nloaded: {parents: {mini-chat: null, mini-qwen: null}}\n")
+    none = "{mini-chat: null, mini-qwen: null}"
+    path.write_text(f"extends: nano-load\nbackbones: {none}\nloaded: {{parents: {none}}}\n")
     scale = load_scale(path)
     assert set(scale.backbones) == set(scale.loaded.parents) == {"mini-tulu"}
     assert len(filtering._processors(Study.open(path, "mini-tulu", 0, tmp_path))) == 1
