@@ -44,6 +44,20 @@ def test_finished_runs_of_the_others_stay_valid(backbone, tmp_path):
     assert {name: before.run(name).digest for name in STAGES} == {name: after.run(name).digest for name in STAGES}
 
 
+@pytest.mark.parametrize(
+    "exam",
+    [{"validation": 0.4}, {"dtype": "float32"}, {"judges": {"sorry_bench": ["xstest-strings"]}}],
+    ids=lambda of: next(iter(of)),
+)
+def test_what_chooses_by_validation_items_depends_on_what_decides_them(exam, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"extends": "small", "exam": exam}))
+    before, after = (Study.open(scale, "smollm2", 0, tmp_path) for scale in ("small", path))
+    choosing = [name for name in STAGES if name.startswith("safety/")]
+    choosing += [f"probe/{name}" for name in ("localisation", "direction", "layers", "drift", "objectives")]
+    assert [name for name in choosing if before.run(name).params == after.run(name).params] == []
+
+
 def test_fields_that_came_later_are_in_a_digest_only_where_they_are_set():
     assert "architecture" not in as_plain(MINI.language) and "language" not in as_plain(MINI.backbone("mini-chat"))
     assert as_plain(DECODER)["architecture"] == "qwen2"

@@ -143,7 +143,7 @@ STAGES |= {
     ),
     "probe/drift": Stage(
         probing.make_drift, ("parent/aligned", *probing.ARMS, *probing.TUNED, probing.SIBLING),
-        lambda s: s.scale.probing.along, 8, gathers=True,
+        lambda s: [s.scale.probing.along, *s.choosing] if s.choosing else s.scale.probing.along, 8, gathers=True,
     ),
     "probe/seeing": Stage(
         pocket.make_seeing, ("world/corpora", "parent/aligned", *pocket.SEEING), degradation.response_params, 60,
@@ -152,7 +152,9 @@ STAGES |= {
     "probe/objectives": Stage(
         probing.make_objectives,
         ("world/corpora", "screen/filtered", probing.STAGE_1, probing.ADAPTED, *probing.TUNED, probing.SIBLING),
-        lambda s: [s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads], 30,
+        lambda s: [
+            s.scale.instruct, s.scale.probing.gradient_batches, s.scale.probing.gradient_points, s.scale.threads, *s.choosing,
+        ], 30,
     ),
     "causal/transplants": Stage(
         causal.make_transplants, ("world/corpora", "parent/aligned", probing.STAGE_1, probing.ADAPTED, causal.LOCALISATION),
