@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from vlsafe.core.presets import MINI, load_scale, mapping_at
@@ -24,12 +26,20 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         ("extends: mini\ninstruct: {steps: many}", "scale.instruct.steps must be int, not 'many'"),
         ("extends: mini\nbackbones: {other: {template: tulu}}", "say which backbone it extends"),
         ("name: x", "must be a mapping with the key 'extends'"),
+        ("extends: mini\ndurability: {rows: [instructions, howto]}", "unknown scale.durability.rows[1] 'howto'"),
+        ("extends: mini\ndurability: {methods: [projector]}", "unknown scale.durability.methods[0] 'projector'"),
+        ("extends: mini\ndurability: {share: 0}", "durability.share is a share above 0"),
+        ("extends: mini\ndurability: {along: []}", "durability.along is a share above 0"),
+        ("extends: mini\ndurability: {searched: [0.4, 1.5]}", "durability.searched is a share above 0"),
+        ("extends: mini\ndurability: {harmful: 1}", "durability.harmful is a share from 0"),
+        ("extends: mini\ndurability: {trials: 0}", "durability.trials must be at least 1"),
+        ("extends: mini\ndurability: {rates: [0, 1]}", "durability.rates: one or more multiples above 0"),
     ],
 )
 def test_a_yaml_mistake_names_its_place(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_scale(path)
 
 

@@ -105,3 +105,15 @@ def test_another_architecture_is_refused(tmp_path):
         write()
     with pytest.raises(ValueError, match=r"other\.gguf says .*bert"):
         gguf.converted(Path(tmp_path / "other.gguf"), tmp_path / "out")
+
+
+def test_a_file_that_is_cut_short_is_refused_by_name(tmp_path):
+    writer = reader.GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    for length in (0, 3, 20, len(whole) // 2, len(whole) - 40):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.gguf is not a whole GGUF file"):
+            gguf.converted(tmp_path / "cut.gguf", tmp_path / "out")

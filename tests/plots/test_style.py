@@ -25,6 +25,12 @@ def test_panels_carry_title_caption_and_labels_and_are_closed():
     assert axes["b", "x"].get_ylabel() == "b\npercent" and [a.get_title("left") for a in figure.axes] == ["first", "second"]
 
 
+def test_a_caption_names_the_seeds_of_each_backbone_where_they_differ():
+    both = pd.concat([ROWS, ROWS.assign(backbone="c")])
+    assert style.caption(both, "small") == "scale small, seeds 0, 1"
+    assert style.caption(both.iloc[:-3], "small") == "scale small, b seeds 0, 1, c seeds 0"
+
+
 @pytest.mark.parametrize(("seed_range", "band"), [(False, (0.1, 0.9)), (True, (0.2, 0.4))])
 def test_a_line_is_the_mean_over_seeds_with_its_band(seed_range, band):
     with style.panels({"": ""}, {"": ""}, 1.0, "", "") as (_, axes):

@@ -59,6 +59,19 @@ def test_result_sets_are_compared_within_a_tolerance(results, capsys):
     assert cli.main(["diff", *pair]) == 2 and "T02.csv is no table of ours" in capsys.readouterr().err
 
 
+def test_numbers_in_lists_are_compared_one_by_one(tmp_path):
+    for name, effects in (("one", "[0.5208, -0.25]"), ("two", "[0.5218, -0.25]")):
+        (tmp_path / name).mkdir()
+        frame = pd.DataFrame({"claim": ["1", "2"], "effects": [effects, "[0.1]"]})
+        frame.to_csv(tmp_path / name / "T09.csv", index=False)
+    assert not len(provenance.differences(tmp_path / "one", tmp_path / "two", 0.01))
+    found = provenance.differences(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert found[["what", "cells"]].to_numpy().tolist() == [["effects 0", 1]]
+    frame.assign(effects=["[0.5218, -0.25, 0.3]", "[0.1]"]).to_csv(tmp_path / "two" / "T09.csv", index=False)
+    found = provenance.differences(tmp_path / "one", tmp_path / "two", 0.01)
+    assert found["what"].tolist() == ["column effects 2 only in the second"]
+
+
 def test_missing_files_lines_columns_and_numbers_are_differences(results):
     frame = pd.read_csv(results / "two" / "T02.csv")
     frame.drop(columns="n").iloc[:2].assign(value=[float("nan"), 0.2]).to_csv(results / "two" / "T02.csv", index=False)

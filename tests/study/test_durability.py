@@ -17,7 +17,7 @@ def made(study):
 
 def test_every_checkpoint_of_every_attack_is_examined(made):
     raw = made.frame("durability/sl-full")
-    assert set(raw["recipe"]) == {f"sl-full/{kind}" for kind in (durability.START, *durability.ROWS)}
+    assert set(raw["recipe"]) == {f"sl-full/{kind}" for kind in (durability.START, *made.scale.durability.rows)}
     steps = raw.groupby("recipe")["step"].unique().map(sorted)
     assert steps["sl-full/harmful"] == [1]  # a tenth of NANO's five steps
     assert set(raw.loc[raw["recipe"] == "sl-full/text", "exam"]) == {"full"}
@@ -28,7 +28,7 @@ def test_every_checkpoint_of_every_attack_is_examined(made):
     assert not list(made.folder("durability/sl-full").glob("*/"))  # no model stays
     both = pd.concat([raw, made.frame("durability/adapted")], ignore_index=True)
     lines = counted.curves(both)  # one checkpoint, so nothing is on the way
-    assert set(lines["step"]) == {0, 1} and set(lines["rows"]) == set(durability.ROWS)
+    assert set(lines["step"]) == {0, 1} and set(lines["rows"]) == set(made.scale.durability.rows)
     assert set(counted.half_lives(both, 50)["model"]) == {"sl-full"}
 
 
@@ -98,7 +98,7 @@ def test_the_merge_that_validation_chose_is_what_is_fine_tuned(made, tmp_path):
 
 def test_rows_of_attacks_in_the_miniature_are_new_and_what_they_are_called(made):
     n, before = 60, {row.turns for row in made.examples("screen/filtered", "instructions.parquet")}
-    rows = {kind: durability.rows_of(made, kind, n) for kind in durability.ROWS}
+    rows = {kind: durability.rows_of(made, kind, n) for kind in made.scale.durability.rows}
     assert all(len(of) == n for of in rows.values())
     assert not any(row.images for row in rows["text"]) and sum(bool(row.images) for row in rows["instructions"]) > 40
     assert sum(row.task == "how-to" for row in rows["howtos"]) > 5 > sum(row.task == "how-to" for row in rows["instructions"])

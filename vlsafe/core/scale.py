@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlsafe.core.assets import Endpoint, Loaded
-from vlsafe.core.fits import Dtype, Fit, LoraSpec, Preference, Rollout, Tuning, later, positive, share
+from vlsafe.core.fits import Dtype, Durability, Fit, LoraSpec, Preference, Rollout, Tuning, later, positive, share
 
 PLACE = re.compile(r"\w([\w .+-]*[\w+-])?")  # names that are folders: nothing that leads out of one or that a shell reads
 
@@ -91,27 +91,6 @@ class Merging:
                 raise ValueError(f"merging.{name}: numbers from 0 to 1 that differ in two digits, one or more; not {of}")
         for name in ("kept", "survived", "rank"):
             share(getattr(self, name), f"merging.{name}", above=True)
-
-
-@dataclass(frozen=True)
-class Durability:
-    """Fine-tuning a safe model once more, on each of `rows`: `share` of stage 2's steps, checkpoints after `along` of them; of
-    how-tos and of answers to harmful requests the shares among rows that are harmless otherwise. Shares and bounds are assumed.
-
-    The search for the worst case tries `trials` of all rows × `methods` × `rates` (multiples of stage 2's) at random, examines
-    what lies after `searched` of the steps on validation items, and permits a loss of helpfulness of at most `loss`.
-    """
-
-    rows: tuple[str, ...] = ("instructions", "text", "howtos", "harmful")
-    share: float = 0.1
-    along: tuple[float, ...] = (0.1, 0.2, 0.4, 1.0)
-    howtos: float = 0.2
-    harmful: float = 0.05
-    methods: tuple[str, ...] = ("full", "lora")
-    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
-    trials: int = 12
-    searched: tuple[float, ...] = (0.4, 1.0)
-    loss: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,11 @@ def converted(file: Path, folder: Path) -> dict[str, Any]:
     """
     import gguf  # only here: it belongs to an extra
 
-    fields, tensors = _read(gguf.GGUFReader(file), file.name)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{file.name} is not a whole GGUF file: {error}") from None
+    fields, tensors = _read(reader, file.name)
     config = _config(fields, tied="output.weight" not in tensors)
     weights = {
         _name(name): torch.from_numpy(np.array(gguf.dequantize(raw, kind), np.float32)) for name, (kind, raw) in tensors.items()

@@ -85,10 +85,15 @@ def differences(a: Path, b: Path, atol: float) -> pd.DataFrame:
 
 
 def _csv(path: Path) -> pd.DataFrame:
+    """A table in which a list of numbers, as of the effects by seed, is a column per number."""
     try:
-        return pd.read_csv(path)
+        frame = pd.read_csv(path)
     except ValueError as error:  # also what is no UTF-8, empty or ragged
         raise ValueError(f"{path} is no table of ours: {error}") from None
+    for column in [name for name in frame if frame[name].astype(str).str.startswith("[").any()]:
+        numbers = frame.pop(column).str.strip("[]").str.split(",", expand=True)
+        frame = frame.join(numbers.apply(pd.to_numeric, errors="coerce").add_prefix(f"{column} "))
+    return frame
 
 
 def _table_differences(one: pd.DataFrame, two: pd.DataFrame, atol: float) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from vlsafe import analysis, data, evaluation, models
 from vlsafe.core import store
-from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE, Example, Item, Pair, from_row
 from vlsafe.data.miniature import corpora
 from vlsafe.study import adaptation, degradation, merging
@@ -25,8 +24,6 @@ MODELS = {  # what is fine-tuned again: the adapted model, to compare with, and 
     "filtered-sppft": "instruct/filtered-sppft", "merged": MERGED,
 }  # fmt: skip
 START = "start"  # in place of an attack: the model as it is
-# Of an attack: visual instructions as in stage 2, such rows without a picture, more how-tos, some answers to harmful requests.
-ROWS = ("instructions", "text", "howtos", "harmful")
 TABLES = ("raw.parquet", "responses.parquet")
 
 
@@ -42,7 +39,7 @@ def kinds(study: Study) -> list[str]:
     """The rows that the scale names and the study's corpora permit."""
     loaded = study.scale.loaded
     lacking = {"howtos": loaded is not None, "harmful": loaded is not None and not (study.packed or loaded.safe_rlhf)}
-    return [kind for kind in study.scale.durability.rows if not lacking.get(known(kind, ROWS, "rows of durability"))]
+    return [kind for kind in study.scale.durability.rows if not lacking.get(kind)]
 
 
 def rows_of(study: Study, kind: str, n: int) -> list[Example]:
