@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from training.test_processes import DDP, FSDP, HERE, loopback, rows, written  # noqa: F401
+from trl.trainer import utils as trl_utils
 
 from vlsafe.core.scale import LoraSpec, Preference
 from vlsafe.core.schema import Pair, from_row
 from vlsafe.models import checkpoints, trainable
 from vlsafe.models.architectures import within
-from vlsafe.training import datasets, launch, precision
+from vlsafe.training import datasets, launch, precision, trainers
 
 STEPS = 50
 LOW = {"dtype": "bfloat16", "saved": "bfloat16"}
@@ -89,6 +91,28 @@ def test_preferences_are_learned_as_in_float32(begun, all_pairs, tmp_path, kind)
     noted(f"DPO full, {kind}, one process", low, plain)
     assert plain[0] == low[0] == pytest.approx(np.log(2), abs=1e-6)
     assert min(plain) < 0.65 < plain[0] and low != plain and apart(low, plain) < 0.01
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize(("autocast", "bound"), [(False, 2e-6), (True, 0.01)])
+def test_a_cpu_scores_labelled_tokens_alone(begun, rows, pairs, tmp_path, monkeypatch, objective, autocast, bound):  # noqa: F811
+    """As a GPU does, where the vocabulary is large; the losses are those of a training that scores all."""
+    kernel, flash = trl_utils._ChunkedLogProbFunction, torch.backends.cuda.flash_sdp_enabled
+    found, scored, fused = {}, dict.fromkeys((10**6, 1), 0), {}
+    for large in scored:
+
+        def apply(hidden, *more, large=large):
+            scored[large] += len(hidden)
+            fused[large] = flash()
+            return kernel.apply(hidden, *more)
+
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply))
+        monkeypatch.setattr(trainers, "LARGE", large)
+        of = job(begun, tmp_path / str(large), objective, batch_size=8, micro_batches=1, autocast=autocast)
+        of = dataclasses.replace(of, fit=dataclasses.replace(of.fit, steps=6), milestones=(6,))
+        found[large] = losses(of, pairs if objective == "dpo" else rows)
+    assert apart(found[1], found[10**6]) < bound and 0 < scored[1] < scored[10**6] / 2
+    assert fused == {10**6: True, 1: not autocast} and flash()
 
 
 @pytest.mark.processes

@@ -24,10 +24,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as hf_trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
 
 from vlsafe.core.scale import Fit, Preference, Rollout, known
 from vlsafe.core.store import write_text
@@ -39,6 +41,7 @@ from vlsafe.training.checkpoints import AT_ONCE, MOVED, Milestones, Progress, la
 
 History = list[dict[str, float]]  # what a trainer logged, a record per step
 SFT, DPO, GRPO = (SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (GRPOTrainer, GRPOConfig)
+LARGE = 10_000  # tokens of a vocabulary; the miniature has 399, and its bits stay what they are
 WORKERS = 4  # processes that load pictures for one GPU
 # Which rows share a step never depends on their length: in the miniature length reveals the task, and steps of one task may
 # undo each other (LOG.md). Within a step they are split by length into micro-batches, which saves padding.
@@ -250,7 +253,7 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     elif processes.sharded() and "pictures" in data.column_names:
         raise ValueError("a sharded fit with pictures needs `grouped: true`: processes must not differ in whether they have any")
     saved = Milestones(frozenset(milestones), progress)
-    with warnings.catch_warnings(), _hashed_in_parts(), _weights_once(model), contextlib.closing(saved):
+    with warnings.catch_warnings(), _hashed_in_parts(), _weights_once(model), _spared(model, fit), contextlib.closing(saved):
         warnings.simplefilter("ignore")
         trainer = kind[0](
             model=model if isinstance(model, PeftModel) else in_memory_layout(model), processing_class=processor, args=arguments,
@@ -263,6 +266,17 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     model.eval()
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return [{name: value for name, value in record.items() if name != "step_time"} for record in logged]
+
+
+def _spared(model: PreTrainedModel, fit: Fit) -> contextlib.AbstractContextManager[Any]:
+    """Leave out what costs a CPU half of a step. TRL's loss is taken of labelled tokens alone, as on GPUs: elsewhere it scores
+    all, and with a vocabulary of thousands that is most of the head's work. In bfloat16 PyTorch's fused attention goes back
+    through some dozens of tokens three times as slowly as plain products do."""
+    held = contextlib.ExitStack()
+    if model.device.type == "cpu" and model.config.get_text_config().vocab_size > LARGE:
+        held.enter_context(mock.patch.object(trl_utils, "_use_triton", lambda _: True))  # its only use there: which are scored
+        held.enter_context(sdpa_kernel(SDPBackend.MATH) if fit.autocast else contextlib.nullcontext())
+    return held
 
 
 def _weights_once(model: Any) -> contextlib.AbstractContextManager[Any]:
