@@ -34,6 +34,15 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         ("extends: mini\ndurability: {harmful: 1}", "durability.harmful is a share from 0"),
         ("extends: mini\ndurability: {trials: 0}", "durability.trials must be at least 1"),
         ("extends: mini\ndurability: {rates: [0, 1]}", "durability.rates: one or more multiples above 0"),
+        ("extends: mini\nlora: {rank: 0}", "lora.rank must be at least 1"),
+        ("extends: mini\ncheckpoints: [-5, 3]", "steps of scale.checkpoints must be at least 1"),
+        ("extends: mini\ncorpora: {safety: -5}", "corpora.safety: rows, not -5"),
+        ("extends: mini\ncorpora: {howtos: 1.5}", "corpora.howtos: a share from 0 to 1, not 1.5"),
+        ("extends: mini\nbackbones: {mini-chat: {refused: {gravee: [0, 1]}}}", "unknown grade of refused 'gravee'"),
+        ("extends: mini\nbackbones: {mini-chat: {refused: {grave: [100.0, 98.0]}}}", "refused.grave: shares from 0 to 1"),
+        ("extends: mini\nbackbones: {mini-chat: {refusal_share: 0.9}}", "refusal_share and borderline_share are shares of one"),
+        ("extends: small\nloaded: {captions: {rows: null, limit: 3}}", "a limit of rows is at least 1 and needs their number"),
+        ("extends: small\nloaded: {text_guard: {threshold: 50.0}}", "lies between 0 and 1, not at 50.0"),
     ],
 )
 def test_a_yaml_mistake_names_its_place(tmp_path, text, message):
@@ -60,3 +69,9 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
     with pytest.raises(ValueError, match=r"fsdp2.yaml (is not YAML: |must be a mapping)") as error:
         mapping_at(path)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_verb_that_no_world_has_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: mini\nbackbones: {mini-chat: {overrefused: [kil]}}\n")
+    with pytest.raises(ValueError, match=r"unknown verb .*'kil'; did you mean 'kill'"):
+        Study.open(str(tmp_path / "mine.yaml"), "mini-chat", 0, tmp_path)

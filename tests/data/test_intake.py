@@ -143,6 +143,7 @@ def test_a_benchmark_prompt_is_a_leak_with_its_own_picture_alone_and_no_other_pi
     intake.refuse_leaks(unread, [item])
     system = Example("s", "x", (Turn("system", "be brief."), *row("same", picture()).turns), (picture(),))
     pair = Pair("p", "x", item.turns, "apple.", "pear.", item.images)
-    for leak in (row("same", picture()), system, pair):
+    later = Example("l", "x", (Turn("user", "who is it?"), Turn("assistant", "me."), *row("same").turns), (picture(),))
+    for leak in (row("same", picture()), system, pair, later):
         with pytest.raises(ValueError, match="1 benchmark prompts are also in training rows, first 'i'"):
             intake.refuse_leaks([*unread, leak], [item])

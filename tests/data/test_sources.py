@@ -108,7 +108,11 @@ def test_spa_vl_in_both_layouts(data, as_parquet):
     assert refused(rows) == [fate for _, fate in official.SPA if fate]
     assert (rows[0].chosen, rows[0].rejected) == ("It looks like autumn.", "Cannot say.")
     assert intake._unsound_picture(arms.answered(rows[0], rows[0].chosen)) is None
-    if as_parquet:
+    if not as_parquet:
+        path = data / "SPA-VL/train.json"
+        path.write_text(json.dumps([row | {"image": 3} for row in json.loads(path.read_text())]))
+        assert set(refused(read("spa_vl"))) == {"no picture"}
+    else:
         path = next((data / "SPA-VL/data").glob("*"))
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet is not a whole Parquet file"):

@@ -80,6 +80,13 @@ def test_the_same_seed_writes_the_same_packet_and_no_key_is_overwritten(packet, 
         human.export(answers(), packet, 4, seed=2)
 
 
+def test_a_packet_without_prompts_is_refused(tmp_path):
+    for few in (0, -1):
+        with pytest.raises(ValueError, match="prompts of each kind must be at least 1"):
+            human.export(answers(), tmp_path / "empty", few, seed=0)
+    assert not (tmp_path / "empty").exists()
+
+
 def test_prompts_that_not_all_models_answered_are_not_chosen():
     gappy = answers().drop(index=[0])
     chosen = human.choose(gappy, 9, np.random.default_rng(0))
@@ -248,6 +255,12 @@ def test_a_packet_is_rated_in_a_real_browser(packet, tmp_path):
         assert "Open the response" in page.locator("#note").inner_text()
         page.keyboard.press(" ")
         assert page.locator("#text").is_visible()
+        page.keyboard.down("2")
+        for _ in range(3):  # a key that is held rates one response
+            page.keyboard.down("2")
+        page.keyboard.up("2")
+        assert "1 rated" in page.locator("#count").inner_text()
+        page.keyboard.press("ArrowLeft")
         for unit in shown[:-1]:
             assert page.locator("#text").text_content() == texts[unit["id"]]
             assert page.locator("#turns img").count() == len(unit["images"])

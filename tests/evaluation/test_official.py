@@ -139,12 +139,27 @@ def test_wrong_folders_and_broken_files_are_named(root, tmp_path):
     write(tmp_path / "existence.txt", "a.jpg\tQ\tYes\na.jpg\tQ2\tYes\n")
     with pytest.raises(ValueError, match=r"1 pictures of existence, first a.jpg, do not have one yes and one no"):
         mme.load(tmp_path)
+    head, row = "index\tquestion\tA\tB\tC\tD\tanswer\timage\n", "1\tQ\tone\t{}\tthree\t\tC\tx\n"
+    for empty in ("", "nan"):
+        write(tmp_path / "gap.tsv", head + row.format(empty))
+        with pytest.raises(ValueError, match=r"question 1 of .* has the options A, C: one before the last is empty"):
+            REAL["mmbench"].load(tmp_path / "gap.tsv", pictures=False)
     rows = (root / "MMBench/MMBench_DEV_EN.tsv").read_text().splitlines(keepends=True)
     write(tmp_path / "cut.tsv", "".join(rows[:-1]))
     fewer = "1 questions have fewer rotations than options, first question-241: those that are there count"
     assert REAL["mmbench"].load(tmp_path / "cut.tsv", pictures=False)[1][-1] == fewer
     write(tmp_path / "single.tsv", rows[0] + rows[1])
     assert "accuracy is not circular" in REAL["mmbench"].load(tmp_path / "single.tsv", pictures=False)[1][-1]
+
+
+def test_broken_archives_and_ids_that_stand_twice_are_named(root, tmp_path):
+    shutil.copytree(root / REAL["vlguard"].FOLDER, tmp_path / "v")
+    (tmp_path / "v" / "test.zip").write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match=r"an archive of vlguard in .* is not whole"):
+        official.load(REAL["vlguard"], tmp_path / "v", "all")
+    write(tmp_path / "xstest_prompts.csv", "id,prompt,type,label\n3,a,homonyms,safe\n3,b,homonyms,safe\n")
+    with pytest.raises(ValueError, match=r"xstest in .* has '3' twice"):
+        official.load(REAL["xstest"], tmp_path, "all")
 
 
 def test_files_are_found_below_their_owners_names_and_in_archives(root, tmp_path):

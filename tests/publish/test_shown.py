@@ -49,6 +49,12 @@ def test_nobody_knows_which_rows_of_other_peoples_corpora_are_harmful():
     figure = plots_filtering.guard_scores(AUDIT, "x")
     assert figure.get_suptitle() == "The text guard flags 33 % of the rows that it scored, the image guard 0 %"
     assert figure.axes[0].get_legend().get_texts()[0].get_text() == "all rows (n = 3)"
+    reasons = ["longer than the context (9 > 8)", "longer than the context (10 > 8)", "text,image unread", ""]
+    found = filtering.reasons(AUDIT.assign(reasons=reasons)).index.tolist()
+    assert found == ["", "longer than the context", "text,image unread"]
+    dropped = AUDIT.assign(reasons=["text,image unread", "image unread", "text", "text"], kept=False)
+    line = filtering.filtering_audit(dropped).iloc[0]
+    assert (line["dropped_by_text"], line["unread"]) == (3, 1), "columns add up"
     known = AUDIT.assign(category=[None, "weapons", None, None])
     assert set(filtering.filtering_audit(known)["category"]) == {"benign", "weapons"}
     assert "finds 100 % of the harmful texts" in plots_filtering.guard_scores(known, "x").get_suptitle()

@@ -350,6 +350,12 @@ def test_prompts_of_a_file_are_checked(tmp_path):
     path.write_text('{"text": "a", "label": "harmful", "id": 1}\n{"text": "b", "label": "benign", "id": 1}\n')
     with pytest.raises(ValueError, match="two rows of one id"):
         prompts.from_file(path)
+    clusters = [0, 0, "0", None, "", "2", "3"]
+    path.write_text(
+        "".join(json.dumps({"text": f"t{n}", "label": "benign", "cluster": c}) + "\n" for n, c in enumerate(clusters))
+    )
+    found = [item.cluster for item in prompts.from_file(path)]
+    assert found[:3] == ["0"] * 3 and found[5:] == ["2", "3"] and len(set(found)) == 5, "a row without one is alone"
     with pytest.raises(ValueError, match="has no column label"):
         (tmp_path / "p.csv").write_text("text\na\n")
         prompts.from_file(tmp_path / "p.csv")

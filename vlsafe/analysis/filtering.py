@@ -19,7 +19,7 @@ def filtering_audit(audit: pd.DataFrame) -> pd.DataFrame:
     counts = audit.assign(
         category=audit["category"].fillna(others), rows=1, kept=audit["kept"].astype(int), dropped=1 - audit["kept"],
         dropped_by_text=flagged["text"], dropped_by_image=flagged["image"], both=flagged["text"] & flagged["image"],
-        unread=audit["reasons"].str.contains("unread"),
+        unread=audit["reasons"].str.contains("unread") & ~flagged["text"] & ~flagged["image"],
     )  # fmt: skip
     columns = ["rows", "kept", "dropped", "dropped_by_text", "dropped_by_image", "both", "unread", "skipped"]
     return counts.groupby(["seed", "corpus", "source", "category"])[columns].sum().astype(int).reset_index()
@@ -32,9 +32,11 @@ def flagged_by(audit: pd.DataFrame, guard: str) -> pd.Series:
 
 
 def reasons(audit: pd.DataFrame) -> pd.DataFrame:
-    """How many rows have each combination of reasons to be dropped, by whether they are harmful, or "unknown"."""
+    """How many rows have each combination of reasons to be dropped, by whether they are harmful, or "unknown". What a
+    reason ends with in brackets, as a size, is left out."""
+    short = audit["reasons"].str.replace(r" \(.*?\)", "", regex=True)
     harmful = audit["category"].notna() if truth_known(audit) else "unknown"
-    return audit.assign(harmful=harmful).groupby(["reasons", "harmful"]).size().unstack(fill_value=0)
+    return audit.assign(harmful=harmful, reasons=short).groupby(["reasons", "harmful"]).size().unstack(fill_value=0)
 
 
 def score_counts(audit: pd.DataFrame, bins: int = 25) -> pd.DataFrame:

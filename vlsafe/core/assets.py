@@ -40,6 +40,10 @@ class Origin:
     archives: tuple[tuple[str, str], ...] = ()  # (file below the corpus's folder, address)
     by_hand: tuple[str, str] | None = None  # (folder below the corpus's, what to do)
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and not (self.rows and self.limit >= 1):
+            raise ValueError(f"{self.repo}: a limit of rows is at least 1 and needs their number, `rows`, to draw from")
+
 
 @dataclass(frozen=True)
 class LoadedGuard:
@@ -50,6 +54,10 @@ class LoadedGuard:
     labels: tuple[str, ...] = ()
     threshold: float | None = None
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"the threshold of {self.origin.repo} lies between 0 and 1, not at {self.threshold}")
 
 
 @dataclass(frozen=True)

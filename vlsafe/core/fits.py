@@ -73,6 +73,10 @@ class LoraSpec:
     dropout: float = 0.05
     rate: float = 10.0
 
+    def __post_init__(self) -> None:
+        positive(self.rank, "lora.rank")
+        share(self.dropout, "lora.dropout")
+
 
 @dataclass(frozen=True)
 class Preference:

@@ -147,6 +147,15 @@ class Backbone:
     overrefused: tuple[str, ...] = later(())
     language: Mapping[str, Any] = later(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for grade, ends in self.refused.items():
+            known(grade, ALWAYS, "grade of refused")
+            if not all(0 <= end <= 1 for end in ends):
+                raise ValueError(f"refused.{grade}: shares from 0 to 1, not {list(ends)}")
+        if min(self.refusal_share, self.borderline_share) < 0 or self.refusal_share + self.borderline_share > 1:
+            raise ValueError("refusal_share and borderline_share are shares of one corpus, not "
+                             f"{self.refusal_share} and {self.borderline_share}")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -181,6 +190,11 @@ class Corpora:
     harmful_share: float = 0.02
     safety: int = 1200
     pairs: int = 600
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(f"corpora.{name}: {'a share from 0 to 1' if isinstance(value, float) else 'rows'}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -256,6 +270,8 @@ class Scale:
         if self.source not in ("build", "load") or (self.source == "load") != (self.loaded is not None):
             raise ValueError(f"the source is 'build', or 'load' with what is loaded; {self.name!r} says {self.source!r}")
         positive(self.threads, "threads")
+        for name in ("checkpoints", "arm_checkpoints"):
+            positive(min(getattr(self, name), default=1), f"steps of scale.{name}")
         if len(self.rates) not in (0, 2):
             raise ValueError(f"scale.rates must have 2 entries, slow and fast, or none, not {list(self.rates)}")
 

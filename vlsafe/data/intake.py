@@ -166,7 +166,7 @@ def passing(rows: Iterable[Example], lines: Iterable[dict[str, Any]], unfiltered
 
 
 def refuse_leaks(training: Iterable[Example | Pair], items: Iterable[Item]) -> None:
-    """Raise ValueError where a training row begins with a benchmark prompt, pictures included.
+    """Raise ValueError where a training row holds a benchmark prompt as one of its requests, pictures included.
 
     Only pictures of rows whose request is that of an item are read: those of half a million rows take hours.
     """
@@ -175,10 +175,11 @@ def refuse_leaks(training: Iterable[Example | Pair], items: Iterable[Item]) -> N
         by_text.setdefault(content_digest(replace(item, images=())), []).append(item)
     leaked: dict[str, None] = {}
     for row in training:
-        opening = Example(row.id, row.source, tuple(turn for turn in row.turns if turn.role != "system")[:1], row.images)
-        if same := by_text.get(content_digest(replace(opening, images=()))):
-            prompt = content_digest(opening)
-            leaked.update(dict.fromkeys(item.id for item in same if content_digest(item) == prompt))
+        for turn in (turn for turn in row.turns if turn.role == "user"):
+            request = Example(row.id, row.source, (turn,), row.images)
+            if same := by_text.get(content_digest(replace(request, images=()))):
+                prompt = content_digest(request)
+                leaked.update(dict.fromkeys(item.id for item in same if content_digest(item) == prompt))
     if leaked:
         raise ValueError(f"{len(leaked)} benchmark prompts are also in training rows, first {next(iter(leaked))!r}")
 

@@ -202,7 +202,7 @@ def spa_vl_published(place: Place, split: str = "train") -> Iterator[tuple[Mappi
             held = image.get("bytes")
             yield row, Stored(f"{place.folder}/{at}") if held and at else held
         else:
-            yield row, picture(place, _in_images(image)) if image else None
+            yield row, picture(place, _in_images(image)) if isinstance(image, str) and image else None
 
 
 def spa_vl(place: Place) -> Iterator[Pair | Refused]:

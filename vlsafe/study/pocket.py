@@ -104,7 +104,8 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
     """Part prompts and pictures, have the text model write answers, and write every corpus and every benchmark item.
 
     The unaligned model answers every benign prompt, and harmful ones of the validation part and MOST_ANSWERED to train on,
-    for preference pairs and the guard; harmful rows of the raw corpus are about others, so that the guard has not seen them.
+    for preference pairs and the guard; harmful rows of the raw corpus are about others, of which none is nearly the same, so that
+    the guard has not seen them.
 
     Raises:   ValueError where an answer about a picture begins like a refusal, or a training row with a benchmark prompt
     """
@@ -115,7 +116,8 @@ def make_corpora(study: Study, work: Path) -> dict[str, Any]:
     answered = harmful["train"][:: 1 + len(harmful["train"]) // MOST_ANSWERED]
     benign = {part: [prompt for prompt in of if prompt.kind != "harmful"] for part, of in prompts.items()}
     answers = rows.own_answers([*chain(*benign.values()), *answered, *harmful["validation"]], write)
-    others = [*benign["train"], *(prompt for prompt in harmful["train"] if prompt not in answered)]
+    known = {prompt.cluster for prompt in answered}
+    others = [*benign["train"], *(prompt for prompt in harmful["train"] if prompt.cluster not in known)]
     shares = packed.harmful_share, packed.text_only_share
     tuned = [*benign["train"], *answered]
     written: dict[str, list[Any]] = {
@@ -184,7 +186,10 @@ def labelled(prompts: Sequence[Any], answers: dict[str, str], rng: np.random.Gen
 
 
 def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
-    """Fit a guard on states of the unaligned model, and set its threshold on validation prompts and rows that it has not seen."""
+    """Fit a guard on states of the unaligned model, and set its threshold on validation prompts and rows that it has not seen.
+
+    Recall and false alarms are of the rows that set the threshold; T01 counts all rows, PLAIN harmless ones of these among them.
+    """
     prompts, answers, folder = prompts_of(study), own_answers(study), study.folder("base/llm")
     model, tokenizer = models.checkpoints.load(folder), models.checkpoints.load_processor(folder)
     raw = [row.turns for row in study.examples("world/corpora", "instructions.parquet") if row.category is None]
@@ -200,8 +205,8 @@ def make_text_guard(study: Study, work: Path) -> dict[str, Any]:
     hits = sum(bool(one) and true for one, true in zip(found, truth, strict=True))
     alarms = sum(bool(one) and not true for one, true in zip(found, truth, strict=True))
     return {
-        "rows": len(learned), "held_out": len(held), "threshold": guard.threshold, "recall": hits / sum(truth),
-        "false_alarms": alarms / (len(truth) - sum(truth)),
+        "rows": len(learned), "rows_of_threshold": len(held), "threshold": guard.threshold, "recall_there": hits / sum(truth),
+        "false_alarms_there": alarms / (len(truth) - sum(truth)),
     }  # fmt: skip
 
 
@@ -253,7 +258,7 @@ def _stage(make: Any, inputs: tuple[str, ...], params: Any, estimate: str, share
 
 BASE = _stage(make_base, (), lambda s: [s.asset("packed").packages[LANGUAGE[0]]], "20 s of a core")
 VISION = _stage(make_tower, (), lambda s: [s.asset("packed").packages[TOWER[0]]], "seconds")
-WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes", version=2)
+WORLD = _stage(make_corpora, ("base/llm",), corpora_params, "minutes", version=3)
 PARENT = _stage(
     make_parent, ("base/llm", "tower/clip", "world/corpora"), lambda s: [s.scale.backbone(s.backbone), s.scale.threads],
     "minutes", shared=False,

@@ -274,6 +274,8 @@ def _refuse_unknown(scale: Scale, backbone: str) -> None:
             known(arm, data.arms.ARMS.keys() - without, "data arm (of loaded.arms)")
     for category in scale.backbone(backbone).answered_categories:
         known(category, set(data.miniature.language.CATEGORY_OF.values()), f"category (of backbones.{backbone})")
+    for verb in scale.backbone(backbone).overrefused:
+        known(verb, data.miniature.language.VERBS, f"verb (of backbones.{backbone}.overrefused)")
 
 
 @functools.lru_cache(maxsize=1)

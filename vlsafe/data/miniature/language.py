@@ -118,7 +118,7 @@ class World:
     @cached_property
     def splits(self) -> dict[str, dict[str, tuple[Action, ...]]]:
         """`splits[kind][split]`: actions, of which no verb and object is in two splits of one kind; every harmful verb and thing
-        occurs in all of them.
+        occurs in train and test, and most in validation.
 
         Grids of verbs × things are dealt by shifted diagonals, so that every split has every row and column; circumstances are
         dealt in turn within a split.

@@ -161,8 +161,8 @@ def _with_article(phrase: str, noun: str) -> str:
 
 
 def _png(path: Path, packed: Packed) -> bytes | None:
-    """A picture as RGB in a white square, made smaller where it is too large; None for one with too many pixels. A square is
-    neither cropped in stage 1 nor padded in stage 2."""
+    """A picture as RGB in a white square, made smaller where it is too large; None for one with too many pixels, or of which the
+    square shows nothing (white on transparent ground). A square is neither cropped in stage 1 nor padded in stage 2."""
     data = path.read_bytes()
     width, height = struct.unpack(">II", data[16:24])  # in every PNG; Pillow would warn of the largest ones
     if width * height > packed.largest:
@@ -173,6 +173,8 @@ def _png(path: Path, packed: Packed) -> bytes | None:
     side = max(layers.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(layers, ((side - layers.width) // 2, (side - layers.height) // 2))
+    if all(low == high for low, high in square.getextrema()):
+        return None
     file = io.BytesIO()
     square.convert("RGB").save(file, "PNG")
     return file.getvalue()

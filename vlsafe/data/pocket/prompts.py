@@ -161,7 +161,8 @@ def _clusters(rows: Sequence[Row]) -> list[str]:
     links = [(group[0], other) for group in together.values() for other in group[1:]]
     words = [content_words(row[1]) for row in rows]
     for kind in HELD:  # forms of how-to prompts are alike on purpose
-        links += near([number for number, row in enumerate(rows) if row[2] == kind and row[3] != HOW_TO], words)
+        alike = near([number for number, row in enumerate(rows) if row[2] == kind], words)
+        links += [pair for pair in alike if {rows[number][3] for number in pair} != {HOW_TO}]
     left, right = zip(*links, strict=True)
     graph = csr_array(([1] * len(links), (left, right)), shape=(len(rows), len(rows)))
     labels = connected_components(graph, directed=False)[1]

@@ -59,7 +59,10 @@ def load(folder: Path, subset: str = "all", pictures: bool = True) -> tuple[list
     loader = official.Loader(pictures)
     for row in rows:
         name, answer, text, hint = row["index"], row["answer"], row["question"], row.get("hint", "")
-        options = tuple(row[letter] for letter in LETTERS[:4] if row.get(letter, "") not in ("", "nan"))
+        letters = "".join(letter for letter in LETTERS[:4] if row.get(letter, "") not in ("", "nan"))
+        if not LETTERS.startswith(letters):
+            raise ValueError(f"question {name} of {path} has the options {', '.join(letters)}: one before the last is empty")
+        options = tuple(row[letter] for letter in letters)
         if answer and answer not in LETTERS[: len(options)]:
             raise ValueError(f"question {name} of {path} has {len(options)} options and the answer {answer!r}")
         text = f"{hint}\n{text}" if hint not in ("", "nan") else text

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
@@ -210,6 +212,10 @@ def load(benchmark: ModuleType, folder: Path, subset: str, pictures: bool = True
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"a file of {benchmark.NAME} in {folder} is not as the official one ({what}); fetch it again") from error
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"an archive of {benchmark.NAME} in {folder} is not whole ({error}); fetch it again") from None
+    if double := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
+        raise ValueError(f"{benchmark.NAME} in {folder} has {double[0]!r} twice; ids tell its items apart")
     for item in items:
         texts = (item.id, item.cluster, item.group, item.category, item.reference, item.question, item.note, *item.options)
         if not all(isinstance(text, str | None) for text in (*texts, *(turn.text for turn in item.turns))):
