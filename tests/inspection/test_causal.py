@@ -134,6 +134,20 @@ def test_a_transplant_is_undone_bit_for_bit_also_after_an_error(tokenizer):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"blocks \[6\] are not in the model"), causal.transplanted(model, donor, (6,)):
         pass
+    name, weight = next(iter(donor.items()))
+    with pytest.raises(ValueError, match=f"the donor's {name} has another shape"):
+        causal.transplanted(model, {**donor, name: weight[:-1]}, (causal.EVERYTHING,)).__enter__()
+
+
+def test_a_direction_is_moved_once_and_not_at_every_step(tokenizer, monkeypatch):
+    """A decoding step that is captured on a GPU may not copy from the CPU's memory."""
+    model, moved = wired(tokenizer), []
+    direction, plain = torch.ones(model.config.hidden_size), torch.Tensor.to
+    with causal.ablated(model, direction), causal.added(model, direction, 1):
+        monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **more: (moved.append(self.shape), plain(self, *to, **more))[1])
+        model(torch.tensor([[4, 5, 6]]))
+        monkeypatch.undo()
+    assert direction.shape not in moved
 
 
 def test_the_examination_is_an_argument_and_sees_each_patch(tokenizer):

@@ -176,6 +176,11 @@ def test_a_probe_is_scored_on_clusters_it_has_not_seen():
     telling = torch.from_numpy(np.column_stack([harmful + 0.1 * rng.normal(size=200), rng.normal(size=200)])).float()
     own, read = inspection_states.harm_scores(telling, harmful, clusters, [-telling])
     assert own[harmful].min() > own[~harmful].max() and read[harmful].max() < read[~harmful].min()
+    few, labels = [], np.arange(10) < 5
+    for _ in range(40):
+        (noise,) = inspection_states.harm_scores(torch.from_numpy(rng.normal(size=(10, 16))).float(), labels, np.arange(10))
+        few.append(np.mean(noise[labels][:, None] > noise[~labels]))
+    assert 0.42 < np.mean(few) < 0.58, "noise is no harm, and no harmlessness either"
     with pytest.raises(ValueError, match="harmful and harmless"):
         inspection_states.harm_scores(telling, np.ones(200, bool), clusters)
 

@@ -75,3 +75,11 @@ def test_what_was_written_for_one_template_is_not_taken_for_another(pieces):
     assert written["llama2"] != written["tulu"]
     writer.chat_template = chat.template("llama2").replace("[INST]", "[ASK]")
     assert "[ASK]" in chat.rendered(writer, turns, 0)
+
+
+@pytest.mark.xfail(strict=True, reason="every trained miniature reads them so; mended with the next world (LOG.md, 2026-11-28)")
+def test_the_miniatures_tokenizer_knows_the_markers_of_its_templates():
+    """The library takes one of two arguments for tokens of one's own; the markers, passed in the other, are split into words."""
+    tokenizer = chat.build_tokenizer(["hello"], 64)
+    for marker in chat.MARKERS:
+        assert tokenizer(marker)["input_ids"] == [tokenizer.convert_tokens_to_ids(marker)]

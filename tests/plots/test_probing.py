@@ -17,3 +17,29 @@ def test_half_of_the_gap_is_that_of_the_block_where_it_is_largest(sign):
     )  # fmt: skip
     figure = probing.similarity_over_steps(lines, "mini")
     assert figure.get_suptitle() == "In words, half of the largest gap between harmful and benign prompts is there by step 20"
+
+
+def test_studies_that_open_at_other_steps_are_not_said_to_open_at_one():
+    """The second study's gap has the other sign: means of both would open where neither does."""
+    gaps = [(0, 10, 0.4), (0, 20, 0.5), (1, 10, -0.1), (1, 20, -0.6)]
+    lines = pd.DataFrame(
+        {"backbone": "b", "seed": seed, "stage": "instruct", "measure": "cosine_centred", "kind": "difference", "group": group,
+         "layer": 0, "step": step, "value": gap, "low": gap - 0.01, "high": gap + 0.01}
+        for group in probing.MODALITIES for seed, step, gap in gaps
+    )  # fmt: skip
+    assert probing.similarity_over_steps(lines, "mini").get_suptitle().endswith("by step 10 to 20, by study")
+    text = pd.DataFrame({"layer": [3, 3], "value": [-0.03, -0.05], "high": [-0.01, 0.02]})
+    assert probing._moved_further(text).endswith("in no block")
+    assert probing._moved_further(text.iloc[:1]).endswith("most in block 3 (-0.030)")
+
+
+def test_a_width_that_few_studies_have_is_not_drawn():
+    """A located band of four blocks, of one study alone: it is no column, and the title is not its."""
+    lines = pd.DataFrame(
+        {"backbone": "b", "seed": seed, "measure": "text_asr", "kind": "band", "width": width, "start": 0, "value": value,
+         "low": 0.1, "high": 0.5, "change": value - 0.6, "located": width == 4, "patch": f"band-{width}", "n": 40}
+        for seed, width, value in ((0, 1, 0.5), (1, 1, 0.4), (0, 4, 0.0))
+    )  # fmt: skip
+    figure = probing.transplants(lines, "mini")
+    assert figure.get_suptitle() == "The parent's blocks [0, 1) take text ASR from 60 to 45 %"
+    assert [axis.get_title("left") for axis in figure.axes] == ["1 block"]

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,6 +110,35 @@ def test_a_killed_training_without_conflict_ends_with_the_same_bits(study, setti
     assert [r["task_cosine"] for r in again] == [r["task_cosine"] for r in history] and len(history) == 4
     assert all(-1 <= r["task_cosine"] <= 1 for r in history) and len({r["task_cosine"] for r in history}) == 4
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_each_gradient_is_that_of_its_own_task(study, setting, tmp_path, monkeypatch):
+    """The first step's, held against those of each task's rows alone."""
+    start, data, fit = setting
+    found, plain = [], trainers.without_conflict
+    monkeypatch.setattr(trainers, "without_conflict", lambda *tasks: (found.append(list(map(flat, tasks))), plain(*tasks))[1])
+    history, _ = trained(study, setting, tmp_path / "both")
+    ordered, leading = trainers.without_mixed_tasks(data, 24, fit, 1, np.random.default_rng(0))
+    border = leading[0] * fit.batch_size // fit.micro_batches
+    alone = []
+    for task in (range(border, fit.batch_size), range(border)):
+        model = trainable.choose(checkpoints.load(start), "full", study.scale.lora)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        one = dataclasses.replace(fit, steps=1, batch_size=len(task), micro_batches=1)
+        note = partial(noted, alone, weights)
+        rows, folder = ordered.select(task), tmp_path / str(len(alone))
+        trainers.gradients(model, checkpoints.load_processor(start), rows, one, folder, 0, note)
+    similar = torch.nn.functional.cosine_similarity
+    assert [float(similar(*pair, dim=0)) for pair in zip(found[0], alone, strict=True)] == pytest.approx([1, 1], abs=1e-3)
+    assert history[0]["task_cosine"] == pytest.approx(float(similar(*alone, dim=0)), abs=1e-3)
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def noted(into, weights):
+    into.append(flat([torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]))
 
 
 def test_gradients_are_noted_and_nothing_moves(study, setting, tmp_path):

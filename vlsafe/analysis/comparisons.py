@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,27 +245,33 @@ def _band(frames: Frames, unit: Unit) -> tuple[int, int] | None:
 
 
 def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
-    """Cosines of gradients of two batches, one of each task, against zero or ("within") against two batches of one task.
+    """Cosines of gradients of two batches, one of each task, against zero or ("within") against two batches of one task: the mean
+    over layers and checkpoints. Tasks with one true gradient have the geometric mean of both tasks' cosines between them.
 
-    The mean over layers and checkpoints; pairs that share their first batch are one cluster. Tasks with one true gradient have
-    the geometric mean of both tasks' cosines between them; changes of it are taken as linear ones.
+    A batch is in several pairs, so batches are the sample: each has the jackknife's pseudovalue, in a stratum per task.
     """
     rows = _of(frames, "gradients", unit)
     if rows is None:
         return None
-    kind = np.where(rows["task_a"] == rows["task_b"], "within", "between")
-    pairs = rows.assign(kind=kind).groupby(["kind", "task_a", "a", "b"])["cosine"].mean().reset_index()
-    sides = {kind: pairs[pairs["kind"] == kind] for kind in part.measures}
-    between = sides["between"]
-    strata, before = [_stratum(between["cosine"], between["a"])], 0.0
-    if "within" in sides:
-        own = [of for _, of in sides["within"].groupby("task_a")]
-        means = [max(0.0, of["cosine"].mean()) for of in own]
-        if len(own) != 2 or not min(means):
-            return None
-        before = float(np.sqrt(means[0] * means[1]))
-        strata += [_stratum(of["cosine"], of["a"], -before / 2 / mean) for of, mean in zip(own, means, strict=True)]
-    return Changes(strata, before, float(between["cosine"].mean()))
+    pairs = rows.groupby(["task_a", "task_b", "a", "b"])["cosine"].mean().reset_index()
+    ends = partial(_between_tasks, within="within" in part.measures)
+    before, after = ends(pairs)
+    if np.isnan(before):
+        return None
+    batches, strata = dict(zip([*pairs["a"], *pairs["b"]], [*pairs["task_a"], *pairs["task_b"]], strict=True)), []
+    for task in sorted(set(batches.values())):
+        own = [batch for batch in batches if batches[batch] == task]
+        left = np.array([np.subtract(*ends(pairs[(pairs[["a", "b"]] != batch).all(axis=1)])) for batch in own])
+        strata.append(_stratum(pd.Series((after - before) / 2 + (len(own) - 1) * (left - left.mean())), own))
+    return Changes(strata, before, after)
+
+
+def _between_tasks(pairs: pd.DataFrame, within: bool) -> tuple[float, float]:
+    """The mean cosine of two tasks' batches: what noise alone would leave (0 unless `within`; NaN: unknown), and what it is."""
+    other = pairs["task_a"] != pairs["task_b"]
+    own = pairs[~other].groupby("task_a")["cosine"].mean().clip(lower=0)
+    expected = float(np.sqrt(own.prod())) if len(own) == 2 and own.all() else np.nan
+    return expected if within else 0.0, float(pairs.loc[other, "cosine"].mean())
 
 
 METHODS = {

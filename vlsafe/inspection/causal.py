@@ -60,13 +60,15 @@ def transplanted(model: PreTrainedModel, donor: Mapping[str, torch.Tensor],
                  blocks: Collection[int]) -> AbstractContextManager[None]:  # fmt: skip
     """Replace a model's weights in some blocks by a donor's for the time of a `with` block.
 
-    Raises:   ValueError where a block is not in the model, or the donor lacks a weight of it
+    Raises:   ValueError where a block is not in the model, or the donor lacks a weight of it or has one of another shape
     """
     beyond = set(blocks) - {EVERYTHING, *range(len(language_layers(model)))}
     layers = {None if block == EVERYTHING else block for block in blocks}
     own = {name: weight for name, weight in language_weights(model).items() if address(name)[0] in layers}
     if beyond or set(own) - set(donor):
         raise ValueError(f"blocks {sorted(beyond)} are not in the model, or the donor lacks {sorted(set(own) - set(donor))[:3]}")
+    if other := [name for name, weight in own.items() if donor[name].shape != weight.shape]:
+        raise ValueError(f"the donor's {other[0]} has another shape: {[*donor[other[0]].shape]}, not {[*own[other[0]].shape]}")
     return replaced(own.values(), (donor[name] for name in own))
 
 
@@ -87,18 +89,18 @@ def ablated(model: PreTrainedModel, direction: torch.Tensor) -> AbstractContextM
     Source:   Arditi et al. 2024, section 2.4, directional ablation (on the stream at the blocks' borders, where
               theirs also hooks what attention and MLP add within a block)
     """
-    unit = direction / direction.norm()
+    unit = (direction / direction.norm()).to(model.device, model.dtype)  # once: a captured step of decoding copies nothing
 
     def without(state: torch.Tensor) -> torch.Tensor:
-        here = unit.to(state)
-        return state - (state @ here)[..., None] * here
+        return state - (state @ unit)[..., None] * unit
 
     return hooked(model, without)
 
 
 def added(model: PreTrainedModel, vector: torch.Tensor, layer: int) -> AbstractContextManager[None]:
     """Add a vector [D] to the output of one block, at all positions (activation addition, Arditi et al. 2024, section 2.4)."""
-    return hooked(model, lambda state: state + vector.to(state), [layer], entering=False)
+    vector = vector.to(model.device, model.dtype)
+    return hooked(model, lambda state: state + vector, [layer], entering=False)
 
 
 def difference_of_means(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import LlavaProcessor, PreTrainedModel
@@ -158,9 +158,8 @@ def _hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 def harm_scores(states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray, others: Sequence[torch.Tensor] = (),
                 folds: int = 5) -> list[np.ndarray]:  # fmt: skip
-    """Held-out scores of a linear probe for harmfulness on `states`, and of the same probe read on other models' states.
-
-    Folds hold out whole clusters, and a prompt is scored by the probe that was not fitted on its cluster.
+    """Held-out scores of a linear probe for harmfulness on `states`, and of the same probe read on other models' states. A prompt
+    is scored by the probe that was not fitted on its cluster.
 
     Shapes:   states, others  [N, D]  ->  1 + len(others) arrays [N], higher for harmful
     Raises:   ValueError where one class is missing, or clusters are fewer than folds
@@ -168,7 +167,8 @@ def harm_scores(states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray,
     if harmful.all() or not harmful.any():
         raise ValueError("a probe needs harmful and harmless prompts")
     scores = [np.full(len(harmful), np.nan) for _ in range(1 + len(others))]
-    for train, test in GroupKFold(folds).split(states, harmful, clusters):
+    split = GroupKFold if len(harmful) > 100 else StratifiedGroupKFold  # scores of folds with unequal classes are put together
+    for train, test in split(folds).split(states, harmful, clusters):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(states[train], harmful[train])
         for values, side in zip(scores, (states, *others), strict=True):
             values[test] = probe.decision_function(side[test])
@@ -177,7 +177,7 @@ def harm_scores(states: torch.Tensor, harmful: np.ndarray, clusters: np.ndarray,
 
 def keep_pair(folder: Path, parent: Path, prompts: Prompts, work: Path, batch_size: int) -> Pair:
     """Write the states of a model and of its reference: the parent's language weights with the model's tower and projector."""
-    model, processor = checkpoints.load(folder), checkpoints.load_processor(folder)
+    model, processor = checkpoints.load(folder).to(devices.device()), checkpoints.load_processor(folder)
     shutil.rmtree(work, ignore_errors=True)  # a killed attempt may have left more batches
     own = keep_states(model, processor, prompts, work / "own", batch_size)
     checkpoints.put_language(model, checkpoints.language_places(parent))  # streamed over the model's own: one model is in memory

@@ -70,7 +70,7 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
 
 
 def _moved_further(text: pd.DataFrame) -> str:
-    mean = text.groupby("layer")[["value", "high"]].mean()
+    mean = text.groupby("layer").agg(value=("value", "mean"), high=("high", "max"))
     clear = mean[mean["high"] < 0]
     if clear.empty:
         return "On text, harmful prompts moved clearly further than benign ones in no block"
@@ -86,9 +86,11 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     gap = lines[(lines["stage"] == "instruct") & (lines["measure"] == "cosine_centred") & (lines["kind"] == "difference")]
     gap = gap.assign(value=-gap["value"], clear=(gap["low"] > 0) | (gap["high"] < 0))
     bound = max(0.01, float(gap.groupby(["backbone", "group", "layer", "step"])["value"].mean().abs().max()))
-    largest = gap[gap["group"] == "text"].groupby(["step", "layer"])["value"].mean().abs().groupby("step").max()
-    half = largest.index[(largest >= largest.max() / 2).to_numpy()][0]
-    title = f"In words, half of the largest gap between harmful and benign prompts is there by step {half}"
+    text = gap[gap["group"] == "text"]
+    largest = text.assign(value=text["value"].abs()).groupby(["backbone", "seed", "step"])["value"].max().unstack()
+    half = largest.ge(largest.max(axis=1) / 2, axis=0).idxmax(axis=1)
+    by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()} to {half.max()}, by study"
+    title = f"In words, half of the largest gap between harmful and benign prompts is there by {by}"
     note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "largest: over blocks")
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):
@@ -122,7 +124,7 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     rows = {name: str(name) for name in located["backbone"].unique()}
     columns = {"pairs": "cosine of pairs", "gap": "angular gap, degrees", "refused": "harmless prompts refused, %"}
     note += "p: of the best of all scaled bands against none, signs of clusters flipped; "
-    caption = _caption(located, scale, note + "95 % intervals over prompts")
+    caption = _caption(located, scale, note + "95 % intervals as if prompts, wordings of fewer requests, were independent")
     with style.panels(rows, columns, 1.6, title, caption) as (figure, axes):
         for name in rows:
             curve, scaled, bands = (frame[frame["backbone"] == name] for frame in (curves, scaling, located))
@@ -193,6 +195,8 @@ def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:
     """F10: the parent's blocks in the adapted model, by start and width of the band; random sets of as many blocks beside."""
     drawn = lines[lines["kind"].isin(["band", "random"]) & lines["measure"].isin(SHOWN)]
+    studies = drawn.groupby("width")[["backbone", "seed"]].apply(lambda of: len(of.drop_duplicates()))
+    drawn = drawn[drawn["width"].isin(studies.index[studies == studies.max()])]  # a located band may have a width of its own
     note = "percent; circles: bands, bars: 95 % intervals over what was asked; crosses: random sets of as many blocks; "
     note += "filled: located band; dotted: adapted model; dashed: the parent with the adapted vision tower and projector"
     rows = {
@@ -201,7 +205,7 @@ def transplants(lines: pd.DataFrame, scale: str) -> Figure:
         for measure in SHOWN
         if measure in set(drawn["measure"])
     }
-    columns = {width: f"{width} block{'s' if width > 1 else ''}" for width in sorted(drawn["width"].unique())[:4]}
+    columns = {width: f"{width} block{'s' if width > 1 else ''}" for width in sorted(drawn["width"].unique())}
     caption = _caption(drawn, scale, note)
     with style.panels(rows, columns, 1.1, _best_band(drawn), caption, "first block", sharey="row") as (figure, axes):
         for ((backbone, measure), width), axis in axes.items():

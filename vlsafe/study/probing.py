@@ -215,7 +215,7 @@ def _gradients(study: Study, folder: Path, task: str, rows: Sequence[Any], work:
     """The gradients of a few batches of one task at a checkpoint, one file each; the model does not move."""
     from safetensors.torch import save_file
 
-    fit = dataclasses.replace(study.scale.instruct, steps=study.scale.probing.gradient_batches)
+    fit = dataclasses.replace(study.scale.instruct, steps=study.scale.probing.gradient_batches, grouped=False)  # each row once
     size, rng = fit.steps * fit.batch_size, study.stream(f"gradients {task}")
     dataset = training.datasets.chat_dataset(
         [rows[i] for i in rng.choice(len(rows), size, replace=len(rows) < size)], with_images=True

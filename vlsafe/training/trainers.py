@@ -246,6 +246,7 @@ def _run(kind: tuple[type[Trainer], type[TrainingArguments]], own: dict[str, Any
     """Build one of TRL's trainers, resume from the last complete checkpoint, and return what was logged at every step."""
     [last] = broadcast_object_list([last_complete(folder) if PartialState().is_main_process else None])
     masters = _lowered(model, kind[1], fit, folder, seed, own, more.get("ref_model"))
+    masters = None if optimizer is not None else masters  # gradients alone are wanted: nothing is moved
     fit, own = _fitted(kind, own, model, processor, data, fit, folder, seed, more) if masters is not None else (fit, own)
     arguments = _arguments(kind[1], fit, folder, seed, own)
     if fit.grouped:
