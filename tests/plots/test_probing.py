@@ -27,7 +27,7 @@ def test_studies_that_open_at_other_steps_are_not_said_to_open_at_one():
          "layer": 0, "step": step, "value": gap, "low": gap - 0.01, "high": gap + 0.01}
         for group in probing.MODALITIES for seed, step, gap in gaps
     )  # fmt: skip
-    assert probing.similarity_over_steps(lines, "mini").get_suptitle().endswith("by step 10 to 20, by study")
+    assert probing.similarity_over_steps(lines, "mini").get_suptitle().endswith("by step 10–20")
     text = pd.DataFrame({"layer": [3, 3], "value": [-0.03, -0.05], "high": [-0.01, 0.02]})
     assert probing._moved_further(text).endswith("in no block")
     assert probing._moved_further(text.iloc[:1]).endswith("most in block 3 (-0.030)")

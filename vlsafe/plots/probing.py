@@ -89,10 +89,10 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     text = gap[gap["group"] == "text"]
     largest = text.assign(value=text["value"].abs()).groupby(["backbone", "seed", "step"])["value"].max().unstack()
     half = largest.ge(largest.max(axis=1) / 2, axis=0).idxmax(axis=1)
-    by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()} to {half.max()}, by study"
+    by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()}–{half.max()}"
     title = f"In words, half of the largest gap between harmful and benign prompts is there by {by}"
     note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
-    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "largest: over blocks")
+    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "title: the largest over blocks in each study")
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")
