@@ -6,6 +6,7 @@ from shlex import quote
 
 from vlsafe.publish.notebooks import ACROSS, NOTEBOOKS, code_digest, reads
 from vlsafe.core.presets import load_scale
+from vlsafe.publish.gallery import place
 from vlsafe.study.graph import jobs, needs, planned, urgency
 from vlsafe.study.study import Study
 
@@ -19,7 +20,7 @@ STUDIES = [
     for seed in str(config["seeds"]).split()
 ]
 COMPLETE = {s.backbone for s in STUDIES} == set(load_scale(SCALE).backbones) and {s.seed for s in STUDIES} >= {0, 1, 2}
-FIGURES = Path("figures") / (STUDIES[0].scale.name + ("" if COMPLETE else "-partial"))
+FIGURES = place(STUDIES) if COMPLETE else Path("figures") / f"{STUDIES[0].scale.name}-partial"
 
 
 def receipt(study, name):

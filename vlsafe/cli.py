@@ -133,7 +133,9 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--weights", type=Path, help="a model folder that judges here")
     added.add_argument("--out", type=Path, required=True, help="the result, as JSON; judgements are kept beside it")
     added.add_argument("--verdicts", type=Path, help="also write every verdict, a line each")
-    added = command(_dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine", PLACE)
+    added = command(
+        _dryrun, "say what a scale would cost, from its shapes; with --measure, from steps on this machine", PLACE, GRID
+    )
     added.add_argument("--backbone")
     added.add_argument("--gpu", default="A100-80G", help="the card to count with, by name")
     added.add_argument("--measure", action="store_true", help="take some steps with random weights first")
@@ -278,7 +280,7 @@ def _dryrun(arguments: Arguments) -> None:
     if arguments.readme:
         rows = [(many, gpu, Study.open(scale, backbone, 0, Path("runs"))) for many, gpu, scale, backbone in dryrun.README_ROWS]
         text = arguments.readme.read_text(encoding="utf-8")
-        store.write_text(arguments.readme, dryrun.in_readme(text, costs.summary(rows)))
+        store.write_text(arguments.readme, dryrun.in_readme(text, planning.shown.summary(rows)))
         return
     scale, gpu = load_scale(arguments.scale), known(arguments.gpu, dryrun.GPUS, "GPU")
     study = Study(scale, arguments.backbone or next(iter(scale.backbones)), 0, arguments.root)
@@ -286,14 +288,14 @@ def _dryrun(arguments: Arguments) -> None:
     found = dryrun.measure(scale, study.backbone) if arguments.measure else {}
     for name, value in found.items():
         print(f"measured {name}: {value}")
-    plan = costs.Plan(study, gpu, costs.Rates(found.get("mfu"), found.get("prefill_mfu"), found.get("bandwidth")))
+    plan = costs.Plan(study, gpu, costs.Rates(found.get("mfu"), found.get("prefill_mfu"), found.get("bandwidth")), arguments.grid)
     stages = plan.stages()
-    print(dryrun.table(costs.lines(stages, gpu, arguments.stages)))
+    print(dryrun.table(planning.shown.lines(stages, gpu, arguments.stages)))
     for many in (1, 8):
         time = costs.schedule(study, stages, many)
         chain = f"longest chain {time.chain_hours:,.1f} h: {', '.join(time.chain) or 'none'}"
         print(f"\n{many} × {gpu}: {time.hours:,.1f} h; {chain}")
-    for line in costs.too_large(stages, gpu):
+    for line in planning.shown.too_large(stages, gpu):
         print(f"\n{line}")
     print("\nComputed from shapes unless a line says otherwise; assumptions are in planning/costs.py and Scale.traffic.")
 

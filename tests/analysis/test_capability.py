@@ -70,6 +70,9 @@ def test_models_that_cannot_answer_are_refused_and_careful_ones_are_not(all_mode
     ]  # without texts what a judge calls so, refusals and right answers
     assert alone["nonsense"] == MODELS["nonsense"][4] and alone["always-refuses"] == "no: refuses harmless requests"
     assert alone["stuck"] == "yes"
+    quiet, own = raw[raw["recipe"].isin(["fit", "stuck"])], texts[texts["model"].str.contains("fit")]
+    for known, wanted in ((None, {"fit": "", "stuck": ""}), (own, {"fit": "yes", "stuck": ""})):  # an archive without answers
+        assert capability.guard(quiet, known).set_index("recipe")["capable"].to_dict() == wanted
     few = capability.guard(raw[raw["harmful"].astype(bool)])
     assert set(few["capable"]) == {""}  # attacks alone say nothing of it
 

@@ -12,7 +12,7 @@ from vlsafe import cli
 from vlsafe.core.presets import PAPER, SMALL, load_scale
 from vlsafe.core.scale import Fit
 from vlsafe.models import checkpoints, devices
-from vlsafe.planning import costs, dryrun
+from vlsafe.planning import costs, dryrun, shown
 from vlsafe.study import graph, tuning
 from vlsafe.study.study import Study
 
@@ -73,9 +73,9 @@ def test_every_stage_of_the_graph_is_in_the_plan(tmp_path, grid):
         study = Study.open(str(scale), backbone, 0, tmp_path)
         stages = costs.Plan(study, "H200", grid=grid).stages()
         assert [cost.stage for cost in stages] == graph.planned(study, grid)
-        rows = costs.lines(stages, "H200", every=True)
+        rows = shown.lines(stages, "H200", every=True)
         assert [row["stage"] for row in rows] == [*graph.planned(study, grid), "all"]
-        assert sum(row["stages"] for row in costs.lines(stages, "H200")[:-1]) == len(stages)
+        assert sum(row["stages"] for row in shown.lines(stages, "H200")[:-1]) == len(stages)
         free = {cost.stage.partition("/")[0] for cost in stages if not cost.hours}
         assert free <= {
             "world",
@@ -106,13 +106,14 @@ def test_what_was_forgotten_once_costs_something(tmp_path):
 
 def test_a_recipe_that_no_such_gpu_holds_is_named_and_can_be_left_out(tmp_path, monkeypatch):
     """GRPO of seven billion weights is not sharded: it takes a GPU of 141 GB."""
-    [line] = costs.too_large(planned("paper", "llama2-chat", "H100", tmp_path, "full")[1], "H100")
+    one, eight, line = shown.too_large(planned("paper", "llama2-chat", "H100", tmp_path, "full")[1], "H100")
+    assert one.startswith("1 × H100 cannot hold ") and "instruct" in one and eight == "8 × H100 cannot hold safety (GRPO)"
     assert line.startswith("safety (GRPO) is not sharded and needs one GPU of 129 GB, more than one H100 has")
-    assert costs.too_large(planned("paper", "llama2-chat", "H200", tmp_path, "full")[1], "H200") == []
+    assert shown.too_large(planned("paper", "llama2-chat", "H200", tmp_path, "full")[1], "H200") == []  # full DPO fits
     file = tmp_path / "smaller.yaml"
     file.write_text(f"extends: paper\nname: smaller\n{line.split('`')[1]}\n")
     study, stages = planned(str(file), "llama2-chat", "H100", tmp_path, "full")
-    assert costs.too_large(stages, "H100") == []
+    assert shown.too_large(stages, "H100") == [one.replace(", safety (GRPO)", "")]
     reason = "the scale leaves the recipe 'grpo-text-full' out (`tuning.without`)"
     assert study.left_out("full")["safety/grpo-text-full"] == reason
     assert reason in study.left_out("full")["examination/safety.grpo-text-full"]
@@ -225,3 +226,23 @@ def test_every_fit_of_the_loaded_scales_can_be_dealt_to_one_and_to_eight_process
         for fit in (scale.projector, scale.instruct, scale.tuning.sft, scale.tuning.preference.fit):
             assert isinstance(fit, Fit) and processes.per_process(fit, 1) <= fit.at_once
             assert not fit.launch or processes.per_process(fit, 8) <= fit.at_once
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100-80G"),
+     ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("NVIDIA GeForce RTX 3060", None), ("NVIDIA A100-PCIE-40GB", None)],
+)  # fmt: skip
+def test_a_card_is_known_by_its_whole_name(monkeypatch, name, found):
+    monkeypatch.setattr(devices, "device", lambda: "cuda")
+    monkeypatch.setattr(dryrun.torch.cuda, "get_device_name", lambda: name)
+    assert dryrun.this_gpu() == dryrun.GPUS.get(found)
+
+
+def test_what_reads_a_stage_that_does_not_fit_is_not_counted(tmp_path):
+    """On one card of 80 GB no whole model is adapted: no answer of one is planned either."""
+    study, stages = planned("paper", "llama2-chat", "A100-80G", tmp_path)
+    row = shown.summary([(1, "A100-80G", study)]).splitlines()[2].split("|")
+    possible = [cost for cost in stages if not set(shown.beyond(study, stages, 80e9)) & {cost.stage}]
+    assert float(row[4]) == round(sum(cost.hours for cost in possible)) < 0.8 * sum(cost.hours for cost in stages)
+    assert not [cost.stage for cost in possible if "filtered-full" in cost.stage]

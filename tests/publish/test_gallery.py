@@ -188,3 +188,21 @@ def test_a_caption_names_the_studies_of_its_own_rows():
         ({"backbone": ["a", "a", "b"], "seed": [0, 1, 0]}, "a, seeds 0, 1; b, seed 0"),
     ):
         assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}; 95 % intervals."
+
+
+def test_every_backbone_has_lines_in_a_table_that_is_cut(tmp_path):
+    frame = pd.DataFrame({"backbone": ["a"] * 300 + ["b"] * 10, "value": range(310)})
+    gallery.provenance.write_table(frame, tmp_path, "T02_degradation", "T02. X", "caption")
+    text = report._section(tmp_path, "T02_degradation")
+    assert text.count("<td>a") == report.MOST // 2 and text.count("<td>b") == 10
+    assert f"table, 310 lines, {report.MOST // 2 + 10} shown" in text
+
+
+def test_a_gallery_that_is_killed_leaves_no_table_under_anothers_name(tmp_path, monkeypatch):
+    """What a table is made of is written with it, not at the end."""
+    raw = pd.DataFrame({"backbone": "b", "seed": 0}, index=[0])
+    monkeypatch.setattr(gallery, "TABLES", {"T02_degradation": lambda of: (raw,), "T03_arms": lambda of: 1 / 0})
+    monkeypatch.setattr(gallery, "FIGURES", {})
+    with pytest.raises(ZeroDivisionError):
+        gallery.make({}, "mini", tmp_path, [], only=("T02_degradation", "T03_arms"))
+    assert (tmp_path / "T02_degradation.provenance.json").exists()

@@ -228,6 +228,10 @@ def test_what_cannot_be_examined_is_refused_with_the_remedy(home, tmp_path, caps
     assert "unknown judge that asks a model 'wildgard'" in refused(capsys, "examine", home / "tiny", "--judges", "wildgard")
     idle = refused(capsys, "examine", home / "tiny", "--benchmarks", "xstest", "--judges", "llama-guard-3")
     assert "the judge 'llama-guard-3' has nothing to judge" in idle
+    for option, value in (("--limit", -3), ("--max-new-tokens", 0)):  # and locks nobody out
+        wrong = ("examine", home / "tiny", "--name", "mistyped", "--benchmarks", "xstest", option, value)
+        assert "must be at least 1" in refused(capsys, *wrong)
+    assert not (tmp_path / "runs" / "mistyped").exists()
     processors.published("llava", tmp_path / "elsewhere" / "tiny", 3)
     run("examine", home / "tiny", "--benchmarks", "xstest", "--max-new-tokens", 2)
     assert "choose another --name" in refused(capsys, "examine", tmp_path / "elsewhere" / "tiny", "--benchmarks", "xstest")

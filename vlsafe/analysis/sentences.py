@@ -226,8 +226,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     against = (registered["item_level"] == claims.CONTRADICTED).sum()
     said += [
         f"- Text ASR rises in {sum(up)} of {len(up)} studies (a parent and a seed each); what new seeds would show, in text and "
-        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} lines of registered claims, one for "
-        f"each parent, {(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
+        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} measured lines of registered "
+        f"claims, {(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
     ] if seeds else []  # fmt: skip
     return f"{start}.\n\n" + "\n".join(said)
 

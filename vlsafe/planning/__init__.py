@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.planning import costs, doctor, dryrun, outside, scheduler
+    from vlsafe.planning import costs, doctor, dryrun, outside, scheduler, shown
 
 __getattr__ = lazily(__name__)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlsafe.core.scale import Fit
 from vlsafe.evaluation.judges import LLM_JUDGES
@@ -32,6 +32,7 @@ SEARCHED = 1.5  # bands per block and factor that the search for the safety band
 VERDICT = 10  # tokens of a judgement; assumed
 SHARES = {"sft": 0.47, "projector": 0.62, "lora": 0.48, "dpo": 0.44}
 """Of the peak, in training with bfloat16 weights: measured on one H200 (LOG.md, 2026-11-26), assumed on other cards."""
+LONGEST = 2.2  # the longest of a batch's answers, which all wait for, as a multiple of their mean; assumed
 CASTING = 0.25  # the same with float32 weights under autocast: LLaVA-1.5's published 10 hours on eight A100 come to about that
 
 
@@ -124,7 +125,7 @@ class Plan:
         read = dryrun.operations(shapes, 100, 0.8, 2) * (requests + questions)
         cache = dryrun.cache_bytes(shapes, 100 + 0.8 * shapes.image_tokens + length / 2)
         step = CAST * shapes.language + exam.batch_size * cache  # every step reads all weights and the cache once
-        decoding = requests / exam.batch_size * length * step
+        decoding = requests / exam.batch_size * min(LONGEST * length, exam.max_new_tokens) * step
         seconds = decoding / (GPUS[self.gpu]["bandwidth"] * (self.rates.decoding or dryrun.BANDWIDTH))
         memory = CAST * shapes.all + exam.batch_size * cache * 2
         hours = self._hours(read, self.rates.prefill or dryrun.PREFILL) + seconds / 3600
@@ -349,51 +350,3 @@ def schedule(study: Study, costs: Sequence[Cost], many: int) -> Schedule:
     while after[chain[-1]]:
         chain.append(max(after[chain[-1]], key=urgency))
     return Schedule(clock, [name for name in chain if takes[name]], urgency(chain[0]))
-
-
-def lines(costs: Sequence[Cost], gpu: str, every: bool = False) -> list[dict[str, Any]]:
-    """The plan as formatted rows, one per part or, with `every`, per stage, and their sum."""
-    groups: dict[str, list[Cost]] = {}
-    for cost in costs:
-        groups.setdefault(cost.stage if every else cost.part, []).append(cost)
-    return [_line(name, of, gpu) for name, of in [*groups.items(), ("all", list(costs))]]
-
-
-def too_large(costs: Sequence[Cost], gpu: str) -> list[str]:
-    """A sentence on every part of safety tuning that no number of such GPUs holds, since it is not sharded over them."""
-    parts: dict[str, list[Cost]] = {}
-    for cost in costs:
-        if cost.stage.startswith("safety/") and min(cost.memory.values()) > GPUS[gpu]["memory"]:
-            parts.setdefault(cost.part, []).append(cost)
-    return [f"{part} is not sharded and needs one GPU of {max(cost.memory[1] for cost in of) / 1e9:,.0f} GB, more than one {gpu} "
-            f"has: `tuning: {{without: [{', '.join(cost.stage.partition('/')[2] for cost in of)}]}}` leaves it out"
-            for part, of in parts.items()]  # fmt: skip
-
-
-def _line(name: str, of: Sequence[Cost], gpu: str) -> dict[str, Any]:
-    hours, kept, tokens = (sum(getattr(cost, field) for cost in of) for field in ("hours", "kept", "tokens"))
-    memory = {n: max(cost.memory[n] for cost in of) for n in (1, 8)}
-    how = " and ".join(sorted({cost.how for cost in of if cost.hours}))
-    return {
-        "stage": name, "stages": len(of), "tokens, 10^6": f"{tokens / 1e6:,.0f}", f"hours of one {gpu}": f"{hours:,.2f}",
-        "GPUs": max(cost.gpus for cost in of), "GB a GPU, 1": f"{memory[1] / 1e9:,.0f}", "GB a GPU, 8": f"{memory[8] / 1e9:,.0f}",
-        "GB kept": f"{kept / 1e9:,.0f}", "GB while running": f"{max(cost.at_most for cost in of) / 1e9:,.0f}",
-        "how": how or "no GPU",
-    }  # fmt: skip
-
-
-def summary(chosen: Sequence[tuple[int, str, Study]]) -> str:
-    """What fits on how many GPUs and how long it takes there, as Markdown; `chosen` holds (GPUs, their name, study)."""
-    rows = []
-    for many, gpu, study in chosen:
-        every = Plan(study, gpu).stages()
-        fit = [cost for cost in every if cost.memory[1 if many == 1 else 8] <= GPUS[gpu]["memory"]]
-        without = ", ".join(sorted({cost.part for cost in every if cost not in fit}))
-        found, disk = schedule(study, fit, many), sum(cost.kept for cost in fit) + max(cost.at_most for cost in fit)
-        rows.append({
-            "GPUs": f"{many} × {gpu}", "scale": f"`{study.scale.name}`",
-            "what": f"all but {without}" if without else "everything",
-            "hours": f"{found.hours:,.0f}", "longest chain": f"{found.chain_hours:,.0f}", "GB on disk": f"{disk / 1e9:,.0f}",
-            "": "computed",
-        })  # fmt: skip
-    return dryrun.table(rows)

@@ -167,7 +167,8 @@ def stand_ins(scale: Scale, backbone: str, many: int) -> tuple[Any, Any, list[An
 def this_gpu() -> dict[str, float] | None:
     """What is known of this GPU: operations a second in dense bfloat16, bandwidth; None where it is not."""
     here = torch.cuda.get_device_name() if devices.device() == "cuda" else ""
-    return next((spec for name, spec in GPUS.items() if name.split("-")[0] in here), None)
+    words = set(here.upper().replace("-", " ").replace("GB", "G").split())
+    return next((spec for name, spec in GPUS.items() if set(name.upper().split("-")) <= words), None)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -94,6 +94,7 @@ def make(
             else:
                 _write_table(name, TABLES[name](of), folder, scale, studies, judges)
             written.append(name)
+            _stamp(name, scale, folder, runs)
         except Lacking as error:
             lacking[name] = error
     left_out = _left_out(lacking, without)
@@ -103,11 +104,15 @@ def make(
     if len(left_out):
         _write_table(LEFT_OUT, (left_out,), folder, scale, studies)
         written.append(LEFT_OUT)
-    for name in written:
-        stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
-        (folder / f"{name}.provenance.json").write_text(stamp, encoding="utf-8")
+        _stamp(LEFT_OUT, scale, folder, runs)
     (folder / "provenance.json").write_text(json.dumps(list(runs), indent=1) + "\n", encoding="utf-8")
     return Gallery(written, left_out)
+
+
+def _stamp(name: str, scale: str, folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Say beside an artefact which runs it is made of."""
+    stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
+    (folder / f"{name}.provenance.json").write_text(stamp, encoding="utf-8")
 
 
 def _write_table(

@@ -22,6 +22,7 @@ from vlsafe.study import tuning
 from vlsafe.study.graph import GRIDS, STAGES
 from vlsafe.study.study import Study
 
+TAGS = {"tower": "zero-shot-image-classification"}
 TEMPLATE = Path(__file__).parent / "templates" / "modelcard.md"
 Manifest = Mapping[str, Any]
 
@@ -107,7 +108,7 @@ def render(manifest: Manifest, ancestors: Sequence[Manifest], raw: pd.DataFrame 
     data = ModelCardData(
         language="en", library_name="transformers", license="other" if outside else "mit",
         license_name="see the licence chain" if outside else None, model_name=name,
-        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
+        pipeline_tag=TAGS.get(manifest["stage"], "image-text-to-text" if multimodal else "text-generation"),
         datasets=[origin.repo for origin in outside.values() if origin.kind == "dataset"] or None,
         base_model=[origin.repo for role, origin in outside.items() if role in ("parent", "tower")] or None,
         tags=["vlsafe", "safety", manifest["stage"], f"scale-{manifest['scale']}"],

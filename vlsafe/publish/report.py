@@ -62,10 +62,14 @@ def _section(folder: Path, name: str) -> str:
         parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{_smaller(picture)}"></figure>')
     if (table := folder / f"{name}.md").exists():
         _, _, text = table.read_text(encoding="utf-8").partition("\n")
-        rows = [place for place, line in enumerate(text.split("\n")) if line.startswith("|")][2:]
-        cut = set() if name in FIRST else set(rows[MOST:])
-        text = "\n".join(line for place, line in enumerate(text.split("\n")) if place not in cut)
-        said = f"table, {len(rows)} lines" + (f", the first {MOST} shown, all in {name}.csv" if cut else "")
+        lines = text.split("\n")
+        head, _, *rows = [place for place, line in enumerate(lines) if line.startswith("|")]
+        columns, by = [cell.strip() for cell in lines[head].split("|")], dict[str, list[int]]()
+        for place in rows:  # the choice of a backbone finds lines of each
+            by.setdefault(lines[place].split("|")[columns.index("backbone")] if "backbone" in columns else "", []).append(place)
+        cut = set() if name in FIRST else {place for of in by.values() for place in of[MOST // len(by) :]}
+        text = "\n".join(line for place, line in enumerate(lines) if place not in cut)
+        said = f"table, {len(rows)} lines" + (f", {len(rows) - len(cut)} shown, all in {name}.csv" if cut else "")
         short = re.sub(r"\s*(</t[dhr]>\s*)+", "", str(MARKDOWN(text)))  # HTML needs no ends of cells: a seventh of the file
         shown = f'<div class="table">{short}</div>'
         parts.append(shown if name in FIRST else f"<details><summary>{said}</summary>{shown}</details>")

@@ -24,7 +24,7 @@ from vlsafe import evaluation, models
 from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.presets import PAPER, SCALES, load_scale
-from vlsafe.core.scale import PLACE, as_plain, known
+from vlsafe.core.scale import PLACE, as_plain, extended, known
 from vlsafe.core.schema import MAIN_LINE, content_digest
 from vlsafe.evaluation.benchmarks import OWN, REAL
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES
@@ -266,6 +266,7 @@ def opened(request: Request, root: Path, name: str = "", suffix: str = "") -> tu
     found = {} if request.prompts else at_hand(assets.outside(), request.benchmarks, request.among)
     benchmarks = [of for of in PAPER.exam.judges if found.get(of) == ""]  # in the scale's order, in which they are read once
     content = scale_of(request, name, benchmarks, _items_of(request, benchmarks))
+    extended(PAPER, {key: value for key, value in content.items() if key != "extends"})  # raises before anything is written
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "# Written by `vlsafe`, and again by the next command about this model.\n"
     store.write_text(file, text + yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True))
