@@ -1,5 +1,6 @@
 """What surrounds the package: links of notebooks, nbval, ruff and hooks, model cards, progress, the fresh clone's script."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -112,12 +113,12 @@ def test_a_card_tells_lineage_data_safety_and_licences(study, content):
     assert f"| world | {100 * asr.mean():.0f} [" in line and "no link of the chain comes from elsewhere" in content
 
 
-def test_a_card_of_what_was_not_examined_claims_nothing_and_without_weights_there_is_none(study):
+def test_a_card_of_what_was_not_examined_claims_nothing_and_without_weights_there_is_none(study, tmp_path):
     assert "nothing is claimed about its safety" in modelcards.card(study, "tower/clip")
     with pytest.raises(ValueError, match="shared/screen/filtered left no model"):
         modelcards.card(study, "screen/filtered")
     with pytest.raises(FileNotFoundError, match="is missing; `vlsafe stage safety/sl-lora`"):
-        modelcards.card(study, "safety/sl-lora")
+        modelcards.card(dataclasses.replace(study, root=tmp_path), "safety/sl-lora")
 
 
 def test_what_comes_from_elsewhere_stands_in_the_licence_chain(study):
