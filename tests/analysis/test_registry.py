@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
 
 from vlsafe.analysis import claims, crossing
@@ -171,15 +172,23 @@ SIDE = {"instruct/filtered-full": "adapted", "parent/aligned": "parent"}
 
 
 def denied(tree, tuned):
-    """Whether T05 says otherwise than a tree of comparisons, in some seed: its interval lies wholly on the other side."""
+    """Whether T05 says otherwise than a tree of comparisons, in some seed: its interval lies wholly on the other side, with
+    Bonferroni's correction over the seeds, as in the ledger's own rule of seeds that differ."""
     if not isinstance(tree, claims.Part):
         return (any if tree.how == "all" else all)(denied(part, tuned) for part in tree.parts)
     (measure, *_), reference = tree.measures, SIDE.get(tree.before)
     own = tuned[(tuned["stage"] + "/" + tuned["recipe"] == tree.after) & (tuned["measure"] == measure)]
     if reference is None or len(tree.measures) > 1 or own.empty:
         return False
-    ends = own[[f"{reference}_difference_{end}" for end in ("low", "high")]] - tree.against
+    ends = own[[f"{reference}_difference_{end}" for end in ("low", "high")]].to_numpy()
+    middle = ends.mean(axis=1, keepdims=True)
+    ends = middle + wider(len(own)) * (ends - middle) - tree.against
     return bool((ends * tree.sign < 0).all(axis=1).any())
+
+
+def wider(seeds):
+    """How much wider than a 95 % interval one of so many is that all hold together."""
+    return scipy.stats.norm.isf(0.025 / seeds) / scipy.stats.norm.isf(0.025)
 
 
 def denied_by_t05(ledger, tuned):
