@@ -256,12 +256,14 @@ def gradients(part: Part, frames: Frames, unit: Unit) -> Changes | None:
     pairs = rows.groupby(["task_a", "task_b", "a", "b"])["cosine"].mean().reset_index()
     ends = partial(_between_tasks, within="within" in part.measures)
     before, after = ends(pairs)
-    if np.isnan(before):
+    if np.isnan(before) or (not before and "within" in part.measures):
         return None
     batches, strata = dict(zip([*pairs["a"], *pairs["b"]], [*pairs["task_a"], *pairs["task_b"]], strict=True)), []
     for task in sorted(set(batches.values())):
         own = [batch for batch in batches if batches[batch] == task]
         left = np.array([np.subtract(*ends(pairs[(pairs[["a", "b"]] != batch).all(axis=1)])) for batch in own])
+        if np.isnan(left).any():  # two batches of a task: without one there is no pair
+            return None
         strata.append(_stratum(pd.Series((after - before) / 2 + (len(own) - 1) * (left - left.mean())), own))
     return Changes(strata, before, after)
 
@@ -270,7 +272,7 @@ def _between_tasks(pairs: pd.DataFrame, within: bool) -> tuple[float, float]:
     """The mean cosine of two tasks' batches: what noise alone would leave (0 unless `within`; NaN: unknown), and what it is."""
     other = pairs["task_a"] != pairs["task_b"]
     own = pairs[~other].groupby("task_a")["cosine"].mean().clip(lower=0)
-    expected = float(np.sqrt(own.prod())) if len(own) == 2 and own.all() else np.nan
+    expected = float(np.sqrt(own.prod())) if len(own) == 2 else np.nan
     return expected if within else 0.0, float(pairs.loc[other, "cosine"].mean())
 
 
