@@ -157,6 +157,6 @@ def test_of_a_scale_of_packages_each_is_looked_for_and_what_installs_them_is_sai
 def test_a_machine_that_emulates_bfloat16_gets_another_scale_named(monkeypatch, able, state):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": able, "amx_bf16": False})
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    line = doctor._bfloat16(load_scale("pocket"))
-    assert line.state == state and ("pocket-float32" in line.detail) is not able
-    assert "pocket-float32" not in doctor._bfloat16(load_scale("env/scales/pocket-float32.yaml")).detail
+    line = doctor._bfloat16(load_scale("env/scales/pocket-bfloat16.yaml"))
+    assert line.state == state and ("such as pocket" in line.detail) is not able
+    assert doctor._bfloat16(load_scale("pocket")).detail == "not wanted"

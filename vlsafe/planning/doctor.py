@@ -161,7 +161,7 @@ def _bfloat16(scale: Scale) -> Line:
     wanted, able = scale.exam.dtype == "bfloat16" or scale.instruct.autocast, of.get("avx512_bf16") or of.get("amx_bf16")
     if torch.cuda.is_available() or able or not wanted:
         return Line("bfloat16", "yes" if able else "no", "" if wanted else "not wanted")
-    return Line("bfloat16", "no", "this CPU emulates it, at a tenth of the speed: use env/scales/pocket-float32.yaml")
+    return Line("bfloat16", "no", "this CPU emulates it, at a twentieth of the speed: use a scale in float32, such as pocket")
 
 
 def _gpu(gigabytes: float) -> Line:
