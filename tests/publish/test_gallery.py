@@ -22,7 +22,7 @@ LIKE_OTHERS = (
     "looking-full", "unfiltered-full", "merge/dpo", "merge/aligned",
 )  # fmt: skip
 SOME = ("text_asr", "multimodal_asr", "twin_refusal", "exaggerated_refusal", "helpfulness", "text_asr_guard", "mme_score")
-CLAIMS = ("1", "4", "4b", "5", "7", "8", "9", "10", "12")
+CLAIMS = ("1", "4", "4b", "5", "7", "8", "9b", "10", "12")  # 9 needs more batches than NANO has
 FEW = 20
 GO_ALIKE = ("dose-", "confounds.", "mtl-full", "dpo-both-full")  # what goes with them goes as it does with others
 WITHOUT_FRAMES = ("world/", "base/", "tower/", "guard/", "parent/", "projector/", "instruct/", "probe/direction")
