@@ -147,7 +147,7 @@ def seeing(losses: pd.DataFrame) -> pd.DataFrame:
     """What a picture is worth to a model: the loss of held-out captions with the right picture and with another one's, and the
     paired difference, one line per checkpoint.
 
-    `losses` has a row per caption; captions are the clusters. Units:    nats per token
+    `losses` has a row per caption; captions are the clusters. Units:    nats per token of the caption
     """
     lines = []
     for model, rows in groups(losses, [*UNIT, "stage", "recipe", "step"]):

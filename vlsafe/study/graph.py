@@ -146,7 +146,7 @@ STAGES |= {
         lambda s: [s.scale.probing.along, *s.choosing] if s.choosing else s.scale.probing.along, 8, gathers=True,
     ),
     "probe/seeing": Stage(
-        pocket.make_seeing, ("world/corpora", "parent/aligned", *pocket.SEEING), degradation.response_params, 60,
+        pocket.make_seeing, ("world/corpora", "parent/aligned", *pocket.SEEING), degradation.response_params, 60, version=2,
         unless=pocket.unpacked, only="load",
     ),
     "probe/objectives": Stage(

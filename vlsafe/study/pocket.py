@@ -217,9 +217,12 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
 
 
 def make_seeing(study: Study, work: Path) -> dict[str, Any]:
-    """What pictures are worth to every checkpoint of both stages and of the text-only twin: the loss of held-out captions, nats
-    per token, with the right picture and with another one's; how long pictures' tokens are, relative to words' embeddings; and
-    how far the language weights have moved from the parent's."""
+    """What pictures are worth to every checkpoint of both stages and of the text-only twin: the loss of held-out captions with
+    the right picture and with another one's; how long pictures' tokens are, relative to words' embeddings; and how far the
+    language weights have moved from the parent's.
+
+    Units:    nats of the whole answer per token of the caption; "The picture shows" and the end are the same for every picture
+    """
     items = [item for item in study.items() if item.benchmark == "pocket_captions"]
     right = [
         dataclasses.replace(item, options=(item.options["ABCD".index(str(item.reference))],), scoring="generated")
@@ -239,7 +242,8 @@ def make_seeing(study: Study, work: Path) -> dict[str, Any]:
         moved += [columns | row for row in inspection.states.drift(parent, places, with_rank=False)]
         columns["norm_ratio"] = models.checkpoints.norm_ratio(model, pixels)
         for item, (seen,), (other,) in zip(shown["seen"], *losses, strict=True):
-            tokens = 1 + len(processor.tokenizer(item.options[0], add_special_tokens=False)["input_ids"])
+            whole, frame = processor.tokenizer([item.options[0], data.pocket.rows.sentence("")], add_special_tokens=False)["input_ids"]
+            tokens = len(whole) - len(frame)
             rows.append({**columns, "item": item.id, "cluster": item.cluster, "right": seen / tokens, "shuffled": other / tokens})
         bar(number)
     store.write_rows(work / "seeing.parquet", rows)
