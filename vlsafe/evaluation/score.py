@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +98,9 @@ def score(
     if not scores:
         raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
     result = {
-        "benchmark": benchmark, "subset": subset, **of_responses, "labels": {name: _labels(rows) for name, rows in marks.items()},
+        "benchmark": benchmark, "subset": subset, **of_responses, "labels": {
+            name: Counter(label for row in rows for label in row.labels if label is not None) for name, rows in marks.items()
+        },
         "judges": list(about.values()), "scores": scores, "agreement": _agreement(marks),
         "divergences": list(module.DIVERGENCES), "source": store.source_digest(),
     }  # fmt: skip
@@ -140,10 +142,6 @@ def _examined(
         "n_items": len(items), "n_without_response": sum(item.id not in texts for item in items),
         "parts_without_responses": absent,
     }  # fmt: skip
-
-
-def _labels(rows: Iterable[Marked]) -> Counter[str]:
-    return Counter(label for row in rows for label in row.labels if label is not None)
 
 
 def _write(result: Mapping[str, Any], out: Path, marks: Mapping[str, Sequence[Marked]], rows_to: Path | None) -> None:

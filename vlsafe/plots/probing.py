@@ -65,8 +65,13 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
                 style.draw_line(axes[backbone, group], line, "layer", **COSINES[measure][1])
         for axis in axes.values():
             axis.axhline(0, color="black", linewidth=0.6)
-            axis.set_xticks(sorted(drawn["layer"].unique()))
+            _number(axis.xaxis, drawn["layer"])
     return figure
+
+
+def _number(axis: Any, blocks: pd.Series) -> None:
+    """Ticks at the blocks, of more than twelve at every second or third."""
+    axis.set_ticks(sorted(blocks.unique())[:: 1 + blocks.nunique() // 13])
 
 
 def _moved_further(text: pd.DataFrame) -> str:
@@ -100,7 +105,7 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
             image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound)
             axis.plot(*np.nonzero(clear)[::-1], ".", color="black", markersize=2)
             axis.set_xticks(range(shade.shape[1]), shade.columns)
-            axis.set_yticks(range(shade.shape[0]))
+            _number(axis.yaxis, cells["layer"])
         figure.colorbar(image, ax=figure.axes, shrink=0.9, label="harmful moved further →").outline.set_visible(False)
     return figure
 
@@ -132,7 +137,7 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
                 _draw_curves(axes[name, "pairs"], curve, values, colour, label)
             _draw_curves(axes[name, "gap"], curve, "gap", "#000000")
             for axis in (axes[name, "pairs"], axes[name, "gap"]):
-                axis.set_xticks(sorted(curve["layer"].unique()))
+                _number(axis.xaxis, curve["layer"])
                 for band in bands[bands["located"]].itertuples():
                     span, alpha = (band.start - 0.5, band.end - 0.5), 0.2 / len(bands) ** 0.5
                     axis.axvspan(*span, color="#E69F00", alpha=alpha, linewidth=0)
@@ -275,5 +280,5 @@ def objectives(vectors: pd.DataFrame, gradients: pd.DataFrame, scale: str) -> Fi
                 axis.set_ylim(-0.3, 1.05)
             for name, (_, look) in looks.items():
                 style.draw_line(axis, lines[lines[key] == name], "layer", **look)
-            axis.set_xticks(sorted(lines["layer"].unique()))
+            _number(axis.xaxis, lines["layer"])
     return figure

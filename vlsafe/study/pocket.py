@@ -217,12 +217,9 @@ def make_screen(study: Study, work: Path) -> dict[str, Any]:
 
 
 def make_seeing(study: Study, work: Path) -> dict[str, Any]:
-    """What pictures are worth to every checkpoint of both stages and of the text-only twin: the loss of held-out captions with
-    the right picture and with another one's; how long pictures' tokens are, relative to words' embeddings; and how far the
-    language weights have moved from the parent's.
-
-    Units:    nats of the whole answer per token of the caption; "The picture shows" and the end are the same for every picture
-    """
+    """What pictures are worth to every checkpoint of both stages and of the text-only twin: the loss of captions (nats of the
+    whole answer per token of the caption) with the right picture and with another one's; how long pictures' tokens are, relative
+    to words' embeddings; and how far the language weights have moved from the parent's."""
     items = [item for item in study.items() if item.benchmark == "pocket_captions"]
     right = [
         dataclasses.replace(item, options=(item.options["ABCD".index(str(item.reference))],), scoring="generated")
@@ -235,6 +232,7 @@ def make_seeing(study: Study, work: Path) -> dict[str, Any]:
     bar = Bar("probe/seeing", len(folders))
     for number, (run, folder) in enumerate(folders, 1):
         model, processor = models.checkpoints.ready(folder, dtype), models.checkpoints.load_processor(folder)
+        cut = processor.tokenizer.tokenize
         losses = [evaluation.engines.option_losses(model, processor, of, size) for of in shown.values()]
         pixels = models.towers.pixels(processor, [bytes(item.images[0]) for item in shown["seen"]])
         columns = probing.model_columns(study, run, folder)
@@ -242,8 +240,7 @@ def make_seeing(study: Study, work: Path) -> dict[str, Any]:
         moved += [columns | row for row in inspection.states.drift(parent, places, with_rank=False)]
         columns["norm_ratio"] = models.checkpoints.norm_ratio(model, pixels)
         for item, (seen,), (other,) in zip(shown["seen"], *losses, strict=True):
-            whole, frame = processor.tokenizer([item.options[0], data.pocket.rows.sentence("")], add_special_tokens=False)["input_ids"]
-            tokens = len(whole) - len(frame)
+            tokens = len(cut(item.options[0])) - len(cut(data.pocket.rows.sentence("")))
             rows.append({**columns, "item": item.id, "cluster": item.cluster, "right": seen / tokens, "shuffled": other / tokens})
         bar(number)
     store.write_rows(work / "seeing.parquet", rows)

@@ -102,10 +102,6 @@ def _titled(text: str) -> str:
     return unicodedata.normalize("NFKC", text).title()
 
 
-def _unmarked(item: Item, response: str) -> Mark:
-    return Mark(UNJUDGED)
-
-
 def _empty_is_safe(item: Item, response: str) -> Mark:
     return Mark(UNJUDGED) if response.strip() else Mark("True", "empty")
 
@@ -133,7 +129,7 @@ PARSERS: dict[str, Parser] = {
 }
 SHORTCUTS = {**dict.fromkeys(("siuo-safe", "siuo-safe-criteria"), _empty_is_safe), "mmbench-extractor": mmbench_letters}
 LLM_JUDGES = {
-    name: LLMJudge(PARSERS[name], SHORTCUTS.get(name, _unmarked), **{"query": name, **entry})
+    name: LLMJudge(PARSERS[name], SHORTCUTS.get(name, lambda item, response: Mark(UNJUDGED)), **{"query": name, **entry})
     for name, entry in PUBLISHED["judges"].items()
 }
 
