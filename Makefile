@@ -147,7 +147,7 @@ figures: GRID := full
 figures: setup
 	rm -rf "build/results/$$SCALE"
 	$(BIN)/vlsafe unpack figures/"$$SCALE"/results/*.tar.xz --root "build/results/$$SCALE"
-	$(BIN)/vlsafe gallery --all --scale "$$SCALE" --root "build/results/$$SCALE" --grid "$$GRID" --out "figures/$$SCALE"
+	$(BIN)/vlsafe gallery --all --scale "$$SCALE" --backbones $(BACKBONES) --root "build/results/$$SCALE" --grid "$$GRID" --out "figures/$$SCALE"
 
 # Execute at mini, median seed, and copy the outputs back into the committed notebooks.
 notebooks: reproduce
