@@ -7,6 +7,8 @@ CORES     ?= 2
 # "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
 GRID      ?= default
 ROOT      ?= runs
+# Rules of the Snakefile, and what they need, instead of everything: notebook_03_safety_degradation_mini_chat_4, for example.
+TARGETS   ?=
 # A Snakemake profile: env/profiles/node (one machine, GPUs as a resource), env/profiles/slurm, or your own.
 PROFILE   ?=
 # How many GPUs the machine of env/profiles/node has, where they are not the eight that the profile says.
@@ -43,7 +45,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --rerun-incomplete --rerun-triggers mtime params input --quiet rules \
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
-.PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab notebooks nbval lint types clean
+.PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab results notebooks nbval lint types clean
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
@@ -62,7 +64,7 @@ dev: .venv/.dev
 
 reproduce: setup $(if $(findstring pocket,$(SCALE)),parts)
 	$(BIN)/vlsafe sweep --scale "$$SCALE" --seeds $(SEEDS) --backbones $(BACKBONES) --root "$$ROOT"
-	$(BIN)/vlsafe unlock --root . -- $(SNAKEMAKE)
+	$(BIN)/vlsafe unlock --root . -- $(SNAKEMAKE) $(if $(TARGETS),--) $(TARGETS)
 
 # Scale pocket from its real parts with a few rows and steps: one stage of each kind in one process, and its tables. No number of
 # it means anything. Where its packages cannot be installed it is skipped, which is said.
@@ -148,6 +150,10 @@ figures: setup
 	rm -rf "build/results/$$SCALE"
 	$(BIN)/vlsafe unpack figures/"$$SCALE"/results/*.tar.xz --root "build/results/$$SCALE"
 	$(BIN)/vlsafe gallery --all --scale "$$SCALE" --backbones $(BACKBONES) --root "build/results/$$SCALE" --grid "$$GRID" --out "figures/$$SCALE"
+
+# The committed results of studies in the run store: notebooks then show them at once, and train only what they run themselves.
+results: setup
+	$(BIN)/vlsafe unpack $(foreach b,$(BACKBONES),$(foreach s,$(SEEDS),figures/"$$SCALE"/results/$(b)-seed$(s).tar.xz)) --root "$$ROOT"
 
 # Execute at mini, median seed, and copy the outputs back into the committed notebooks.
 notebooks: reproduce
