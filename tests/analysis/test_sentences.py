@@ -14,12 +14,17 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT / "figures" / "mini"
 
 
+ENDS = ("value", "low", "high")
+
+
 def test_numbers_have_signs_and_no_negative_zero():
     assert [sentences.signed(value) for value in (0.123, -0.126, 0.0, -0.0, 0.002, -0.0002)] == [
         "+12", "-13", "+0", "+0", "+0.2", "+0"
     ]  # fmt: skip
     assert sentences.points(0.1, -0.004, 0.2) == "+10 [-0.4, +20]"
-    assert sentences.percent([0.1, 0.3]) == "20 % (10–30 over 2 seeds)" and sentences.percent([0.126]) == "13 %"
+    rates = pd.DataFrame({"value": [0.1, 0.3], "before": [0.126, None], "low": [0.02, 0.2], "high": [0.2, 0.4]})
+    assert sentences.percent(rates) == "20 % (10–30 over 2 seeds)" and sentences.percent(rates, "before") == "13 %"
+    assert sentences.percent(rates[:1]) == "10 % [2, 20]" and sentences.percent(rates[:0]) == "(not measured)"
     assert sentences.listed(["a"]) == "a" and sentences.listed("abc") == "a, b and c"
 
 
@@ -124,7 +129,7 @@ def test_the_title_is_answered_by_the_ledger():
     assert sentences.title(table, fallen).startswith("Adaptation does not: ")
     for level in (claims.UNDECIDED, claims.CEILING, claims.DIFFERS):
         unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, level))
-        assert sentences.title(table, unsure).startswith("Not decided: ")
+        assert sentences.title(table, unsure).startswith(f"{sentences.UNDECIDED}: ")
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
     assert sentences.title(table, half).startswith("Adaptation does in part: ")
@@ -139,6 +144,22 @@ def test_a_claim_of_one_seed_says_so():
     single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
     said = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), single)
     assert re.search(r"^- Seeing alone.+\(`mini-chat`; one seed\)", said, re.M) and "nan" not in said
+
+
+def test_rates_of_one_seed_have_their_interval_over_items():
+    columns = ["backbone", "seed", "measure", "n"] + [f"{stage}_{end}" for stage in ("parent", "instruct") for end in ENDS]
+    one = pd.DataFrame([["some", 0, "text_asr", 453.0, 0.04, 0.02, 0.07, 0.38, 0.32, 0.44]], columns=columns).assign(
+        difference=0.34
+    )
+    start = "takes the share of harmful requests that are answered (ASR)"
+    said = sentences.title(one, LEDGER[:0])
+    assert (
+        said.startswith(f"{sentences.UNDECIDED}.")
+        and f"{start} from 4 % [2, 7] to 38 % [32, 44] (`some`, one seed, n = 453)." in said
+    )
+    assert sentences.rates(one, "parent", ["text_asr", "twin_refusal"]) == "- `some`: text ASR 4 % [2, 7]."
+    two = pd.concat([one, one.assign(seed=1, parent_value=0.08)])
+    assert "from 6 % (4–8 over 2 seeds) to 38 % (38–38 over 2 seeds) (`some`)." in sentences.title(two, LEDGER[:0])
 
 
 def test_what_nobody_measured_is_one_line():

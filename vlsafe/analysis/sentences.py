@@ -40,10 +40,14 @@ def shares(lines: pd.DataFrame, *names: str) -> str:
     return "; ".join(found) + "."
 
 
-def percent(values: Sequence[float]) -> str:
-    """The mean of fractions, one per seed, and their range where there are several."""
-    shown = f"{100 * sum(values) / len(values):.0f} %" if len(values) else "(not measured)"
-    return shown if len(values) < 2 else f"{shown} ({100 * min(values):.0f}–{100 * max(values):.0f} over {len(values)} seeds)"
+def percent(lines: pd.DataFrame, column: str = "value") -> str:
+    """The mean of a rate, a line per seed, and its range; of a single seed its interval over items, where the lines have one."""
+    rates = lines[column].dropna() * 100
+    low, high = (column.removesuffix("value") + end for end in ("low", "high"))
+    if len(rates) == 1 and low in lines and column != "before":
+        return f"{rates.item():.0f} % [{100 * lines.at[rates.index[0], low]:.0f}, {100 * lines.at[rates.index[0], high]:.0f}]"
+    shown = f"{rates.mean():.0f} %" if len(rates) else "(not measured)"
+    return shown if len(rates) < 2 else f"{shown} ({rates.min():.0f}–{rates.max():.0f} over {len(rates)} seeds)"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -141,8 +145,7 @@ def _verdict(line: Any) -> str:
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    over = _over_seeds(line, f"{line.seed_level}, ")
-    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{over}{_flag(line)})"
+    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{_over_seeds(line, f'{line.seed_level}, ')}{_flag(line)})"
 
 
 def _over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
@@ -178,14 +181,12 @@ def counted(ledger: pd.DataFrame) -> str:
 def fell(table: pd.DataFrame) -> str:
     """What adaptation did to each parent, of T02's lines."""
     said = []
-    for backbone, of in table.groupby("backbone", sort=False):
+    for backbone, of in table.dropna(subset=["instruct_value"]).groupby("backbone", sort=False):
         changes = []
         for measure in ("text_asr", "multimodal_asr", "exaggerated_refusal"):
             rows = of[of["measure"] == measure]
-            before, after = (rows[f"{stage}_value"].dropna().tolist() for stage in ("parent", "instruct"))
-            if after:
-                start = f"from {percent(before)} to " if before else ""
-                changes.append(f"{MEASURES[measure]['label']} {start}{percent(after)}")
+            start = f"from {percent(rows, 'parent_value')} to " if rows["parent_value"].notna().any() else ""
+            changes += [f"{MEASURES[measure]['label']} {start}{percent(rows, 'instruct_value')}"] if len(rows) else []
         said.append(f"- `{backbone}`: {', '.join(changes)}.")
     return "\n".join(said)
 
@@ -194,13 +195,14 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     """What adaptation does to text ASR, and what of it is how-tos and what is seeing: T02's lines and the ledger, in points."""
     text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
     rises = [
-        f"from {percent(of['parent_value'].tolist())} to {percent(of['instruct_value'].tolist())} (`{backbone}`)"
+        f"from {percent(of, 'parent_value')} to {percent(of, 'instruct_value')} (`{backbone}`{n * (len(of) < 2)})"
         for backbone, of in text.groupby("backbone", sort=False)
+        for n in [f", one seed, n = {of['n'].iloc[0]:.0f}"]
     ]
     rise = measured[measured["claim"] == RISE]
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
-    start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else "Not decided"
+    start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(text["backbone"])]
     effects = both.pivot(index="backbone", columns="claim", values="effect").dropna()
@@ -233,6 +235,7 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
 
 
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
+UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 TITLE = {  # what the effects of two are, and their sign there
     SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
     "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
@@ -241,13 +244,12 @@ TITLE = {  # what the effects of two are, and their sign there
 
 def rates(table: pd.DataFrame, stage: str, measures: Sequence[str]) -> str:
     """Some rates of the parent, or of the adapted model (`stage`: instruct), by backbone, and where guessing would be; of T02."""
-    said = []
-    for backbone, of in table.groupby("backbone", sort=False):
+    said, column = [], f"{stage}_value"
+    for backbone, of in table.dropna(subset=[column]).groupby("backbone", sort=False):
         parts = []
-        for name in measures:
-            values = of.loc[of["measure"] == name, f"{stage}_value"].dropna().tolist()
+        for name in (name for name in measures if name in set(of["measure"])):
             chance = f", chance {100 * CHANCE[name]:.0f} %" if name in CHANCE else ""
-            parts += [f"{MEASURES[name]['label']} {percent(values)}{chance}"] if values else []
+            parts.append(f"{MEASURES[name]['label']} {percent(of[of['measure'] == name], column)}{chance}")
         said.append(f"- `{backbone}`: {'; '.join(parts)}.")
     return "\n".join(said)
 
@@ -255,7 +257,7 @@ def rates(table: pd.DataFrame, stage: str, measures: Sequence[str]) -> str:
 def guards(table: pd.DataFrame) -> str:
     """How much of the harm the guards find together, and how much of what they drop deserved it, of T01's lines."""
     of = table[table["guard"] == "either"]
-    parts = [f"{name} {percent(of.loc[of['measure'] == name, 'value'].tolist())}" for name in ("recall", "precision")]
+    parts = [f"{name} {percent(of[of['measure'] == name])}" for name in ("recall", "precision")]
     return f"- Both guards together: {', '.join(parts)}."
 
 
@@ -305,8 +307,7 @@ def worst(table: pd.DataFrame) -> str:
     said, text = [], table[table["measure"] == "text_asr"]
     for backbone, of in text.groupby("backbone", sort=False):
         ends = [
-            f"{model} from {percent(lines['before'].dropna().tolist())} to {percent(lines['value'].tolist())}"
-            for model, lines in of.groupby("model", sort=False)
+            f"{model} from {percent(lines, 'before')} to {percent(lines)}" for model, lines in of.groupby("model", sort=False)
         ]
         said.append(
             f"- The worst of the further fine-tunings that keep helpfulness takes text ASR of `{backbone}`: {listed(ends)}."
@@ -319,7 +320,7 @@ def restored(table: pd.DataFrame) -> str:
     said, of = [], table[table["recipe"] == f"linear/{RESTORED}/1.00"]
     for backbone, lines in of.groupby("backbone", sort=False):
         names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-        parts = [f"{MEASURES[m]['label']} {percent(lines.loc[lines['measure'] == m, 'value'].tolist())}" for m in names]
+        parts = [f"{MEASURES[m]['label']} {percent(lines[lines['measure'] == m])}" for m in names]
         said.append(
             f"- All language weights of `{backbone}` put back to the parent's and the adapted projector kept, where validation "
             f"chooses that: {', '.join(parts)}."
