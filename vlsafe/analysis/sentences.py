@@ -94,8 +94,7 @@ def best(lines: pd.DataFrame, measure: str, name: str = "recipe") -> str:
 def winners(lines: pd.DataFrame, measures: Sequence[str], name: str = "recipe") -> str:
     """The best model by each of some measures; of one study."""
     lines = lines.dropna(subset=["value"])
-    found = [best(lines, measure, name) for measure in measures if (lines["measure"] == measure).any()]
-    text = "; ".join(found) + "."
+    text = "; ".join(best(lines, measure, name) for measure in measures if (lines["measure"] == measure).any()) + "."
     return text[0].upper() + text[1:]
 
 
