@@ -328,7 +328,7 @@ def test_one_of_several_models_of_a_run_is_named(study, monkeypatch):
     with pytest.raises(ValueError, match="unknown benchmark 'figsteps'; did you mean 'figstep'"):
         judging.stored(study, NAME, "figsteps", names[0])
     built = dataclasses.replace(study, scale=load_scale("mini"), backbone="mini-chat")
-    with pytest.raises(ValueError, match="'mini' has benchmarks in miniature, which have no official metric"):
+    with pytest.raises(ValueError, match="'mini' has benchmarks in miniature, with no official metric"):
         judging.stored(built, NAME, "sorry_bench")
 
 

@@ -295,6 +295,39 @@ def test_a_sweep_holds_the_result_alone_and_an_ensemble_its_two_models(tmp_path)
     assert len(held) == 6 and held.pop("ensemble") < 2.4 and max(held.values()) < 1.5, held
 
 
+def test_a_killed_sweep_asks_no_model_again_what_it_has_answered(study, tmp_path, monkeypatch):
+    """Killed after three models: neither their texts nor their letters are made again; the tables are those without a kill."""
+    work, greedy, losses, examined = [], engines._greedy, engines.option_losses, []
+
+    def until(sweep, point, items, plain=study_merging.Sweep.examine):
+        if len(examined) == 3:
+            raise KeyboardInterrupt
+        examined.append(point)
+        return plain(sweep, point, items)
+
+    monkeypatch.setattr(study_merging.Sweep, "examine", until)
+    with pytest.raises(KeyboardInterrupt):
+        study_merging.make_sweep(study, tmp_path, "sl-full", "default")
+    assert len(list(tmp_path.glob("answers-*.jsonl"))) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(engines, "_greedy", lambda *rest: (work.append("texts"), greedy(*rest))[1])
+    monkeypatch.setattr(engines, "option_losses", lambda *rest, **more: (work.append(len(rest[2])), losses(*rest, **more))[1])
+
+    def watched(sweep, point, items, plain=study_merging.Sweep.examine):
+        work.clear()
+        found = plain(sweep, point, items)
+        pairs = sum(bool(item.options or item.reference) for item in items["pairs"])
+        again = [n for n in work if n == "texts" or n not in (0, pairs)]  # the loss of the pairs is computed again
+        assert bool(again) == (point not in examined) or found[0].same_as, (point, work)
+        return found
+
+    monkeypatch.setattr(study_merging.Sweep, "examine", watched)
+    study_merging.make_sweep(study, tmp_path, "sl-full", "default")
+    for file in ("validation.parquet", "panel.parquet", "raw.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / file), study.frame("merge/sl-full", file))
+    assert not list(tmp_path.glob("answers-*"))
+
+
 def test_bands_and_what_lies_outside_are_all_there_is(study):
     point, layers = study_merging.Point("band", 0.5, "0.50"), 2
     band, outside, drawn = (study_merging.blocks_of(study, point, kind, layers) for kind in ("band", "outside", "random"))

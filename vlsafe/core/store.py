@@ -171,9 +171,8 @@ def manifest_of(run: Run) -> dict[str, Any]:
     """
     manifest = read_manifest(run)
     if manifest is None:
-        raise FileNotFoundError(
-            f"{run.stage}/{run.recipe} of {run.backbone} seed {run.seed} is not there; `vlsafe stage` makes it"
-        )
+        name = f"{run.stage}/{run.recipe} of {run.backbone} seed {run.seed}"
+        raise FileNotFoundError(f"{name} is not there; `vlsafe stage` makes it")
     return manifest
 
 

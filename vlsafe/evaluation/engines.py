@@ -53,17 +53,18 @@ def respond(
 ) -> list[Response]:  # fmt: skip
     """Responses in the order of the items, each by its item's own scoring; of a ranked item, the letter of the chosen option.
 
-    What is `kept` is not generated again.
+    What is `kept` is not asked again.
 
     Units:    `max_new_tokens` tokens; progress counts items
     """
-    ranked = [item for item in items if item.scoring == "likelihood"]
+    kept = kept or Kept()
     written = [item for item in items if item.scoring == "generated"]
-    texts = generate(model, processor, written, batch_size, max_new_tokens, progress, kept)
-    losses = option_losses(model, processor, ranked, batch_size, lambda done: progress(len(written) + done))
-    letters = [(ascii_uppercase[row.index(min(row))], False, None) for row in losses]
-    answers = {"generated": iter(texts), "likelihood": iter(letters)}
-    return [Response(item.id, item.benchmark, name, *next(answers[item.scoring])) for item in items]
+    ranked = [item for item in items if item.scoring == "likelihood" and item.id not in kept.texts]
+    texts = iter(generate(model, processor, written, batch_size, max_new_tokens, progress, kept))
+    losses = option_losses(model, processor, ranked, batch_size, lambda done: progress(len(items) - len(ranked) + done))
+    kept.add({item.id: (ascii_uppercase[row.index(min(row))], False, None) for item, row in zip(ranked, losses, strict=True)})
+    answers = (next(texts) if item.scoring == "generated" else kept.texts[item.id] for item in items)
+    return [Response(item.id, item.benchmark, name, *answer) for item, answer in zip(items, answers, strict=True)]
 
 
 @torch.inference_mode()

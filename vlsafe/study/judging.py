@@ -102,9 +102,7 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     written = Judgements(named, work / KEPT)
     store.whole_lines(written.keep)  # this file is the stage's own: what a kill has cut off goes
     written.read_kept(lambda row, where: row["id"], list(LLM_JUDGES))
-    prompts = {
-        query: _prompts(study, written, query, by_benchmark, items) for query in queries
-    }  # all of them before any is asked
+    prompts = {query: _prompts(study, written, query, by_benchmark, items) for query in queries}  # all before any is asked
     for query, of in prompts.items():
         written.ask(query, of, Bar(f"{query} judges", len(of)))
     unjudged: dict[str, Counter[str]] = {}
@@ -131,9 +129,7 @@ def make_perplexity(study: Study, work: Path, grid: str) -> dict[str, Any]:
     """
     folder, lines, skipped = study.folder(PARENT), list[dict[str, Any]](), 0
     model, processor = models.checkpoints.ready(folder, study.scale.exam.dtype), models.checkpoints.load_processor(folder)
-    alike = analysis.merging.needed(
-        *analysis.measures.HEADLINE
-    )  # what merges are asked too, so that all answer the same requests
+    alike = analysis.merging.needed(*analysis.measures.HEADLINE)  # merges are asked these too: all answer the same requests
     items = {i.id: i for i in study.items() if i.scoring == "generated" and not i.images and i.benchmark in alike}
     for name in (needed for needed in study.inputs(perplexity(grid)) if needed.startswith(("examination/", "merge/"))):
         texts, answered = _texts(study.rows(name, RESPONSES)), dict[tuple[str, ...], dict[str, Item]]()
@@ -228,9 +224,7 @@ def stored(study: Study, name: str, benchmark: str, model: str | None = None) ->
     """
     known(benchmark, REAL, "benchmark")
     if not study.scale.loaded:
-        raise ValueError(
-            f"{study.scale.name!r} has benchmarks in miniature, which have no official metric; name a scale that is loaded"
-        )
+        raise ValueError(f"{study.scale.name!r} has benchmarks in miniature, with no official metric; name a loaded scale")
     if not store.readable(study.run(name)):
         raise FileNotFoundError(f"there is no valid run {name}; `vlsafe stage {name}` makes it")
     folder = study.run(name).folder

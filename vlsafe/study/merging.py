@@ -20,8 +20,7 @@ import pandas as pd
 from vlsafe import analysis, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE, Item, Response, to_row
-from vlsafe.study import tuning
-from vlsafe.study.degradation import response_params
+from vlsafe.study import degradation, tuning
 from vlsafe.study.study import Bar, Study, drop
 
 
@@ -87,7 +86,7 @@ def inputs_of(partner: str, grid: str = "default") -> tuple[str, ...]:
 
 def params(study: Study) -> Any:
     """The numbers that a sweep depends on."""
-    return [study.scale.merging, response_params(study), study.scale.tuning.pairs, study.scale.threads]
+    return [study.scale.merging, degradation.response_params(study), study.scale.tuning.pairs, study.scale.threads]
 
 
 def names(grid: str) -> list[str]:
@@ -195,7 +194,7 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
 
     Units:    CPU seconds per merge (the overheads returned)
     """
-    sweep, items = Sweep(study, partner, members(study, partner, grid), {}), items_of(study, grid)
+    sweep, items = Sweep(study, partner, members(study, partner, grid), {}, work), items_of(study, grid)
     limit = parents_bound(study) + study.scale.merging.margin
     rules, measured = points(study, partner, grid), analysis.merging.needed(*analysis.merging.HEADLINE)
     headline = [item for item in items["full"] if item.benchmark in measured]
@@ -224,13 +223,15 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
             own = shown[recipe_of(point, partner)]
             own |= sweep.respond(point, [item for item in headline if item.id not in own])
             full += sweep.raw_rows(point, headline, own, "ratios")
-    drop(work / "training")
     store.write_rows(work / "validation.parquet", lines)
     store.write_rows(work / "panel.parquet", panel)
     store.write_rows(work / "raw.parquet", full)
     kept = shown if study.scale.loaded else answers  # models judge every merge's answers, to the panel as well
     named = ((f"{study.backbone}/merge/{source}", response) for source, by in kept.items() for response in by.values())
     store.write_rows(work / "responses.parquet", [to_row(dataclasses.replace(r, model=name)) for name, r in named])
+    drop(work / "training")
+    for file in work.glob(degradation.KEPT.format("*")):
+        file.unlink()
     return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
 
 
@@ -264,12 +265,13 @@ def parents_bound(study: Study) -> float:
     return evaluation.validation.attack_rates(items, answers, study.scale.exam.judges)["text"].high
 
 
-def responses_to(study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item]) -> dict[str, Response]:
-    """A model's responses by item; one that cannot see is not asked about pictures."""
-    exam, chosen = study.scale.exam, evaluation.examine.answerable(items, multimodal)
-    responses = {
-        r.item: r for r in evaluation.engines.respond(model, processor, chosen, "merge", exam.batch_size, exam.max_new_tokens)
-    }
+def responses_to(
+    study: Study, model: Any, processor: Any, multimodal: bool, items: Sequence[Item], keep: Path | None = None
+) -> dict[str, Response]:  # fmt: skip
+    """A model's responses by item; one that cannot see is not asked about pictures. `keep`: a file of answers as they come."""
+    exam, chosen, kept = study.scale.exam, evaluation.examine.answerable(items, multimodal), evaluation.engines.Kept(keep)
+    more = exam.batch_size, exam.max_new_tokens, lambda done: None, kept
+    responses = {r.item: r for r in evaluation.engines.respond(model, processor, chosen, "merge", *more)}
     if len(responses) < len(chosen):
         raise ValueError("two items that are asked together have one id; their answers could not be told apart")
     return responses
@@ -290,6 +292,7 @@ class Sweep(NamedTuple):
     partner: str
     members: Members
     examined: dict[str, tuple[Mapping[str, Any], Result]]
+    work: Path | None = None  # where answers are kept as they come: a killed sweep asks no model again
 
     def examine(self, point: Point, items: Mapping[str, list[Item]]) -> tuple[Result, float]:
         """Put the panel and the validation items to one model, unless its weights were examined before.
@@ -309,14 +312,18 @@ class Sweep(NamedTuple):
             losses = evaluation.engines.option_losses(model, processor, right, self.study.scale.exam.batch_size)
             loss = sum(loss for (loss,) in losses) / len(losses) if losses else None
         every = [*items["panel"], *items["pairs"], *items["helpful"]]
-        result = Result(responses_to(self.study, model, processor, multimodal, every), loss)
+        result = Result(responses_to(self.study, model, processor, multimodal, every, self.keep(point)), loss)
         if sample:
             self.examined[recipe_of(point, self.partner)] = sample, result
         return result, spent
 
     def respond(self, point: Point, items: Sequence[Item]) -> dict[str, Response]:
         """Responses of one model of the sweep, by item."""
-        return responses_to(self.study, *self.model(point)[:3], items)
+        return responses_to(self.study, *self.model(point)[:3], items, self.keep(point))
+
+    def keep(self, point: Point) -> Path | None:
+        """The file of a model's answers while the sweep is at work."""
+        return self.work and self.work / degradation.KEPT.format(recipe_of(point, self.partner).replace("/", "-"))
 
     def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
         """The model of a point, its processor, whether it sees, and a sample of its weights where it is a merge."""
