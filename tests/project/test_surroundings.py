@@ -20,7 +20,8 @@ from vlsafe import cli
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.core import store
 from vlsafe.publish import modelcards, notebooks
-from vlsafe.study.study import Bar
+from vlsafe.study.graph import jobs
+from vlsafe.study.study import Bar, Study
 
 ROOT = Path(__file__).parents[2]
 MAIN = "instruct/filtered-full"
@@ -69,9 +70,16 @@ def test_ruff_reads_notebooks_and_ci_runs_what_it_should():
     ruff = [str(Path(sys.executable).with_name("ruff")), "check", "--show-files", "."]
     read = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"{name}.ipynb" in read for name in notebooks.NOTEBOOKS)
-    steps = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make")]
+    script = (ROOT / ".ci/run").read_text().replace("\\\n", "")
+    steps = [line.partition(" TARGETS=")[0] for line in script.splitlines() if line.startswith("make")]
     beside = "make pocket-nano > build/pocket-nano.log 2>&1 &"
-    assert steps == ["make setup", "make test", beside, "make processes", "make loaded", "make reproduce", "make nbval"]
+    ends = ["make processes", "make loaded", "make reproduce", "make results", "make nbval"]
+    assert steps == ["make setup", "make test", beside, *ends]
+    rules = set(re.search('TARGETS="(.+)"', script)[1].split())
+    here = Study.open("mini", "mini-chat", None, ROOT / "runs")
+    known = {"_".join([re.sub("[/.-]", "_", job[0]), "mini_chat", str(here.seed)]) for job in jobs(here)}
+    known |= {f"notebook_{name}_mini_chat_{here.seed}" for name in notebooks.NOTEBOOKS}
+    assert len(rules) == 6 and rules <= known
 
 
 def test_hooks_fetch_nothing_and_call_what_is_there():
