@@ -28,7 +28,7 @@ def test_panels_carry_title_caption_and_labels_and_are_closed():
 def test_a_caption_names_the_seeds_of_each_backbone_where_they_differ():
     both = pd.concat([ROWS, ROWS.assign(backbone="c")])
     assert style.caption(both, "small") == "scale small, seeds 0, 1"
-    assert style.caption(both.iloc[:-3], "small") == "scale small, b seeds 0, 1, c seeds 0"
+    assert style.caption(both.iloc[:-3], "small") == "scale small, b seeds 0, 1, c seed 0"
 
 
 @pytest.mark.parametrize(("seed_range", "band"), [(False, (0.1, 0.9)), (True, (0.2, 0.4))])

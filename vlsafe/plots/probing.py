@@ -192,8 +192,8 @@ def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
     share = (bands["refusals"] / n).to_numpy()
     bars = 100 * np.abs(np.array([wilson(value, n) for value in share]).T - share)
     axis.errorbar(range(len(bands)), 100 * share, bars, fmt="o", markersize=2, linewidth=0.7, color="#000000")
-    names = [f"[{start}, {end})" for start, end in zip(bands["start"], bands["end"], strict=True)]
-    axis.set_xticks(range(len(bands)), names, rotation=90, fontsize=4)
+    ticks = [(place, f"[{band.start}, {band.end})") for place, band in enumerate(bands.itertuples())][:: 1 + len(bands) // 13]
+    axis.set_xticks(*zip(*ticks, strict=True), rotation=90, fontsize=5)
     axis.axhline(100 * scaled["refusals"].iloc[0] / n, color="#777777", linewidth=0.7, linestyle=":")
 
 

@@ -95,7 +95,7 @@ def origin(scale: str) -> str:
 def caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:
     """World, scale and seeds of what is drawn, each backbone's where they differ, and what else the reader must know."""
     by = frame.assign(backbone=frame.get("backbone", "")).groupby("backbone")["seed"]  # a world's rows have no backbone
-    seeds = by.unique().map(lambda of: f"seeds {', '.join(map(str, sorted(of)))}")
+    seeds = by.unique().map(lambda of: f"seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))}")
     drawn = seeds.unique() if seeds.nunique() == 1 else [f"{backbone} {of}" for backbone, of in seeds.items()]
     return "; ".join([", ".join([origin(scale), *drawn]), *filter(None, notes)])
 
