@@ -1,17 +1,20 @@
 """Interventions leave no trace, a planted band is found from a model's own states and answers, and a switch is a switch."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlsafe.core.schema import Item, Turn
 from vlsafe.data.miniature.language import vocabulary
+from vlsafe.evaluation import engines
 from vlsafe.evaluation.engines import respond
 from vlsafe.evaluation.judges import judge
 from vlsafe.inspection import causal
 from vlsafe.inspection import states as inspection_states
 from vlsafe.models import architectures, chat, checkpoints
+from vlsafe.study import causal as study_causal
 
 C, LAYERS = 10.0, 6  # every state's constant, against which norms make everything else nearly linear
 SCARY = {"apple": 0.58, "bread": 0.55, "kite": 0.50, "lamp": 0.46, "chair": 0.45, "violin": 0.20}  # harm that words hint at
@@ -174,3 +177,29 @@ def test_sets_of_blocks():
     assert causal.random_sets(8, 1, 20, np.random.default_rng(0)) == [] == causal.random_sets(8, 8, 20, np.random.default_rng(0))
     many = causal.random_sets(32, 9, 20, np.random.default_rng(0))  # far too many sets to list
     assert len({patch.blocks for patch in many}) == 20 and all(len(patch.blocks) == 9 for patch in many)
+
+
+def test_killed_interventions_go_on_with_the_answers_that_are_there(study, tmp_path, monkeypatch):
+    """Killed at the fourth of many models; what three have answered is not asked again, and the rows are those without a kill."""
+    plain, models = engines._greedy, []
+
+    def until(limit):
+        def respond(model, processor, items, name, *more, original=engines.respond):
+            if len(models) == limit:
+                raise KeyboardInterrupt
+            models.append(name)
+            return original(model, processor, items, name, *more)
+
+        return respond
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(engines, "respond", until(3))
+        study_causal.make_transplants(study, tmp_path)
+    assert len(models) == len(list(tmp_path.glob("answers-*.jsonl"))) == 3
+    generated = []
+    monkeypatch.setattr(engines, "respond", until(None))
+    monkeypatch.setattr(engines, "_greedy", lambda *rest: (generated.append(models[-1]), plain(*rest))[1])
+    study_causal.make_transplants(study, tmp_path)
+    assert models[:3] == models[3:6] and len(set(models)) == len(models) - 3
+    assert generated and not set(generated) & set(models[:3])
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "raw.parquet"), study.frame("causal/transplants"))

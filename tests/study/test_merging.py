@@ -325,7 +325,7 @@ def test_a_killed_sweep_asks_no_model_again_what_it_has_answered(study, tmp_path
     study_merging.make_sweep(study, tmp_path, "sl-full", "default")
     for file in ("validation.parquet", "panel.parquet", "raw.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / file), study.frame("merge/sl-full", file))
-    assert not list(tmp_path.glob("answers-*"))
+    assert not list(study.folder("merge/sl-full").glob("answers-*"))
 
 
 def test_bands_and_what_lies_outside_are_all_there_is(study):

@@ -12,7 +12,7 @@ from vlsafe.core import store
 from vlsafe.study import adaptation
 from vlsafe.study.degradation import response_params
 from vlsafe.study.probing import ADAPTED, DIRECTION, LOCALISATION, PARENT, STAGE_1, refusal_directions
-from vlsafe.study.study import Bar, Study, drop, step_of
+from vlsafe.study.study import KEPT, Bar, Study, drop, step_of
 
 FROZEN_SETS = ("sppft/bands", "sppft/random")
 SPPFT = "filtered-sppft"  # the recipe of stage 2 whose frozen blocks are varied
@@ -24,22 +24,22 @@ def exam_params(study: Study) -> list[Any]:
     return [response_params(study), study.scale.probing.items]
 
 
-def examiner(study: Study, folder: Path, stage: str) -> Callable[..., Rows]:
+def examiner(study: Study, folder: Path, stage: str, work: Path) -> Callable[..., Rows]:
     """An examination to hand to `inspection.causal`: a model in memory and its name -> rows of the raw table.
 
-    The model is one of the checkpoint in `folder`, whose processor it takes.
+    The model is one of the checkpoint in `folder`, whose processor it takes. Answers are kept in `work`, by these names.
     """
     processor, exam = models.checkpoints.load_processor(folder), study.scale.exam
-    items = evaluation.prompts.intervention_items(
-        study.items(), study.scale.probing.items, models.checkpoints.is_multimodal(folder)
-    )
-
+    sees = models.checkpoints.is_multimodal(folder)
+    items = evaluation.prompts.intervention_items(study.items(), study.scale.probing.items, sees)
     rules = evaluation.judges.JUDGES  # too many models are examined here for judges that are models
     marks = {name: [judge for judge in judges if judge in rules] for name, judges in exam.judges.items()}
 
     def examination(model: Any, recipe: str, step: int = 0, stage: str = stage) -> Rows:
         name = f"{study.backbone}/{stage}/{recipe}/step-{step:06d}"
-        responses = evaluation.engines.respond(model, processor, items, name, exam.batch_size, exam.max_new_tokens)
+        kept = evaluation.engines.Kept(work / KEPT.format(f"{stage}-{recipe}-{step}"))
+        more = exam.batch_size, exam.max_new_tokens, lambda done: None, kept
+        responses = evaluation.engines.respond(model, processor, items, name, *more)
         record = {"scale": study.scale.name, "backbone": study.backbone, "seed": study.seed, "model": name}
         return evaluation.examine.raw_table(
             items, responses, {**record, "stage": stage, "recipe": recipe, "step": step, "exam": "patched"}, marks
@@ -60,7 +60,7 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     """
     probing, band = study.scale.probing, study.numbers(LOCALISATION)["band"]
     folders, start = study.checkpoints(ADAPTED), study.checkpoints(STAGE_1)[-1]
-    dtype, examine = study.scale.exam.dtype, examiner(study, folders[-1], "causal")
+    dtype, examine = study.scale.exam.dtype, examiner(study, folders[-1], "causal", work)
     model = models.checkpoints.ready(folders[-1], dtype)
     own = {name: weight.detach().clone() for name, weight in models.architectures.language_weights(model).items()}
     parent = {
@@ -72,14 +72,8 @@ def make_transplants(study: Study, work: Path) -> dict[str, Any]:
     every = (*range(n), inspection.causal.EVERYTHING)
     patches = inspection.causal.bands(n, widths)
     patches += [patch for w in widths for patch in inspection.causal.random_sets(n, w, probing.random_sets, rng)]
-    patches += [
-        inspection.causal.Patch("rest", (inspection.causal.EVERYTHING,)),
-        inspection.causal.Patch("blocks", every[:-1]),
-        inspection.causal.Patch("all", every),
-    ]
-    reverse = (
-        [inspection.causal.Patch("reverse", patch.blocks) for patch in inspection.causal.bands(n, [width])] if width < n else []
-    )
+    patches += [inspection.causal.Patch(*of) for of in (("rest", every[-1:]), ("blocks", every[:-1]), ("all", every))]
+    reverse = [inspection.causal.Patch("reverse", patch.blocks) for patch in inspection.causal.bands(n, [width]) if width < n]
     curve = examine(models.checkpoints.ready(start, dtype), "filtered", 0, "projector")
     curve += examine_checkpoints(folders, dtype, examine, *ADAPTED.split("/"))
     rows = [{**row, "kind": "curve", "blocks": None} for row in curve]
@@ -104,7 +98,7 @@ def make_directions(study: Study, work: Path) -> dict[str, Any]:
     rows: Rows = []
     for run, strengths in ((PARENT, ()), (ADAPTED, probing.strengths)):
         folder = study.checkpoints(run)[-1]
-        model, examine = models.checkpoints.ready(folder, study.scale.exam.dtype), examiner(study, folder, "directed")
+        model, examine = models.checkpoints.ready(folder, study.scale.exam.dtype), examiner(study, folder, "directed", work)
         for what, strength, number, operation in _operations(model, layer, direction, others, strengths):
             columns = {"of": run, "what": what, "strength": strength, "number": number}
             with operation:
@@ -137,7 +131,7 @@ def make_frozen(study: Study, work: Path, which: str) -> dict[str, Any]:
         patches = inspection.causal.random_sets(n, width, study.scale.probing.frozen_sets, study.stream("random frozen blocks"))
     files = {patch: work / f"{patch.name}.parquet" for patch in patches}
     (fit, milestones), scratch = adaptation.stage_2(study, SPPFT), work / "training"
-    examine, dataset, rows = examiner(study, start, "sppft"), study.examples("screen/filtered", "instructions.parquet"), []
+    examine, dataset, rows = examiner(study, start, "sppft", work), study.examples("screen/filtered", "instructions.parquet"), []
     for patch, file in files.items():
         if not file.exists():
             drop(scratch)

@@ -16,9 +16,7 @@ from vlsafe.core import store
 from vlsafe.core.schema import Item, to_row
 from vlsafe.evaluation.benchmarks import confounds
 from vlsafe.evaluation.examine import Examination
-from vlsafe.study.study import Bar, Study, step_of
-
-KEPT = "answers-{}.jsonl"  # of one model, while it answers
+from vlsafe.study.study import KEPT, Bar, Study, step_of
 
 
 def examined(study: Study, name: str, folder: Path, items: Sequence[Item], exam: str, work: Path | None = None) -> Examination:
@@ -58,8 +56,6 @@ def written(work: Path, results: Sequence[Examination]) -> dict[str, Any]:
     responses = [to_row(response) for result in results for response in result.responses]
     store.write_rows(work / "responses.parquet", responses)
     store.write_rows(work / "raw.parquet", [row for result in results for row in result.rows])
-    for file in work.glob(KEPT.format("*")):
-        file.unlink()
     return {"models": len(results), "responses": len(responses)}
 
 

@@ -117,11 +117,12 @@ def make_durability(study: Study, work: Path, model: str) -> dict[str, Any]:
     for kind in (START, *kinds(study)):
         part, scratch = work / kind, work / "training"
         if not (part / TABLES[0]).exists():  # written after the other one
-            folders = [start] if kind == START else attacked(study, start, Attack(kind), study.scale.durability.along, scratch)
             part.mkdir(exist_ok=True)
+            folders = [start] if kind == START else attacked(study, start, Attack(kind), study.scale.durability.along, scratch)
             exams = ["panel"] * (len(folders) - 1) + ["full"]
             name = f"durability/{model}/{kind}"
-            results = [degradation.examined(study, name, of, items[exam], exam) for of, exam in zip(folders, exams, strict=True)]
+            pairs = zip(folders, exams, strict=True)
+            results = [degradation.examined(study, name, of, items[exam], exam, part) for of, exam in pairs]
             degradation.written(part, results)
         drop(scratch)
     parts = [work / kind for kind in (START, *kinds(study))]
@@ -167,7 +168,7 @@ def make_worst(study: Study, work: Path, model: str) -> dict[str, Any]:
     if line["trial"]:
         folder = scratch / f"step-{line['step']:06d}"
         attacked(study, start, trials[line["trial"] - 1], spec.searched, scratch)
-    degradation.written(work, [degradation.examined(study, f"worst/{model}", folder, items["full"], "full")])
+    degradation.written(work, [degradation.examined(study, f"worst/{model}", folder, items["full"], "full", work)])
     columns = {"backbone": study.backbone, "seed": study.seed, "model": model}
     store.write_rows(work / "validation.parquet", [{**columns, **row, "chosen": n == place} for n, row in enumerate(lines)])
     for folder in (scratch, work / "merged"):

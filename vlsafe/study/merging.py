@@ -20,8 +20,9 @@ import pandas as pd
 from vlsafe import analysis, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.schema import MAIN_LINE, Item, Response, to_row
-from vlsafe.study import degradation, tuning
-from vlsafe.study.study import Bar, Study, drop
+from vlsafe.study import tuning
+from vlsafe.study.degradation import response_params
+from vlsafe.study.study import KEPT, Bar, Study, drop
 
 
 class Rule(NamedTuple):
@@ -86,7 +87,7 @@ def inputs_of(partner: str, grid: str = "default") -> tuple[str, ...]:
 
 def params(study: Study) -> Any:
     """The numbers that a sweep depends on."""
-    return [study.scale.merging, degradation.response_params(study), study.scale.tuning.pairs, study.scale.threads]
+    return [study.scale.merging, response_params(study), study.scale.tuning.pairs, study.scale.threads]
 
 
 def names(grid: str) -> list[str]:
@@ -230,8 +231,6 @@ def make_sweep(study: Study, work: Path, partner: str, grid: str) -> dict[str, A
     named = ((f"{study.backbone}/merge/{source}", response) for source, by in kept.items() for response in by.values())
     store.write_rows(work / "responses.parquet", [to_row(dataclasses.replace(r, model=name)) for name, r in named])
     drop(work / "training")
-    for file in work.glob(degradation.KEPT.format("*")):
-        file.unlink()
     return {"models": len(lines), "limit": limit, "overhead_mean": float(np.mean(seconds)), "overhead_max": max(seconds)}
 
 
@@ -323,7 +322,7 @@ class Sweep(NamedTuple):
 
     def keep(self, point: Point) -> Path | None:
         """The file of a model's answers while the sweep is at work."""
-        return self.work and self.work / degradation.KEPT.format(recipe_of(point, self.partner).replace("/", "-"))
+        return self.work and self.work / KEPT.format(recipe_of(point, self.partner).replace("/", "-"))
 
     def model(self, point: Point) -> tuple[Any, Any, bool, dict[str, Any] | None]:
         """The model of a point, its processor, whether it sees, and a sample of its weights where it is a merge."""

@@ -23,6 +23,7 @@ from vlsafe.core.schema import Example, Item, from_row
 from vlsafe.models import templates
 
 SHARED = "shared"  # in place of a backbone: runs that do not depend on one
+KEPT = "answers-{}.jsonl"  # of one model, while a stage is at work: a killed one goes on with them
 
 
 def project_root() -> Path:
@@ -325,7 +326,10 @@ def _prepared(stage: Stage, study: Study, work: Path) -> Mapping[str, Any] | Non
     keep_freed_memory()
     torch.set_num_threads(study.scale.threads)
     with models.devices.chosen_by(study.scale):
-        return stage.make(study, work)
+        numbers = stage.make(study, work)
+    for file in work.rglob(KEPT.format("*")):
+        file.unlink()
+    return numbers
 
 
 def keep_freed_memory() -> None:
