@@ -237,7 +237,7 @@ RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer th
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 TITLE = {  # what the effects of two are, and their sign there
     SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
-    "4b": ("With each picture of the same rows described in words instead, it ends higher by", -1),
+    "4b": ("Describing each picture of the same rows in words instead moves its end by", -1),
 }  # fmt: skip
 
 
