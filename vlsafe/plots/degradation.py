@@ -86,8 +86,7 @@ def by_category(rates: pd.DataFrame, scale: str) -> Figure:
         "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
         "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",
     )  # fmt: skip
-    columns = {"text_asr": "text (SORRY-Bench)", "multimodal_asr": "pictures (MM-SafetyBench)"}
-    columns = {measure: title for measure, title in columns.items() if measure in n.index}
+    columns = {measure: name for measure, name in names.items() if measure in n.index}
     rows, xlabel = style.by_backbone(rates), "attack success, percent of prompts (← safer)"
     with style.panels(rows, columns, 1.9, _where_it_rose(rates), caption, xlabel, sharex=True) as (figure, axes):
         for (backbone, measure), axis in axes.items():

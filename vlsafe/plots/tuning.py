@@ -62,5 +62,6 @@ def _most_refused(rates: pd.DataFrame) -> str:
     adapted = mean[[tuning.kind(*key) == "adapted" for key in mean.index]]
     parts = [f"{adapted.mean():.0f} % adapted"] if len(adapted) else []
     if len(tuned):
-        parts.append(f"{tuned.min():.0f}–{tuned.max():.0f} % tuned (most: {tuned.idxmax()[1].removesuffix('-full')})")
+        ends = "–".join(dict.fromkeys(f"{end:.0f}" for end in (tuned.min(), tuned.max())))
+        parts.append(f"{ends} % tuned (most: {tuned.idxmax()[1].removesuffix('-full')})")
     return f"Harmless requests refused{': ' * bool(parts)}{', '.join(parts)}"
