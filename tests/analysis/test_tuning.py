@@ -107,11 +107,8 @@ def test_refusals_by_kind_of_request():
     assert (
         set(found["what"]) == {"MM-SafetyBench twins"} and (found["value"] == 1).all() and set(found["modality"]) == {"pictures"}
     )
-    assert (
-        plots_tuning.refusals(found, "mini")
-        .get_suptitle()
-        .startswith("Harmless requests refused: 100 % adapted, 100–100 % tuned")
-    )
+    title = plots_tuning.refusals(found, "mini").get_suptitle()
+    assert title.startswith("Harmless requests refused: 100 % adapted, 100 % tuned")
 
 
 def test_labels_keep_their_order_and_their_distance():
