@@ -19,12 +19,14 @@ from vlsafe.study.study import Study
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """Tests of a study that takes a minute to make go to one process; all others where there is room."""
+    """Tests that share what takes long to make, a study or a fixture of their module, go to one process; others where is room."""
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
         shared = [name for name in ("study", "begun") if name in item.fixturenames]
-        if shared and not item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.xdist_group(shared[0]))
+        scopes = {fixture.scope for of in item._fixtureinfo.name2fixturedefs.values() for fixture in of}
+        if (shared or "module" in scopes) and not item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.name))
 
 
 def smaller(fit, steps, batch_size=8):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The proof that a clone is enough: `make reproduce` and `make test` in an empty environment. Takes tens of minutes.
+# The proof that a clone is enough: `make reproduce` and `make test` in an empty environment, or whatever command it is called with
+# (`tests/fresh.sh .ci/run`). Takes an hour and more.
 #
 # What is committed at HEAD is cloned into an empty folder; home, caches and configuration are empty; PATH holds a folder with
 # python3.11 and the system's own commands, and no variable of the caller's survives but those that say where packages come from.
@@ -23,7 +24,11 @@ fresh() {
 }
 fresh python3.11 -c 'import sys; assert sys.version_info[:2] == (3, 11); sys.exit("torch" in sys.modules)'
 test -z "$(git status --porcelain)" -a ! -e runs -a ! -e .venv
-for target in ${TARGETS:-setup reproduce test reproduce}; do # reproduced again: nothing is left to do
-    fresh make "$target"
-done
+if test $# -gt 0; then
+    fresh "$@"
+else
+    for target in ${TARGETS:-setup reproduce test reproduce}; do # reproduced again: nothing is left to do
+        fresh make "$target"
+    done
+fi
 test -z "$(git status --porcelain)" || { git status --short; echo "fresh.sh: the run changed what is committed" >&2; exit 1; }

@@ -109,6 +109,9 @@ def test_refusals_by_kind_of_request():
     )
     title = plots_tuning.refusals(found, "mini").get_suptitle()
     assert title.startswith("Harmless requests refused: 100 % adapted, 100 % tuned")
+    stand_in = twins.assign(benchmark="pocket_text", group="benign")
+    of_pocket = tuning.refusals(pd.concat([rows, stand_in]))
+    assert set(of_pocket["what"]) == {"benign prompts"}  # a benchmark that stands in goes by its own name
 
 
 def test_labels_keep_their_order_and_their_distance():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from vlsafe.study.study import Study
 
 ROOT = Path(__file__).parents[2]
 BACKBONE = next(iter(loaded.PARENTS))
-MINUTES = 8
+MINUTES = 8  # on two cores that do nothing else
 FURTHER = ("durability/adapted", "durability/sl-full", "worst/sl-full")  # of the grid "full"
 
 
@@ -44,31 +45,38 @@ def environment(scale):
     return {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
 
 
+def computed():
+    """Seconds that finished children have computed, on all cores together: a bound of theirs holds beside other work too."""
+    of = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return of.ru_utime + of.ru_stime
+
+
 def stages_of(study, state):
     return {name for name in planned(study) if store.status(study.run(name), deep=True) == state}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The scale, and its graph made without any disturbance: where, its study, how long it took, what the endpoint was asked."""
+    """The scale, and its graph made without any disturbance: where, its study, how long it took and computed, what the endpoint
+    was asked."""
     place = tmp_path_factory.mktemp("loaded")
     with loaded.endpoint() as (address, requests):
         scale = loaded.written(place / "outside", address)
-        begin = time.monotonic()
+        begin, idle = time.monotonic(), computed()
         code = started(place, scale).wait()
-        seconds = time.monotonic() - begin
+        seconds, busy = time.monotonic() - begin, computed() - idle
         assert code == 0, (place / "log").read_text()[-6000:]
         asked = list(requests)
         call = f"vlsafe stage {' '.join(FURTHER)} --scale {scale} --backbone {BACKBONE} --seed 0 --root runs"
         with open(place / "log", "a") as log:
             done = subprocess.run(["bash", "-c", call], cwd=place, env=environment(scale), stdout=log, stderr=log, check=False)
     assert done.returncode == 0, (place / "log").read_text()[-6000:]
-    return place, Study.open(scale, BACKBONE, 0, place / "runs"), seconds, asked
+    return place, Study.open(scale, BACKBONE, 0, place / "runs"), seconds, busy, asked
 
 
 @pytest.mark.loaded
 def test_the_default_grid_of_a_loaded_scale_comes_to_its_end(made, capsys):
-    place, study, seconds, _ = made
+    place, study, seconds, busy, _ = made
     names = planned(study)
     assert stages_of(study, "valid") == set(names)
     executed = place / "runs" / study.scale.name / BACKBONE / "seed0" / "notebooks"
@@ -82,13 +90,14 @@ def test_the_default_grid_of_a_loaded_scale_comes_to_its_end(made, capsys):
     assert {"instruct/textonly-full", "instruct/dose-text-20"} <= set(reasons) and all(reasons.values())
     assert "instruct/clean-full" in left_out(study, "full")
     with capsys.disabled():
-        print(f"\n{len(names)} stages, 0 failed, 0 blocked, {len(reasons)} left out with a reason, {seconds:.0f} s")
-    assert seconds < 60 * MINUTES
+        stages = f"{len(names)} stages, 0 failed, 0 blocked, {len(reasons)} left out with a reason"
+        print(f"\n{stages}, {seconds:.0f} s, {busy:.0f} CPU-seconds")
+    assert busy < 2 * 60 * MINUTES
 
 
 @pytest.mark.loaded
 def test_models_are_fine_tuned_again_at_a_loaded_scale_and_judged_by_its_judges(made):
-    _, study, _, _ = made
+    _, study, *_ = made
     raw = pd.concat([study.frame(name) for name in FURTHER[:2]], ignore_index=True)
     attacks = {"start", "instructions", "text", "harmful"}
     assert set(raw["recipe"]) == {f"{model}/{rows}" for model in ("adapted", "sl-full") for rows in attacks}
@@ -102,7 +111,7 @@ def test_models_are_fine_tuned_again_at_a_loaded_scale_and_judged_by_its_judges(
 @pytest.mark.loaded
 def test_no_judge_is_asked_twice_for_one_response_of_a_stage(made):
     """Every stage asks about each distinct response to an item once; the requests are as many as those."""
-    _, study, _, requests = made
+    _, study, _, _, requests = made
     distinct = 0
     for name in planned(study):
         file = study.run(name).folder / "judgements.jsonl"
@@ -115,7 +124,7 @@ def test_no_judge_is_asked_twice_for_one_response_of_a_stage(made):
 
 @pytest.mark.soak
 def test_a_loaded_graph_that_is_killed_three_times_has_the_same_tables(made, tmp_path, capsys):
-    _, study, seconds, _ = made
+    _, study, seconds, *_ = made
     rng, kills = random.Random(0), 0
     with loaded.endpoint() as (address, _):
         scale = loaded.written(tmp_path / "outside", address)

@@ -71,10 +71,10 @@ def test_ruff_reads_notebooks_and_ci_runs_what_it_should():
     read = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"{name}.ipynb" in read for name in notebooks.NOTEBOOKS)
     script = (ROOT / ".ci/run").read_text().replace("\\\n", "")
-    steps = [line.partition(" TARGETS=")[0] for line in script.splitlines() if line.startswith("make")]
-    beside = "make pocket-nano > build/pocket-nano.log 2>&1 &"
-    ends = ["make processes", "make loaded", "make reproduce", "make results", "make nbval"]
-    assert steps == ["make setup", "make test", beside, *ends]
+    steps = re.findall(r"^ *time (make [a-z-]+)", script, re.MULTILINE)
+    beside = ["make reproduce", "make pocket-nano"]
+    assert steps == ["make setup", *beside, "make test", "make processes", "make loaded", "make results", "make nbval"]
+    assert re.search(r"make pocket-nano\n\} > .* &\nbeside=\$!", script)
     rules = set(re.search('TARGETS="(.+)"', script)[1].split())
     here = Study.open("mini", "mini-chat", None, ROOT / "runs")
     known = {"_".join([re.sub("[/.-]", "_", job[0]), "mini_chat", str(here.seed)]) for job in jobs(here)}
@@ -87,6 +87,10 @@ def test_hooks_fetch_nothing_and_call_what_is_there():
     assert [repo["repo"] for repo in hooks] == ["local"]
     for hook in hooks[0]["hooks"]:
         assert hook["language"] == "system" and hook["entry"].startswith(".venv/bin/")
+
+
+def test_what_shares_a_study_is_in_one_process(begun, request):
+    assert request.node.nodeid.endswith("@begun") or not getattr(request.config.option, "loadgroup", False)
 
 
 def test_the_script_of_the_fresh_clone_is_sound():

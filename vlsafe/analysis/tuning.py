@@ -100,7 +100,7 @@ def refusals(raw: pd.DataFrame) -> pd.DataFrame:
     """
     rows, frames = final(raw), []
     for measure, kinds, what, modality in REFUSALS:
-        of = rows[rows["group"].isin(kinds)] if kinds else rows
+        of = rows[rows["group"].isin(kinds) if kinds else rows["benchmark"] == MEASURES[measure]["benchmark"]]
         rates = analysis_measures.rates(of, [measure], [*UNIT, "stage", "recipe"])
         frames.append(rates.assign(what=what, modality=modality))
     measured = [frame for frame in frames if len(frame)]
