@@ -143,7 +143,7 @@ def test_a_claim_of_one_seed_says_so():
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
     single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
     said = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), single)
-    assert re.search(r"^- Seeing alone.+\(`mini-chat`; one seed\)", said, re.M) and "nan" not in said
+    assert re.search(r"^- Seeing alone.+\(`mini-chat`; one seed, n = \d+\)", said, re.M) and "nan" not in said
 
 
 def test_rates_of_one_seed_have_their_interval_over_items():

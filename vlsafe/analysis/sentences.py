@@ -148,9 +148,9 @@ def _verdict(line: Any) -> str:
 
 
 def _over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
-    """The interval of an effect over seeds, after the verdict; that there is one seed where there is."""
+    """The interval of an effect over seeds, after the verdict; of one seed how many items it has, where no verdict says so."""
     if pd.isna(line.seed_low):
-        return "one seed"
+        return "one seed" if verdict else f"one seed, n = {int(line.n)}"
     low, high = sorted((sign * line.seed_low, sign * line.seed_high))
     return f"over {int(line.seeds)} seeds {verdict}[{signed(low)}, {signed(high)}]"
 
@@ -171,8 +171,8 @@ def counted(ledger: pd.DataFrame) -> str:
         both = held & (of["seed_level"] == claims.SUPPORTED)
         against, seeds = (of["item_level"] == claims.CONTRADICTED).sum(), int(of["seeds"].max())
         said.append(
-            f"- `{backbone}`, {seeds} seed{'s' * (seeds > 1)}: of {len(of)} {status} claims measured {held.sum()} hold over "
-            f"items, {both.sum()} of these over seeds too; contradicted: {against}."
+            f"- `{backbone}`, {seeds} seed{'s' * (seeds > 1)}: of {len(of)} {status} claims measured {held.sum()} "
+            f"hold{'s' * (held.sum() == 1)} over items, {both.sum()} of these over seeds too; contradicted: {against}."
         )
     return "\n".join(said)
 
@@ -224,11 +224,11 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     said += [verdicts(measured, [CLEAN])] if CLEAN in set(measured["claim"]) else []
     up = (text["difference"].dropna() > 0).tolist()
     registered = measured[measured["status"] == claims.REGISTERED]
-    against = (registered["item_level"] == claims.CONTRADICTED).sum()
+    holding, against = ((registered["item_level"] == level).sum() for level in (claims.SUPPORTED, claims.CONTRADICTED))
     said += [
         f"- Text ASR rises in {sum(up)} of {len(up)} studies (a parent and a seed each); what new seeds would show, in text and "
         f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} measured lines of registered "
-        f"claims, {(registered['item_level'] == claims.SUPPORTED).sum()} hold over items and {against} are contradicted."
+        f"claims, {holding} hold{'s' * (holding == 1)} over items and {against} {'is' if against == 1 else 'are'} contradicted."
     ] if seeds else []  # fmt: skip
     return f"{start}.\n\n" + "\n".join(said)
 
