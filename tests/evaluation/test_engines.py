@@ -1,10 +1,12 @@
 """The engine for GPUs, here on a CPU, decodes and ranks as the library and a plain forward pass do."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vlsafe.core.schema import Turn
 from vlsafe.evaluation import decoding, engines
 from vlsafe.models import chat, checkpoints
 
@@ -50,19 +52,34 @@ def test_the_engine_uses_it_where_the_model_is_on_a_gpu(tools, monkeypatch):
     assert [response.text for response in engines.respond(model, processor, some, "m", 8, 8)] == one and fixed.count == 1
 
 
-def test_a_picture_is_seen_once_for_all_options(tools, monkeypatch):
-    """And the losses are those of its pixels beside every option."""
+def loss_of(model, processor, item, option):
+    """Of a plain forward pass over prompt and answer together."""
+    turns = (*item.turns, Turn("assistant", option))
+    length = len(chat.answer_tokens(processor, turns, len(item.images), item.id))
+    inputs = chat.prompt_batch(processor, [turns], [item.images])
+    log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
+    return -float(log_probs.gather(-1, inputs["input_ids"][0, 1:, None])[-length:].sum())
+
+
+@pytest.mark.parametrize("kind", ["model", "ensemble"])
+def test_a_prompt_is_read_once_for_all_its_options(tools, begun, kind):
+    """With its picture, and the losses are those of prompt and answer together; options of unequal length, of one token too."""
     model, processor, items = tools
-    ranked = [item for item in items if item.scoring == "likelihood" and item.images][:6]
-    seen = []
-    handle = model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    once = engines.option_losses(model, processor, ranked, 12)
-    assert sum(seen) == len(ranked)
-    monkeypatch.setattr(engines, "_seen_once", lambda model, inputs, items: dict(inputs))
-    plain = engines.option_losses(model, processor, ranked, 12)
+    if kind == "ensemble":
+        model = engines.Ensemble(model, checkpoints.load(begun.checkpoints("projector/filtered")[0]), 0.3)
+    of = [item for item in items if item.scoring == "likelihood" and item.images][:6] + [i for i in items if not i.images][:3]
+    ranked = [dataclasses.replace(item, options=item.options or ("red.", "", "use the spoon and the wax.")) for item in of]
+    seen, member = [], model.members[0] if kind == "ensemble" else model
+    handle = member.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    found = engines.option_losses(model, processor, ranked, 12)
     handle.remove()
-    assert sum(seen) == len(ranked) + sum(len(item.options) for item in ranked)
-    assert torch.allclose(torch.tensor(once), torch.tensor(plain), atol=1e-5, rtol=0)
+    assert sum(seen) == 6 and [len(row) for row in found] == [len(item.options) for item in ranked]
+    with torch.inference_mode():
+        plain = [[loss_of(model, processor, item, option) for option in item.options] for item in ranked]
+    for row, by_hand in zip(found, plain, strict=True):
+        assert row == pytest.approx(by_hand, abs=1e-4)
+    one = dataclasses.replace(ranked[-1], options=("",))  # its end alone: no answer's token is read
+    assert engines.option_losses(model, processor, [one], 4)[0] == pytest.approx([plain[-1][1]], abs=1e-4)
 
 
 def test_the_probability_of_refusal_is_that_of_the_first_words(tools, monkeypatch):

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from vlsafe.core import store
 from vlsafe.core.schema import Item, Response, Turn
 from vlsafe.evaluation import decoding
 from vlsafe.evaluation.judges.rules import SEEN
-from vlsafe.models.chat import answer_length, prompt_batch
+from vlsafe.models.chat import answer_tokens, prompt_batch
 
 Progress = Callable[[int], None]
 Text = tuple[str, bool, float | None]  # an answer, whether the token limit cut it off, the probability of a refusal's first word
@@ -186,8 +186,8 @@ def option_losses(
 ) -> list[list[float]]:
     """The model's total loss on each option of each item, as the assistant's answer to the item's prompt.
 
-    A batch holds `batch_size` answers, so about a quarter as many items with four options; each item's pictures go
-    through the tower once. The answer includes its EOS, as in training.
+    A batch holds `batch_size` answers, so about a quarter as many items with four options; each prompt, with its pictures, is
+    read once, and its options follow on its cache. The answer includes its EOS, as in training.
 
     Shapes:   N items of K options  ->  N lists of K
     Units:    nats, summed over the answer's tokens
@@ -196,8 +196,7 @@ def option_losses(
     """
     losses: dict[int, list[float]] = {}
     for batch in _batches(items, max(1, batch_size // max([len(item.options) for item in items], default=1))):
-        answers = [(items[i], option) for i in batch for option in items[i].options]
-        values = iter(_answer_losses(model, processor, answers).tolist())
+        values = iter(_answer_losses(model, processor, [items[i] for i in batch]).tolist())
         losses |= {i: [next(values) for _ in items[i].options] for i in batch}
         progress(len(losses))
     return [losses[i] for i in range(len(items))]
@@ -210,54 +209,45 @@ def perplexity(model: PreTrainedModel, processor: Any, items: Sequence[Item], ba
     Raises:   ValueError for an answer that does not follow its prompt token by token
     """
     losses = option_losses(model, processor, items, batch_size)
-    tokens = sum(answer_length(processor, _chat(item), len(item.images), item.id) for item in items)
+    tokens = sum(len(_tokens(processor, item, option)) for item in items for option in item.options)
     return math.exp(sum(loss for (loss,) in losses) / tokens)
 
 
 def follows(processor: Any, item: Item) -> bool:
     """Whether the first option of an item follows its prompt token by token: only then has it a loss of its own."""
     try:
-        return answer_length(processor, _chat(item), len(item.images), item.id) > 0
+        return bool(_tokens(processor, item, item.options[0]))
     except ValueError:
         return False
 
 
-def _chat(item: Item) -> tuple[Turn, ...]:
-    return (*item.turns, Turn("assistant", item.options[0]))
+def _tokens(processor: Any, item: Item, option: str) -> list[int]:
+    return answer_tokens(processor, (*item.turns, Turn("assistant", option)), len(item.images), item.id)
 
 
-def _answer_losses(model: PreTrainedModel, processor: Any, answers: Sequence[tuple[Item, str]]) -> torch.Tensor:
-    """Loss of one batch of answers: answers [N]  ->  [N] nats. Padding is on the left, so every answer ends in the last column.
+def _answer_losses(model: PreTrainedModel, processor: Any, items: Sequence[Item]) -> torch.Tensor:
+    """Losses of one batch: items of N options together  ->  [N] nats. Prompts are padded on the left, answers on the right.
 
     Positions are counted from each row's first token, as generation counts them.
     """
-    chats = [(*item.turns, Turn("assistant", option)) for item, option in answers]
-    inputs = prompt_batch(processor, chats, [item.images for item, _ in answers]).to(model.device)
-    lengths = torch.tensor(
-        [answer_length(processor, chat, len(item.images), item.id) for (item, _), chat in zip(answers, chats, strict=True)]
-    )
-    longest, tokens = int(lengths.max()), inputs["input_ids"]
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    inputs = _seen_once(model, inputs, [item for item, _ in answers])
-    logits = model(**inputs, position_ids=positions, logits_to_keep=longest + 1).logits[:, -longest - 1 : -1].float()
-    log_probs = logits.log_softmax(-1).gather(-1, tokens[:, -longest:, None]).squeeze(-1).cpu()
-    in_answer = torch.arange(longest, 0, -1)[None] <= lengths[:, None]
-    return -(log_probs * in_answer).sum(1)
-
-
-def _seen_once(model: PreTrainedModel, inputs: Any, items: Sequence[Item]) -> dict[str, Any]:
-    """Inputs of answers to `items`, with the features of their pictures, each computed once, instead of pixels per answer."""
-    if "pixel_values" not in inputs or not isinstance(model, PreTrainedModel):
-        return dict(inputs)
-    if model.config.model_type != "llava":
+    if any(item.images for item in items) and isinstance(model, PreTrainedModel) and model.config.model_type != "llava":
         raise ValueError(f"options beside pictures are ranked by models of the type 'llava', not by {model.config.model_type!r}")
-    pictures = [(item.id, number) for item in items for number in range(len(item.images))]
-    first = {picture: row for row, picture in reversed(list(enumerate(pictures)))}
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    features = model.get_image_features(pixel_values=inputs["pixel_values"][list(first.values())], return_dict=True)
-    of = dict(zip(first, features.pooler_output, strict=True))
-    features.pooler_output = [of[picture] for picture in pictures]
-    return {**rest, "mm_encoder_outputs": {"image": features}}
+    answers = [torch.tensor(_tokens(processor, item, option)) for item in items for option in item.options]
+    tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1).to(model.device)
+    of = torch.tensor([row for row, item in enumerate(items) for _ in item.options], device=model.device)
+    inputs = prompt_batch(processor, [item.turns for item in items], [item.images for item in items]).to(model.device)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    read = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+    logits, before = read.logits[of].float(), tokens[:, :-1]
+    if before.shape[1]:
+        read.past_key_values.batch_select_indices(of)
+        mask = torch.cat([inputs["attention_mask"][of], torch.ones_like(before)], 1)
+        places = positions[of, -1:] + torch.arange(1, before.shape[1] + 1, device=model.device)
+        cache = {"past_key_values": read.past_key_values, "use_cache": True}
+        rest = model(input_ids=before.clamp(min=0), attention_mask=mask, position_ids=places, **cache).logits
+        logits = torch.cat([logits, rest.float()], 1)
+    log_probs = logits.log_softmax(-1).gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1)
+    return -log_probs.masked_fill(tokens < 0, 0.0).sum(1).cpu()
 
 
 def _batches(items: Sequence[Item], size: int) -> list[list[int]]:
@@ -277,13 +267,13 @@ class Ensemble(torch.nn.Module):
         self.members, self.ratio = torch.nn.ModuleList([first, second]), ratio
         self.generation_config, self.device = first.generation_config, first.device
 
-    def forward(self, **inputs: Any) -> CausalLMOutput:
-        """Shapes:   as the members'; the logits are log-probabilities"""
-        return self._mean([member(**inputs) for member in self.members])
-
-    def _mean(self, outputs: Sequence[Any]) -> CausalLMOutput:
+    def forward(self, past_key_values: Caches | None = None, **inputs: Any) -> CausalLMOutputWithPast:
+        """Shapes:   as the members'; the logits are log-probabilities, the cache is a list of theirs"""
+        caches = past_key_values or [None] * len(self.members)
+        outputs = [member(**inputs, past_key_values=cache) for member, cache in zip(self.members, caches, strict=True)]
         first, second = (out.logits.float().softmax(-1) for out in outputs)
-        return CausalLMOutput(logits=torch.lerp(first, second, self.ratio).log())
+        cached = Caches(out.past_key_values for out in outputs)
+        return CausalLMOutputWithPast(logits=torch.lerp(first, second, self.ratio).log(), past_key_values=cached)
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, do_sample: bool, use_cache: bool,
@@ -297,20 +287,24 @@ class Ensemble(torch.nn.Module):
         if do_sample or not use_cache:
             raise ValueError("an ensemble generates greedily and with its cache")
         eos, pad = self.generation_config.eos_token_id, self.generation_config.pad_token_id
-        tokens, caches, ended = input_ids, [None, None], torch.zeros(len(input_ids), dtype=torch.bool)
+        tokens, caches, ended = input_ids, None, torch.zeros(len(input_ids), dtype=torch.bool)
         while tokens.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
-            first = caches[0] is None
-            new = tokens if first else tokens[:, -1:]
+            new = tokens[:, -1:] if caches else tokens
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            inputs = dict(input_ids=new, attention_mask=attention_mask, position_ids=positions, **(pictures if first else {}))
-            outputs = [
-                member(**inputs, use_cache=True, logits_to_keep=1, past_key_values=cache)
-                for member, cache in zip(self.members, caches, strict=True)
-            ]
-            caches = [out.past_key_values for out in outputs]
-            logits = (logits_processor or LogitsProcessorList())(tokens, self._mean(outputs).logits[:, -1])
+            inputs = dict(input_ids=new, attention_mask=attention_mask, position_ids=positions, **({} if caches else pictures))
+            output = self(**inputs, use_cache=True, logits_to_keep=1, past_key_values=caches)
+            caches = output.past_key_values
+            logits = (logits_processor or LogitsProcessorList())(tokens, output.logits[:, -1])
             chosen = logits.argmax(-1).masked_fill(ended, pad)
             ended = ended | (chosen == eos)
             tokens = torch.cat([tokens, chosen[:, None]], 1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
         return tokens
+
+
+class Caches(list[Any]):
+    """The caches of an ensemble's members, of which rows are selected as of one."""
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for cache in self:
+            cache.batch_select_indices(indices)

@@ -165,8 +165,8 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
     return inputs
 
 
-def answer_length(processor: Any, chat: Sequence[Turn], n_images: int, name: str) -> int:
-    """How many tokens the last answer of a conversation adds to what is before it; `name` is for the error.
+def answer_tokens(processor: Any, chat: Sequence[Turn], n_images: int, name: str) -> list[int]:
+    """The tokens that the last answer of a conversation adds to what is before it; `name` is for the error.
 
     Raises:   ValueError where the prompt is not the beginning of the whole: the loss would fall on other tokens
     """
@@ -175,7 +175,7 @@ def answer_length(processor: Any, chat: Sequence[Turn], n_images: int, name: str
     prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise ValueError(f"the answer {chat[-1].text!r} to {name} does not follow its prompt token by token")
-    return len(whole) - len(prompt)
+    return list(whole[len(prompt) :])
 
 
 def _lacks_bos(processor: Any, texts: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from vlsafe.core.schema import Example
-from vlsafe.models.chat import answer_length, prompt_batch
+from vlsafe.models.chat import answer_tokens, prompt_batch
 
 
 def diagonal(
@@ -57,7 +57,7 @@ def _log_likelihood(model: PreTrainedModel, processor: Any, row: Example) -> tor
     """Of a row's last answer, its end included, given all before it. Units: nats"""
     if len(row.turns) < 2 or row.turns[-1].role != "assistant":
         raise ValueError(f"the row {row.id} does not end with an answer, which the Fisher information is of")
-    length = answer_length(processor, row.turns, len(row.images), row.id)
+    length = len(answer_tokens(processor, row.turns, len(row.images), row.id))
     inputs = prompt_batch(processor, [row.turns], [row.images]).to(model.device)
     log_probs = model(**inputs, logits_to_keep=length + 1).logits[0, :-1].float().log_softmax(-1)
     return log_probs.gather(-1, inputs["input_ids"][0, -length:, None]).sum()
