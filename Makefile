@@ -46,12 +46,13 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
 .PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab results notebooks nbval lint types clean
+# Packages are compiled where they are first imported: compiling all of them is half of the time of an installation.
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml
 	$(BIN)/python -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	  || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r env/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
@@ -59,7 +60,7 @@ setup: .venv/.installed
 dev: .venv/.dev
 
 .venv/.dev: .venv/.installed env/dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r env/dev.lock
 	touch $@
 
 reproduce: setup $(if $(findstring pocket,$(SCALE)),parts)

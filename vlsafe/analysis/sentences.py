@@ -172,7 +172,7 @@ def counted(ledger: pd.DataFrame) -> str:
         against, seeds = (of["item_level"] == claims.CONTRADICTED).sum(), int(of["seeds"].max())
         said.append(
             f"- `{backbone}`, {seeds} seed{'s' * (seeds > 1)}: of {len(of)} {status} claims measured {held.sum()} "
-            f"hold{'s' * (held.sum() == 1)} over items, {both.sum()} of these over seeds too; contradicted: {against}."
+            f"hold{'s' if held.sum() == 1 else ''} over items, {both.sum()} of these over seeds too; contradicted: {against}."
         )
     return "\n".join(said)
 
@@ -227,8 +227,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
     holding, against = ((registered["item_level"] == level).sum() for level in (claims.SUPPORTED, claims.CONTRADICTED))
     said += [
         f"- Text ASR rises in {sum(up)} of {len(up)} studies (a parent and a seed each); what new seeds would show, in text and "
-        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} measured lines of registered "
-        f"claims, {holding} hold{'s' * (holding == 1)} over items and {against} {'is' if against == 1 else 'are'} contradicted."
+        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} measured lines of registered claims, "
+        f"{holding} hold{'s' if holding == 1 else ''} over items and {against} {'is' if against == 1 else 'are'} contradicted."
     ] if seeds else []  # fmt: skip
     return f"{start}.\n\n" + "\n".join(said)
 
