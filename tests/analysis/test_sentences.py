@@ -138,6 +138,16 @@ def test_the_title_is_answered_by_the_ledger():
     assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == n >= 2
 
 
+def test_a_title_without_how_tos_names_the_weakest_part():
+    other = LEDGER[~LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))]
+    first, *rest = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), other).splitlines()
+    of = other[(other["claim"] == sentences.RISE) & (other["item_level"] != claims.NOT)]
+    for line in of.itertuples():
+        size = sentences.points(line.effect, line.low, line.high)
+        assert f"`{line.backbone}` **{line.item_level}** ({line.part}: {size}, n = " in first
+    assert first.startswith("Adaptation does: `mini-chat` ") and rest
+
+
 def test_a_claim_of_one_seed_says_so():
     one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()

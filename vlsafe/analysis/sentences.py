@@ -211,6 +211,8 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
             f"{signed(rose[backbone])} points in `{backbone}` ({signed(share)} through rows that ask how to do something, "
             f"{signed(effects.at[backbone, SEEING])} through seeing alone)" for backbone, share in effects[HOWTOS].items()
         )  # fmt: skip
+    elif held:  # which part of the claim is the weakest
+        start += ": " + listed(f"`{line.backbone}` {_verdict(line)}" for line in rise.itertuples())
     said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
     for claim, (what, sign) in TITLE.items():
         of = measured[measured["claim"] == claim]
@@ -350,15 +352,12 @@ def _titled(table: Callable[[str], pd.DataFrame]) -> str:
 
 TEXT = {"measure": "text_asr"}
 RAW = (
-    "Without the filter text ASR changes by",
-    "difference",
-    {**TEXT, "at": "equal steps", "recipe": "unfiltered-full"},
-)
+    "Without the filter text ASR changes by", "difference", {**TEXT, "at": "equal steps", "recipe": "unfiltered-full"},
+)  # fmt: skip
 BLANK = (
-    "A blank picture beside a request in words changes its ASR by",
-    "difference",
+    "A blank picture beside a request in words changes its ASR by", "difference",
     {"measure": "confounds_asr", "stage": "instruct", "condition": "blank"},
-)
+)  # fmt: skip
 ABLATED = (
     "The refusal direction ablated, the parent's text ASR changes by", "change",
     {**TEXT, "of": "parent/aligned", "what": "ablated"},
