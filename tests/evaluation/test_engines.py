@@ -3,10 +3,12 @@
 import dataclasses
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from vlsafe.core.schema import Turn
+from vlsafe.core.schema import Item, Turn
 from vlsafe.evaluation import decoding, engines
 from vlsafe.models import chat, checkpoints
 
@@ -80,6 +82,34 @@ def test_a_prompt_is_read_once_for_all_its_options(tools, begun, kind):
         assert row == pytest.approx(by_hand, abs=1e-4)
     one = dataclasses.replace(ranked[-1], options=("",))  # its end alone: no answer's token is read
     assert engines.option_losses(model, processor, [one], 4)[0] == pytest.approx([plain[-1][1]], abs=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_reads_options_as_it_would_have_written_them(name, monkeypatch):
+    """A token after the other on the cache of one prompt, in a batch with a shorter one."""
+    model, pad = families.built(name), 0
+    prompts = {"a": [1, 5, 9, 14, 23, 8], "b": [1, 7, 11]}
+    answers = {"yes": [31, 12, 2], "no": [33, 2], "": [2], "maybe": [40, 17, 26, 2]}
+
+    def batch(processor, turns, images):
+        ids = [prompts[of.text] for (of,) in turns]
+        rows = [[pad] * (6 - len(row)) + row for row in ids]
+        tokens = torch.tensor(rows)
+        more = {"token_type_ids": torch.zeros_like(tokens)} if name == "paligemma" else {}
+        return BatchEncoding({"input_ids": tokens, "attention_mask": (tokens != pad).long(), **more})
+
+    monkeypatch.setattr(engines, "prompt_batch", batch)
+    monkeypatch.setattr(engines, "_tokens", lambda processor, item, option: answers[option])
+    items = [Item(place, "b", (Turn("user", place),), options=tuple(answers), scoring="likelihood") for place in prompts]
+    found = engines.option_losses(model, None, items, 8)
+    for losses, (_, prompt) in zip(found, prompts.items(), strict=True):
+        for loss, answer in zip(losses, answers.values(), strict=True):
+            output, by_hand = model(input_ids=torch.tensor([prompt]), use_cache=True), 0.0
+            for token in answer:
+                by_hand -= float(output.logits[0, -1].log_softmax(-1)[token])
+                output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+            assert loss == pytest.approx(by_hand, abs=1e-4), answer
 
 
 def test_the_probability_of_refusal_is_that_of_the_first_words(tools, monkeypatch):

@@ -29,6 +29,7 @@ def test_inputs_are_those_of_the_librarys_own_way(family, pictures):
     own = chat.prompt_batch(processor, [(Turn("user", "what is it"),)], [pictures])
     if name == "paligemma" and not pictures:  # its processor refuses words alone
         assert processor.tokenizer.decode(own["input_ids"][0]) == "<s>user: what is it\nassistant: \n"
+        assert not own["token_type_ids"].any()  # read in both directions, padded or not
         return
     options = dict(tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     if name == "smolvlm":  # the library's way asks what does videos, which needs torchvision

@@ -158,7 +158,9 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
             raise ValueError("these prompts have pictures, and this model has no picture processor")
         return processor(texts, **options)
     if isinstance(processor, PaliGemmaProcessor) and not any_picture:  # it refuses; this is what it writes after pictures
-        return tokenizer([f"{tokenizer.bos_token}{text}\n" for text in texts], **options | {"add_special_tokens": False})
+        inputs = tokenizer([f"{tokenizer.bos_token}{text}\n" for text in texts], **options | {"add_special_tokens": False})
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # else masks are causal where rows are padded
+        return inputs
     flat = isinstance(processor, LlavaProcessor)  # the only one that takes prompts with and without pictures in one batch
     inputs = processor(text=texts, images=(list(chain(*pictures)) if flat else pictures) if any_picture else None, **options)
     inputs.pop("labels", None)  # PaliGemma's, for training
