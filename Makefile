@@ -63,7 +63,7 @@ setup: .venv/.installed
 dev: .venv/.dev
 
 .venv/.dev: .venv/.installed env/dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r env/dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c env/requirements.lock -r env/dev.lock
 	touch $@
 
 reproduce: setup $(if $(findstring pocket,$(SCALE)),parts)
