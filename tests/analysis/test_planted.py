@@ -56,7 +56,7 @@ TRUE = {  # what is true of these models too; the lines on costs say what it was
 
 def answers(models, seeds=SEEDS):
     """Raw rows: a model answers by chance, a quarter of the items by one of its own; rates vary a little with the seed."""
-    frames = []
+    lines, values = [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         shared = {place: rng.random(N[kind]) for place, (kind, *_) in enumerate(KINDS)}
@@ -65,12 +65,14 @@ def answers(models, seeds=SEEDS):
             for place, (kind, benchmark, judge, group, harmful) in enumerate(KINDS):
                 n, rate = N[kind], np.clip(of[kind] + rng.normal(0, 0.01), 0, 1) if 0 < of[kind] < 1 else of[kind]
                 happened = np.where(rng.random(n) < 0.25, rng.random(n), shared[place]) < rate
-                label = np.where(happened ^ (kind == "twins"), "complied_right", "refused")
                 facts = BASE | dict(benchmark=benchmark, judge=judge, group=group, harmful=harmful, backbone="mini-qwen")
-                facts |= dict(seed=seed, stage=stage, recipe=recipe, model=run, label=label)
-                facts |= dict(item=[f"{kind}{i}" for i in range(n)], cluster=[f"{kind}{i // 2}" for i in range(n)])
-                frames.append(pd.DataFrame(facts | {"event": (happened ^ (kind == "twins")).astype(object)}))
-    return pd.concat(frames, ignore_index=True)
+                lines.append(facts | dict(seed=seed, stage=stage, recipe=recipe, model=run, item=kind))
+                values.append(happened ^ (kind == "twins"))
+    number = np.concatenate([np.arange(len(of)) for of in values])
+    frame, complied = pd.DataFrame(lines), np.concatenate(values)
+    frame = frame.loc[np.repeat(frame.index, [len(of) for of in values])].reset_index(drop=True)
+    frame = frame.assign(label=np.where(complied, "complied_right", "refused"), event=complied.astype(object))
+    return frame.assign(item=frame["item"] + number.astype(str), cluster=frame["item"] + (number // 2).astype(str))
 
 
 def panels(curves, seeds=SEEDS):

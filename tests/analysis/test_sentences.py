@@ -108,14 +108,11 @@ def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebo
 def test_the_title_is_answered_by_the_ledger():
     table = pd.read_csv(MINI / "T02_degradation.csv")
     said = sentences.title(table, LEDGER)
-    for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
-        ends = [f"{100 * of[f'{stage}_value'].mean():.0f} % (" for stage in ("parent", "instruct")]
-        assert re.search(rf"from {re.escape(ends[0])}[^)]*\) to {re.escape(ends[1])}[^)]*\) \(`{backbone}`", said)
     third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
     assert said.startswith("Adaptation does: text ASR rises by ") == (third == claims.SUPPORTED).all()
     rose = table[table["measure"] == "text_asr"].groupby("backbone")["difference"].mean() * 100
     effects = LEDGER[LEDGER["effect"].notna()].set_index(["claim", "backbone"])["effect"] * 100
-    parts = re.findall(r"(\S+) points in `(.+?)` \((\S+) through rows [^,]+, (\S+) through seeing alone", said.splitlines()[0])
+    parts = re.findall(r"(\S+) points in `(.+?)` \((\S+) through rows [^,]+, (\S+) through seeing alone", said)
     assert {backbone for _, backbone, *_ in parts} == set(rose.index)
     for whole, backbone, asked, seeing in parts:
         wanted = rose[backbone], effects[sentences.HOWTOS, backbone], effects[sentences.SEEING, backbone]
@@ -123,7 +120,7 @@ def test_the_title_is_answered_by_the_ledger():
     lone = LEDGER[(LEDGER["claim"] != sentences.SEEING) | (LEDGER["backbone"] != "mini-tulu")]
     other = LEDGER[LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))].assign(backbone="another")
     for ledger in (lone, pd.concat([lone, other])):  # a parent without one of the two, and one that T02 does not know
-        first = sentences.title(table, ledger.drop_duplicates(["claim", "backbone"])).splitlines()[0]
+        first = sentences.title(table, ledger.drop_duplicates(["claim", "backbone"]))
         assert "in `mini-chat` (" in first and "mini-tulu" not in first and "another" not in first
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
     assert sentences.title(table, fallen).startswith("Adaptation does not: ")
@@ -133,27 +130,49 @@ def test_the_title_is_answered_by_the_ledger():
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
     assert sentences.title(table, half).startswith("Adaptation does in part: ")
+
+
+def test_what_the_answer_rests_on_is_a_line_each():
+    table = pd.read_csv(MINI / "T02_degradation.csv")
+    shown = sentences.answers(table, LEDGER).set_index("")
+    parent, adapted, rises, seeing, words, *_, registered = shown.index
+    for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
+        cells = shown[f"`{backbone}`"]
+        for name, stage in ((parent, "parent"), (adapted, "instruct")):
+            assert cells[name].startswith(f"{100 * of[f'{stage}_value'].mean():.0f} % (")
+        assert cells[rises] == f"{(of['difference'] > 0).sum()} of {len(of)}"
+        own = LEDGER[(LEDGER["backbone"] == backbone) & (LEDGER["item_level"] != claims.NOT)].set_index("claim")
+        for name, claim, sign in ((seeing, sentences.SEEING, 1), (words, "4b", -1)):
+            assert float(cells[name].split()[0]) == pytest.approx(100 * sign * own.loc[claim, "effect"], abs=0.51)
+        for claim in (sentences.RISE, sentences.CLEAN):
+            (verdict,) = cells[[name for name in shown.index if name.startswith(f"claim {claim}: ")]]
+            assert verdict.startswith(f"{own.loc[claim, 'item_level']} (")
+        found = own.loc[own["status"] == claims.REGISTERED, "item_level"]
+        numbers = ((found == claims.SUPPORTED).sum(), (found == claims.CONTRADICTED).sum(), len(found))
+        assert tuple(map(int, re.findall(r"\d+", cells[registered]))) == numbers
+    assert "(exploratory)" in seeing and "(exploratory)" not in words
     broken = LEDGER.assign(flagged=LEDGER["flagged"].where(LEDGER["claim"] != "4b", "instruct/textonly-full, seed 0: broken"))
-    n = ((LEDGER["claim"] == "4b") & (LEDGER["item_level"] != claims.NOT)).sum()
-    assert sentences.title(table, broken).count("not capable: instruct/textonly-full, seed 0: broken") == n >= 2
+    flagged = sentences.answers(table, broken).set_index("").loc[words].str.contains("not capable: instruct/textonly-full")
+    assert flagged.all() and len(flagged) >= 2
 
 
 def test_a_title_without_how_tos_names_the_weakest_part():
     other = LEDGER[~LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))]
-    first, *rest = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), other).splitlines()
+    first = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), other)
     of = other[(other["claim"] == sentences.RISE) & (other["item_level"] != claims.NOT)]
     for line in of.itertuples():
         size = sentences.points(line.effect, line.low, line.high)
         assert f"`{line.backbone}` **{line.item_level}** ({line.part}: {size}, n = " in first
-    assert first.startswith("Adaptation does: `mini-chat` ") and rest
+    assert first.startswith("Adaptation does: `mini-chat` ")
 
 
 def test_a_claim_of_one_seed_says_so():
     one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
     single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
-    said = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), single)
-    assert re.search(r"^- Seeing alone.+\(`mini-chat`; one seed, n = \d+\)", said, re.M) and "nan" not in said
+    shown = sentences.answers(pd.read_csv(MINI / "T02_degradation.csv"), single)
+    seeing = shown.loc[shown[""].str.startswith("seeing alone"), "`mini-chat`"].item()
+    assert re.search(r"\]; one seed, n = \d+$", seeing) and not shown.astype(str).map(lambda cell: "nan" in cell).any(axis=None)
 
 
 def test_rates_of_one_seed_have_their_interval_over_items():
@@ -161,15 +180,12 @@ def test_rates_of_one_seed_have_their_interval_over_items():
     one = pd.DataFrame([["some", 0, "text_asr", 453.0, 0.04, 0.02, 0.07, 0.38, 0.32, 0.44]], columns=columns).assign(
         difference=0.34
     )
-    start = "takes the share of harmful requests that are answered (ASR)"
-    said = sentences.title(one, LEDGER[:0])
-    assert (
-        said.startswith(f"{sentences.UNDECIDED}.")
-        and f"{start} from 4 % [2, 7] to 38 % [32, 44] (`some`, one seed, n = 453)." in said
-    )
+    parent, adapted, rises = sentences.answers(one, LEDGER[:0])["`some`"]
+    assert (parent, adapted, rises) == ("4 % [2, 7] (one seed, n = 453)", "38 % [32, 44] (one seed, n = 453)", "1 of 1")
+    assert sentences.title(one, LEDGER[:0]) == f"{sentences.UNDECIDED}."
     assert sentences.rates(one, "parent", ["text_asr", "twin_refusal"]) == "- `some`: text ASR 4 % [2, 7]."
     two = pd.concat([one, one.assign(seed=1, parent_value=0.08)])
-    assert "from 6 % (4–8 over 2 seeds) to 38 % (38–38 over 2 seeds) (`some`)." in sentences.title(two, LEDGER[:0])
+    assert sentences.answers(two, LEDGER[:0])["`some`"].tolist()[:2] == ["6 % (4–8 over 2 seeds)", "38 % (38–38 over 2 seeds)"]
 
 
 def test_what_nobody_measured_is_one_line():

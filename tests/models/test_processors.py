@@ -6,10 +6,11 @@ import pytest
 import torch
 from families import NAMES
 
-from vlsafe.core.schema import Item, Turn
+from vlsafe.core.schema import Example, Item, Turn
 from vlsafe.evaluation import engines
 from vlsafe.inspection import states
 from vlsafe.models import chat, checkpoints
+from vlsafe.models.merge import fisher
 
 PICTURE = official.picture((40, 60, 80), (20, 24))
 
@@ -42,6 +43,16 @@ def test_inputs_are_those_of_the_librarys_own_way(family, pictures):
     assert set(library) - set(own) <= {"labels"}
     assert all(torch.equal(own[key], library[key]) for key in own)
     assert own["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_an_answer_to_paligemma_is_refused_where_it_would_be_read_as_prompt(family):
+    name, folder, processor = family
+    row = Example("1", "rows", (Turn("user", "what is it"), Turn("assistant", "a thing")))
+    if name == "paligemma":
+        with pytest.raises(ValueError, match="both directions"):
+            fisher.diagonal(checkpoints.load(folder), processor, [row])
+    else:
+        assert chat.prompt_batch(processor, [row.turns], [()])["input_ids"].shape[1]
 
 
 def test_answers_in_a_batch_are_those_to_one_prompt_at_a_time(family):

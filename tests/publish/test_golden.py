@@ -98,13 +98,13 @@ def test_a_changed_artefact_changes_the_readme(tmp_path):
     before = readme.generated("<!-- generated: answer -->\n<!-- end generated -->", tmp_path / "mini")
     table = pd.read_csv(tmp_path / "mini" / "T02_degradation.csv")
     chat = table[(table["backbone"] == "mini-chat") & (table["measure"] == "text_asr")]["instruct_value"] * 100
-    assert f"to {chat.mean():.0f} % ({chat.min():.0f}–{chat.max():.0f} over" in before and before.endswith(
+    assert f"| {chat.mean():.0f} % ({chat.min():.0f}–{chat.max():.0f} over" in before and before.endswith(
         "<!-- end generated -->"
     )
     assert readme.generated(before, tmp_path / "mini") == before
     table.loc[table["measure"] == "text_asr", "instruct_value"] = 0.0
     table.to_csv(tmp_path / "mini" / "T02_degradation.csv", index=False)
-    assert "to 0 % (0–0 over" in readme.generated(before, tmp_path / "mini")
+    assert "| 0 % (0–0 over" in readme.generated(before, tmp_path / "mini")
 
 
 def test_a_table_stands_in_the_readme_word_for_word_and_mistakes_are_named():

@@ -71,12 +71,12 @@ def answers(part: Part, frames: Frames, unit: Unit) -> Changes | None:
         if not before or not after:
             return None
         judged = wide.dropna(subset=[*before, *after])
-        sides = [judged[runs].mean(axis=1) for runs in (before, after)]
-        change = _strata(sides[1] - sides[0], measure)
-        if not change:
+        sides = {name: judged[runs].mean(axis=1).to_numpy() for name, runs in (("before", before), ("after", after))}
+        found = analysis_measures.weighted(judged.index.to_frame(index=False).assign(**sides), measure)
+        if not found:
             return None
-        strata += change
-        rates.append([float(sum(s.weight * np.mean(s.least) for s in _strata(side, measure))) for side in sides])
+        strata += [_stratum(of["after"] - of["before"], of["cluster"], weight) for weight, of in found]
+        rates.append([float(sum(weight * np.mean(of[side].tolist()) for weight, of in found)) for side in sides])
     return Changes(strata, *map(sum, zip(*rates, strict=True)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from pandas.api.typing import SeriesGroupBy
 
 from vlsafe.analysis import stats
 from vlsafe.core.schema import MAIN_LINE
@@ -72,9 +73,11 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
         return rows.assign(floor=rows["part"].map(CHANCE)) if spec.get("rescaled") else rows
     rows = _judged(about(raw, spec), spec)
     if "whole" in spec:
-        by = rows.groupby([*MODEL, "cluster", "group"], as_index=False, sort=False)
-        rows = by.agg(event=("event", WHOLE.get(spec["whole"], spec["whole"])), judge=("judge", "first"))
-        rows = rows.assign(item=rows["cluster"], event=rows["event"].astype(object))
+        rows = rows.assign(answer=pd.to_numeric(rows["event"].astype("Float64")).astype(float))
+        by = rows.groupby([*MODEL, "cluster", "group"], sort=False)
+        event, judge = WHOLE[spec["whole"]](by["answer"]).astype(object), by["judge"].first()
+        rows = pd.DataFrame({"event": event, "judge": judge}).reset_index()
+        rows = rows.assign(item=rows["cluster"], event=rows["event"].where(rows["event"].notna(), None))
     return rows.assign(part=measure, stratum=rows["group"] if spec.get("by_group") else "", floor=0.0)
 
 
@@ -112,21 +115,18 @@ def settled(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(event=rows["event"].mask(open_and_wrong, 0.0)) if open_and_wrong.any() else rows
 
 
-def all_right(values: pd.Series) -> bool | None:
+def all_right(answers: SeriesGroupBy) -> pd.Series:
     """A whole question is wrong once one answer is wrong, and open while the only doubts are unjudged ones."""
-    known = [value for value in values if not pd.isna(value)]
-    return False if not all(known) else True if len(known) == len(values) else None
+    least, judged = answers.min(), answers.count() == answers.size()
+    return (least > 0).astype(object).where((least == 0) | judged, None)
 
 
-def mme_score(values: pd.Series) -> float | None:
+def mme_score(answers: SeriesGroupBy) -> pd.Series:
     """A picture's share of MME's 200 points, half for questions answered right, half for the whole: 0, 1/4 or 1 of two.
 
     Source:   Fu et al. 2023: 100 × acc + 100 × acc+; both are means, so their sum is a mean over pictures
     """
-    if any(pd.isna(value) for value in values):
-        return None
-    right = [bool(value) for value in values]
-    return (sum(right) / len(right) + all(right)) / 2
+    return ((answers.mean() + answers.min()) / 2).where(answers.count() == answers.size())
 
 
 def estimate(rows: pd.DataFrame, measure: str) -> stats.Rate | None:
@@ -160,16 +160,19 @@ def present(raw: pd.DataFrame, measures: Iterable[str]) -> list[str]:
 
 
 def strata(rows: pd.DataFrame, measure: str) -> list[stats.Stratum]:
-    """The weighted strata of a measure, from the columns least, most and cluster; none where a part is missing.
+    """The weighted strata of a measure, from the columns least, most and cluster; none where a part is missing."""
+    return [
+        stats.Stratum(weight, of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
+        for weight, of in weighted(rows[[*SAME, "least", "most"]], measure)
+    ]
+
+
+def weighted(rows: pd.DataFrame, measure: str) -> list[tuple[float, pd.DataFrame]]:
+    """The rows of each stratum of a measure with the stratum's weight; none where a part is missing.
 
     Weights of a measure that is rescaled from chance are larger by 1 / (1 - chance), so that changes need no rescaling.
     """
-    if not whole(rows, measure):
-        return []
-    return [
-        stats.Stratum(weight / (1 - of["floor"].iloc[0]), of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
-        for weight, of in weighted_groups(rows[[*SAME, "least", "most"]])
-    ]
+    return [(weight / (1 - of["floor"].iloc[0]), of) for weight, of in weighted_groups(rows)] if whole(rows, measure) else []
 
 
 def weighted_groups(rows: pd.DataFrame) -> Iterator[tuple[float, pd.DataFrame]]:

@@ -191,16 +191,10 @@ def fell(table: pd.DataFrame) -> str:
 
 
 def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
-    """What adaptation does to text ASR, and what of it is how-tos and what is seeing: T02's lines and the ledger, in points."""
+    """Whether adaptation raises ASR, and what of it is how-tos and what is seeing: T02's lines and the ledger, in points."""
     text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
-    rises = [
-        f"from {percent(of, 'parent_value')} to {percent(of, 'instruct_value')} (`{backbone}`{n * (len(of) < 2)})"
-        for backbone, of in text.groupby("backbone", sort=False)
-        for n in [f", one seed, n = {of['n'].iloc[0]:.0f}"]
-    ]
     rise = measured[measured["claim"] == RISE]
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
-    seeds = [f"{line.seed_level} (`{line.backbone}`)" for line in rise.itertuples()]
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(text["backbone"])]
@@ -213,33 +207,40 @@ def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
         )  # fmt: skip
     elif held:  # which part of the claim is the weakest
         start += ": " + listed(f"`{line.backbone}` {_verdict(line)}" for line in rise.itertuples())
-    said = [f"- Adaptation on screened data takes the share of harmful requests that are answered (ASR) {listed(rises)}."]
+    return f"{start}."
+
+
+def answers(table: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """What the answer to the title rests on, a line each and a column per backbone: T02's lines and the ledger."""
+    text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
+    cells: dict[str, dict[str, str]] = {}
+    for backbone, of in text.groupby("backbone", sort=False):
+        n = f" (one seed, n = {of['n'].iloc[0]:.0f})" * (len(of) < 2)
+        for model, column in (("the parent", "parent_value"), ("the adapted model", "instruct_value")):
+            what = f"text ASR, the harmful requests in words that {model} answers"
+            cells.setdefault(what, {})[backbone] = percent(of, column) + n
+        up = of["difference"].dropna() > 0
+        cells.setdefault("seeds in which text ASR rises", {})[backbone] = f"{up.sum()} of {len(up)}"
     for claim, (what, sign) in TITLE.items():
-        of = measured[measured["claim"] == claim]
-        ends = [
-            f"{points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))} points (`{line.backbone}`; "
-            f"{_over_seeds(line, sign=sign)}{_flag(line)})"
-            for line in of.itertuples()
-        ]
-        status = " (exploratory)" if claims.EXPLORATORY in set(of["status"]) else ""
-        said += [f"- {what} {listed(ends)}{status}."] if ends else []
-    said += [verdicts(measured, [CLEAN])] if CLEAN in set(measured["claim"]) else []
-    up = (text["difference"].dropna() > 0).tolist()
-    registered = measured[measured["status"] == claims.REGISTERED]
-    holding, against = ((registered["item_level"] == level).sum() for level in (claims.SUPPORTED, claims.CONTRADICTED))
-    said += [
-        f"- Text ASR rises in {sum(up)} of {len(up)} studies (a parent and a seed each); what new seeds would show, in text and "
-        f"with pictures, after Holm's correction, is {listed(seeds)}. Of {len(registered)} measured lines of registered claims, "
-        f"{holding} hold{'s' if holding == 1 else ''} over items and {against} {'is' if against == 1 else 'are'} contradicted."
-    ] if seeds else []  # fmt: skip
-    return f"{start}.\n\n" + "\n".join(said)
+        for line in measured[measured["claim"] == claim].itertuples():
+            size = points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))
+            status = f", in points{' (exploratory)' * (line.status == claims.EXPLORATORY)}"
+            cells.setdefault(what + status, {})[line.backbone] = f"{size}; {_over_seeds(line, sign=sign)}{_flag(line)}"
+    for line in measured[measured["claim"].isin((RISE, CLEAN))].itertuples():
+        cells.setdefault(f"claim {line.claim}: {line.statement}", {})[line.backbone] = _verdict(line).replace("**", "")
+    for backbone, of in measured[measured["status"] == claims.REGISTERED].groupby("backbone", sort=False):
+        held, against = ((of["item_level"] == level).sum() for level in (claims.SUPPORTED, claims.CONTRADICTED))
+        what = "registered claims over items: hold, contradicted, of measured"
+        cells.setdefault(what, {})[backbone] = f"{held}, {against}, of {len(of)}"
+    shown = pd.DataFrame.from_dict(cells, orient="index").rename(columns="`{}`".format)
+    return shown.rename_axis("").reset_index()
 
 
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 TITLE = {  # what the effects of two are, and their sign there
-    SEEING: ("Seeing alone, every how-to left out, changes it by", 1),
-    "4b": ("Describing each picture of the same rows in words instead moves its end by", -1),
+    SEEING: ("seeing alone, every how-to left out, changes text ASR by", 1),
+    "4b": ("pictures of the same rows told in words instead change it by", -1),
 }  # fmt: skip
 
 
@@ -347,7 +348,7 @@ def _of(stage: str, *measures: str) -> Part:
 
 def _titled(table: Callable[[str], pd.DataFrame]) -> str:
     said = title(table("T02_degradation"), table(LEDGER))
-    return f"- Does teaching it to see make it less safe? {said.splitlines()[0]}"
+    return f"- Does teaching it to see make it less safe? {said}"
 
 
 TEXT = {"measure": "text_asr"}

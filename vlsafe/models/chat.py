@@ -148,6 +148,7 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
     """Left-padded model inputs that end where the assistant answers, or with its answer where the prompt has one.
 
     Shapes:   N prompts, N picture lists  ->  input_ids, attention_mask [N, T]; pixel_values [sum of pictures, 3, H, W]
+    Raises:   ValueError for pictures that nothing prepares, and for an answer to PaliGemma, which reads it as part of the prompt
     """
     texts = [rendered(processor, turns, len(row)) for turns, row in zip(prompts, images, strict=True)]
     pictures = [[open_picture(data) for data in row] for row in images]
@@ -157,7 +158,10 @@ def prompt_batch(processor: Any, prompts: Sequence[Sequence[Turn]], images: Sequ
         if any_picture:
             raise ValueError("these prompts have pictures, and this model has no picture processor")
         return processor(texts, **options)
-    if isinstance(processor, PaliGemmaProcessor) and not any_picture:  # it refuses; this is what it writes after pictures
+    paligemma = isinstance(processor, PaliGemmaProcessor)
+    if paligemma and any(turns[-1].role == "assistant" for turns in prompts):
+        raise ValueError("PaliGemma reads an answer in its prompt in both directions, as it reads the prompt: as no answer")
+    if paligemma and not any_picture:  # it refuses; this is what it writes after pictures
         inputs = tokenizer([f"{tokenizer.bos_token}{text}\n" for text in texts], **options | {"add_special_tokens": False})
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # else masks are causal where rows are padded
         return inputs

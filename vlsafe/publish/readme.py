@@ -14,6 +14,7 @@ import pandas as pd
 
 from vlsafe.analysis import claims, sentences
 from vlsafe.core.scale import known
+from vlsafe.publish import provenance
 
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end generated -->)", re.S)
 
@@ -46,7 +47,8 @@ def answer(folder: Path) -> str:
     for name, what in SCALES.items():
         path = folder.parent / name / "T02_degradation.csv"
         if path.exists():
-            said.append(f"**{what}:** {sentences.title(pd.read_csv(path), claims.written(path.parent))}")
+            table, ledger = pd.read_csv(path), claims.written(path.parent)
+            said += [f"**{what}:** {sentences.title(table, ledger)}", provenance.markdown(sentences.answers(table, ledger))]
     return "\n\n".join([*said, NOT_RUN])
 
 
