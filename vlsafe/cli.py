@@ -24,7 +24,7 @@ Parser = argparse.ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 1 where two result sets differ, 2 on a mistake of the caller."""
+    """Run one subcommand; 0 on success, 1 where results differ or miss published ones, 2 on a mistake of the caller."""
     arguments = _parser().parse_args(argv)
     try:
         code = arguments.run(arguments) or 0
@@ -65,7 +65,7 @@ PLACE = _options(
 SEED = dict(type=int, help=f"without it {MEDIAN_SEED} at mini, the median of eight, and 0 at other scales")
 STUDY = _options(("--backbone", dict(default="mini-chat")), ("--seed", SEED), of=[PLACE])
 STUDIES = _options(("--backbones", dict(nargs="+", default=["mini-chat"])), ("--seeds", dict(nargs="+", **SEED)), of=[PLACE])
-GRID = _options(("--grid", dict(choices=graph.GRIDS, default="default", help='"full" adds recipes, merges and the SPPFT grid')))
+GRID = _options(("--grid", dict(choices=graph.GRIDS, default="default", help='"full" adds recipes, merges, fine-tunings again')))
 OUTSIDE = _options(("--scale", dict(default="paper", help="a preset or the path of a YAML file")))
 FIGURES = _options(("--figures", dict(type=Path, default=Path("figures/mini"))))
 
@@ -91,7 +91,7 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     names: dict[str, Any] = dict(metavar="STAGE", help="such as instruct/filtered-full; `vlsafe status` lists all")
     added = command(_stage, "make stages, and what they need, one after another", STUDY)
     added.add_argument("names", nargs="+", **names)
-    added.add_argument("--gpus", type=int, default=0, help="use up to this many GPUs that no other stage on this machine uses")
+    added.add_argument("--gpus", type=int, default=0, help="use up to this many GPUs that no other stage of this run store uses")
     added.add_argument("--attempt", type=int, default=1, help="how often a scheduler has tried this, the present try included")
     command(_fresh, "remove the runs of stages, so that they are made again", STUDY).add_argument("names", nargs="+", **names)
     added = command(_card, "write the model cards of finished runs, beside their folders (all runs without a name)", STUDY)
@@ -99,7 +99,8 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     added = command(_notebook, "execute one notebook with checked parameters", STUDY)
     added.add_argument("name")
     added.add_argument("--out", type=Path, required=True)
-    command(_notebooks, "copy the outputs of mini, median seed, into the committed notebooks", PLACE)
+    added = command(_notebooks, "copy the outputs of mini, median seed, into the committed notebooks")
+    added.add_argument("--root", type=Path, default=Path("runs"), help="the run store")
     added = command(_agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare", STUDY)
     added.add_argument("model", help="a run, such as instruct/filtered-full")
     added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
@@ -118,7 +119,7 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("benchmark", help="xstest, sorry_bench, mm_safetybench …; docs/benchmarks.md lists them")
     data = "its official files, or a folder of many; for MME the tool's own Your_Results is one"
     added.add_argument("--data", type=Path, default=os.environ.get("VLSAFE_DATA"), help=data)
-    added.add_argument("--subset", help="tiny, mcqa, letter …; the first one there is by default")
+    added.add_argument("--subset", help="tiny, mcqa, letter …; by default what the responses' format is made for, else the first")
     added.add_argument("--responses", type=Path, help='lines of {"id", "response"}, or a file or folder as published')
     added.add_argument("--format", dest="form", help="of a file that fits several: xstest, seed, llava, vlmevalkit, lmms-eval …")
     added.add_argument("--run", dest="stage", metavar="STAGE", help="instead a run, such as examination/instruct.filtered-full")
@@ -126,7 +127,7 @@ def _add_outside(command: Callable[..., Parser]) -> None:
     added.add_argument("--judge", dest="judges", nargs="+", default=[], help="by default the official one")
     added.add_argument("--judgements", type=Path, help='verdict texts from elsewhere: lines of {"id", "judgement"}')
     added.add_argument("--endpoint", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
-    added.add_argument("--judge-model", help="the model to ask for there; by default the judge's own")
+    added.add_argument("--judge-model", help="the model to ask for there; by default that of the first --judge that asks a model")
     added.add_argument("--key", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
     added.add_argument("--parallel", type=int, default=8, help="requests at a time")
     added.add_argument("--timeout", type=float, default=120.0, help="seconds")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from vlsafe.analysis import claims, sentences
+from vlsafe.core.schema import MAIN_LINE
 from vlsafe.publish import notebooks
 
 ROOT = Path(__file__).parents[2]
@@ -105,60 +106,65 @@ def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebo
     assert found >= (notebook != "00_world")
 
 
+MODELS = pd.read_csv(MINI / "T08_models.csv")
+RATE = MODELS.assign(run=MODELS["stage"] + "/" + MODELS["recipe"]).groupby(["measure", "run", "backbone"])["value"]
+
+
 def test_the_title_is_answered_by_the_ledger():
-    table = pd.read_csv(MINI / "T02_degradation.csv")
-    said = sentences.title(table, LEDGER)
+    said = sentences.title(MODELS, LEDGER)
     third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
-    assert said.startswith("Adaptation does: text ASR rises by ") == (third == claims.SUPPORTED).all()
-    rose = table[table["measure"] == "text_asr"].groupby("backbone")["difference"].mean() * 100
-    effects = LEDGER[LEDGER["effect"].notna()].set_index(["claim", "backbone"])["effect"] * 100
-    parts = re.findall(r"(\S+) points in `(.+?)` \((\S+) through rows [^,]+, (\S+) through seeing alone", said)
-    assert {backbone for _, backbone, *_ in parts} == set(rose.index)
-    for whole, backbone, asked, seeing in parts:
-        wanted = rose[backbone], effects[sentences.HOWTOS, backbone], effects[sentences.SEEING, backbone]
-        assert list(map(float, (whole, asked, seeing))) == pytest.approx(wanted, abs=0.51)
+    of = LEDGER[LEDGER["effect"].notna()].set_index(["claim", "backbone"])
+    seeing, asked = of.loc[sentences.SEEING], of.loc[sentences.HOWTOS]
+    because = sentences.BECAUSE * bool((asked["low"] > seeing["high"]).all())
+    assert said.startswith(f"Adaptation does{because}: text ASR goes from ") == (third == claims.SUPPORTED).all()
+    parts = re.findall(r"(\d+) to (\d+) % in `(.+?)` \((\S+) points without such rows\)", said)
+    assert {backbone for *_, backbone, _ in parts} == set(MODELS["backbone"])
+    for before, after, backbone, without in parts:
+        for found, run in ((before, "parent"), (after, "adapted")):
+            assert float(found) == pytest.approx(100 * RATE.mean()["text_asr", MAIN_LINE[run], backbone], abs=0.51)
+        assert float(without) == pytest.approx(100 * seeing.loc[backbone, "effect"], abs=0.51)
     lone = LEDGER[(LEDGER["claim"] != sentences.SEEING) | (LEDGER["backbone"] != "mini-tulu")]
     other = LEDGER[LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))].assign(backbone="another")
-    for ledger in (lone, pd.concat([lone, other])):  # a parent without one of the two, and one that T02 does not know
-        first = sentences.title(table, ledger.drop_duplicates(["claim", "backbone"]))
+    for ledger in (lone, pd.concat([lone, other])):  # a parent without one of the two, and one that T08 does not know
+        first = sentences.title(MODELS, ledger.drop_duplicates(["claim", "backbone"]))
         assert "in `mini-chat` (" in first and "mini-tulu" not in first and "another" not in first
+    both = LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))
+    alike = LEDGER.assign(low=LEDGER["low"].where(~both, -1.0))
+    assert sentences.title(MODELS, alike).startswith("Adaptation does: ")  # how-tos are not told from seeing
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
-    assert sentences.title(table, fallen).startswith("Adaptation does not: ")
+    assert sentences.title(MODELS, fallen).startswith("Adaptation does not: ")
     for level in (claims.UNDECIDED, claims.CEILING, claims.DIFFERS):
         unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, level))
-        assert sentences.title(table, unsure).startswith(f"{sentences.UNDECIDED}: ")
+        assert sentences.title(MODELS, unsure).startswith(f"{sentences.UNDECIDED}: ")
     half = fallen.copy()
     half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
-    assert sentences.title(table, half).startswith("Adaptation does in part: ")
+    assert sentences.title(MODELS, half).startswith("Adaptation does in part")
 
 
 def test_what_the_answer_rests_on_is_a_line_each():
-    table = pd.read_csv(MINI / "T02_degradation.csv")
-    shown = sentences.answers(table, LEDGER).set_index("")
-    parent, adapted, rises, seeing, words, *_, registered = shown.index
-    for backbone, of in table[table["measure"] == "text_asr"].groupby("backbone"):
+    shown = sentences.answers(MODELS, LEDGER).set_index("")
+    seeing, words = shown.index[[len(sentences.RATES), len(sentences.RATES) + 1]]
+    for backbone in MODELS["backbone"].unique():
         cells = shown[f"`{backbone}`"]
-        for name, stage in ((parent, "parent"), (adapted, "instruct")):
-            assert cells[name].startswith(f"{100 * of[f'{stage}_value'].mean():.0f} % (")
-        assert cells[rises] == f"{(of['difference'] > 0).sum()} of {len(of)}"
+        for place, (measure, model) in enumerate(sentences.RATES.values()):
+            of = 100 * RATE.get_group((measure, MAIN_LINE[model], backbone))
+            assert cells.iloc[place] == f"{of.mean():.0f} % ({of.min():.0f}–{of.max():.0f} over {len(of)} seeds)"
+            assert shown.index[place].endswith(f", {model}")
         own = LEDGER[(LEDGER["backbone"] == backbone) & (LEDGER["item_level"] != claims.NOT)].set_index("claim")
         for name, claim, sign in ((seeing, sentences.SEEING, 1), (words, "4b", -1)):
             assert float(cells[name].split()[0]) == pytest.approx(100 * sign * own.loc[claim, "effect"], abs=0.51)
         for claim in (sentences.RISE, sentences.CLEAN):
             (verdict,) = cells[[name for name in shown.index if name.startswith(f"claim {claim}: ")]]
             assert verdict.startswith(f"{own.loc[claim, 'item_level']} (")
-        found = own.loc[own["status"] == claims.REGISTERED, "item_level"]
-        numbers = ((found == claims.SUPPORTED).sum(), (found == claims.CONTRADICTED).sum(), len(found))
-        assert tuple(map(int, re.findall(r"\d+", cells[registered]))) == numbers
     assert "(exploratory)" in seeing and "(exploratory)" not in words
     broken = LEDGER.assign(flagged=LEDGER["flagged"].where(LEDGER["claim"] != "4b", "instruct/textonly-full, seed 0: broken"))
-    flagged = sentences.answers(table, broken).set_index("").loc[words].str.contains("not capable: instruct/textonly-full")
+    flagged = sentences.answers(MODELS, broken).set_index("").loc[words].str.contains("not capable: instruct/textonly-full")
     assert flagged.all() and len(flagged) >= 2
 
 
 def test_a_title_without_how_tos_names_the_weakest_part():
     other = LEDGER[~LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))]
-    first = sentences.title(pd.read_csv(MINI / "T02_degradation.csv"), other)
+    first = sentences.title(MODELS, other)
     of = other[(other["claim"] == sentences.RISE) & (other["item_level"] != claims.NOT)]
     for line in of.itertuples():
         size = sentences.points(line.effect, line.low, line.high)
@@ -170,8 +176,8 @@ def test_a_claim_of_one_seed_says_so():
     one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
     single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
-    shown = sentences.answers(pd.read_csv(MINI / "T02_degradation.csv"), single)
-    seeing = shown.loc[shown[""].str.startswith("seeing alone"), "`mini-chat`"].item()
+    shown = sentences.answers(MODELS, single)
+    seeing = shown.loc[shown[""].str.startswith("trained to see"), "`mini-chat`"].item()
     assert re.search(r"\]; one seed, n = \d+$", seeing) and not shown.astype(str).map(lambda cell: "nan" in cell).any(axis=None)
 
 
@@ -180,12 +186,15 @@ def test_rates_of_one_seed_have_their_interval_over_items():
     one = pd.DataFrame([["some", 0, "text_asr", 453.0, 0.04, 0.02, 0.07, 0.38, 0.32, 0.44]], columns=columns).assign(
         difference=0.34
     )
-    parent, adapted, rises = sentences.answers(one, LEDGER[:0])["`some`"]
-    assert (parent, adapted, rises) == ("4 % [2, 7] (one seed, n = 453)", "38 % [32, 44] (one seed, n = 453)", "1 of 1")
-    assert sentences.title(one, LEDGER[:0]) == f"{sentences.UNDECIDED}."
+    columns = ["backbone", "seed", "stage", "recipe", "measure", "n", *ENDS]
+    ends = {"parent/aligned": (0.04, 0.02, 0.07), "instruct/filtered-full": (0.38, 0.32, 0.44)}
+    models = pd.DataFrame([["some", 0, *run.split("/"), "text_asr", 453.0, *of] for run, of in ends.items()], columns=columns)
+    cells = ["4 % [2, 7] (one seed, n = 453)", "38 % [32, 44] (one seed, n = 453)"]
+    assert sentences.answers(models, LEDGER[:0])["`some`"].tolist() == cells
+    assert sentences.title(models, LEDGER[:0]) == f"{sentences.UNDECIDED}."
     assert sentences.rates(one, "parent", ["text_asr", "twin_refusal"]) == "- `some`: text ASR 4 % [2, 7]."
-    two = pd.concat([one, one.assign(seed=1, parent_value=0.08)])
-    assert sentences.answers(two, LEDGER[:0])["`some`"].tolist()[:2] == ["6 % (4–8 over 2 seeds)", "38 % (38–38 over 2 seeds)"]
+    two = pd.concat([models, models.assign(seed=1, value=models["value"] + 0.04)])
+    assert sentences.answers(two, LEDGER[:0])["`some`"].tolist() == ["6 % (4–8 over 2 seeds)", "40 % (38–42 over 2 seeds)"]
 
 
 def test_what_nobody_measured_is_one_line():

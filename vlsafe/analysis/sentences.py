@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from vlsafe.analysis import claims, merging
-from vlsafe.analysis.measures import CHANCE, MEASURES
+from vlsafe.analysis.measures import CHANCE, MEASURES, run_names
+from vlsafe.core.schema import MAIN_LINE
 
 LEDGER = "T09_claims"
 NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
@@ -190,57 +191,57 @@ def fell(table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
-def title(table: pd.DataFrame, ledger: pd.DataFrame) -> str:
-    """Whether adaptation raises ASR, and what of it is how-tos and what is seeing: T02's lines and the ledger, in points."""
-    text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
+def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
+    """Whether adaptation raises ASR, and how much of it how-tos and seeing do: T08's lines and the ledger."""
+    means = models[models["measure"] == "text_asr"].assign(run=run_names).pivot_table("value", "backbone", "run")
+    measured = ledger[ledger["item_level"] != claims.NOT]
     rise = measured[measured["claim"] == RISE]
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
-    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(text["backbone"])]
-    effects = both.pivot(index="backbone", columns="claim", values="effect").dropna()
-    if held and len(effects) and {SEEING, HOWTOS} <= set(effects):
-        rose = text.groupby("backbone")["difference"].mean()[effects.index]
-        start += ": text ASR rises by " + listed(
-            f"{signed(rose[backbone])} points in `{backbone}` ({signed(share)} through rows that ask how to do something, "
-            f"{signed(effects.at[backbone, SEEING])} through seeing alone)" for backbone, share in effects[HOWTOS].items()
+    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(means.index)]
+    shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
+    if held and len(shares) and {SEEING, HOWTOS} <= set(both["claim"]):
+        start += BECAUSE * bool(any(held) and (shares["low", HOWTOS] > shares["high", SEEING]).all())
+        start += ": text ASR goes from " + listed(
+            f"{100 * means.at[name, MAIN_LINE['parent']]:.0f} to {100 * means.at[name, MAIN_LINE['adapted']]:.0f} % in `{name}` "
+            f"({signed(of['effect', SEEING])} points without such rows)" for name, of in shares.iterrows()
         )  # fmt: skip
     elif held:  # which part of the claim is the weakest
         start += ": " + listed(f"`{line.backbone}` {_verdict(line)}" for line in rise.itertuples())
     return f"{start}."
 
 
-def answers(table: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """What the answer to the title rests on, a line each and a column per backbone: T02's lines and the ledger."""
-    text, measured = table[table["measure"] == "text_asr"], ledger[ledger["item_level"] != claims.NOT]
+def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """What the answer to the title rests on, a line each and a column per backbone: T08's lines and the ledger."""
     cells: dict[str, dict[str, str]] = {}
-    for backbone, of in text.groupby("backbone", sort=False):
-        n = f" (one seed, n = {of['n'].iloc[0]:.0f})" * (len(of) < 2)
-        for model, column in (("the parent", "parent_value"), ("the adapted model", "instruct_value")):
-            what = f"text ASR, the harmful requests in words that {model} answers"
-            cells.setdefault(what, {})[backbone] = percent(of, column) + n
-        up = of["difference"].dropna() > 0
-        cells.setdefault("seeds in which text ASR rises", {})[backbone] = f"{up.sum()} of {len(up)}"
+    for what, (measure, model) in RATES.items():
+        of = models[(models["measure"] == measure) & (run_names(models) == MAIN_LINE[model])]
+        for backbone, lines in of.groupby("backbone", sort=False):
+            n = f" (one seed, n = {lines['n'].iloc[0]:.0f})" * (len(lines) < 2)
+            cells.setdefault(f"{what}, {model}", {})[backbone] = percent(lines) + n
+    measured = ledger[ledger["item_level"] != claims.NOT]
     for claim, (what, sign) in TITLE.items():
         for line in measured[measured["claim"] == claim].itertuples():
             size = points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))
-            status = f", in points{' (exploratory)' * (line.status == claims.EXPLORATORY)}"
-            cells.setdefault(what + status, {})[line.backbone] = f"{size}; {_over_seeds(line, sign=sign)}{_flag(line)}"
+            name = f"{what}, points{' (exploratory)' * (line.status == claims.EXPLORATORY)}"
+            cells.setdefault(name, {})[line.backbone] = f"{size}; {_over_seeds(line, sign=sign)}{_flag(line)}"
     for line in measured[measured["claim"].isin((RISE, CLEAN))].itertuples():
         cells.setdefault(f"claim {line.claim}: {line.statement}", {})[line.backbone] = _verdict(line).replace("**", "")
-    for backbone, of in measured[measured["status"] == claims.REGISTERED].groupby("backbone", sort=False):
-        held, against = ((of["item_level"] == level).sum() for level in (claims.SUPPORTED, claims.CONTRADICTED))
-        what = "registered claims over items: hold, contradicted, of measured"
-        cells.setdefault(what, {})[backbone] = f"{held}, {against}, of {len(of)}"
-    shown = pd.DataFrame.from_dict(cells, orient="index").rename(columns="`{}`".format)
-    return shown.rename_axis("").reset_index()
+    return pd.DataFrame.from_dict(cells, orient="index").rename(columns="`{}`".format).rename_axis("").reset_index()
 
 
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
+BECAUSE = ", and through harmless rows that ask how to do something more than through seeing"
+RATES = {  # of T08
+    "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
+    "multimodal ASR (beside pictures)": ("multimodal_asr", "stage 1"), "multimodal ASR": ("multimodal_asr", "adapted"),
+    "harmless picture requests refused": ("twin_refusal", "stage 1"), "such requests refused": ("twin_refusal", "adapted"),
+}  # fmt: skip
 TITLE = {  # what the effects of two are, and their sign there
-    SEEING: ("seeing alone, every how-to left out, changes text ASR by", 1),
-    "4b": ("pictures of the same rows told in words instead change it by", -1),
+    SEEING: ("trained to see without any how-to: text ASR less the parent's", 1),
+    "4b": ("the same rows told in words instead of shown: text ASR less the adapted model's", -1),
 }  # fmt: skip
 
 
@@ -347,7 +348,7 @@ def _of(stage: str, *measures: str) -> Part:
 
 
 def _titled(table: Callable[[str], pd.DataFrame]) -> str:
-    said = title(table("T02_degradation"), table(LEDGER))
+    said = title(table("T08_models"), table(LEDGER))
     return f"- Does teaching it to see make it less safe? {said}"
 
 
@@ -364,9 +365,7 @@ ABLATED = (
     {**TEXT, "of": "parent/aligned", "what": "ablated"},
 )  # fmt: skip
 OPENINGS: dict[str, tuple[Part, ...]] = {
-    "00_world": (
-        _of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates"),
-    ),
+    "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates")),
     "01_data_filtering": (
         _by(guards, "T01_guard_quality"), _by(across, "T03_arms", *RAW), _claims("3c", "3b"),
     ),
@@ -381,8 +380,8 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
         _claims("7", "8", "8b", "9", "9b"),
     ),
     "06_merging": (
-        _by(dominated, "T07_dominance"), _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"),
-        _by(worst, "T10_worst_case"), _by(restored, "T08_models"),
+        _by(dominated, "T07_dominance"), _by(restored, "T08_models"),
+        _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"), _by(worst, "T10_worst_case"),
     ),
     "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(counted, LEDGER)),
 }  # fmt: skip

@@ -51,7 +51,7 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
         axis.axvline(0, color="black", linewidth=0.7)
         if border is not None:
             axis.axhline(border, color=GREY, linewidth=0.5)
-            axis.text(-108, border + 0.02, "exploratory: the rule was made after results were seen", fontsize=5.5, va="top")
+            axis.text(-108, border + 0.02, "exploratory: the rule was made\nafter results were seen", fontsize=5.5, va="top")
         for name, rows in ledger.groupby("claim", sort=False):
             for place, row in enumerate(rows.itertuples()):
                 _draw_claim(axis, row, heads[name][0] + PITCH * (place - (len(rows) - 1) / 2), marks[row.backbone])

@@ -47,7 +47,7 @@ def _add_model(added: argparse.ArgumentParser, parent: str, settings: dict[str, 
     added.add_argument("--batch-size", type=int, default=16, help="prompts at a time; halved where they do not fit")
     added.add_argument("--root", type=Path, default=Path("runs"), help="the run store")
     added.add_argument("--name", default="", help="of its place there; by default the model's")
-    added.add_argument("--out", type=Path, help="tables, figures and report.html; by default figures/NAME")
+    added.add_argument("--out", type=Path, help="tables, figures and report.html; by default figures/NAME (of probe NAME.probed)")
 
 
 def _request(arguments: Arguments, **more: Any) -> Request:

@@ -34,7 +34,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], studies: argpa
     """Describe `vlsafe archive` and `vlsafe unpack` to the parser; `command` makes the one of a function."""
     added = command(archive, "write the results of finished runs without weights, a file for every study", studies)
     added.add_argument("--out", type=Path, required=True, help="a folder")
-    added = command(unpack, "put archived results into a run store, where `vlsafe gallery` and notebook 07 read them")
+    added = command(unpack, "put archived results into a run store, for `vlsafe gallery` and notebooks 03, 05, 06, 07")
     added.add_argument("files", nargs="+", type=Path)
     added.add_argument("--root", type=Path, required=True, help="the run store; valid runs in it stay as they are")
 

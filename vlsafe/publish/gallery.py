@@ -1,4 +1,4 @@
-"""Write every table and figure that the runs present allow, and name the others. The only module that writes into `figures/`."""
+"""Write every table and figure that the runs present allow, and name the others."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from vlsafe.study.study import keep_freed_memory
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Describe `vlsafe merge` and `vlsafe fisher` to the parser; `command` makes the one of a function."""
     added = command(merge, "merge two checkpoints into a new one, on disk and tensor by tensor")
-    based = "task_arithmetic, ties, dare_linear, dare_ties, model_stock, tsv_m, iso_c"
+    based = "task_arithmetic, ties, dare_linear(_l1), dare_ties(_l1), model_stock, tsv_m, iso_c"
     added.add_argument("rule", help=f"linear, slerp; expo (beyond B); fisher; on task vectors, with --base: {based}")
     added.add_argument("a", type=Path, help="a model folder; the result has its shards, precision, config and processor")
     added.add_argument("b", type=Path, help="another one with the same tensors")

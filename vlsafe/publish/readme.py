@@ -45,10 +45,10 @@ def answer(folder: Path) -> str:
     """The answer to the title, by the committed results of the miniature and, where it has been run, of scale pocket."""
     said = []
     for name, what in SCALES.items():
-        path = folder.parent / name / "T02_degradation.csv"
+        path = folder.parent / name / "T08_models.csv"
         if path.exists():
-            table, ledger = pd.read_csv(path), claims.written(path.parent)
-            said += [f"**{what}:** {sentences.title(table, ledger)}", provenance.markdown(sentences.answers(table, ledger))]
+            models, ledger = pd.read_csv(path), claims.written(path.parent)
+            said += [f"**{what}:** {sentences.title(models, ledger)}", provenance.markdown(sentences.answers(models, ledger))]
     return "\n\n".join([*said, NOT_RUN])
 
 
