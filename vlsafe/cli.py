@@ -58,10 +58,8 @@ def _options(*options: tuple[str, dict[str, Any]], of: Sequence[Parser] = ()) ->
     return parser
 
 
-PLACE = _options(
-    ("--scale", dict(default="mini", help="a preset or the path of a YAML file")),
-    ("--root", dict(type=Path, default=Path("runs"), help="the run store")),
-)
+ROOT = _options(("--root", dict(type=Path, default=Path("runs"), help="the run store")))
+PLACE = _options(("--scale", dict(default="mini", help="a preset or the path of a YAML file")), of=[ROOT])
 SEED = dict(type=int, help=f"without it {MEDIAN_SEED} at mini, the median of eight, and 0 at other scales")
 STUDY = _options(("--backbone", dict(default="mini-chat")), ("--seed", SEED), of=[PLACE])
 STUDIES = _options(("--backbones", dict(nargs="+", default=["mini-chat"])), ("--seeds", dict(nargs="+", **SEED)), of=[PLACE])
@@ -99,8 +97,7 @@ def _add_runs(command: Callable[..., Parser]) -> None:
     added = command(_notebook, "execute one notebook with checked parameters", STUDY)
     added.add_argument("name")
     added.add_argument("--out", type=Path, required=True)
-    added = command(_notebooks, "copy the outputs of mini, median seed, into the committed notebooks")
-    added.add_argument("--root", type=Path, default=Path("runs"), help="the run store")
+    command(_notebooks, "copy the outputs of mini, median seed, into the committed notebooks", ROOT)
     added = command(_agree, "answer the panel by the local engine and by a server of the same checkpoint, and compare", STUDY)
     added.add_argument("model", help="a run, such as instruct/filtered-full")
     added.add_argument("--serve", required=True, help="the server's command, with {folder} and {port}")
