@@ -52,6 +52,9 @@ def answer(folder: Path) -> str:
     return "\n\n".join([*said, NOT_RUN])
 
 
-SCALES = {"mini": "In the miniature", "pocket": "With real parts (scale pocket: a 135M chat model, clip art, published prompts)"}
+SCALES = {
+    "mini": "In the miniature",
+    "pocket": "With real parts (scale pocket: a 135M chat model, one for all seeds, clip art, published prompts)",
+}
 NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
 PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "examine": examine}
