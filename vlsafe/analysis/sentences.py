@@ -233,7 +233,7 @@ def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
 
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
-BECAUSE = ", and through harmless rows that ask how to do something more than through seeing"
+BECAUSE = ", and (exploratory) through harmless rows that ask how to do something more than through seeing"
 RATES = {  # of T08
     "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
     "multimodal ASR (beside pictures)": ("multimodal_asr", "stage 1"), "multimodal ASR": ("multimodal_asr", "adapted"),
