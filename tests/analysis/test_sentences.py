@@ -168,8 +168,15 @@ def test_a_title_without_how_tos_names_the_weakest_part():
     of = other[(other["claim"] == sentences.RISE) & (other["item_level"] != claims.NOT)]
     for line in of.itertuples():
         size = sentences.points(line.effect, line.low, line.high)
-        assert f"`{line.backbone}` **{line.item_level}** ({line.part}: {size}, n = " in first
-    assert first.startswith("Adaptation does: `mini-chat` ")
+        text, pictures = (
+            " to ".join(f"{100 * RATE.mean()[measure, MAIN_LINE[model], line.backbone]:.0f}" for model in (start, "adapted"))
+            for measure, start in (("text_asr", "parent"), ("multimodal_asr", "stage 1"))
+        )
+        said = f"text ASR goes from {text} %, multimodal ASR from stage 1's {pictures} %"
+        assert f"in `{line.backbone}` {said}: **{line.item_level}** ({line.part}: {size}, n = " in first
+    assert first.startswith("Adaptation does: in `mini-chat` ")
+    words = sentences.title(MODELS[MODELS["measure"] == "text_asr"], other)
+    assert "text ASR goes from" in words and " %: **supported** (multimodal ASR rises" in words and "stage 1's 1" not in words
 
 
 def test_a_claim_of_one_seed_says_so():

@@ -98,6 +98,8 @@ def test_the_pictures_tell_their_numbers():
     title = plots_tuning.tradeoff(points, "mini").get_suptitle()
     same = "text ASR 75 → 75 %, with pictures 75 → 75 %"  # SL is safer, and 25 points less helpful
     assert title == f"Safest at about equal helpfulness, dpo-text: {same}"
+    alone = plots_tuning.tradeoff(points[points["name"] != "dpo-text"], "mini").get_suptitle()
+    assert alone.startswith("None is about as helpful; safest, sl: ") and alone.endswith("67 → 42 %")
 
 
 def test_refusals_by_kind_of_request():

@@ -95,7 +95,7 @@ def test_every_picture_of_the_readme_is_an_artefact_with_its_numbers_beside_it()
 
 def test_a_changed_artefact_changes_the_readme(tmp_path):
     shutil.copytree(ROOT / "figures/mini", tmp_path / "mini")
-    before = readme.generated("<!-- generated: answer -->\n<!-- end generated -->", tmp_path / "mini")
+    before = readme.generated("<!-- generated: numbers -->\n<!-- end generated -->", tmp_path / "mini")
     models = pd.read_csv(tmp_path / "mini" / "T08_models.csv")
     chat = (models["backbone"] == "mini-chat") & (models["measure"] == "text_asr") & (models["recipe"] == "filtered-full")
     rates = 100 * models[chat & (models["stage"] == "instruct")]["value"]

@@ -207,9 +207,20 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
             f"{100 * means.at[name, MAIN_LINE['parent']]:.0f} to {100 * means.at[name, MAIN_LINE['adapted']]:.0f} % in `{name}` "
             f"({signed(of['effect', SEEING])} points without such rows)" for name, of in shares.iterrows()
         )  # fmt: skip
-    elif held:  # which part of the claim is the weakest
-        start += ": " + listed(f"`{line.backbone}` {_verdict(line)}" for line in rise.itertuples())
+    elif held:  # what it was asked of, and which part of the claim is the weakest
+        start += ": " + listed(f"{_ends(models, line.backbone)}: {_verdict(line)}" for line in rise.itertuples())
     return f"{start}."
+
+
+def _ends(models: pd.DataFrame, backbone: str) -> str:
+    """Both ASRs before and after adaptation, of T08's lines."""
+    of = 100 * models[models["backbone"] == backbone].assign(run=run_names).groupby(["measure", "run"])["value"].mean()
+    starts = {"text ASR goes from": ("text_asr", "parent"), "multimodal ASR from stage 1's": ("multimodal_asr", "stage 1")}
+    said = []
+    for what, (measure, model) in starts.items():
+        first, last = (measure, MAIN_LINE[model]), (measure, MAIN_LINE["adapted"])
+        said += [f"{what} {of[first]:.0f} to {of[last]:.0f} %"] if {first, last} <= {*of.index} else []
+    return f"in `{backbone}` {', '.join(said)}"
 
 
 def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
@@ -291,47 +302,38 @@ def transplanted(table: pd.DataFrame) -> str:
         one = of[of["width"] == 1].groupby("start")["change"]
         own = of[of["located"].astype(bool)]["change"]
         parts = [f"the located band by {ranged(own)}"] if len(own) else []
-        for best in one.mean().nsmallest(1).index:
-            parts.append(f"block {best:.0f}, the best single one, by {ranged(one.get_group(best))}")
+        best = one.mean().nsmallest(1).index
+        parts += [f"block {block:.0f}, the best single one, by {ranged(one.get_group(block))}" for block in best]
         said.append(f"- The parent's blocks put back, text ASR changes in `{backbone}`: {', '.join(parts)}.")
     return "\n".join(said)
 
 
 def dominated(table: pd.DataFrame) -> str:
     """Whether merging dominates, and whether any rule dominates the linear one, of the lines of `merging.verdicts`."""
-    return "\n".join(
-        f"- `{backbone}`: {merging.answer(of)} {merging.beyond_linear(of)}"
-        for backbone, of in table.groupby("backbone", sort=False)
-    )
+    by = table.groupby("backbone", sort=False)
+    return "\n".join(f"- `{backbone}`: {merging.answer(of)} {merging.beyond_linear(of)}" for backbone, of in by)
 
 
 def worst(table: pd.DataFrame) -> str:
     """What the worst of some further fine-tunings does to each remedy's text ASR, of T10's lines."""
     said, text = [], table[table["measure"] == "text_asr"]
     for backbone, of in text.groupby("backbone", sort=False):
-        ends = [
-            f"{model} from {percent(lines, 'before')} to {percent(lines)}" for model, lines in of.groupby("model", sort=False)
-        ]
-        said.append(
-            f"- The worst of the further fine-tunings that keep helpfulness takes text ASR of `{backbone}`: {listed(ends)}."
-        )
+        ends = [f"{name} from {percent(own, 'before')} to {percent(own)}" for name, own in of.groupby("model", sort=False)]
+        said.append(f"- The worst fine-tuning of those that keep helpfulness takes text ASR of `{backbone}`: {listed(ends)}.")
     return "\n".join(said)
 
 
 def restored(table: pd.DataFrame) -> str:
     """What a model is whose language model is the parent's again, behind the projector of the adapted one, of T08's lines."""
-    said, of = [], table[table["recipe"] == f"linear/{RESTORED}/1.00"]
+    said, of = [], table[table["recipe"] == "linear/filtered-full+aligned/1.00"]
     for backbone, lines in of.groupby("backbone", sort=False):
         names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
         parts = [f"{MEASURES[m]['label']} {percent(lines[lines['measure'] == m])}" for m in names]
-        said.append(
-            f"- All language weights of `{backbone}` put back to the parent's and the adapted projector kept, where validation "
-            f"chooses that: {', '.join(parts)}."
-        )
+        what = "put back to the parent's and the adapted projector kept, where validation chooses that"
+        said.append(f"- All language weights of `{backbone}` {what}: {', '.join(parts)}.")
     return "\n".join(said)
 
 
-RESTORED = "filtered-full+aligned"
 Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
 
 
@@ -352,9 +354,8 @@ def _titled(table: Callable[[str], pd.DataFrame]) -> str:
     return f"- Does teaching it to see make it less safe? {said}"
 
 
-TEXT = {"measure": "text_asr"}
 RAW = (
-    "Without the filter text ASR changes by", "difference", {**TEXT, "at": "equal steps", "recipe": "unfiltered-full"},
+    "Without the filter text ASR changes by", "difference", dict(measure="text_asr", at="equal steps", recipe="unfiltered-full"),
 )  # fmt: skip
 BLANK = (
     "A blank picture beside a request in words changes its ASR by", "difference",
@@ -362,7 +363,7 @@ BLANK = (
 )  # fmt: skip
 ABLATED = (
     "The refusal direction ablated, the parent's text ASR changes by", "change",
-    {**TEXT, "of": "parent/aligned", "what": "ablated"},
+    {"measure": "text_asr", "of": "parent/aligned", "what": "ablated"},
 )  # fmt: skip
 OPENINGS: dict[str, tuple[Part, ...]] = {
     "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates")),

@@ -27,11 +27,9 @@ DOSES = {
     "about pictures": dict(color="#D55E00", marker="s"), "text-only": dict(color="#0072B2", marker="o", linestyle="--"),
 }  # fmt: skip
 DRAWN = {
-    "text_asr": "attacks in text",
-    "multimodal_asr": "attacks beside pictures",
-    "multimodal_incoherent": "incoherent beside pictures",
-    "helpfulness": "helpfulness",
-}
+    "text_asr": "text ASR\n(↓ safer)", "multimodal_asr": "multimodal ASR\n(↓ safer)",
+    "multimodal_incoherent": "incoherent beside\npictures (↓ better)", "helpfulness": "helpfulness\n(↑ better)",
+}  # fmt: skip
 
 
 def doses(frame: pd.DataFrame, scale: str) -> Figure:

@@ -98,9 +98,9 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     note += "world: the miniature's truth; " if "world" in names else ""
     note += "κ: agreement on answers beyond chance; τ: on the order of the models; "
     note += f"up to n = {int(rates['n'].max())} a point"
-    rows = style.by_backbone(rates, "attack success, percent (↓ safer)")
+    rows, title = style.by_backbone(rates, "attack success, percent (↓ safer)"), _least_agreement(rates, pairs)
     columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
-    with style.panels(rows, columns, 2.4, _least_agreement(pairs), caption, handles=handles, sharey=True) as (figure, axes):
+    with style.panels(rows, columns, 2.4, title, caption, handles=handles, sharey=True) as (figure, axes):
         parts = (style.facets(axes, frame, "modality") for frame in (rates, pairs))
         for (_, axis, models), (_, _, agreement) in zip(*parts, strict=True):
             for (name, *_), line in models.groupby(["kind", "stage", "recipe"]):
@@ -113,12 +113,17 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     return figure
 
 
-def _least_agreement(pairs: pd.DataFrame) -> str:
-    least = pairs.groupby("modality")[["tau", "kappa"]].min().iloc[::-1].map(_two_places)
-    ranking, answers = (", ".join(f"{name} {value}" for name, value in least[column].items()) for column in least)
-    alike = pairs[pairs["kappa"].isna()].groupby("modality").size()
-    without = "".join(f"; {n} pairs on {name} have no κ, as one judge says the same of all" for name, n in alike.items())
-    return f"Two judges at worst: ranking τ {ranking}; answers κ {answers}{without}"
+def _least_agreement(rates: pd.DataFrame, pairs: pd.DataFrame) -> str:
+    """How far two judges disagree at worst, by modality; without those who see the same ASR in every model."""
+    spread = rates.groupby(["modality", "judge", "backbone"])["value"].agg(np.ptp).groupby(["modality", "judge"]).max()
+    blind, said = spread.index[spread < 1], []  # points
+    for modality in ("text", "pictures"):
+        names = [judge for of, judge in blind if of == modality]
+        of = pairs[(pairs["modality"] == modality) & ~pairs[["judge", "other"]].isin(names).any(axis=1)]
+        worst = f"κ {_two_places(of['kappa'].min())}, τ {_two_places(of['tau'].min())}" if len(of) else "none to compare"
+        without = f" without {' and '.join(names)}, which {'tells' if len(names) == 1 else 'tell'} no models apart"
+        said += [f"{modality} {worst}{without * bool(names)}"] if modality in set(pairs["modality"]) else []
+    return f"Two judges at worst: {'; '.join(said)}"
 
 
 def _two_places(value: float) -> str:

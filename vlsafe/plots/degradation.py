@@ -14,8 +14,8 @@ from vlsafe.plots import style
 from vlsafe.plots.style import KINDS, LINES
 
 
-def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figure:
-    """F02: safety, over-refusal and helpfulness along both stages, one row of panels per backbone.
+def dynamics(rates: pd.DataFrame, scale: str) -> Figure:
+    """F02: safety, over-refusal and helpfulness along both stages, a panel each and one row of panels per backbone.
 
     `rates` has one line per checkpoint × measure with seed, stage, step, value, low, high (fractions).
 
@@ -24,54 +24,72 @@ def dynamics(rates: pd.DataFrame, labels: Mapping[str, str], scale: str) -> Figu
     rates = rates[rates["measure"].isin(list(LINES))]
     if rates.empty:
         raise Lacking("neither attack success nor refusals nor helpfulness was measured")
-    n = int(rates["n"].max())
-    few = int(rates.loc[rates["exam"] == "panel", "n"].max()) if (rates["exam"] == "panel").any() else n
-    sizes = f"lines: the panel, up to n = {few} a point; large marks: all items, up to n = {n}"
-    notes = (f"bands (ASR): {style.band(rates)}", sizes, style.judges(rates), "dotted: parent")
-    columns = {"projector": "stage 1: projector alone, captions", "instruct": "stage 2: projector and language model"}
-    rows, xlabel = style.by_backbone(rates, "percent of prompts"), "training step (square-root scale)"
-    caption = style.caption(rates, scale, *notes)
-    with style.panels(rows, columns, 2.6, _before_and_after(rates), caption, xlabel, sharey=True) as (figure, axes):
-        for (backbone, stage), axis in axes.items():
-            own = style.percent(rates[rates["backbone"] == backbone])
-            axis.set_ylim(-3, 103)
-            if stage in set(own["stage"]):
-                _draw_stage(axis, own[own["stage"] == stage])
-            parent = own[(own["stage"] == "parent") & (own["measure"] == "text_asr")]
-            if not parent.empty:
-                axis.axhline(parent["value"].mean(), color=LINES["text_asr"]["color"], **style.DOTTED)
-            if stage == "instruct" == own["stage"].iloc[-1]:
-                style.label_ends(axis, own[own["stage"] == stage].assign(root=np.sqrt(own["step"])), "root", labels, gap=8.0)
+    several, n = style.several_seeds(rates), rates.groupby("exam")["n"].max()
+    notes = (
+        "grey: stage 1 (the projector alone, captions), white: stage 2 (the language model too)", "square-root scale",
+        f"lines: the panel, up to n = {n.get('panel', n.max())} a point{', thin: single seeds' * several}",
+        f"large marks: all items, up to n = {n.max()}{', small: single seeds' * several}", "dotted: the parent",
+        "refused: triangles down with pictures, up in words", style.judges(rates),
+    )  # fmt: skip
+    columns = {what: text for what, (text, *measures) in COURSES.items() if rates["measure"].isin(measures).any()}
+    rows, caption = style.by_backbone(rates, "percent of prompts"), style.caption(rates, scale, *notes)
+    with style.panels(rows, columns, 1.5, _before_and_after(rates), caption, "training step", sharey=True) as (figure, axes):
+        for (backbone, what), axis in axes.items():
+            own = _along(style.percent(rates[rates["backbone"] == backbone]))
+            for measure in COURSES[what][1:]:
+                for stage, of in own[own["measure"] == measure].groupby("stage"):
+                    _draw_course(axis, of, stage, LINES[measure])
+            axis.axvspan(-0.08, 1.02, color="#F3F3F3", linewidth=0, zorder=0)
+            ticks = own[own["x"].isin(ENDS)].set_index("x")["step"].to_dict()
+            axis.set(xlim=(-0.08, 2.12), ylim=(-3, 103))
+            axis.set_xticks(list(ticks), list(ticks.values()))
+            axis.set_xticks([0.47, 1.57], ["\nstage 1", "\nstage 2"], minor=True)
+            axis.tick_params(axis="x", which="minor", length=0)
     return figure
 
 
-def _draw_stage(axis: Any, rates: pd.DataFrame) -> None:
-    rates = rates.assign(root=np.sqrt(rates["step"])).sort_values("step")
-    panel = rates[rates["exam"] == "panel"]
-    attacked = panel["measure"].str.endswith("_asr")
-    means = panel[~attacked].groupby(["measure", "root"], as_index=False)["value"].mean()
-    style.draw_measures(axis, means.assign(seed=0), "root")
-    style.draw_measures(axis, panel[attacked], "root")
-    whole = rates[rates["exam"] == "full"]  # of other items, so no line leads to it
-    for measure, look in LINES.items():
-        mean = whole[whole["measure"] == measure].groupby("root")["value"].mean()
-        axis.plot(mean.index, mean, **{**look, "markersize": 4.5, "linestyle": ""})
-    steps = sorted(rates["step"].unique())
-    shown = [s for i, s in enumerate(steps) if i == 0 or np.sqrt(s) - np.sqrt(steps[i - 1]) > 0.06 * np.sqrt(steps[-1])]
-    axis.set_xticks(np.sqrt(shown), [str(step) for step in shown])
+COURSES = {  # column of F02 -> its title and what is drawn in it
+    "text_asr": ("text ASR\n(↓ safer)", "text_asr"), "multimodal_asr": ("multimodal ASR\n(↓ safer)", "multimodal_asr"),
+    "twin_refusal": ("harmless requests\nrefused (↓ better)", "twin_refusal", "exaggerated_refusal"),
+    "helpfulness": ("helpfulness\n(↑ better)", "helpfulness"),
+}  # fmt: skip
+ENDS = (0.0, 0.95, 2.05)  # where on F02's axis stage 1 begins and ends, and stage 2 ends
+
+
+def _along(rates: pd.DataFrame) -> pd.DataFrame:
+    """Rates of one backbone with their place `x`: the stages one after the other, within each the root of the step."""
+    root = np.sqrt(rates["step"])
+    by = root.groupby(rates["stage"])
+    share = (root - by.transform("min")) / (by.transform("max") - by.transform("min")).clip(lower=1e-9)
+    return rates.assign(x=(0.95 * share + 1.1 * (rates["stage"] == "instruct")).round(6))
+
+
+def _draw_course(axis: Any, rates: pd.DataFrame, stage: str, look: Mapping[str, Any]) -> None:
+    """One measure along one stage: the panel as a line, all items (other ones, so no line leads to them) as large marks."""
+    panel, whole = (rates[rates["exam"] == exam].sort_values("step") for exam in ("panel", "full"))
+    mean = whole.groupby("x")[["value", "low", "high"]].mean()
+    if stage == "parent":
+        axis.axhline(mean["value"].item(), color=look["color"], **style.DOTTED)
+        return
+    if len(panel):
+        style.draw_line(axis, panel.drop(columns=["low", "high"]), "x", **look)
+    axis.vlines(mean.index, mean["low"], mean["high"], color=look["color"], linewidth=1.2, alpha=0.5)
+    axis.plot(mean.index, mean["value"], **{**look, "markersize": 4.5, "linestyle": ""})
+    if style.several_seeds(rates):
+        axis.plot(whole["x"], whole["value"], "_", color=look["color"], markersize=4, markeredgewidth=0.6, alpha=0.7)
 
 
 def _before_and_after(rates: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: the parent (pictures: the untrained graft) and the adapted model."""
+    """The takeaway in the numbers drawn: text ASR from the parent, multimodal ASR from stage 1 to the adapted model."""
 
-    def mean(stage: str, measure: str, step: str) -> float:
+    def mean(stage: str, measure: str) -> float:
         rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
-        return 100 * rows.loc[rows["step"] == rows["step"].agg(step), "value"].mean()
+        rows = rows[rows["step"] == rows["step"].max()]
+        return 100 * rows.loc[rows["exam"] == rows["exam"].min(), "value"].mean()  # "full" where it was taken
 
-    text = style.change("text ASR", mean("parent", "text_asr", "max"), mean("instruct", "text_asr", "max"))
-    graft, adapted = mean("projector", "multimodal_asr", "min"), mean("instruct", "multimodal_asr", "max")
-    pictures = style.change("multimodal ASR", graft, adapted, " (untrained graft)")
-    return f"Adaptation on screened data: {', '.join(filter(None, (text, pictures)))}".removesuffix(": ")
+    names = {"text_asr": ("text ASR", "parent", ""), "multimodal_asr": ("multimodal ASR", "projector", " (stage 1)")}
+    said = [style.change(name, mean(stage, what), mean("instruct", what), of) for what, (name, stage, of) in names.items()]
+    return f"Adaptation on screened data: {', '.join(filter(None, said))}".removesuffix(": ")
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:

@@ -10,9 +10,8 @@ from vlsafe.analysis.measures import MEASURES
 from vlsafe.plots import style, tuning
 from vlsafe.plots.style import KINDS, LINES
 
-PARTNERS = {  # what each partner is for the eye
-    "sl-full": "child: SL", "dpo-both-full": "child: DPO on both", "sibling-full": "sibling", "aligned": "parent",
-}  # fmt: skip
+# What each partner is for the eye.
+PARTNERS = {"sl-full": "SFT", "dpo-both-full": "DPO", "sibling-full": "SFT from stage 1", "aligned": "parent"}
 FURTHER = {  # what is fine-tuned again, for the eye; two kinds of SFT and SPPFT are told apart by line and colour
     "adapted": ("adapted", KINDS["adapted"]), "filtered-sppft": ("SPPFT", KINDS["GRPO"]),
     "merged": ("merged with SFT", KINDS["merged"]), "dpo-both-full": ("DPO", KINDS["DPO"]),
@@ -31,7 +30,7 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
 
     Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
     """
-    columns = {name: title for name, title in PARTNERS.items() if name in set(rates["partner"])}
+    columns = {name: f"merged with {title}" for name, title in PARTNERS.items() if name in set(rates["partner"])}
     n = rates.groupby("measure")["n"].max()
     sizes = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
     caption = style.caption(
@@ -46,7 +45,8 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
             axis.set(xlim=(-0.03, 1.03), ylim=(-6, 104))
             axis.xaxis.label.set_fontsize(6)
             linear = part[part["rule"] == "linear"].sort_values("ratio")
-            style.draw_measures(axis, linear, "ratio", None if bands is None else _band_of(bands, part))
+            own = None if bands is None else style.percent(bands).merge(linear[["backbone", "partner", "rule"]].drop_duplicates())
+            style.draw_measures(axis, linear, "ratio", own)
             ensemble = part[(part["rule"] == "ensemble") & part["measure"].isin(list(LINES))]
             for (measure, ratio), value in ensemble.groupby(["measure", "ratio"])["value"].mean().items():
                 axis.plot(ratio, value, marker="x", color=LINES[measure]["color"], markersize=4.5)
@@ -68,12 +68,6 @@ def _few(rates: pd.DataFrame, bands: pd.DataFrame | None) -> str:
 WHOLE = "95 %, over seeds and what was asked, hold all ratios at once"
 
 
-def _band_of(bands: pd.DataFrame, part: pd.DataFrame) -> pd.DataFrame:
-    """The bands of the linear merge in one panel."""
-    own = bands[(bands["rule"] == "linear") & bands["backbone"].isin(part["backbone"]) & bands["partner"].isin(part["partner"])]
-    return style.percent(own)
-
-
 def _chosen(rates: pd.DataFrame) -> str:
     """The takeaway in the numbers drawn: the linear merge's chosen ratios, and the attacks with pictures that remain there."""
     linear = rates[(rates["rule"] == "linear") & rates["chosen"].eq(True) & (rates["measure"] == "multimodal_asr")]
@@ -83,7 +77,7 @@ def _chosen(rates: pd.DataFrame) -> str:
         if len(rows):
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
             end = ", an end: no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
-            parts.append(f"{PARTNERS[partner].removeprefix('child: ')} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
+            parts.append(f"{PARTNERS[partner]} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
     return f"Chosen ratio (multimodal ASR there): {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
 
 

@@ -106,13 +106,15 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
             axis.plot(*np.nonzero(clear)[::-1], ".", color="black", markersize=2)
             axis.set_xticks(range(shade.shape[1]), shade.columns)
             _number(axis.yaxis, cells["layer"])
-        figure.colorbar(image, ax=figure.axes, shrink=0.9, label="harmful moved further →").outline.set_visible(False)
+        figure.colorbar(
+            image, ax=figure.axes, shrink=0.9, label="← benign moved further   harmful moved further →"
+        ).outline.set_visible(False)
     return figure
 
 
 def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFrame, scale: str) -> Figure:
     """F09: cosines of pairs of prompts in the parents of each backbone with the angular gap, and refusals of harmless prompts
-    under scaling: of every band of a single parent, of several parents the located one.
+    with the best band scaled and with none.
 
     The search kept no single pairs, so the cosines have no interval; refusals have Wilson's. The bands are those tried with the
     last factor, the one that was used where a band was located.
@@ -123,9 +125,8 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
     title = f"Scaling the best band makes parents refuse {many} points more of {located['prompts'].max()} harmless prompts"
     chance = located["p"].dropna()
     title += f"; beyond chance (p < .05) in {(chance < 0.05).sum()} of {len(chance)} parents" if len(chance) else ""
-    several = (located.groupby("backbone").size() > 1).any()
-    note = "N: harmless, M: harmful; shaded: located band; right: bands whose projections are multiplied, "
-    note += "of each parent the located one [start, end) (hollow: none is); thin: parents; " if several else "dotted: none is; "
+    note = "N: harmless, M: harmful; shaded: located band; right: its blocks [start, end) with their projections multiplied "
+    note += "(hollow: as they are); thin: single parents; "
     rows = {name: str(name) for name in located["backbone"].unique()}
     columns = {"pairs": "cosine of pairs", "gap": "angular gap, degrees", "refused": "harmless prompts refused, %"}
     note += "p: of the best of all scaled bands against none, signs of clusters flipped; "
@@ -141,10 +142,7 @@ def localisation(curves: pd.DataFrame, scaling: pd.DataFrame, located: pd.DataFr
                 for band in bands[bands["located"]].itertuples():
                     span, alpha = (band.start - 0.5, band.end - 0.5), 0.2 / len(bands) ** 0.5
                     axis.axvspan(*span, color="#E69F00", alpha=alpha, linewidth=0)
-            if several:
-                _draw_located(axes[name, "refused"], scaled, bands)
-            else:
-                _draw_scaling(axes[name, "refused"], scaled, int(bands["prompts"].iloc[0]))
+            _draw_located(axes[name, "refused"], scaled, bands)
         axes[name, "pairs"].set_xlabel("block")
         axes[name, "gap"].set_xlabel("block")
         axes[next(iter(rows)), "pairs"].legend(loc="best")
@@ -170,31 +168,11 @@ def _draw_located(axis: Any, scaled: pd.DataFrame, bands: pd.DataFrame) -> None:
         for share, filled in zip(shares, (False, True), strict=False):
             low, high = wilson(share, band.prompts)
             fill = dict(markerfacecolor="#E69F00" if filled else "white", markeredgecolor="#000000", markeredgewidth=0.6)
-            bars = [[100 * (share - low)], [100 * (high - share)]]
-            axis.errorbar(
-                100 * share,
-                place + (0.13 if filled else -0.13),
-                xerr=bars,
-                fmt="o",
-                markersize=3,
-                linewidth=0.6,
-                color="#000000",
-                **fill,
-            )
+            bars, y = [[100 * (share - low)], [100 * (high - share)]], place + (0.13 if filled else -0.13)
+            axis.errorbar(100 * share, y, xerr=bars, fmt="o", markersize=3, linewidth=0.6, color="#000000", **fill)
         labels.append(f"seed {band.seed}, [{band.start}, {band.end})")
     axis.set_yticks(range(len(labels)), labels, fontsize=5)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-
-
-def _draw_scaling(axis: Any, scaled: pd.DataFrame, n: int) -> None:
-    """Refused harmless prompts, with each band scaled by the last factor that was tried."""
-    bands = scaled[scaled["factor"] == scaled["factor"].iloc[-1]].drop_duplicates(["start", "end"]).sort_values(["start", "end"])
-    share = (bands["refusals"] / n).to_numpy()
-    bars = 100 * np.abs(np.array([wilson(value, n) for value in share]).T - share)
-    axis.errorbar(range(len(bands)), 100 * share, bars, fmt="o", markersize=2, linewidth=0.7, color="#000000")
-    ticks = [(place, f"[{band.start}, {band.end})") for place, band in enumerate(bands.itertuples())][:: 1 + len(bands) // 13]
-    axis.set_xticks(*zip(*ticks, strict=True), rotation=90, fontsize=5)
-    axis.axhline(100 * scaled["refusals"].iloc[0] / n, color="#777777", linewidth=0.7, linestyle=":")
 
 
 def transplants(lines: pd.DataFrame, scale: str) -> Figure:

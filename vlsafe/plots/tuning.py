@@ -32,12 +32,15 @@ def _safest(points: pd.DataFrame) -> str:
     adapted = mean.loc[points.loc[points["kind"] == "adapted", "name"].unique()].mean()
     tuned = mean.loc[points.loc[points["stage"] == "safety", "name"].unique()]
     helpful = tuned[~(tuned["helpfulness"] < adapted["helpfulness"] - LEEWAY)]
-    if helpful["text_asr"].isna().all():
+    if tuned["text_asr"].isna().all():
         return "What safety tuning buys and costs"
-    best = helpful["text_asr"].idxmin()
     names = {"text_asr": "text ASR", "multimodal_asr": "with pictures", "twin_refusal": "harmless picture requests refused"}
+    said = "Safest at about equal helpfulness"
+    if helpful["text_asr"].isna().all():
+        helpful, names, said = tuned, {**names, "helpfulness": "helpfulness"}, "None is about as helpful; safest"
+    best = helpful["text_asr"].idxmin()
     parts = [style.change(name, adapted[what], helpful.loc[best, what]) for what, name in names.items()]
-    return f"Safest at about equal helpfulness, {best}: {', '.join(filter(None, parts))}"
+    return f"{said}, {best}: {', '.join(filter(None, parts))}"
 
 
 def refusals(rates: pd.DataFrame, scale: str) -> Figure:

@@ -292,10 +292,7 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
 FIGURES: dict[str, Callable[[Made], tuple[Figure, pd.DataFrame]]] = {
     "F00_answer": lambda of: (plots.claims.lineage(of["lineage"], of.scale), of["lineage"]),
     "F01_guard_scores": lambda of: (plots.filtering.guard_scores(of["audit"], of.scale), of["scores"]),
-    "F02_dynamics": lambda of: (
-        plots.degradation.dynamics(of["dynamics"], {name: spec["label"] for name, spec in MEASURES.items()}, of.scale),
-        of["dynamics"],
-    ),
+    "F02_dynamics": lambda of: (plots.degradation.dynamics(of["dynamics"], of.scale), of["dynamics"]),
     "F03_categories": lambda of: (plots.degradation.by_category(of["categories"], of.scale), of["categories"]),
     "F04_doses": lambda of: (plots.adaptation.doses(of["doses"], of.scale), of["doses"]),
     "F05_tradeoff": lambda of: (plots.tuning.tradeoff(of["plane"], of.scale), of["plane"]),

@@ -7,7 +7,7 @@ figures folder. Imports no model library.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -41,15 +41,22 @@ def examine(folder: Path) -> str:
     return (folder.parent / "examine.md").read_text(encoding="utf-8").rstrip()
 
 
-def answer(folder: Path) -> str:
-    """The answer to the title, by the committed results of the miniature and, where it has been run, of scale pocket."""
-    said = []
+def _committed(folder: Path) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Of the miniature and, where it has been run, of scale pocket: what it is, T08's lines and the ledger."""
     for name, what in SCALES.items():
         path = folder.parent / name / "T08_models.csv"
         if path.exists():
-            models, ledger = pd.read_csv(path), claims.written(path.parent)
-            said += [f"**{what}:** {sentences.title(models, ledger)}", provenance.markdown(sentences.answers(models, ledger))]
-    return "\n\n".join([*said, NOT_RUN])
+            yield what, pd.read_csv(path), claims.written(path.parent)
+
+
+def answer(folder: Path) -> str:
+    """The answer to the title in a sentence for each scale, of the committed results."""
+    return "\n\n".join([*(f"**{what}:** {sentences.title(*of)}" for what, *of in _committed(folder)), NOT_RUN])
+
+
+def numbers(folder: Path) -> str:
+    """What the answer rests on, as a table for each scale."""
+    return "\n\n".join(f"**{what}:**\n\n{provenance.markdown(sentences.answers(*of))}" for what, *of in _committed(folder))
 
 
 SCALES = {
@@ -57,4 +64,4 @@ SCALES = {
     "pocket": "With real parts (scale pocket: a 135M chat model, one for all seeds, clip art, published prompts)",
 }
 NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
-PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "examine": examine}
+PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "numbers": numbers, "examine": examine}
