@@ -217,7 +217,7 @@ def test_the_worst_case_of_each_remedy():
         for seed, (before, after) in enumerate(seeds)
     ])  # fmt: skip
     assert sentences.worst(table) == (
-        "- The worst of the further fine-tunings that keep helpfulness takes text ASR of `a`: sl-full from 15 % (10–20 over 2 "
+        "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`: sl-full from 15 % (10–20 over 2 "
         "seeds) to 60 % (30–90 over 2 seeds) and merged from 20 % (20–20 over 2 seeds) to 40 % (40–40 over 2 seeds)."
     )
 
