@@ -7,7 +7,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import claims, sentences
+from vlsafe.analysis import claims, openings, sentences
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.publish import notebooks
 
@@ -81,20 +81,20 @@ def test_what_adaptation_changed_and_after_which_layers():
 LEDGER = claims.written(MINI)
 
 
-@pytest.mark.parametrize("notebook", list(sentences.OPENINGS))
+@pytest.mark.parametrize("notebook", list(openings.OPENINGS))
 def test_the_first_output_of_a_notebook_is_its_answer_by_the_committed_tables(notebook):
     cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
     assert len(cells) <= 30
     first = next(output for cell in cells if cell.cell_type == "code" for output in cell.outputs)
     text = first["data"]["text/markdown"]
-    assert text.startswith("**The answer.**") and text.endswith(sentences.opening(notebook, MINI)), "run `make notebooks`"
-    assert set(notebooks.NOTEBOOKS) == set(sentences.OPENINGS)
+    assert text.startswith("**The answer.**") and text.endswith(openings.opening(notebook, MINI)), "run `make notebooks`"
+    assert set(notebooks.NOTEBOOKS) == set(openings.OPENINGS)
 
 
-@pytest.mark.parametrize("notebook", list(sentences.OPENINGS))
+@pytest.mark.parametrize("notebook", list(openings.OPENINGS))
 def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebook):
     found = 0
-    for statement, rest in re.findall(r"^- \*(.+?)\*(?: \(exploratory\))?: (.+)$", sentences.opening(notebook, MINI), re.M):
+    for statement, rest in re.findall(r"^- \*(.+?)\*(?: \(exploratory\))?: (.+)$", openings.opening(notebook, MINI), re.M):
         rows = LEDGER[(LEDGER["statement"] == statement) & (LEDGER["item_level"] != claims.NOT)]
         of = rows.drop_duplicates("backbone").set_index("backbone")
         for backbone, verdict, part, effect in re.findall(
@@ -110,80 +110,119 @@ MODELS = pd.read_csv(MINI / "T08_models.csv")
 RATE = MODELS.assign(run=MODELS["stage"] + "/" + MODELS["recipe"]).groupby(["measure", "run", "backbone"])["value"]
 
 
+def ends(backbone, measure, start):
+    """Means over seeds of a rate before and after, as the title has them."""
+    return " to ".join(f"{100 * RATE.mean()[measure, MAIN_LINE[model], backbone]:.0f} %" for model in (start, "adapted"))
+
+
 def test_the_title_is_answered_by_the_ledger():
-    said = sentences.title(MODELS, LEDGER)
-    third = LEDGER[(LEDGER["claim"] == sentences.RISE) & (LEDGER["item_level"] != claims.NOT)]["item_level"]
+    said = openings.title(MODELS, LEDGER)
+    third = LEDGER[(LEDGER["claim"] == openings.RISE) & (LEDGER["item_level"] != claims.NOT)]
     of = LEDGER[LEDGER["effect"].notna()].set_index(["claim", "backbone"])
-    seeing, asked = of.loc[sentences.SEEING], of.loc[sentences.HOWTOS]
-    because = sentences.BECAUSE * bool((asked["low"] > seeing["high"]).all())
-    assert said.startswith(f"Adaptation does{because}: text ASR goes from ") == (third == claims.SUPPORTED).all()
-    parts = re.findall(r"(\d+) to (\d+) % in `(.+?)` \((\S+) points without such rows\)", said)
-    assert {backbone for *_, backbone, _ in parts} == set(MODELS["backbone"])
-    for before, after, backbone, without in parts:
-        for found, run in ((before, "parent"), (after, "adapted")):
-            assert float(found) == pytest.approx(100 * RATE.mean()["text_asr", MAIN_LINE[run], backbone], abs=0.51)
-        assert float(without) == pytest.approx(100 * seeing.loc[backbone, "effect"], abs=0.51)
-    lone = LEDGER[(LEDGER["claim"] != sentences.SEEING) | (LEDGER["backbone"] != "mini-tulu")]
-    other = LEDGER[LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))].assign(backbone="another")
+    seeing, asked = of.loc[openings.SEEING], of.loc[openings.HOWTOS]
+    assert said.startswith("Adaptation does: in `") == (third["item_level"] == claims.SUPPORTED).all()
+    for backbone in third["backbone"]:
+        text, pictures = ends(backbone, "text_asr", "parent"), ends(backbone, "multimodal_asr", "stage 1")
+        assert f"in `{backbone}` text ASR goes from {text}, multimodal ASR from {pictures}" in said
+        assert f"{sentences.signed(seeing.loc[backbone, 'effect'])} (`{backbone}`)" in said.partition(openings.WITHOUT)[2]
+    assert said.endswith(f"points{openings.BECAUSE * bool((asked['low'] > seeing['high']).all())}.")
+    lone = LEDGER[(LEDGER["claim"] != openings.SEEING) | (LEDGER["backbone"] != "mini-tulu")]
+    other = LEDGER[LEDGER["claim"].isin((openings.SEEING, openings.HOWTOS))].assign(backbone="another")
     for ledger in (lone, pd.concat([lone, other])):  # a parent without one of the two, and one that T08 does not know
-        first = sentences.title(MODELS, ledger.drop_duplicates(["claim", "backbone"]))
-        assert "in `mini-chat` (" in first and "mini-tulu" not in first and "another" not in first
-    both = LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))
+        last = openings.title(MODELS, ledger.drop_duplicates(["claim", "backbone"])).partition(openings.WITHOUT)[2]
+        assert "(`mini-chat`)" in last and "mini-tulu" not in last and "another" not in last
+    both = LEDGER["claim"].isin((openings.SEEING, openings.HOWTOS))
     alike = LEDGER.assign(low=LEDGER["low"].where(~both, -1.0))
-    assert sentences.title(MODELS, alike).startswith("Adaptation does: ")  # how-tos are not told from seeing
-    fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, claims.CONTRADICTED))
-    assert sentences.title(MODELS, fallen).startswith("Adaptation does not: ")
+    assert openings.BECAUSE not in openings.title(MODELS, alike)  # how-tos are not told from seeing
+    fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != openings.RISE, claims.CONTRADICTED))
+    first = openings.title(MODELS, fallen)
+    assert first.startswith("Adaptation does not: ") and first.count(f": **{claims.CONTRADICTED}** (multimodal ASR") == len(third)
     for level in (claims.UNDECIDED, claims.CEILING, claims.DIFFERS):
-        unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != sentences.RISE, level))
-        assert sentences.title(MODELS, unsure).startswith(f"{sentences.UNDECIDED}: ")
+        unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != openings.RISE, level))
+        assert openings.title(MODELS, unsure).startswith(f"{openings.UNDECIDED}: ")
     half = fallen.copy()
-    half.loc[(half["claim"] == sentences.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
-    assert sentences.title(MODELS, half).startswith("Adaptation does in part")
+    half.loc[(half["claim"] == openings.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
+    assert openings.title(MODELS, half).startswith("Adaptation does in part")
+
+
+def test_what_every_parent_contradicts():
+    listed = openings.contradicted(LEDGER).splitlines()
+    measured = LEDGER[LEDGER["item_level"] != claims.NOT]
+    every = measured.groupby("claim")["item_level"].agg(lambda of: len(of) == 3 and set(of) == {claims.CONTRADICTED})
+    assert len(listed) == every.sum() > 1
+    first = LEDGER[LEDGER["claim"] == "4b"]
+    sizes = [f"{sentences.points(line.effect, line.low, line.high)} (`{line.backbone}`)" for line in first.itertuples()]
+    over = (first["seed_level"] == claims.CONTRADICTED).sum()
+    assert f"- *{first['statement'].iloc[0]}*: {', '.join(sizes)}; contradicted over seeds in {over} of 3." in listed
+    assert [" (exploratory): " in line for line in listed] == sorted(" (exploratory): " in line for line in listed)
+    assert openings.contradicted(LEDGER[LEDGER["claim"] == "3"]) == ""
+
+
+def test_every_safety_benchmark_before_and_after():
+    said = openings.fell(MODELS).splitlines()
+    assert len(said) == MODELS["backbone"].nunique()
+    for line, backbone in zip(said, MODELS["backbone"].unique(), strict=True):
+        for measure, start, name in (("text_asr", "parent", "text ASR goes"), ("figstep_asr", "stage 1", "FigStep ASR")):
+            of = [100 * RATE.get_group((measure, MAIN_LINE[model], backbone)) for model in (start, "adapted")]
+            rates = [f"{one.mean():.0f} % ({one.min():.0f}–{one.max():.0f} over {len(one)} seeds)" for one in of]
+            assert line.startswith(f"- `{backbone}`: ") and f"{name} from {' to '.join(rates)}" in line
+
+
+def test_dpo_by_the_modality_of_its_pairs():
+    said = openings.without_pictures(MODELS).splitlines()
+    text = 100 * RATE.get_group(("multimodal_asr", "safety/dpo-text-full", "mini-chat"))
+    (line,) = (line for line in said if "`mini-chat`" in line)
+    assert f": {text.mean():.0f} % ({text.min():.0f}–{text.max():.0f} over {len(text)} seeds) on pairs in words, " in line
+    assert openings.without_pictures(MODELS[MODELS["stage"] == "parent"]) == ""
+
+
+def test_what_outlasts_harmless_text():
+    lives = pd.read_csv(MINI / "T10_half_lives.csv")
+    said = openings.lasting(lives)
+    assert said.startswith("- Fine-tuned again on harmless text: ") and "harmful" not in said and "dpo-both-full" in said
+    assert openings.lasting(lives[:0]) == ""
 
 
 def test_what_the_answer_rests_on_is_a_line_each():
-    shown = sentences.answers(MODELS, LEDGER).set_index("")
-    seeing, words = shown.index[[len(sentences.RATES), len(sentences.RATES) + 1]]
+    shown = openings.answers(MODELS, LEDGER).set_index("")
+    seeing, words = shown.index[[len(openings.RATES), len(openings.RATES) + 1]]
     for backbone in MODELS["backbone"].unique():
         cells = shown[f"`{backbone}`"]
-        for place, (measure, model) in enumerate(sentences.RATES.values()):
+        for place, (measure, model) in enumerate(openings.RATES.values()):
             of = 100 * RATE.get_group((measure, MAIN_LINE[model], backbone))
             assert cells.iloc[place] == f"{of.mean():.0f} % ({of.min():.0f}–{of.max():.0f} over {len(of)} seeds)"
             assert shown.index[place].endswith(f", {model}")
         own = LEDGER[(LEDGER["backbone"] == backbone) & (LEDGER["item_level"] != claims.NOT)].set_index("claim")
-        for name, claim, sign in ((seeing, sentences.SEEING, 1), (words, "4b", -1)):
+        for name, claim, sign in ((seeing, openings.SEEING, 1), (words, "4b", -1)):
             assert float(cells[name].split()[0]) == pytest.approx(100 * sign * own.loc[claim, "effect"], abs=0.51)
-        for claim in (sentences.RISE, sentences.CLEAN):
+        for claim in (openings.RISE, openings.CLEAN):
             (verdict,) = cells[[name for name in shown.index if name.startswith(f"claim {claim}: ")]]
             assert verdict.startswith(f"{own.loc[claim, 'item_level']} (")
     assert "(exploratory)" in seeing and "(exploratory)" not in words
     broken = LEDGER.assign(flagged=LEDGER["flagged"].where(LEDGER["claim"] != "4b", "instruct/textonly-full, seed 0: broken"))
-    flagged = sentences.answers(MODELS, broken).set_index("").loc[words].str.contains("not capable: instruct/textonly-full")
+    flagged = openings.answers(MODELS, broken).set_index("").loc[words].str.contains("not capable: instruct/textonly-full")
     assert flagged.all() and len(flagged) >= 2
 
 
-def test_a_title_without_how_tos_names_the_weakest_part():
-    other = LEDGER[~LEDGER["claim"].isin((sentences.SEEING, sentences.HOWTOS))]
-    first = sentences.title(MODELS, other)
-    of = other[(other["claim"] == sentences.RISE) & (other["item_level"] != claims.NOT)]
+def test_a_title_that_is_not_decided_names_the_weakest_part():
+    other = LEDGER[~LEDGER["claim"].isin((openings.SEEING, openings.HOWTOS))]
+    other = other.assign(item_level=other["item_level"].where(other["claim"] != openings.RISE, claims.DIFFERS))
+    first = openings.title(MODELS, other)
+    of = other[(other["claim"] == openings.RISE) & (other["item_level"] != claims.NOT)]
     for line in of.itertuples():
         size = sentences.points(line.effect, line.low, line.high)
-        text, pictures = (
-            " to ".join(f"{100 * RATE.mean()[measure, MAIN_LINE[model], line.backbone]:.0f}" for model in (start, "adapted"))
-            for measure, start in (("text_asr", "parent"), ("multimodal_asr", "stage 1"))
-        )
-        said = f"text ASR goes from {text} %, multimodal ASR from stage 1's {pictures} %"
-        assert f"in `{line.backbone}` {said}: **{line.item_level}** ({line.part}: {size}, n = " in first
-    assert first.startswith("Adaptation does: in `mini-chat` ")
-    words = sentences.title(MODELS[MODELS["measure"] == "text_asr"], other)
-    assert "text ASR goes from" in words and " %: **supported** (multimodal ASR rises" in words and "stage 1's 1" not in words
+        pictures = ends(line.backbone, "multimodal_asr", "stage 1")
+        assert f"multimodal ASR from {pictures}: **{line.item_level}** ({line.part}: {size}, n = " in first
+    assert first.startswith(f"{openings.UNDECIDED}: in `mini-chat` ") and openings.WITHOUT not in first
+    words = openings.title(MODELS[MODELS["measure"] == "text_asr"], other)
+    assert "text ASR goes from" in words and ", multimodal ASR from" not in words
 
 
 def test_a_claim_of_one_seed_says_so():
     one = LEDGER[LEDGER["claim"] == "3"].assign(seeds=1, seed_low=float("nan"), seed_high=float("nan"))
     assert sentences.verdicts(one, ["3"]).count(", one seed)") == one["backbone"].nunique()
-    single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != sentences.SEEING))
-    shown = sentences.answers(MODELS, single)
+    single = LEDGER.assign(seed_low=LEDGER["seed_low"].where(LEDGER["claim"] != openings.SEEING))
+    shown = openings.answers(MODELS, single)
     seeing = shown.loc[shown[""].str.startswith("trained to see"), "`mini-chat`"].item()
     assert re.search(r"\]; one seed, n = \d+$", seeing) and not shown.astype(str).map(lambda cell: "nan" in cell).any(axis=None)
 
@@ -197,11 +236,11 @@ def test_rates_of_one_seed_have_their_interval_over_items():
     ends = {"parent/aligned": (0.04, 0.02, 0.07), "instruct/filtered-full": (0.38, 0.32, 0.44)}
     models = pd.DataFrame([["some", 0, *run.split("/"), "text_asr", 453.0, *of] for run, of in ends.items()], columns=columns)
     cells = ["4 % [2, 7] (one seed, n = 453)", "38 % [32, 44] (one seed, n = 453)"]
-    assert sentences.answers(models, LEDGER[:0])["`some`"].tolist() == cells
-    assert sentences.title(models, LEDGER[:0]) == f"{sentences.UNDECIDED}."
+    assert openings.answers(models, LEDGER[:0])["`some`"].tolist() == cells
+    assert openings.title(models, LEDGER[:0]) == f"{openings.UNDECIDED}."
     assert sentences.rates(one, "parent", ["text_asr", "twin_refusal"]) == "- `some`: text ASR 4 % [2, 7]."
     two = pd.concat([models, models.assign(seed=1, value=models["value"] + 0.04)])
-    assert sentences.answers(two, LEDGER[:0])["`some`"].tolist() == ["6 % (4–8 over 2 seeds)", "40 % (38–42 over 2 seeds)"]
+    assert openings.answers(two, LEDGER[:0])["`some`"].tolist() == ["6 % (4–8 over 2 seeds)", "40 % (38–42 over 2 seeds)"]
 
 
 def test_what_nobody_measured_is_one_line():
@@ -260,7 +299,7 @@ def test_changes_over_seeds_and_missed_bounds_by_hand():
 
 
 def test_where_nothing_is_committed_the_answer_says_so(tmp_path):
-    assert all(sentences.opening(notebook, tmp_path) == sentences.NOTHING for notebook in sentences.OPENINGS)
+    assert all(openings.opening(notebook, tmp_path) == openings.NOTHING for notebook in openings.OPENINGS)
     assert claims.written(tmp_path).empty
 
 

@@ -110,7 +110,7 @@ def test_refusals_by_kind_of_request():
         set(found["what"]) == {"MM-SafetyBench twins"} and (found["value"] == 1).all() and set(found["modality"]) == {"pictures"}
     )
     title = plots_tuning.refusals(found, "mini").get_suptitle()
-    assert title.startswith("Harmless requests refused: 100 % adapted, 100 % tuned")
+    assert title.startswith("Harmless requests refused, mean over kinds: 100 % adapted, 100 % tuned")
     stand_in = twins.assign(benchmark="pocket_text", group="benign")
     of_pocket = tuning.refusals(pd.concat([rows, stand_in]))
     assert set(of_pocket["what"]) == {"benign prompts"}  # a benchmark that stands in goes by its own name

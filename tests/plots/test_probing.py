@@ -16,7 +16,9 @@ def test_half_of_the_gap_is_that_of_the_block_where_it_is_largest(sign):
         for group in probing.MODALITIES for (layer, step), gap in gaps.items()
     )  # fmt: skip
     figure = probing.similarity_over_steps(lines, "mini")
-    assert figure.get_suptitle() == "In words, half of the largest gap between harmful and benign prompts is there by step 20"
+    side = "harmful" if sign > 0 else "benign"
+    said = f"In words, half of the largest gap ({side} moved further) is there by step 20"
+    assert figure.get_suptitle() == said
 
 
 def test_studies_that_open_at_other_steps_are_not_said_to_open_at_one():

@@ -7,7 +7,7 @@ from vlsafe.core.lazy import lazily
 if TYPE_CHECKING:
     from vlsafe.analysis import (
         adaptation, agreement, capability, causal, claims, comparisons, crossing, degradation, durability, filtering, measures,
-        merging, probing, sentences, stats, tuning,
+        merging, openings, probing, sentences, stats, tuning,
     )  # fmt: skip
 
 __getattr__ = lazily(__name__)

@@ -6,18 +6,13 @@ it does so in every one of them. Numbers are those of the tables: percent of rat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from vlsafe.analysis import claims, merging
-from vlsafe.analysis.measures import CHANCE, MEASURES, run_names
-from vlsafe.core.schema import MAIN_LINE
-
-LEDGER = "T09_claims"
-NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
+from vlsafe.analysis.measures import CHANCE, MEASURES
 
 
 def signed(value: float) -> str:
@@ -134,21 +129,21 @@ def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
         of = ledger[ledger["claim"] == claim]
         statement, measured = of["statement"].iloc[0], of[of["item_level"] != claims.NOT]
         status = " (exploratory)" if of["status"].iloc[0] == claims.EXPLORATORY else ""
-        parts = [f"`{line.backbone}` {_verdict(line)}" for line in measured.itertuples()]
+        parts = [f"`{line.backbone}` {verdict(line)}" for line in measured.itertuples()]
         said += [f"- *{statement}*{status}: {'; '.join(parts)}."] if parts else []
         missing += [] if parts else [statement]
     return "\n".join([*said, *([f"- Not measured: *{'; '.join(missing)}*."] if missing else [])])
 
 
-def _verdict(line: Any) -> str:
+def verdict(line: Any) -> str:
     text = f"**{line.item_level}**" + " but too small to matter" * (line.item_level == claims.SUPPORTED and line.matters == "no")
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{_over_seeds(line, f'{line.seed_level}, ')}{_flag(line)})"
+    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{over_seeds(line, f'{line.seed_level}, ')}{flag(line)})"
 
 
-def _over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
+def over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
     """The interval of an effect over seeds, after the verdict; of one seed how many items it has, where no verdict says so."""
     if pd.isna(line.seed_low):
         return "one seed" if verdict else f"one seed, n = {int(line.n)}"
@@ -156,7 +151,7 @@ def _over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
     return f"over {int(line.seeds)} seeds {verdict}[{signed(low)}, {signed(high)}]"
 
 
-def _flag(line: Any) -> str:
+def flag(line: Any) -> str:
     """Which of the models behind a line of the ledger cannot answer."""
     return f"; not capable: {line.flagged}" if line.flagged else ""
 
@@ -176,84 +171,6 @@ def counted(ledger: pd.DataFrame) -> str:
             f"hold{'s' if held.sum() == 1 else ''} over items, {both.sum()} of these over seeds too; contradicted: {against}."
         )
     return "\n".join(said)
-
-
-def fell(table: pd.DataFrame) -> str:
-    """What adaptation did to each parent, of T02's lines."""
-    said = []
-    for backbone, of in table.dropna(subset=["instruct_value"]).groupby("backbone", sort=False):
-        changes = []
-        for measure in ("text_asr", "multimodal_asr", "exaggerated_refusal"):
-            rows = of[of["measure"] == measure]
-            start = f"from {percent(rows, 'parent_value')} to " if rows["parent_value"].notna().any() else ""
-            changes += [f"{MEASURES[measure]['label']} {start}{percent(rows, 'instruct_value')}"] if len(rows) else []
-        said.append(f"- `{backbone}`: {', '.join(changes)}.")
-    return "\n".join(said)
-
-
-def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
-    """Whether adaptation raises ASR, and how much of it how-tos and seeing do: T08's lines and the ledger."""
-    means = models[models["measure"] == "text_asr"].assign(run=run_names).pivot_table("value", "backbone", "run")
-    measured = ledger[ledger["item_level"] != claims.NOT]
-    rise = measured[measured["claim"] == RISE]
-    held = (rise["item_level"] == claims.SUPPORTED).tolist()
-    start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
-    start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
-    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(means.index)]
-    shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
-    if held and len(shares) and {SEEING, HOWTOS} <= set(both["claim"]):
-        start += BECAUSE * bool(any(held) and (shares["low", HOWTOS] > shares["high", SEEING]).all())
-        start += ": text ASR goes from " + listed(
-            f"{100 * means.at[name, MAIN_LINE['parent']]:.0f} to {100 * means.at[name, MAIN_LINE['adapted']]:.0f} % in `{name}` "
-            f"({signed(of['effect', SEEING])} points without such rows)" for name, of in shares.iterrows()
-        )  # fmt: skip
-    elif held:  # what it was asked of, and which part of the claim is the weakest
-        start += ": " + listed(f"{_ends(models, line.backbone)}: {_verdict(line)}" for line in rise.itertuples())
-    return f"{start}."
-
-
-def _ends(models: pd.DataFrame, backbone: str) -> str:
-    """Both ASRs before and after adaptation, of T08's lines."""
-    of = 100 * models[models["backbone"] == backbone].assign(run=run_names).groupby(["measure", "run"])["value"].mean()
-    starts = {"text ASR goes from": ("text_asr", "parent"), "multimodal ASR from stage 1's": ("multimodal_asr", "stage 1")}
-    said = []
-    for what, (measure, model) in starts.items():
-        first, last = (measure, MAIN_LINE[model]), (measure, MAIN_LINE["adapted"])
-        said += [f"{what} {of[first]:.0f} to {of[last]:.0f} %"] if {first, last} <= {*of.index} else []
-    return f"in `{backbone}` {', '.join(said)}"
-
-
-def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """What the answer to the title rests on, a line each and a column per backbone: T08's lines and the ledger."""
-    cells: dict[str, dict[str, str]] = {}
-    for what, (measure, model) in RATES.items():
-        of = models[(models["measure"] == measure) & (run_names(models) == MAIN_LINE[model])]
-        for backbone, lines in of.groupby("backbone", sort=False):
-            n = f" (one seed, n = {lines['n'].iloc[0]:.0f})" * (len(lines) < 2)
-            cells.setdefault(f"{what}, {model}", {})[backbone] = percent(lines) + n
-    measured = ledger[ledger["item_level"] != claims.NOT]
-    for claim, (what, sign) in TITLE.items():
-        for line in measured[measured["claim"] == claim].itertuples():
-            size = points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))
-            name = f"{what}, points{' (exploratory)' * (line.status == claims.EXPLORATORY)}"
-            cells.setdefault(name, {})[line.backbone] = f"{size}; {_over_seeds(line, sign=sign)}{_flag(line)}"
-    for line in measured[measured["claim"].isin((RISE, CLEAN))].itertuples():
-        cells.setdefault(f"claim {line.claim}: {line.statement}", {})[line.backbone] = _verdict(line).replace("**", "")
-    return pd.DataFrame.from_dict(cells, orient="index").rename(columns="`{}`".format).rename_axis("").reset_index()
-
-
-RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
-UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
-BECAUSE = ", and (exploratory) through harmless rows that ask how to do something more than through seeing"
-RATES = {  # of T08
-    "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
-    "multimodal ASR (beside pictures)": ("multimodal_asr", "stage 1"), "multimodal ASR": ("multimodal_asr", "adapted"),
-    "harmless picture requests refused": ("twin_refusal", "stage 1"), "such requests refused": ("twin_refusal", "adapted"),
-}  # fmt: skip
-TITLE = {  # what the effects of two are, and their sign there
-    SEEING: ("trained to see without any how-to: text ASR less the parent's", 1),
-    "4b": ("the same rows told in words instead of shown: text ASR less the adapted model's", -1),
-}  # fmt: skip
 
 
 def rates(table: pd.DataFrame, stage: str, measures: Sequence[str]) -> str:
@@ -332,69 +249,3 @@ def restored(table: pd.DataFrame) -> str:
         what = "put back to the parent's and the adapted projector kept, where validation chooses that"
         said.append(f"- All language weights of `{backbone}` {what}: {', '.join(parts)}.")
     return "\n".join(said)
-
-
-Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
-
-
-def _by(rule: Callable[..., str], name: str, *values: Any) -> Part:
-    return lambda table: rule(table(name), *values)
-
-
-def _claims(*names: str) -> Part:
-    return _by(verdicts, LEDGER, names)
-
-
-def _of(stage: str, *measures: str) -> Part:
-    return _by(rates, "T02_degradation", stage, measures)
-
-
-def _titled(table: Callable[[str], pd.DataFrame]) -> str:
-    said = title(table("T08_models"), table(LEDGER))
-    return f"- Does teaching it to see make it less safe? {said}"
-
-
-RAW = (
-    "Without the filter text ASR changes by", "difference", dict(measure="text_asr", at="equal steps", recipe="unfiltered-full"),
-)  # fmt: skip
-BLANK = (
-    "A blank picture beside a request in words changes its ASR by", "difference",
-    {"measure": "confounds_asr", "stage": "instruct", "condition": "blank"},
-)  # fmt: skip
-ABLATED = (
-    "The refusal direction ablated, the parent's text ASR changes by", "change",
-    {"measure": "text_asr", "of": "parent/aligned", "what": "ablated"},
-)  # fmt: skip
-OPENINGS: dict[str, tuple[Part, ...]] = {
-    "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(missed, "T00_gates")),
-    "01_data_filtering": (
-        _by(guards, "T01_guard_quality"), _by(across, "T03_arms", *RAW), _claims("3c", "3b"),
-    ),
-    "02_vl_adaptation": (_of("instruct", "helpfulness", "capability_caption-icon", "capability_howto-icon"), _claims("4h", "4i")),
-    "03_safety_degradation": (
-        _by(fell, "T02_degradation"), _claims("4h", "4k", "4j", "4l", "4b", "1", "3", "3b"),
-        _by(across, "T04_confounds", *BLANK),
-    ),
-    "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"),),
-    "05_probing": (
-        _by(transplanted, "F10_transplants"), _by(across, "F10_directions", *ABLATED),
-        _claims("7", "8", "8b", "9", "9b"),
-    ),
-    "06_merging": (
-        _by(dominated, "T07_dominance"), _by(restored, "T08_models"),
-        _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"), _by(worst, "T10_worst_case"),
-    ),
-    "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(counted, LEDGER)),
-}  # fmt: skip
-"""Notebook -> what its answer is made of."""
-
-
-def opening(notebook: str, folder: Path) -> str:
-    """The answer of a notebook in Markdown, of the committed tables in a folder; of those parts whose tables are there."""
-    said = []
-    for part in OPENINGS[notebook]:
-        try:
-            said.append(part(lambda name: claims.written(folder) if name == LEDGER else pd.read_csv(folder / f"{name}.csv")))
-        except FileNotFoundError:
-            continue
-    return "\n".join(filter(None, said)) or NOTHING

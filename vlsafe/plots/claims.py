@@ -94,7 +94,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     rates = rates.assign(kind=[kind(*pair) for pair in zip(rates["stage"], rates["recipe"], strict=True)])
     rates = style.percent(rates.assign(place=rates["judge"].map(names.index)).dropna(subset=["value"])).sort_values("place")
     handles = style.handles(KINDS, rates["kind"], linestyle="-")
-    note = "one line per model, all its seeds; bars: 95 % intervals, clustered by what was asked; "
+    note = "one line per model, of all seeds here; bars: 95 % intervals, clustered by what was asked; "
     note += "world: the miniature's truth; " if "world" in names else ""
     note += "κ: agreement on answers beyond chance; τ: on the order of the models; "
     note += f"up to n = {int(rates['n'].max())} a point"
@@ -159,7 +159,8 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
 
 def lineage(points: pd.DataFrame, scale: str) -> Figure:
     """F00: from the parent over stage 1 and the adapted to the tuned and merged models, in what they are judged by."""
-    notes = ("small ticks: single seeds", INTERVALS, style.judges(points), "the models that the claims are decided by")
+    models = "the models that the claims are decided by; merged: at the interior ratio that validation chose"
+    notes = ("small ticks: single seeds", INTERVALS, style.judges(points), models)
     caption = style.caption(points, scale, *notes, "the parent cannot see")
     columns = {name: text for name, text in style.JUDGED.items() if name in set(points["what"])}
     return style.dots(points, columns, _asr_by_kind(points), caption)

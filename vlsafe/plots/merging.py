@@ -78,7 +78,8 @@ def _chosen(rates: pd.DataFrame) -> str:
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
             end = ", an end: no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
             parts.append(f"{PARTNERS[partner]} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
-    return f"Chosen ratio (multimodal ASR there): {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
+    title = "Linear merges and ensembles by ratio"
+    return f"Chosen ratio (multimodal ASR there, n = {linear['n'].max():.0f}): {', '.join(parts)}" if parts else title
 
 
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:

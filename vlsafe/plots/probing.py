@@ -78,9 +78,10 @@ def _moved_further(text: pd.DataFrame) -> str:
     mean = text.groupby("layer").agg(value=("value", "mean"), high=("high", "max"))
     clear = mean[mean["high"] < 0]
     if clear.empty:
-        return "On text, harmful prompts moved clearly further than benign ones in no block"
+        return "On text (centred), harmful prompts moved clearly further than benign ones in no block"
     layer = int(clear["value"].idxmin())
-    return f"On text, harmful prompts moved further than benign ones, most in block {layer} ({clear['value'].min():+.3f})"
+    most = f"most in block {layer} ({clear['value'].min():+.3f})"
+    return f"On text (centred), harmful prompts moved further than benign ones, {most}"
 
 
 def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
@@ -95,7 +96,9 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     largest = text.assign(value=text["value"].abs()).groupby(["backbone", "seed", "step"])["value"].max().unstack()
     half = largest.ge(largest.max(axis=1) / 2, axis=0).idxmax(axis=1)
     by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()}–{half.max()}"
-    title = f"In words, half of the largest gap between harmful and benign prompts is there by {by}"
+    ends = text.loc[text.groupby(["backbone", "seed"])["value"].agg(lambda of: of.abs().idxmax()), "value"]
+    further = "harmful moved further" if (ends > 0).all() else "benign moved further" if (ends < 0).all() else "to either side"
+    title = f"In words, half of the largest gap ({further}) is there by {by}"
     note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "title: the largest over blocks in each study")
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):

@@ -67,4 +67,4 @@ def _most_refused(rates: pd.DataFrame) -> str:
     if len(tuned):
         ends = "–".join(dict.fromkeys(f"{end:.0f}" for end in (tuned.min(), tuned.max())))
         parts.append(f"{ends} % tuned (most: {tuned.idxmax()[1].removesuffix('-full')})")
-    return f"Harmless requests refused{': ' * bool(parts)}{', '.join(parts)}"
+    return f"Harmless requests refused, mean over kinds{': ' * bool(parts)}{', '.join(parts)}"

@@ -17,7 +17,7 @@ from unittest import mock
 import nbformat
 from IPython.display import Markdown
 
-from vlsafe.analysis import sentences
+from vlsafe.analysis import openings
 from vlsafe.analysis.measures import Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
@@ -61,10 +61,14 @@ def answer(study: Study, notebook: str) -> Any:
     folder = study.figures
     origin = (
         f"From `{folder.parent.name}/{folder.name}`: mean over seeds (least–most); points [95 % interval]. Verdicts stand after "
-        "Holm's correction over the claims of a family, so an interval may exclude zero and decide nothing."
-        + ("" if notebook in ACROSS else f" All below the answer is of `{study.backbone}`, seed {study.seed}, alone.")
+        "Holm's correction over the claims of a family, so an interval may lie beyond a claim's threshold and decide nothing."
+        + (
+            ""
+            if notebook in ACROSS
+            else f" Below it is `{study.backbone}`, seed {study.seed}, where a note does not name others."
+        )
     )
-    return Markdown(f"**The answer.** {origin}\n\n{sentences.opening(notebook, folder)}")
+    return Markdown(f"**The answer.** {origin}\n\n{openings.opening(notebook, folder)}")
 
 
 def said(*texts: str) -> Any:

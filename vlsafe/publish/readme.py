@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlsafe.analysis import claims, sentences
+from vlsafe.analysis import claims, openings
 from vlsafe.core.scale import known
 from vlsafe.publish import provenance
 
@@ -51,12 +51,16 @@ def _committed(folder: Path) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]
 
 def answer(folder: Path) -> str:
     """The answer to the title in a sentence for each scale, of the committed results."""
-    return "\n\n".join([*(f"**{what}:** {sentences.title(*of)}" for what, *of in _committed(folder)), NOT_RUN])
+    return "\n\n".join([*(f"**{what}:** {openings.title(*of)}" for what, *of in _committed(folder)), NOT_RUN])
 
 
 def numbers(folder: Path) -> str:
     """What the answer rests on, as a table for each scale."""
-    return "\n\n".join(f"**{what}:**\n\n{provenance.markdown(sentences.answers(*of))}" for what, *of in _committed(folder))
+    return "\n\n".join(f"**{what}:**\n\n{provenance.markdown(openings.answers(*of))}" for what, *of in _committed(folder))
+
+
+def _contradicted(folder: Path) -> str:
+    return openings.contradicted(claims.written(folder))
 
 
 SCALES = {
@@ -64,4 +68,9 @@ SCALES = {
     "pocket": "With real parts (scale pocket: a 135M chat model, one for all seeds, clip art, published prompts)",
 }
 NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
-PARTS: dict[str, Callable[[Path], str]] = {"answer": answer, "numbers": numbers, "examine": examine}
+PARTS: dict[str, Callable[[Path], str]] = {
+    "answer": answer,
+    "numbers": numbers,
+    "contradicted": _contradicted,
+    "examine": examine,
+}

@@ -23,12 +23,12 @@ WITHHELD = "(withheld)"
 
 
 def prompts(study: Study) -> dict[str, str]:
-    """What can be asked: one harmful, one borderline and one harmless request in words, and wordings that need a picture.
+    """What can be asked: a few harmful, borderline and harmless requests in words, and wordings that need a picture.
 
     Prompts of real benchmarks are named by their item and not shown.
     """
     texts: dict[str, str] = {}
-    for benchmark, n in (("sorry_bench", 3), ("xstest", 3), ("capability", 12), ("mm_safetybench", 3)):
+    for benchmark, n in (("sorry_bench", 8), ("xstest", 3), ("capability", 12), ("mm_safetybench", 3)):
         ids = {item.turns[-1].text: item.id for item in study.items() if item.benchmark == benchmark}
         texts |= {text if _open(study) else name: text for text, name in list(ids.items())[:n]}
     return texts

@@ -1,0 +1,191 @@
+"""What a notebook and README open with: the answer, in the rules of `sentences`, of the committed tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlsafe.analysis import claims, durability, sentences
+from vlsafe.analysis.measures import MEASURES, run_names
+from vlsafe.analysis.sentences import flag, listed, over_seeds, percent, points, signed, verdict
+from vlsafe.core.schema import MAIN_LINE
+
+LEDGER = "T09_claims"
+NOTHING = "*No results of this scale are committed: what follows is of this study alone.*"
+
+
+def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
+    """Whether adaptation raises ASR, and how much of it how-tos and seeing do: T08's lines and the ledger."""
+    measured = ledger[ledger["item_level"] != claims.NOT]
+    rise = measured[measured["claim"] == RISE]
+    held = (rise["item_level"] == claims.SUPPORTED).tolist()
+    start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
+    start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
+    ends = [f"in `{line.backbone}` {_moved(models, line.backbone, BOTH, _mean)}" for line in rise.itertuples()]
+    ends = [f"{of}: {verdict(line)}" * (not all(held)) or of for of, line in zip(ends, rise.itertuples(), strict=True)]
+    said = f"{start}: {'; '.join(ends)}." if ends else f"{start}."
+    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
+    shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
+    if len(shares) and {SEEING, HOWTOS} <= set(both["claim"]):
+        because = BECAUSE * bool(any(held) and (shares["low", HOWTOS] > shares["high", SEEING]).all())
+        changes = listed(f"{signed(of['effect', SEEING])} (`{name}`)" for name, of in shares.iterrows())
+        said += f" {WITHOUT} {changes} points{because}."
+    return said
+
+
+def _moved(models: pd.DataFrame, backbone: str, measures: Sequence[str], show: Callable[[pd.DataFrame], str] = percent) -> str:
+    """What some measures were before adaptation (the parent, or stage 1 where it was not asked) and after, of T08's lines."""
+    by, said = dict(list(models[models["backbone"] == backbone].assign(run=run_names).groupby(["measure", "run"]))), []
+    for measure in measures:
+        first, last = (by.get((measure, MAIN_LINE[of])) for of in ("parent", "adapted"))
+        first = by.get((measure, MAIN_LINE["stage 1"])) if first is None else first
+        if first is not None and last is not None:
+            said.append(f"{MEASURES[measure]['label']} {'goes ' * (not said)}from {show(first)} to {show(last)}")
+    return ", ".join(said)
+
+
+def _mean(lines: pd.DataFrame) -> str:
+    return f"{100 * lines['value'].mean():.0f} %"
+
+
+def fell(models: pd.DataFrame) -> str:
+    """What adaptation did to each parent on every safety benchmark, of T08's lines; with pictures from stage 1 on."""
+    lines = [(name, _moved(models, name, SAFETY)) for name in models["backbone"].unique()]
+    return "\n".join(f"- `{name}`: {moved}." for name, moved in lines if moved)
+
+
+def without_pictures(models: pd.DataFrame) -> str:
+    """What is left of multimodal ASR after DPO on pairs of each modality, of T08's lines."""
+    said, asked = [], models[(models["measure"] == "multimodal_asr") & (models["stage"] == "safety")]
+    for backbone, of in asked.groupby("backbone", sort=False):
+        parts = [f"{percent(of[of['recipe'] == f'dpo-{name}-full'])} {what}" for name, what in PAIRS.items()]
+        said.append(f"- Multimodal ASR of `{backbone}` after DPO: {', '.join(parts)}.")
+    return "\n".join(said)
+
+
+PAIRS = {"text": "on pairs in words", "image": "on pairs with pictures", "both": "on both"}
+BOTH = ("text_asr", "multimodal_asr")
+SAFETY = (*BOTH, "wildjailbreak_asr", "siuo_asr", "figstep_asr", "twin_refusal", "exaggerated_refusal")
+
+
+def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """What the answer to the title rests on, a line each and a column per backbone: T08's lines and the ledger."""
+    cells: dict[str, dict[str, str]] = {}
+    for what, (measure, model) in RATES.items():
+        of = models[(models["measure"] == measure) & (run_names(models) == MAIN_LINE[model])]
+        for backbone, lines in of.groupby("backbone", sort=False):
+            n = f" (one seed, n = {lines['n'].iloc[0]:.0f})" * (len(lines) < 2)
+            cells.setdefault(f"{what}, {model}", {})[backbone] = percent(lines) + n
+    measured = ledger[ledger["item_level"] != claims.NOT]
+    for claim, (what, sign) in TITLE.items():
+        for line in measured[measured["claim"] == claim].itertuples():
+            size = points(sign * line.effect, *sorted((sign * line.low, sign * line.high)))
+            name = f"{what}, points{' (exploratory)' * (line.status == claims.EXPLORATORY)}"
+            cells.setdefault(name, {})[line.backbone] = f"{size}; {over_seeds(line, sign=sign)}{flag(line)}"
+    for line in measured[measured["claim"].isin((RISE, CLEAN))].itertuples():
+        cells.setdefault(f"claim {line.claim}: {line.statement}", {})[line.backbone] = verdict(line).replace("**", "")
+    return pd.DataFrame.from_dict(cells, orient="index").rename(columns="`{}`".format).rename_axis("").reset_index()
+
+
+def contradicted(ledger: pd.DataFrame) -> str:
+    """The claims that are contradicted over items in every parent, registered ones first, with their effects by parent."""
+    measured, said = ledger[ledger["item_level"] != claims.NOT], []
+    for _, of in measured.sort_values("status", ascending=False, kind="stable").groupby("claim", sort=False):
+        if len(of) == ledger["backbone"].nunique() and set(of["item_level"]) == {claims.CONTRADICTED}:
+            sizes = ", ".join(f"{points(line.effect, line.low, line.high)} (`{line.backbone}`)" for line in of.itertuples())
+            what = f"{of['statement'].iloc[0]}*{' (exploratory)' * (of['status'].iloc[0] == claims.EXPLORATORY)}"
+            threshold = f", threshold {signed(of['against'].iloc[0])}" * bool(of["against"].iloc[0])
+            seeds = f"contradicted over seeds in {(of['seed_level'] == claims.CONTRADICTED).sum()} of {len(of)}"
+            said.append(f"- *{what}: {sizes}{threshold}; {seeds}.")
+    return "\n".join(said)
+
+
+RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
+UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
+WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something) text ASR changes by"
+BECAUSE = ": how-tos weigh more than seeing (exploratory)"
+RATES = {  # of T08
+    "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
+    "multimodal ASR (beside pictures)": ("multimodal_asr", "stage 1"), "multimodal ASR": ("multimodal_asr", "adapted"),
+    "harmless picture requests refused": ("twin_refusal", "stage 1"), "such requests refused": ("twin_refusal", "adapted"),
+}  # fmt: skip
+TITLE = {  # what the effects of two are, and their sign there
+    SEEING: ("trained to see without any how-to: text ASR less the parent's", 1),
+    "4b": ("the same rows told in words instead of shown: text ASR less the adapted model's", -1),
+}  # fmt: skip
+
+
+Part = Callable[[Callable[[str], pd.DataFrame]], str]  # of an answer, from what reads a table by its name
+
+
+def _by(rule: Callable[..., str], name: str, *values: Any) -> Part:
+    return lambda table: rule(table(name), *values)
+
+
+def _claims(*names: str) -> Part:
+    return _by(sentences.verdicts, LEDGER, names)
+
+
+def _of(stage: str, *measures: str) -> Part:
+    return _by(sentences.rates, "T02_degradation", stage, measures)
+
+
+def lasting(lives: pd.DataFrame) -> str:
+    """Which remedies outlast a further fine-tuning on harmless text, of T10's lines."""
+    said = durability.answer(lives[lives["rows"] == "text"])
+    return f"- Fine-tuned again on harmless text: {said}" if said else ""
+
+
+def _titled(table: Callable[[str], pd.DataFrame]) -> str:
+    said = title(table("T08_models"), table(LEDGER))
+    return f"- Does teaching it to see make it less safe? {said}"
+
+
+RAW = (
+    "Without the filter text ASR changes by", "difference", dict(measure="text_asr", at="equal steps", recipe="unfiltered-full"),
+)  # fmt: skip
+BLANK = (
+    "A blank picture beside a request in words changes its ASR by", "difference",
+    {"measure": "confounds_asr", "stage": "instruct", "condition": "blank"},
+)  # fmt: skip
+ABLATED = (
+    "The refusal direction ablated, the parent's text ASR changes by", "change",
+    {"measure": "text_asr", "of": "parent/aligned", "what": "ablated"},
+)  # fmt: skip
+OPENINGS: dict[str, tuple[Part, ...]] = {
+    "00_world": (_of("parent", "text_asr", "exaggerated_refusal", "capability_howto-text"), _by(sentences.missed, "T00_gates")),
+    "01_data_filtering": (
+        _by(sentences.guards, "T01_guard_quality"), _by(sentences.across, "T03_arms", *RAW), _claims("3c", "3b"),
+    ),
+    "02_vl_adaptation": (_of("instruct", "helpfulness", "capability_caption-icon", "capability_howto-icon"), _claims("4h", "4i")),
+    "03_safety_degradation": (
+        _by(fell, "T08_models"), _claims("3", "3b", "1", "4c", "4h", "4k", "4j", "4l", "4m", "4b"),
+        _by(sentences.across, "T04_confounds", *BLANK),
+    ),
+    "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"), _by(without_pictures, "T08_models")),
+    "05_probing": (
+        _by(sentences.transplanted, "F10_transplants"), _by(sentences.across, "F10_directions", *ABLATED),
+        _claims("7", "7b", "8", "8b", "9", "9b"),
+    ),
+    "06_merging": (
+        _by(sentences.dominated, "T07_dominance"), _by(sentences.restored, "T08_models"),
+        _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"), _by(lasting, "T10_half_lives"),
+        _by(sentences.worst, "T10_worst_case"),
+    ),
+    "07_claims": (_titled, _claims("3", "5", "6", "10"), _by(sentences.counted, LEDGER)),
+}  # fmt: skip
+"""Notebook -> what its answer is made of."""
+
+
+def opening(notebook: str, folder: Path) -> str:
+    """The answer of a notebook in Markdown, of the committed tables in a folder; of those parts whose tables are there."""
+    said = []
+    for part in OPENINGS[notebook]:
+        try:
+            said.append(part(lambda name: claims.written(folder) if name == LEDGER else pd.read_csv(folder / f"{name}.csv")))
+        except FileNotFoundError:
+            continue
+    return "\n".join(filter(None, said)) or NOTHING
