@@ -72,8 +72,8 @@ def test_ruff_reads_notebooks_and_ci_runs_what_it_should():
     assert all(f"{name}.ipynb" in read for name in notebooks.NOTEBOOKS)
     script = (ROOT / ".ci/run").read_text().replace("\\\n", "")
     steps = re.findall(r"^ *time (?:nice -n 3 )?make ([a-z-]+)", script, re.MULTILINE)
-    assert steps == ["setup", "reproduce", "test", "processes", "loaded", "pocket-nano", "results", "nbval"]
-    assert re.search(r"make reproduce .* > .* &\nbeside=\$!", script)
+    assert steps == ["setup", "parts", "reproduce", "pocket-nano", "test", "processes", "loaded", "results", "nbval"]
+    assert re.search(r"^\} > \S+ 2>&1 &\nbeside=\$!", script, re.MULTILINE)
     rules = set(re.search('TARGETS="(.+)"', script)[1].split())
     here = Study.open("mini", "mini-chat", None, ROOT / "runs")
     known = {"_".join([re.sub("[/.-]", "_", job[0]), "mini_chat", str(here.seed)]) for job in jobs(here)}
