@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from vlsafe.analysis import claims, openings, sentences
+from vlsafe.analysis.measures import MEASURES
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.publish import notebooks
 
@@ -93,16 +94,19 @@ def test_the_first_output_of_a_notebook_is_its_answer_by_the_committed_tables(no
 
 @pytest.mark.parametrize("notebook", list(openings.OPENINGS))
 def test_no_answer_contradicts_the_ledger_and_its_numbers_are_the_ledgers(notebook):
-    found = 0
-    for statement, rest in re.findall(r"^- \*(.+?)\*(?: \(exploratory\))?: (.+)$", openings.opening(notebook, MINI), re.M):
-        rows = LEDGER[(LEDGER["statement"] == statement) & (LEDGER["item_level"] != claims.NOT)]
+    found, head = 0, []
+    for line in openings.opening(notebook, MINI).splitlines():
+        first, *cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        head = [cell.strip("`") for cell in cells] if first == "claim" else head
+        rows = LEDGER[(LEDGER["statement"] == first.removesuffix(" (exploratory)")) & (LEDGER["item_level"] != claims.NOT)]
         of = rows.drop_duplicates("backbone").set_index("backbone")
-        for backbone, verdict, part, effect in re.findall(
-            r"`(.+?)` \*\*(.+?)\*\*(?: but too small to matter)? \((?:([^:;]+): )?([+-][\d.]+) ", rest
-        ):
-            assert verdict == of.loc[backbone, "item_level"] and part in ("", of.loc[backbone, "part"]), (statement, backbone)
-            assert float(effect) == pytest.approx(100 * of.loc[backbone, "effect"], abs=0.5)
-            found += 1
+        assert not len(of) or {name for name, cell in zip(head, cells, strict=True) if cell} == set(of.index)
+        for backbone, cell in zip(head, cells, strict=True) if len(of) else ():
+            pattern = r"\*\*(.+?)\*\*(?: but too small to matter)? \((?:([^:;]+): )?([+-][\d.]+) "
+            for verdict, part, effect in re.findall(pattern, cell):
+                assert verdict == of.loc[backbone, "item_level"] and part in ("", of.loc[backbone, "part"]), (first, backbone)
+                assert float(effect) == pytest.approx(100 * of.loc[backbone, "effect"], abs=0.5)
+                found += 1
     assert found >= (notebook != "00_world")
 
 
@@ -159,20 +163,22 @@ def test_what_every_parent_contradicts():
 
 
 def test_every_safety_benchmark_before_and_after():
-    said = openings.fell(MODELS).splitlines()
-    assert len(said) == MODELS["backbone"].nunique()
-    for line, backbone in zip(said, MODELS["backbone"].unique(), strict=True):
-        for measure, start, name in (("text_asr", "parent", "text ASR goes"), ("figstep_asr", "stage 1", "FigStep ASR")):
+    head, _, *lines = openings.fell(MODELS).splitlines()
+    assert head.endswith("".join(f"| `{name}` " for name in MODELS["backbone"].unique()) + "|")
+    for measure, start in (("text_asr", "parent"), ("figstep_asr", "stage 1")):
+        cells = []
+        for backbone in MODELS["backbone"].unique():
             of = [100 * RATE.get_group((measure, MAIN_LINE[model], backbone)) for model in (start, "adapted")]
             rates = [f"{one.mean():.0f} % ({one.min():.0f}–{one.max():.0f} over {len(one)} seeds)" for one in of]
-            assert line.startswith(f"- `{backbone}`: ") and f"{name} from {' to '.join(rates)}" in line
+            cells.append(" → ".join(rates))
+        assert f"| {MEASURES[measure]['label']} | {' | '.join(cells)} |" in lines
+    assert openings.fell(MODELS[MODELS["stage"] == "parent"]) == ""
 
 
 def test_dpo_by_the_modality_of_its_pairs():
-    said = openings.without_pictures(MODELS).splitlines()
     text = 100 * RATE.get_group(("multimodal_asr", "safety/dpo-text-full", "mini-chat"))
-    (line,) = (line for line in said if "`mini-chat`" in line)
-    assert f": {text.mean():.0f} % ({text.min():.0f}–{text.max():.0f} over {len(text)} seeds) on pairs in words, " in line
+    line = f"| multimodal ASR after DPO on pairs in words | {text.mean():.0f} % ({text.min():.0f}–{text.max():.0f} over "
+    assert openings.without_pictures(MODELS).splitlines()[2].startswith(line)
     assert openings.without_pictures(MODELS[MODELS["stage"] == "parent"]) == ""
 
 

@@ -97,9 +97,7 @@ def wait(until, seconds, otherwise):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium; install your system's package `chromium`")
+def lab(tmp_path_factory, browser):
     if not (SEED / "examination" / "instruct.filtered-full.json").exists():
         pytest.skip("no cached runs of mini-chat in runs/; `make reproduce` makes them")
     running = Lab(tmp_path_factory.mktemp("lab"))
@@ -109,6 +107,8 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium; install your system's package `chromium`")
     with sync_api.sync_playwright() as play, play.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as opened:
         yield opened
 
@@ -229,7 +229,7 @@ def test_the_report_folds_chooses_and_fits_a_phone(browser, tmp_path, scheme):
 def test_the_chooser_draws_what_is_picked(lab, browser):
     asked = f"""from vlsafe.publish import sidebyside
 from vlsafe.study.study import Study
-study = Study.open("mini", "mini-chat", 0, {str(RUNS)!r})
+study = Study.open("mini", "mini-chat", {MEDIAN_SEED}, {str(RUNS)!r})
 sidebyside.choose(study, ["parent/aligned", "instruct/filtered-full"])"""
     page = opened(lab, browser, "choose.ipynb", fresh(asked))
     run_all(page, 120)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
-    ends = [f"in `{line.backbone}` {_moved(models, line.backbone, BOTH, _mean)}" for line in rise.itertuples()]
+    ends = [f"in `{line.backbone}` {_moved(models, line.backbone)}" for line in rise.itertuples()]
     ends = [f"{of}: {verdict(line)}" * (not all(held)) or of for of, line in zip(ends, rise.itertuples(), strict=True)]
     said = f"{start}: {'; '.join(ends)}." if ends else f"{start}."
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
@@ -36,37 +37,42 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     return said
 
 
-def _moved(models: pd.DataFrame, backbone: str, measures: Sequence[str], show: Callable[[pd.DataFrame], str] = percent) -> str:
-    """What some measures were before adaptation (the parent, or stage 1 where it was not asked) and after, of T08's lines."""
-    by, said = dict(list(models[models["backbone"] == backbone].assign(run=run_names).groupby(["measure", "run"]))), []
-    for measure in measures:
-        first, last = (by.get((measure, MAIN_LINE[of])) for of in ("parent", "adapted"))
-        first = by.get((measure, MAIN_LINE["stage 1"])) if first is None else first
-        if first is not None and last is not None:
-            said.append(f"{MEASURES[measure]['label']} {'goes ' * (not said)}from {show(first)} to {show(last)}")
-    return ", ".join(said)
+def _moved(models: pd.DataFrame, backbone: str) -> str:
+    """Means of both ASRs before adaptation (text: the parent, with pictures: stage 1) and after, of T08's lines."""
+    of = {measure: _ends(models[models["backbone"] == backbone], measure) for measure in BOTH}
+    means = {measure: " to ".join(f"{100 * one['value'].mean():.0f} %" for one in pair) for measure, pair in of.items() if pair}
+    return ", ".join(f"{MEASURES[measure]['label']} from {ends}" for measure, ends in means.items()).replace(
+        " from", " goes from", 1
+    )
 
 
-def _mean(lines: pd.DataFrame) -> str:
-    return f"{100 * lines['value'].mean():.0f} %"
+def _ends(models: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """The lines of a measure before adaptation (the parent's, or stage 1's where it was not asked) and after; None without."""
+    by = dict(list(models[models["measure"] == measure].assign(run=run_names).groupby("run")))
+    first, last = by.get(MAIN_LINE["parent"], by.get(MAIN_LINE["stage 1"])), by.get(MAIN_LINE["adapted"])
+    return None if first is None or last is None else (first, last)
 
 
 def fell(models: pd.DataFrame) -> str:
     """What adaptation did to each parent on every safety benchmark, of T08's lines; with pictures from stage 1 on."""
-    lines = [(name, _moved(models, name, SAFETY)) for name in models["backbone"].unique()]
-    return "\n".join(f"- `{name}`: {moved}." for name, moved in lines if moved)
+    rows: dict[str, dict[str, str]] = {}
+    for measure, backbone in itertools.product(SAFETY, models["backbone"].unique()):
+        if pair := _ends(models[models["backbone"] == backbone], measure):
+            rows.setdefault(MEASURES[measure]["label"], {})[backbone] = " → ".join(map(percent, pair))
+    return sentences.table(rows, "before adaptation (in words the parent, with pictures stage 1) → after")
 
 
 def without_pictures(models: pd.DataFrame) -> str:
     """What is left of multimodal ASR after DPO on pairs of each modality, of T08's lines."""
-    said, asked = [], models[(models["measure"] == "multimodal_asr") & (models["stage"] == "safety")]
-    for backbone, of in asked.groupby("backbone", sort=False):
-        parts = [f"{percent(of[of['recipe'] == f'dpo-{name}-full'])} {what}" for name, what in PAIRS.items()]
-        said.append(f"- Multimodal ASR of `{backbone}` after DPO: {', '.join(parts)}.")
-    return "\n".join(said)
+    asked = models[(models["measure"] == "multimodal_asr") & (models["stage"] == "safety")]
+    rows = {
+        f"multimodal ASR after DPO {what}": {name: percent(lines) for name, lines in of.groupby("backbone", sort=False)}
+        for recipe, what in PAIRS.items() if len(of := asked[asked["recipe"] == recipe])
+    }  # fmt: skip
+    return sentences.table(rows, "are pictures needed in safety data?")
 
 
-PAIRS = {"text": "on pairs in words", "image": "on pairs with pictures", "both": "on both"}
+PAIRS = {"dpo-text-full": "on pairs in words", "dpo-image-full": "on pairs with pictures", "dpo-both-full": "on both"}
 BOTH = ("text_asr", "multimodal_asr")
 SAFETY = (*BOTH, "wildjailbreak_asr", "siuo_asr", "figstep_asr", "twin_refusal", "exaggerated_refusal")
 
@@ -188,4 +194,4 @@ def opening(notebook: str, folder: Path) -> str:
             said.append(part(lambda name: claims.written(folder) if name == LEDGER else pd.read_csv(folder / f"{name}.csv")))
         except FileNotFoundError:
             continue
-    return "\n".join(filter(None, said)) or NOTHING
+    return "\n\n".join(filter(None, said)) or NOTHING

@@ -6,7 +6,7 @@ it does so in every one of them. Numbers are those of the tables: percent of rat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -121,18 +121,26 @@ def parted(lines: pd.DataFrame, what: str) -> str:
     return "; ".join(said) + "."
 
 
+def table(rows: Mapping[str, Mapping[str, str]], first: str) -> str:
+    """A Markdown table: a line for each row under the head `first`, a column for each backbone."""
+    names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    lines = [[first, *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+    lines += [[row, *(cells.get(name, "") for name in names)] for row, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
 def verdicts(ledger: pd.DataFrame, names: Sequence[str]) -> str:
-    """A line per claim: what it states, and of every backbone the verdict over items, the effect, and what seeds say of it; then
+    """A table: what each claim states, and of every backbone the verdict over items, the effect, and what seeds say of it; then
     which of them nobody measured."""
-    said, missing = [], []
+    said, missing = dict[str, dict[str, str]](), []
     for claim in (name for name in names if name in set(ledger["claim"])):
         of = ledger[ledger["claim"] == claim]
         statement, measured = of["statement"].iloc[0], of[of["item_level"] != claims.NOT]
         status = " (exploratory)" if of["status"].iloc[0] == claims.EXPLORATORY else ""
-        parts = [f"`{line.backbone}` {verdict(line)}" for line in measured.itertuples()]
-        said += [f"- *{statement}*{status}: {'; '.join(parts)}."] if parts else []
-        missing += [] if parts else [statement]
-    return "\n".join([*said, *([f"- Not measured: *{'; '.join(missing)}*."] if missing else [])])
+        said |= {statement + status: {line.backbone: verdict(line) for line in measured.itertuples()}} if len(measured) else {}
+        missing += [] if len(measured) else [statement]
+    left = f"- Not measured: *{'; '.join(missing)}*." if missing else ""
+    return "\n\n".join(filter(None, [table(said, "claim"), left]))
 
 
 def verdict(line: Any) -> str:
