@@ -120,7 +120,7 @@ def test_a_cpu_scores_labelled_tokens_alone(begun, rows, pairs, tmp_path, monkey
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, kind, objective):  # noqa: F811
     """Whole weights with masters of their own (DDP), shards that are gathered in bfloat16 (FSDP2): within 1 % of float32; what
-    goes on from the checkpoint in the middle ends with the same bits."""
+    goes on from the checkpoint in the middle (SFT) ends with the same bits."""
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     data, rest = (pairs, {"batch_size": 8, "micro_batches": 1}) if objective == "dpo" else (rows, {})
     plain = losses(job(begun, tmp_path / "plain", objective, **rest), data)
@@ -128,6 +128,8 @@ def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, k
     low = losses(job(begun, tmp_path / "low", objective, **rest), data)
     noted(f"{objective.upper()} full, two processes ({kind})", low, plain)
     assert low != plain and apart(low, plain) < 0.01
+    if objective == "dpo":  # how preferences go on is tested in float32
+        return
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "low" / "checkpoint-25", tmp_path / "again" / "checkpoint-25")
     assert losses(job(begun, tmp_path / "again", objective, **rest), data) == low
