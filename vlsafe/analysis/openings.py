@@ -64,10 +64,10 @@ def fell(models: pd.DataFrame) -> str:
 
 def without_pictures(models: pd.DataFrame) -> str:
     """What is left of multimodal ASR after DPO on pairs of each modality, of T08's lines."""
-    asked = models[(models["measure"] == "multimodal_asr") & (models["stage"] == "safety")]
+    tuned = models[(models["measure"] == "multimodal_asr") & (models["stage"] == "safety")]
     rows = {
         f"multimodal ASR after DPO {what}": {name: percent(lines) for name, lines in of.groupby("backbone", sort=False)}
-        for recipe, what in PAIRS.items() if len(of := asked[asked["recipe"] == recipe])
+        for recipe, what in PAIRS.items() if len(of := tuned[tuned["recipe"] == recipe])
     }  # fmt: skip
     return sentences.table(rows, "are pictures needed in safety data?")
 
