@@ -25,8 +25,8 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
-    ends = [f"in `{line.backbone}` {_moved(models, line.backbone)}" for line in rise.itertuples()]
-    ends = [f"{of}: {verdict(line)}" * (not all(held)) or of for of, line in zip(ends, rise.itertuples(), strict=True)]
+    verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
+    ends = [f"in `{name}` {_moved(models, name)}{text}" for name, text in verdicts.items()]
     said = f"{start}: {'; '.join(ends)}." if ends else f"{start}."
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
     shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
