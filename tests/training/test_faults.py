@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training.test_processes import DDP, job, loopback, rows, trained, written  # noqa: F401  (fixtures)
+from training.test_processes import DDP, job, trained, written
 
 from vlsafe import cli
 from vlsafe.core import store
@@ -32,7 +32,7 @@ def workers(process):
 
 
 @pytest.mark.processes
-def test_a_killed_trainer_is_told_and_its_rerun_ends_with_the_same_bits(begun, rows, tmp_path, caplog):  # noqa: F811
+def test_a_killed_trainer_is_told_and_its_rerun_ends_with_the_same_bits(begun, rows, tmp_path, caplog):
     """One of two processes is killed after the first checkpoint; then what it left is cut short as well."""
     configuration = written(tmp_path, DDP)
     losses, whole = trained(job(begun, tmp_path / "whole", launch=configuration), rows)
@@ -53,7 +53,7 @@ def test_a_killed_trainer_is_told_and_its_rerun_ends_with_the_same_bits(begun, r
     assert resumed == losses and all(torch.equal(whole[key], ended[key]) for key in whole)
 
 
-def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, tmp_path, caplog):  # noqa: F811
+def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, tmp_path, caplog):
     of = job(begun, tmp_path / "cut")
     losses, whole = trained(of, rows)
     weights = tmp_path / "cut" / "checkpoint-6" / "model.safetensors"
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_left_behind(begun, rows, t
 
 
 @pytest.mark.processes
-def test_one_process_of_two_looks_for_checkpoints_and_removes_what_is_incomplete(begun, rows, tmp_path, capfd):  # noqa: F811
+def test_one_process_of_two_looks_for_checkpoints_and_removes_what_is_incomplete(begun, rows, tmp_path, capfd):
     cut = job(begun, tmp_path / "cut", launch=written(tmp_path, DDP))
     (tmp_path / "cut" / "checkpoint-2").mkdir(parents=True)
     trained(cut, rows)
@@ -72,7 +72,7 @@ def test_one_process_of_two_looks_for_checkpoints_and_removes_what_is_incomplete
 
 
 @pytest.mark.processes
-def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):  # noqa: F811
+def test_trainers_die_with_the_stage_that_started_them(begun, rows, tmp_path):
     """A stage that is killed must not leave processes behind that write into the folder of its successor."""
     of = job(begun, tmp_path / "x", launch=written(tmp_path, DDP))
     datasets.save(rows, tmp_path / "rows")
@@ -122,7 +122,7 @@ def test_a_full_disk_is_told_and_a_rerun_with_room_completes(begun, small_disk, 
         assert files[0] == files[1]
 
 
-def test_older_checkpoints_keep_their_weights_alone_and_the_newest_can_be_gone_on_from(begun, rows, tmp_path):  # noqa: F811
+def test_older_checkpoints_keep_their_weights_alone_and_the_newest_can_be_gone_on_from(begun, rows, tmp_path):
     of = job(begun, tmp_path / "x")
     trained(dataclasses.replace(of, milestones=(1, 2, 3, 4, 6)), rows)
     kept = {p.name: {f.name for f in p.iterdir()} for p in checkpoints._checkpoints(tmp_path / "x")}

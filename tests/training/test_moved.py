@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.test_processes import DDP, FSDP, HERE, job, loopback, rows, written  # noqa: F401
+from training.test_processes import DDP, FSDP, HERE, job, written
 
 from vlsafe.models import checkpoints as models
 from vlsafe.training import checkpoints, launch
@@ -21,7 +21,7 @@ def stage_1(begun, folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def pictured(rows):  # noqa: F811
+def pictured(rows):
     return rows.select([at for at, n in enumerate(rows["pictures"]) if n])
 
 
@@ -53,7 +53,7 @@ def test_finished_models_are_those_of_whole_checkpoints(begun, pictured, tmp_pat
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path, monkeypatch, kind):
+def test_two_processes_go_on_from_the_projector_alone(begun, pictured, tmp_path, monkeypatch, kind, forked):
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     alone = trained(stage_1(begun, tmp_path / "one"), pictured)
     of = stage_1(begun, tmp_path / "two", launch=written(tmp_path, FSDP if kind == "fsdp2" else DDP))

@@ -11,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training.test_processes import DDP, FSDP, HERE, loopback, rows, written  # noqa: F401
+from training.test_processes import DDP, FSDP, HERE, written
 from trl.trainer import utils as trl_utils
 
 from vlsafe.core.scale import LoraSpec, Preference
-from vlsafe.core.schema import Pair, from_row
 from vlsafe.models import checkpoints, trainable
 from vlsafe.models.architectures import within
-from vlsafe.training import datasets, launch, precision, trainers
+from vlsafe.training import launch, precision, trainers
 
 STEPS = 50
 LOW = {"dtype": "bfloat16", "saved": "bfloat16"}
@@ -46,20 +45,6 @@ def losses(of, data, stop=None):
     return [record["loss"] for record in history]
 
 
-@pytest.fixture(scope="module")
-def all_pairs(begun):
-    """Preferences by kind: all with pictures, all of text, and both in a batch."""
-    pictured, text = ([from_row(Pair, row) for row in begun.rows("world/corpora", f"{name}.parquet")]
-                      for name in ("spa_vl", "safe_rlhf"))  # fmt: skip
-    return {"pictures": datasets.pair_dataset(pictured, True), "text": datasets.pair_dataset(text, False),
-            "mixed": datasets.pair_dataset([*pictured, *text], True)}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pairs(all_pairs):
-    return all_pairs["pictures"]
-
-
 def noted(what, low, plain):
     print(f"{what}: losses {apart(low, plain):.2%} apart at most")
 
@@ -73,7 +58,7 @@ def apart(one, other):
     ("method", "kind"),
     [("full", "steps of either"), ("lora", "steps of either"), ("projector", "pictures"), ("full", "text"), ("full", "mixed")],
 )
-def test_losses_are_those_of_float32(begun, rows, tmp_path, method, kind):  # noqa: F811
+def test_losses_are_those_of_float32(begun, rows, tmp_path, method, kind):
     """Steps of text and of pictures, of text alone, of both in a batch; the projector, which text does not reach, on pictures."""
     wanted = {"pictures": (True,), "text": (False,)}.get(kind, (True, False))
     data, grouped = rows.select([at for at, n in enumerate(rows["pictures"]) if bool(n) in wanted]), kind != "mixed"
@@ -95,7 +80,7 @@ def test_preferences_are_learned_as_in_float32(begun, all_pairs, tmp_path, kind)
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize(("autocast", "bound"), [(False, 2e-6), (True, 0.01)])
-def test_a_cpu_scores_labelled_tokens_alone(begun, rows, pairs, tmp_path, monkeypatch, objective, autocast, bound):  # noqa: F811
+def test_a_cpu_scores_labelled_tokens_alone(begun, rows, pairs, tmp_path, monkeypatch, objective, autocast, bound):
     """As a GPU does, where the vocabulary is large; the losses are those of a training that scores all."""
     kernel, flash = trl_utils._ChunkedLogProbFunction, torch.backends.cuda.flash_sdp_enabled
     found, scored, fused = {}, dict.fromkeys((10**6, 1), 0), {}
@@ -118,9 +103,9 @@ def test_a_cpu_scores_labelled_tokens_alone(begun, rows, pairs, tmp_path, monkey
 @pytest.mark.processes
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, kind, objective):  # noqa: F811
+def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, kind, objective, forked):
     """Whole weights with masters of their own (DDP), shards that are gathered in bfloat16 (FSDP2): within 1 % of float32; what
-    goes on from the checkpoint in the middle (SFT) ends with the same bits."""
+    goes on from the checkpoint in the middle ends with the same bits."""
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     data, rest = (pairs, {"batch_size": 8, "micro_batches": 1}) if objective == "dpo" else (rows, {})
     plain = losses(job(begun, tmp_path / "plain", objective, **rest), data)
@@ -128,8 +113,6 @@ def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, k
     low = losses(job(begun, tmp_path / "low", objective, **rest), data)
     noted(f"{objective.upper()} full, two processes ({kind})", low, plain)
     assert low != plain and apart(low, plain) < 0.01
-    if objective == "dpo":  # how preferences go on is tested in float32
-        return
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "low" / "checkpoint-25", tmp_path / "again" / "checkpoint-25")
     assert losses(job(begun, tmp_path / "again", objective, **rest), data) == low
@@ -139,7 +122,9 @@ def test_two_processes_train_as_one(begun, rows, pairs, tmp_path, monkeypatch, k
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_gradients_of_head_and_projector_are_summed_over_micro_batches_and_processes(begun, rows, tmp_path, monkeypatch, kind):  # noqa: F811
+def test_gradients_of_head_and_projector_are_summed_over_micro_batches_and_processes(
+    begun, rows, tmp_path, monkeypatch, kind, forked
+):
     """AdamW's first moment after one step is a tenth of the gradient; the head is not tied to the embedding here."""
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     small = begun.checkpoints("projector/filtered")[-1]
@@ -228,7 +213,7 @@ def test_gradients_are_summed_in_float32():
     assert any(not torch.equal(rounded[name], sums[name]) for name in sums)
 
 
-def test_a_killed_training_goes_on_with_the_same_bits(begun, rows, tmp_path):  # noqa: F811
+def test_a_killed_training_goes_on_with_the_same_bits(begun, rows, tmp_path):
     whole = losses(job(begun, tmp_path / "whole", **LOW), rows)
     again = losses(job(begun, tmp_path / "again", **LOW), rows, stop=30)
     assert again == whole

@@ -36,17 +36,6 @@ FSDP = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def loopback(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
-@pytest.fixture(scope="module")
-def rows(begun):
-    """Rows with pictures and rows without, enough for steps of each."""
-    return datasets.chat_dataset(begun.examples("screen/filtered", "instructions.parquet"), with_images=True)
-
-
 def job(begun, folder, **changes):
     start = begun.checkpoints("projector/filtered")[-1]
     fit = dataclasses.replace(begun.scale.instruct, steps=6, projector_rate=None, grouped=True, **changes)
@@ -99,7 +88,7 @@ def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tm
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_path, monkeypatch, kind):
+def test_two_tasks_without_conflict_train_on_two_processes_as_on_one(begun, tmp_path, monkeypatch, kind, forked):
     """The two gradients that are compared are those of all processes, whole or sharded: without a sum at every micro-batch
     a process would compare its own rows' gradient (DDP) or none at all (FSDP2)."""
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
@@ -138,7 +127,7 @@ def test_whole_weights_where_sharded_ones_were_asked_for_are_stopped(begun, rows
 
 
 @pytest.mark.processes
-def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_path, capfd, monkeypatch):
+def test_a_head_whose_gradient_would_not_be_summed_is_stopped(begun, rows, tmp_path, monkeypatch, forked):
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),))
     monkeypatch.setenv("HEAD_ALONE", "1")
     with pytest.raises(ValueError, match="its gradient would not be summed over processes"):

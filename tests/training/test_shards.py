@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.test_precision import all_pairs, job, pairs  # noqa: F401
-from training.test_processes import FSDP, HERE, loopback, rows, written  # noqa: F401
+from training.test_precision import job
+from training.test_processes import FSDP, HERE, written
 
 from vlsafe.models import checkpoints
 from vlsafe.training import checkpoints as training_checkpoints
@@ -41,7 +41,9 @@ def preferences(begun, folder, method="full"):
 @pytest.mark.parametrize(
     ("method", "kind"), [("full", "pictures"), ("lora", "pictures"), ("sppft", "pictures"), ("full", "text")]
 )
-def test_each_process_gets_its_part_and_the_reference_is_the_policy(begun, all_pairs, tmp_path, monkeypatch, method, kind):  # noqa: F811
+def test_each_process_gets_its_part_and_the_reference_is_the_policy(
+    begun, all_pairs, tmp_path, monkeypatch, method, kind, forked
+):
     """One process has weights to begin with, and the policy's and the reference's answers are the same in each at step 0. Of text
     the reference answers before the training, in other batches."""
     data = all_pairs[kind]
@@ -66,7 +68,7 @@ def buffers(model):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monkeypatch, method):  # noqa: F811
+def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monkeypatch, method, forked):
     of = dataclasses.replace(preferences(begun, tmp_path / "whole", method), milestones=(3, 5, 6))
     history, _ = launch.trained(of := sharded(of, tmp_path, monkeypatch), pairs, lambda step: None, Path("/"))
     cut = dataclasses.replace(of, folder=str(tmp_path / "cut"))
@@ -83,7 +85,7 @@ def test_killed_processes_go_on_with_the_same_bits(begun, pairs, tmp_path, monke
 
 
 @pytest.mark.processes
-def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_a_process_never_has_the_whole_model_in_memory(begun, rows, tmp_path, monkeypatch, forked):
     """Over 600 MB of weights, of which a process that does not read them takes its half and what one weight needs on its way."""
     start = tmp_path / "start"
     small = begun.checkpoints("projector/filtered")[-1]
