@@ -58,15 +58,16 @@ def test_the_sentence_says_what_lasts_what_does_not_and_what_is_open():
     })  # fmt: skip
     said = durability.answer(lines)
     assert said == (
-        "b, 30 steps on harmful: dpo-both-full keep more than half of their gain; sl-full has lost half after 6 of them; "
-        "of merged (3 of 8 seeds) neither can be said."
+        "b, 30 steps on few harmful answers: DPO keeps more than half of its gain; sequential SFT has lost half after 6 of them; "
+        "of merged with SFT (3 of 8 seeds) neither can be said."
     )
     lines["seeds"] = 8
     nothing = lines.assign(gain=0.0, gain_low=-0.1, gain_high=0.1, half_life_low=np.inf)
-    assert durability.answer(nothing).endswith("harmful: sl-full, dpo-both-full, merged had no clear gain to lose.")
+    assert durability.answer(nothing).endswith("answers: sequential SFT, DPO, merged with SFT had no clear gain to lose.")
     assert not durability.outlasts(nothing).any() and durability.outlasts(lines).tolist() == [False, True, False]
     shown = durability.sheet(lines)
-    assert shown["half-life, harmful"].tolist() == ["6 [4, 9]", ">30 [>30, >30]", "20 [9, >30]"]
+    assert shown["model"].tolist() == ["sequential SFT", "DPO", "merged with SFT"]
+    assert shown["half-life on few harmful answers"].tolist() == ["6 [4, 9]", ">30 [>30, >30]", "20 [9, >30]"]
 
 
 def test_a_remedy_that_some_seeds_lack_is_held_against_the_adapted_model_of_the_others():
@@ -77,7 +78,7 @@ def test_a_remedy_that_some_seeds_lack_is_held_against_the_adapted_model_of_the_
     gone = (raw["recipe"] == "mtl-full/harmful") & (raw["step"] == 6) & (raw["seed"] == 1)
     text = durability.half_lives(raw[~gone], draws=50).query("measure == 'text_asr'").set_index("model")
     assert text["seeds"].to_dict() == {"merged": 2, "mtl-full": 1, "sl-full": 3} and (text["half_life"] == 6).all()
-    assert "merged (2 of 3 seeds)" in durability.answer(text.reset_index())
+    assert "merged with SFT (2 of 3 seeds)" in durability.answer(text.reset_index())
 
 
 def test_after_a_dip_half_is_lost_where_the_curve_itself_crosses_it():
@@ -129,5 +130,8 @@ def test_worst_cases_stand_beside_the_model_as_it_is():
     found = durability.worst_cases(pd.concat([RAW, worst], ignore_index=True), lines).set_index("measure")
     assert found.loc["text_asr", ["value", "before"]].tolist() == pytest.approx([11 / 12, 2 / 12])
     assert found.loc["text_asr", ["model", "rows", "method", "step"]].tolist() == ["sl-full", "harmful", "lora", 6]
+    (text,) = durability.worst_sheet(found.reset_index()).query("measure == 'text ASR'").to_dict("records")
+    assert (text["model"], text["seeds"], text["before"], text["n"]) == ("sequential SFT", 1, "17", "12")
+    assert text["worst"].startswith("92 [")
     with pytest.raises(Lacking, match="worst"):
         durability.worst_cases(RAW, lines)

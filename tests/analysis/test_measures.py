@@ -235,3 +235,28 @@ def test_who_names_no_option_is_wrong_and_not_left_out():
     assert table.loc[table["model"] == "after", "event"].isna().sum() == 4
     (line,) = measures.differences(table, "instruct/filtered-full", ["safety/sl-full"], ["mmbench_circular"]).to_dict("records")
     assert line["difference"] == pytest.approx(-4 / 6) and line["n"] == 6 and line["n_left_out"] == 0
+
+
+def test_a_fraction_for_the_eye_has_its_range_over_seeds_or_its_interval():
+    lines = pd.DataFrame({"value": [0.10, np.nan, 0.304], "low": [0.05, np.nan, 0.2], "high": [0.2, np.nan, 0.4]})
+    assert measures.spread(lines) == "20 (10–30)" and measures.spread(lines - 0.15, sign="+") == "+5 (-5 to +15)"
+    assert measures.spread(lines[:1]) == "10 [5, 20]" and measures.spread(lines[:2]) == "10 [5, 20]"
+    assert (
+        measures.spread(lines[:1], ["value"]) == "10" and measures.spread(lines[1:2]) == measures.spread(lines, ["other"]) == ""
+    )
+
+
+def test_the_main_table_for_the_eye_by_hand():
+    """A line per measure; of two seeds means and ranges; what the parent was not asked stays empty; n is a seed's."""
+    parent = raw(howtos("sorry_bench", True, "base", [RIGHT, NO, NO, NO]), stage="parent", recipe="aligned", model="p")
+    seeds = [raw(howtos("sorry_bench", True, "base", [RIGHT] * right + [NO] * (4 - right)) + composite("A"), seed=seed, model="a")
+             for seed, right in enumerate((2, 4))]  # fmt: skip
+    table = degradation.degradation(pd.concat([parent, parent.assign(seed=1), *seeds]))
+    shown = degradation.sheet(table).set_index("measure")
+    assert shown.loc["text ASR", ["seeds", "parent", "adapted", "change", "n"]].tolist() == [
+        2, "25 (25–25)", "75 (50–100)", "+50 (+25 to +75)", "4",
+    ]  # fmt: skip
+    assert shown.loc["helpfulness", ["parent", "change"]].tolist() == ["", ""] and shown.loc["helpfulness", "adapted"]
+    alone = degradation.sheet(degradation.degradation(parent)).set_index("measure")
+    assert alone.loc["text ASR", "parent"].startswith("25 [") and alone.loc["text ASR", "n"] == "4"
+    assert alone.loc["text ASR", ["adapted", "change"]].tolist() == ["", ""]

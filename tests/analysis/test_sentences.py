@@ -124,7 +124,11 @@ def test_the_title_is_answered_by_the_ledger():
     third = LEDGER[(LEDGER["claim"] == openings.RISE) & (LEDGER["item_level"] != claims.NOT)]
     of = LEDGER[LEDGER["effect"].notna()].set_index(["claim", "backbone"])
     seeing, asked = of.loc[openings.SEEING], of.loc[openings.HOWTOS]
-    assert said.startswith("Adaptation does: in `") == (third["item_level"] == claims.SUPPORTED).all()
+    seeds = sentences.listed(sorted({str(of["seed"].nunique()) for _, of in MODELS.groupby("backbone")}))
+    means = f" (means of {seeds} seeds): "
+    assert said.startswith(f"Adaptation does{means}in `") == (third["item_level"] == claims.SUPPORTED).all()
+    one = openings.title(MODELS[MODELS["seed"] == 4], LEDGER)
+    assert re.match("Adaptation does(?: in part| not)?: in `", one), "a single seed has no mean"
     for backbone in third["backbone"]:
         text, pictures = ends(backbone, "text_asr", "parent"), ends(backbone, "multimodal_asr", "stage 1")
         assert f"in `{backbone}` text ASR goes from {text}, multimodal ASR from {pictures}" in said
@@ -140,10 +144,12 @@ def test_the_title_is_answered_by_the_ledger():
     assert openings.BECAUSE not in openings.title(MODELS, alike)  # how-tos are not told from seeing
     fallen = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != openings.RISE, claims.CONTRADICTED))
     first = openings.title(MODELS, fallen)
-    assert first.startswith("Adaptation does not: ") and first.count(f": **{claims.CONTRADICTED}** (multimodal ASR") == len(third)
+    assert first.startswith(f"Adaptation does not{means}") and first.count(f": **{claims.CONTRADICTED}** (multimodal ASR") == len(
+        third
+    )
     for level in (claims.UNDECIDED, claims.CEILING, claims.DIFFERS):
         unsure = LEDGER.assign(item_level=LEDGER["item_level"].where(LEDGER["claim"] != openings.RISE, level))
-        assert openings.title(MODELS, unsure).startswith(f"{openings.UNDECIDED}: ")
+        assert openings.title(MODELS, unsure).startswith(f"{openings.UNDECIDED}{means}")
     half = fallen.copy()
     half.loc[(half["claim"] == openings.RISE) & (half["backbone"] == "mini-chat"), "item_level"] = claims.SUPPORTED
     assert openings.title(MODELS, half).startswith("Adaptation does in part")
@@ -185,7 +191,7 @@ def test_dpo_by_the_modality_of_its_pairs():
 def test_what_outlasts_harmless_text():
     lives = pd.read_csv(MINI / "T10_half_lives.csv")
     said = openings.lasting(lives)
-    assert said.startswith("- Fine-tuned again on harmless text: ") and "harmful" not in said and "dpo-both-full" in said
+    assert said.startswith("- Fine-tuned again on harmless text: ") and "answers" not in said and "DPO" in said
     assert openings.lasting(lives[:0]) == ""
 
 
@@ -219,7 +225,7 @@ def test_a_title_that_is_not_decided_names_the_weakest_part():
         size = sentences.points(line.effect, line.low, line.high)
         pictures = ends(line.backbone, "multimodal_asr", "stage 1")
         assert f"multimodal ASR from {pictures}: **{line.item_level}** ({line.part}: {size}, n = " in first
-    assert first.startswith(f"{openings.UNDECIDED}: in `mini-chat` ") and openings.WITHOUT not in first
+    assert re.match(rf"{openings.UNDECIDED} \(means of \d+ seeds\): in `mini-chat` ", first) and openings.WITHOUT not in first
     words = openings.title(MODELS[MODELS["measure"] == "text_asr"], other)
     assert "text ASR goes from" in words and ", multimodal ASR from" not in words
 
@@ -262,8 +268,8 @@ def test_the_worst_case_of_each_remedy():
         for seed, (before, after) in enumerate(seeds)
     ])  # fmt: skip
     assert sentences.worst(table) == (
-        "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`: sl-full from 15 % (10–20 over 2 "
-        "seeds) to 60 % (30–90 over 2 seeds) and merged from 20 % (20–20 over 2 seeds) to 40 % (40–40 over 2 seeds)."
+        "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`: sequential SFT from 15 % (10–20 over 2 "
+        "seeds) to 60 % (30–90 over 2 seeds) and merged with SFT from 20 % (20–20 over 2 seeds) to 40 % (40–40 over 2 seeds)."
     )
 
 

@@ -112,10 +112,10 @@ def beside(lines: pd.DataFrame, found: pd.DataFrame, keys: Sequence[str] = RUN, 
     return lines.join(verdicts.rename(f"{prefix}capable"), on=list(keys))
 
 
-def of_main_line(lines: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+def of_main_line(lines: pd.DataFrame, found: pd.DataFrame, keys: Sequence[str] = UNIT) -> pd.DataFrame:
     """T02 with a column for each of its models."""
     for stage, recipe in (MAIN_LINE[name].split("/") for name in ("parent", "adapted")):
-        lines = beside(lines, found[(found["stage"] == stage) & (found["recipe"] == recipe)], UNIT, f"{stage}_")
+        lines = beside(lines, found[(found["stage"] == stage) & (found["recipe"] == recipe)], keys, f"{stage}_")
     return lines
 
 

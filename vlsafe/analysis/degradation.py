@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from vlsafe.analysis import measures
 from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, in_worlds, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
 
@@ -34,6 +35,17 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     return merged.sort_values([*UNIT, "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
 
 
+def sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds; n: items of a seed."""
+    said, sides = [], {"parent": "parent_", "adapted": "instruct_", "change": ""}
+    for key, of in measures.groups(lines.rename(columns={"difference": "value"}), ["backbone", "label"]):
+        columns = {side: [prefix + end for end in ("value", "low", "high")] for side, prefix in sides.items()}
+        cells = {side: measures.spread(of, names, "+" * (side == "change")) for side, names in columns.items()}
+        n = f"{of.filter(['parent_n', 'instruct_n']).max(axis=None):.0f}"
+        said.append({"backbone": key["backbone"], "measure": key["label"], "seeds": of["seed"].nunique(), **cells, "n": n})
+    return pd.DataFrame(said)
+
+
 OVERVIEW: tuple[str, ...] = DATA["overview"]
 
 
@@ -43,12 +55,9 @@ def everything(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(lines: pd.DataFrame) -> pd.DataFrame:
-    """T08 for the eye: one line per backbone × model, a column per measure, in percent: the mean over seeds and their range."""
+    """T08 for the eye: one line per backbone × model, a column per measure, `measures.spread` over seeds."""
     index = ["backbone", "stage", "recipe"]
-    by = lines.groupby([*index, "measure"], sort=False)["value"]
-    percent = (100 * by.agg(["mean", "min", "max"])).round().astype(int).astype(str)
-    ranged = percent["mean"] + " (" + percent["min"] + "–" + percent["max"] + ")"
-    cells = ranged.where(by.size() > 1, percent["mean"]).unstack("measure")  # one seed has no range
+    cells = lines.groupby([*index, "measure"], sort=False)[["value", "low", "high"]].apply(measures.spread).unstack("measure")
     wide = cells.reindex(columns=list(OVERVIEW)).dropna(axis=1, how="all").rename(columns=lambda name: MEASURES[name]["label"])
     order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
     return wide.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)

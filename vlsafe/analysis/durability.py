@@ -19,6 +19,19 @@ from vlsafe.analysis.measures import UNIT, Lacking, groups
 ATTACKED = ("text_asr", "multimodal_asr")
 ALONG = (*ATTACKED, "twin_refusal", "helpfulness")
 START, CONTROL = "start", "adapted"
+NAMES = {  # of the models, for the eye
+    "adapted": "adapted", "filtered-sppft": "SPPFT", "merged": "merged with SFT", "dpo-both-full": "DPO",
+    "sl-full": "sequential SFT", "mtl-full": "multitask SFT",
+}  # fmt: skip
+ROWS = {
+    "instructions": "harmless instructions", "text": "harmless text", "howtos": "more how-tos", "harmful": "few harmful answers",
+}  # fmt: skip
+
+
+def named(lines: pd.DataFrame) -> pd.DataFrame:
+    """Lines whose models, rows and measures are called as in a sentence."""
+    labels = {name: spec["label"] for name, spec in measures.MEASURES.items()}
+    return lines.replace({"model": NAMES, "rows": ROWS, "measure": labels})
 
 
 def panel(raw: pd.DataFrame) -> pd.DataFrame:
@@ -92,13 +105,14 @@ def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
     """Which remedy lasts, in a sentence per backbone and kind of rows: half of the gain is still there at the end beyond its
     interval, is gone within it, or neither can be said; of one without a clear gain there is nothing to say."""
     sentences = []
-    for key, of in groups(lines[lines["measure"] == measure], ["backbone", "rows"]):
+    for key, of in groups(named(lines[lines["measure"] == measure]), ["backbone", "rows"]):
         fewer = of["model"] + " (" + of["seeds"].astype(str) + " of " + str(of["seeds"].max()) + " seeds)"
         of = of.assign(model=of["model"].where(of["seeds"] == of["seeds"].max(), fewer))
         gained, without = of[of["gain_low"] > 0], of[~(of["gain_low"] > 0)]
         lasts, gone = gained[outlasts(gained)], gained[gained["half_life_high"] < np.inf].sort_values("half_life")
         rest = gained[~gained.index.isin([*lasts.index, *gone.index])]
-        parts = [f"{', '.join(lasts['model'])} keep more than half of their gain" if len(lasts) else ""]
+        kept = "keep more than half of their gain" if len(lasts) > 1 else "keeps more than half of its gain"
+        parts = [f"{', '.join(lasts['model'])} {kept}" if len(lasts) else ""]
         parts += [f"{row.model} has lost half after {row.half_life:.0f} of them" for row in gone.itertuples()]
         parts += [f"of {', '.join(rest['model'])} neither can be said" if len(rest) else ""]
         parts += [f"{', '.join(without['model'])} had no clear gain to lose" if len(without) else ""]
@@ -113,12 +127,11 @@ def outlasts(lines: pd.DataFrame) -> pd.Series:
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     """T10 for the eye: a column per kind of rows, steps with their interval, ">" where half of the gain outlasts all steps."""
-    keys, cells = ["backbone", "model", "measure", "seeds"], {}
+    lines, keys, cells = named(lines), ["backbone", "model", "measure", "seeds"], {}
     for kind, of in lines.groupby("rows", sort=False):
-        cells[f"half-life, {kind}"] = of.set_index(keys).apply(_cell, axis=1)
-    gains = lines.drop_duplicates(keys).set_index(keys)
-    gain = gains.apply(lambda of: f"{100 * of['gain']:.0f} [{100 * of['gain_low']:.0f}, {100 * of['gain_high']:.0f}]", axis=1)
-    return pd.DataFrame({"gain": gain, **cells}).reset_index()
+        cells[f"half-life on {kind}"] = of.set_index(keys).apply(_cell, axis=1)
+    gains = lines.drop_duplicates(keys).groupby(keys, sort=False)[["gain", "gain_low", "gain_high"]]
+    return pd.DataFrame({"gain": gains.apply(lambda of: measures.spread(of, [*of])), **cells}).reset_index()
 
 
 def _cell(line: pd.Series) -> str:
@@ -180,3 +193,12 @@ def worst_cases(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     found = found.merge(before.rename(columns={"value": "before"}), on=keys, how="left")
     chosen = lines.loc[lines["chosen"], [*UNIT, "model", "rows", "method", "rate", "step"]].rename(columns={"model": "recipe"})
     return found.merge(chosen, on=[*UNIT, "recipe"], how="left").rename(columns={"recipe": "model"})
+
+
+def worst_sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """The worst cases for the eye, in percent: a line per backbone × model × measure, `measures.spread` over its seeds."""
+    said = []
+    for key, of in groups(named(lines), ["backbone", "model", "measure"]):
+        ends = {"before": measures.spread(of, ["before"]), "worst": measures.spread(of)}
+        said.append({**key, "seeds": of["seed"].nunique(), **ends, "n": f"{of['n'].max():.0f}"})
+    return pd.DataFrame(said)

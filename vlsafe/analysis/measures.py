@@ -348,3 +348,13 @@ def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) ->
 def _cell(line: pd.Series, names: Sequence[str], sign: str = "") -> str:
     value, low, high = (100 * line[name] for name in names)
     return "" if pd.isna(value) else f"{round(value):{sign}} [{round(low):{sign}}, {round(high):{sign}}]"
+
+
+def spread(lines: pd.DataFrame, names: Sequence[str] = ("value", "low", "high"), sign: str = "") -> str:
+    """A fraction in percent, for the eye: the mean of several seeds and their range, of one its interval if it has one."""
+    columns = [100 * lines[name].to_numpy(float) for name in names if name in lines] or [np.empty(0)]
+    values, *ends = (column[~np.isnan(columns[0])] for column in columns)
+    if len(values) < 2:
+        interval = f" [{round(ends[0][0]):{sign}}, {round(ends[1][0]):{sign}}]" if len(values) and ends else ""
+        return "".join(f"{round(value):{sign}}{interval}" for value in values)
+    return f"{round(values.mean()):{sign}} ({round(values.min()):{sign}}{' to ' if sign else '–'}{round(values.max()):{sign}})"

@@ -27,7 +27,9 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
     ends = [f"in `{name}` {_moved(models, name)}{text}" for name, text in verdicts.items()]
-    said = f"{start}: {'; '.join(ends)}." if ends else f"{start}."
+    seeds = {models.loc[models["backbone"] == name, "seed"].nunique() for name in verdicts}
+    means = f" (means of {' and '.join(map(str, sorted(seeds)))} seeds)" * (min(seeds, default=0) > 1)
+    said = f"{start}{means}: {'; '.join(ends)}." if ends else f"{start}."
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
     shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
     if len(shares) and {SEEING, HOWTOS} <= set(both["claim"]):

@@ -6,21 +6,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe import analysis
+from vlsafe.analysis.durability import NAMES, ROWS
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.plots import style, tuning
 from vlsafe.plots.style import KINDS, LINES
 
 # What each partner is for the eye.
 PARTNERS = {"sl-full": "SFT", "dpo-both-full": "DPO", "sibling-full": "SFT from stage 1", "aligned": "parent"}
-FURTHER = {  # what is fine-tuned again, for the eye; two kinds of SFT and SPPFT are told apart by line and colour
-    "adapted": ("adapted", KINDS["adapted"]), "filtered-sppft": ("SPPFT", KINDS["GRPO"]),
-    "merged": ("merged with SFT", KINDS["merged"]), "dpo-both-full": ("DPO", KINDS["DPO"]),
-    "sl-full": ("sequential SFT", KINDS["SFT"]), "mtl-full": ("multitask SFT", KINDS["SFT"] | {"linestyle": "--"}),
+FURTHER = {  # how what is fine-tuned again looks; two kinds of SFT and SPPFT are told apart by line and colour
+    "adapted": KINDS["adapted"], "filtered-sppft": KINDS["GRPO"], "merged": KINDS["merged"], "dpo-both-full": KINDS["DPO"],
+    "sl-full": KINDS["SFT"], "mtl-full": KINDS["SFT"] | {"linestyle": "--"},
 }  # fmt: skip
 BANDED = ("adapted", "sl-full")  # six bands over each other say nothing
-ROWS = {
-    "instructions": "harmless instructions", "text": "harmless text", "howtos": "more how-tos", "harmful": "few harmful answers",
-}  # fmt: skip
 
 
 def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) -> Figure:
@@ -98,14 +95,14 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     kept = [f"{title}: {analysis.durability.outlasts(of).sum()} of {len(of)}" for kind, title in columns.items()
             if len(of := text[text["rows"] == kind])]  # fmt: skip
     title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
-    notes = (f"bands ({', '.join(FURTHER[model][0] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
+    notes = (f"bands ({', '.join(NAMES[model] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
     caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
-    marks = style.handles({name: look for model, (name, look) in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
+    marks = style.handles({NAMES[model]: look for model, look in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
     rows = style.by_backbone(rates, "text ASR, percent")
     with style.panels(rows, columns, 2.2, title, caption, "step", handles=marks, sharey=True) as (figure, axes):
         for _, axis, part in style.facets(axes, style.percent(rates), "rows"):
             axis.set(ylim=(-3, 103))
-            for model, (_, look) in FURTHER.items():
+            for model, look in FURTHER.items():
                 of = part[part["model"] == model].sort_values("step")
                 if model not in BANDED:
                     of = of.groupby("step", as_index=False)["value"].mean().assign(seed=0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe import evaluation, publish
+from vlsafe import analysis, evaluation, publish
 from vlsafe.study import adopted
 from vlsafe.study.adopted import EXAMINED, PROBES, Request
 from vlsafe.study.study import Study
@@ -108,14 +108,6 @@ def published(study: Study, names: Sequence[str], out: Path | None, artefacts: S
 
 
 def shown(table: pd.DataFrame) -> str:
-    """T02 for a terminal: a line per measure of the model, in percent, with intervals."""
-
-    def cells(columns: Sequence[str], sign: str = "") -> pd.Series:
-        numbers = table.reindex(columns=columns).mul(100)
-        texts = [f"{v:{sign}.0f} [{low:{sign}.0f}, {high:{sign}.0f}]" if v == v else "" for v, low, high in numbers.to_numpy()]
-        return pd.Series(texts, table.index, dtype=object)
-
-    parent, model = ([f"{stage}_{name}" for name in ("value", "low", "high")] for stage in ("parent", "instruct"))
-    frame = pd.DataFrame({"measure": table["label"], "parent": cells(parent), "model": cells(model)})
-    frame["change"], frame["n"] = cells(["difference", "low", "high"], "+"), table["instruct_n"]
-    return publish.provenance.markdown(frame[frame["n"].notna()].astype({"n": int}))
+    """T02 for a terminal: a line per measure of the model."""
+    frame = analysis.degradation.sheet(table.dropna(subset=["instruct_n"])).rename(columns={"adapted": "model"})
+    return publish.provenance.markdown(frame.drop(columns=["backbone", "seeds"]))
