@@ -58,7 +58,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "t
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of a place that can still be read
 SHOWN = 5  # names in a message
 PROJECT = Path(__file__).resolve().parents[2]
-_NOTIFIED: set[Path] = set()  # runs of which this process has said what is to be said
+_NOTIFIED: set[Path | str] = set()  # runs of which this process has said what is to be said, and older code
 Status = Literal["valid", "without weights", "missing", "stale", "tampered"]  # the second: as `publish.archive` leaves it
 
 
@@ -204,12 +204,13 @@ def ensure(run: Run, make: Callable[[Path], Mapping[str, Any] | None], say: Call
 
 
 def _notify(run: Run, say: Callable[[str], object]) -> None:
-    """Say once in a process that older code has made a run, and which files in it are not its own."""
+    """Say once in a process which files in a run are not its own, and of the first run of older code that it is."""
     if run.folder in _NOTIFIED:
         return
-    _NOTIFIED.add(run.folder)
-    if (made_by := manifest_of(run)["source"]) != source_digest():
-        say(f"{run.stage}/{run.recipe}: made by older code ({made_by}); `vlsafe fresh {run.stage}/{run.recipe}` removes it")
+    if (made_by := manifest_of(run)["source"]) not in {source_digest(), *_NOTIFIED}:
+        name = f"{run.stage}/{run.recipe}"
+        say(f"{name}: made by older code ({made_by}), as other runs may be; `vlsafe fresh {name}` removes it")
+    _NOTIFIED.update((run.folder, made_by))
     if names := foreign(run):
         say(f"{run.stage}/{run.recipe}: not its own, and ignored: {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}")
 
