@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -58,6 +59,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "t
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of a place that can still be read
 SHOWN = 5  # names in a message
 PROJECT = Path(__file__).resolve().parents[2]
+version = functools.cache(importlib.metadata.version)  # of an installed package
 _NOTIFIED: set[Path | str] = set()  # runs of which this process has said what is to be said, and older code
 Status = Literal["valid", "without weights", "missing", "stale", "tampered"]  # the second: as `publish.archive` leaves it
 
@@ -303,7 +305,7 @@ def _manifest(run: Run, work: Path, numbers: Mapping[str, Any] | None, seconds: 
 def environment() -> dict[str, Any]:
     """Commit, package versions, processor: what else a result may depend on. No path, no host name."""
     return {
-        "commit": commit(), "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit(), "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(), "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS"),
     }  # fmt: skip
 

@@ -5,7 +5,6 @@ Loads no model.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -34,7 +33,7 @@ def stamp(artefact: str, scale: str, manifests: Sequence[Mapping[str, Any]]) -> 
     versions = pd.DataFrame([run["packages"] for run in runs]).sort_index(axis=1)
     return {
         "artefact": artefact, "scale": scale, "drawn_by_commit": store.commit(),
-        "drawn_by": {name: importlib.metadata.version(name) for name in DRAWN_BY},
+        "drawn_by": {name: store.version(name) for name in DRAWN_BY},
         "backbones": sorted({run["backbone"] for run in runs}), "seeds": sorted({run["seed"] for run in runs}),
         "commits": sorted({str(run["commit"]) for run in runs}),
         "packages": {name: ", ".join(sorted(set(column.dropna()))) for name, column in versions.items()},
