@@ -72,7 +72,7 @@ def test_ruff_reads_notebooks_and_ci_runs_what_it_should():
     assert all(f"{name}.ipynb" in read for name in notebooks.NOTEBOOKS)
     script = (ROOT / ".ci/run").read_text().replace("\\\n", "")
     steps = re.findall(r"^ *time (?:nice -n 3 )?make ([a-z-]+)", script, re.MULTILINE)
-    assert steps == ["setup", "parts", "reproduce", "results", "nbval", "pocket-nano", "loaded", "test", "processes"]
+    assert steps == ["setup", "parts", "reproduce", "results", "nbval", "pocket-nano", "test", "processes", "loaded"]
     assert re.search(r"^\} > \S+ 2>&1 &\nbeside=\$!", script, re.MULTILINE)
     rules = set(re.search('TARGETS="(.+)"', script)[1].split())
     here = Study.open("mini", "mini-chat", None, ROOT / "runs")
