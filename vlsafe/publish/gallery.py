@@ -233,7 +233,9 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T01_guard_quality": lambda of: (of["guards"],),
     "T02_degradation": lambda of: (
         analysis.capability.of_main_line(of["degradation"], of["capable"]),
-        analysis.capability.of_main_line(analysis.degradation.sheet(of["degradation"]), of["capable"], ["backbone"]),
+        analysis.capability.of_main_line(analysis.degradation.sheet(of["degradation"]), of["capable"], ["backbone"]).rename(
+            columns={"parent_capable": "parent capable", "instruct_capable": "adapted capable"}
+        ),
     ),
     "T03_arms": lambda of: (of["arms"], analysis.adaptation.sheet(of["arms"]), _sizes(of["arms"])),
     "T03_arms_over_seeds": lambda of: (analysis.adaptation.over_seeds(of["arms"]),),
