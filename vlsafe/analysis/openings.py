@@ -144,7 +144,7 @@ def _of(stage: str, *measures: str) -> Part:
 def lasting(lives: pd.DataFrame) -> str:
     """Which remedies outlast a further fine-tuning on harmless text, of T10's lines."""
     said = durability.answer(lives[lives["rows"] == "text"])
-    return f"- Fine-tuned again on harmless text: {said}" if said else ""
+    return f"- Fine-tuned again: {said}" if said else ""
 
 
 def _titled(table: Callable[[str], pd.DataFrame]) -> str:
