@@ -191,7 +191,8 @@ def test_dpo_by_the_modality_of_its_pairs():
 def test_what_outlasts_harmless_text():
     lives = pd.read_csv(MINI / "T10_half_lives.csv")
     said = openings.lasting(lives)
-    assert said.startswith("- Fine-tuned again: mini-chat, 30 steps on harmless text: ") and "answers" not in said and "DPO" in said
+    assert said.startswith("- Fine-tuned again: mini-chat, 30 steps on harmless text: ")
+    assert "answers" not in said and "DPO" in said
     assert openings.lasting(lives[:0]) == ""
 
 

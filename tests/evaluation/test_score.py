@@ -195,7 +195,7 @@ def test_nonsense_refused_prompts_and_timeouts_are_counted_unjudged_and_asked_ag
 def test_a_server_that_hangs_or_dies_half_way_loses_nothing(root, tmp_path, scripted, capsys):
     scripted.trouble = lambda number: None if number <= 20 else "die" if number % 2 else "hang"
     answered(root, tmp_path, "mm_safetybench", text=FOUL)
-    options = ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 4, "--timeout", 2)  # a busy machine answers in time
+    options = ("--endpoint", url(scripted), "--judge-model", "m", "--parallel", 4, "--timeout", 2)  # busy machines do
     code, _ = run(root, tmp_path, "mm_safetybench", *options, responses=tmp_path / "mm_safetybench.jsonl")
     error = capsys.readouterr().err
     assert code == 2 and "20 answers came and are kept: run the same command again" in error
