@@ -355,6 +355,7 @@ def spread(lines: pd.DataFrame, names: Sequence[str] = ("value", "low", "high"),
     columns = [100 * lines[name].to_numpy(float) for name in names if name in lines] or [np.empty(0)]
     values, *ends = (column[~np.isnan(columns[0])] for column in columns)
     if len(values) < 2:
-        interval = f" [{round(ends[0][0]):{sign}}, {round(ends[1][0]):{sign}}]" if len(values) and ends else ""
+        bounded = len(values) and ends and not np.isnan(ends).any()
+        interval = f" [{round(ends[0][0]):{sign}}, {round(ends[1][0]):{sign}}]" if bounded else ""
         return "".join(f"{round(value):{sign}}{interval}" for value in values)
     return f"{round(values.mean()):{sign}} ({round(values.min()):{sign}}{' to ' if sign else '–'}{round(values.max()):{sign}})"
