@@ -1,6 +1,7 @@
 """NANO: MINI with smaller numbers, the same code; and one finished NANO study for all tests that need models."""
 
 import dataclasses
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config, items):
         scopes = {fixture.scope for of in item._fixtureinfo.name2fixturedefs.values() for fixture in of}
         if (shared or "module" in scopes) and not item.get_closest_marker("processes"):
             item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.name))
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: the collector need not look through it after every training, which is a fifth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def smaller(fit, steps, batch_size=8):

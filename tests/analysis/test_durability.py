@@ -132,6 +132,10 @@ def test_worst_cases_stand_beside_the_model_as_it_is():
     assert found.loc["text_asr", ["model", "rows", "method", "step"]].tolist() == ["sl-full", "harmful", "lora", 6]
     (text,) = durability.worst_sheet(found.reset_index()).query("measure == 'text ASR'").to_dict("records")
     assert (text["model"], text["seeds"], text["before"], text["n"]) == ("sequential SFT", 1, "17", "12")
-    assert text["worst"].startswith("92 [")
+    assert text["worst"].startswith("92 [") and text["change"].startswith("+75 [+")
+    seeds = pd.concat([found.assign(seed=seed, difference=found["difference"] + 0.01 * seed) for seed in range(3)]).reset_index()
+    (text,) = durability.worst_sheet(seeds).query("measure == 'text ASR'").to_dict("records")
+    low, high = (int(end) for end in text["change"].removeprefix("+76 [").rstrip("]").split(","))
+    assert text["seeds"] == 3 and low < 75 < 77 < high  # never narrower than what the items alone would give
     with pytest.raises(Lacking, match="worst"):
         durability.worst_cases(RAW, lines)

@@ -264,13 +264,20 @@ def test_what_nobody_measured_is_one_line():
 
 def test_the_worst_case_of_each_remedy():
     table = pd.DataFrame([
-        {"backbone": "a", "seed": seed, "model": model, "measure": "text_asr", "before": before, "value": after}
+        {"backbone": "a", "seed": seed, "model": model, "measure": "text_asr", "before": before, "value": after,
+         "difference": after - before, "difference_low": after - before - 0.05, "difference_high": after - before + 0.05}
         for model, seeds in {"sl-full": [(0.1, 0.3), (0.2, 0.9)], "merged": [(0.2, 0.4)] * 2}.items()
         for seed, (before, after) in enumerate(seeds)
     ])  # fmt: skip
-    assert sentences.worst(table) == (
-        "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`: sequential SFT from 15 % (10–20 over 2 "
-        "seeds) to 60 % (30–90 over 2 seeds) and merged with SFT from 20 % (20–20 over 2 seeds) to 40 % (40–40 over 2 seeds)."
+    said = "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`, in percent of "
+    assert sentences.worst(table) == said + (
+        "2 seeds, of sequential SFT from 15 (10–20) to 60 (30–90), +45 [-92, +99]; of merged with SFT from 20 (20–20) "
+        "to 40 (40–40), +20 [-3, +41]."
+    )
+    one = table[table["seed"] == 0].assign(low=0.2, high=0.5)
+    assert sentences.worst(one) == said + (
+        "1 seed, of sequential SFT from 10 to 30 [20, 50], +20 [+15, +25]; of merged with SFT from 20 to 40 [20, 50], "
+        "+20 [+15, +25]."
     )
 
 

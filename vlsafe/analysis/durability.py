@@ -177,28 +177,31 @@ def searched(lines: pd.DataFrame, loss: float) -> pd.DataFrame:
 
 
 def worst_cases(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """T10: the worst case of every model on test items, which validation items chose, beside the model as it is.
+    """T10: the worst case of every model on test items, which validation items chose, beside the model as it is, and the paired
+    change from it.
 
     Units:    fractions
     Raises:   Lacking where nothing was searched
     """
     of = raw[(raw["stage"] == "worst") & (raw["exam"] == "full")]
-    found = measures.rates(of, ALONG, [*UNIT, "recipe"])
+    found = measures.rates(of, ALONG, [*UNIT, "stage", "recipe"])
     if found.empty:
         raise Lacking("no worst case was searched for (`worst/*`)")
     starts = raw[(raw["stage"] == "durability") & (raw["exam"] == "full") & raw["recipe"].str.endswith(f"/{START}")]
-    before = measures.rates(starts.assign(recipe=starts["recipe"].str.partition("/")[0]), ALONG, [*UNIT, "recipe"])
-    keys = [*UNIT, "recipe", "measure"]
-    before = before.reindex(columns=[*keys, "value"]).astype({name: found[name].dtype for name in keys})
-    found = found.merge(before.rename(columns={"value": "before"}), on=keys, how="left")
+    starts = starts.assign(stage=START, recipe=starts["recipe"].str.partition("/")[0])
+    keys, both = [*UNIT, "recipe", "measure"], pd.concat([starts, of])
+    before = measures.rates(starts, ALONG, [*UNIT, "recipe"]).reindex(columns=[*keys, "value"])
+    before = before.astype({name: found[name].dtype for name in keys}).rename(columns={"value": "before"})
+    rises = [measures.differences(both, f"{START}/{m}", [f"worst/{m}"], ALONG) for m in of["recipe"].unique()]
+    found = measures.with_changes(found.merge(before, on=keys, how="left"), pd.concat(rises)).drop(columns="stage")
     chosen = lines.loc[lines["chosen"], [*UNIT, "model", "rows", "method", "rate", "step"]].rename(columns={"model": "recipe"})
     return found.merge(chosen, on=[*UNIT, "recipe"], how="left").rename(columns={"recipe": "model"})
 
 
 def worst_sheet(lines: pd.DataFrame) -> pd.DataFrame:
-    """The worst cases for the eye, in percent: a line per backbone × model × measure, `measures.spread` over its seeds."""
+    """The worst cases for the eye, in percent: a line per backbone × model × measure, over its seeds."""
     said = []
     for key, of in groups(named(lines), ["backbone", "model", "measure"]):
-        ends = {"before": measures.spread(of, ["before"]), "worst": measures.spread(of)}
+        ends = {"before": measures.spread(of, ["before"]), "worst": measures.spread(of), "change": measures.change(of)}
         said.append({**key, "seeds": of["seed"].nunique(), **ends, "n": f"{of['n'].max():.0f}"})
     return pd.DataFrame(said)

@@ -359,3 +359,12 @@ def spread(lines: pd.DataFrame, names: Sequence[str] = ("value", "low", "high"),
         interval = f" [{round(ends[0][0]):{sign}}, {round(ends[1][0]):{sign}}]" if bounded else ""
         return "".join(f"{round(value):{sign}}{interval}" for value in values)
     return f"{round(values.mean()):{sign}} ({round(values.min()):{sign}}{' to ' if sign else '–'}{round(values.max()):{sign}})"
+
+
+def change(lines: pd.DataFrame) -> str:
+    """A change in points, for the eye: its mean over seeds with the interval over them, of one seed that over its items."""
+    value, low, high = (lines[f"difference{end}"].dropna().to_numpy(float) for end in ("", "_low", "_high"))
+    if len(value) > 1:
+        over = stats.over_seeds(value, (high - low) / 3.92, np.ones(len(value)))
+        low, high = ([over[end]] for end in ("seed_low", "seed_high"))
+    return spread(pd.DataFrame({"value": value.mean(), "low": low[:1], "high": high[:1]}), sign="+") if len(value) else ""

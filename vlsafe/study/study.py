@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Study:
     seed: int
     root: Path
     file: str = ""  # the scale's, where it is one: two files of one stem share no place in a run store
+    _runs: dict[str, store.Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, scale: str | Path, backbone: str, seed: int | None, root: str | Path) -> Study:
@@ -69,6 +70,11 @@ class Study:
 
     def run(self, name: str) -> store.Run:
         """Where the result of a stage lies and what it must be."""
+        if name not in self._runs:  # a run asks for its inputs', and many have the same ones
+            self._runs[name] = self._run(name)
+        return self._runs[name]
+
+    def _run(self, name: str) -> store.Run:
         stage = self.stage(name)
         kind, _, recipe = name.partition("/")
         inputs = {needed: self.run(needed).digest for needed in self.inputs(name)}
