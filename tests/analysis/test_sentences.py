@@ -264,20 +264,19 @@ def test_what_nobody_measured_is_one_line():
 
 def test_the_worst_case_of_each_remedy():
     table = pd.DataFrame([
-        {"backbone": "a", "seed": seed, "model": model, "measure": "text_asr", "before": before, "value": after,
+        {"backbone": "a", "seed": seed, "model": model, "measure": "text_asr", "before": before, "value": after, "n": 9,
          "difference": after - before, "difference_low": after - before - 0.05, "difference_high": after - before + 0.05}
         for model, seeds in {"sl-full": [(0.1, 0.3), (0.2, 0.9)], "merged": [(0.2, 0.4)] * 2}.items()
         for seed, (before, after) in enumerate(seeds)
     ])  # fmt: skip
-    said = "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a`, in percent of "
+    said = "- The worst fine-tuning of those that keep helpfulness takes text ASR of `a` (percent; seeds: "
     assert sentences.worst(table) == said + (
-        "2 seeds, of sequential SFT from 15 (10–20) to 60 (30–90), +45 [-92, +99]; of merged with SFT from 20 (20–20) "
+        "2) of sequential SFT from 15 (10–20) to 60 (30–90), +45 [-92, +99]; of merged with SFT from 20 (20–20) "
         "to 40 (40–40), +20 [-3, +41]."
     )
     one = table[table["seed"] == 0].assign(low=0.2, high=0.5)
     assert sentences.worst(one) == said + (
-        "1 seed, of sequential SFT from 10 to 30 [20, 50], +20 [+15, +25]; of merged with SFT from 20 to 40 [20, 50], "
-        "+20 [+15, +25]."
+        "1) of sequential SFT from 10 to 30 [20, 50], +20 [+15, +25]; of merged with SFT from 20 to 40 [20, 50], +20 [+15, +25]."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlsafe.analysis import claims, durability, measures, merging
+from vlsafe.analysis import claims, durability, merging
 from vlsafe.analysis.measures import CHANCE, MEASURES
 
 
@@ -241,15 +241,11 @@ def dominated(table: pd.DataFrame) -> str:
 
 def worst(table: pd.DataFrame) -> str:
     """What the worst of some further fine-tunings does to each remedy's text ASR, of T10's lines."""
-    said, text = [], durability.named(table[table["measure"] == "text_asr"])
+    said, text = [], durability.worst_sheet(table[table["measure"] == "text_asr"])
     for backbone, of in text.groupby("backbone", sort=False):
-        rises = [
-            f"of {name} from {measures.spread(own, ['before'])} to {measures.spread(own)}, {measures.change(own)}"
-            for name, own in of.groupby("model", sort=False)
-        ]
-        seeds = f"{of['seed'].nunique()} seed{'s' * (of['seed'].nunique() > 1)}"
-        what = f"The worst fine-tuning of those that keep helpfulness takes text ASR of `{backbone}`, in percent of {seeds},"
-        said.append(f"- {what} {'; '.join(rises)}.")
+        rises = [f"of {line.model} from {line.before} to {line.worst}, {line.change}" for line in of.itertuples()]
+        what = f"The worst fine-tuning of those that keep helpfulness takes text ASR of `{backbone}` (percent; seeds:"
+        said.append(f"- {what} {of['seeds'].max()}) {'; '.join(rises)}.")
     return "\n".join(said)
 
 
