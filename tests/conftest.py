@@ -88,6 +88,7 @@ def study(tmp_path_factory):
     made = Study.open("nano", "mini-chat", 0, os.environ.get("VLSAFE_NANO") or tmp_path_factory.mktemp("store"))
     for name in planned(made):
         made.folder(name)
+    gc.freeze()
     return made
 
 
@@ -96,6 +97,7 @@ def begun(tmp_path_factory):
     """A NANO study up to stage 1."""
     made = Study.open("nano", "mini-chat", 0, tmp_path_factory.mktemp("store"))
     made.folder("projector/filtered")
+    gc.freeze()  # what training has imported
     return made
 
 

@@ -4,7 +4,6 @@ The launcher, its agent and the trainings are those of a real launch; what is le
 """
 
 import functools
-import gc
 import multiprocessing
 import os
 import runpy
@@ -60,7 +59,6 @@ def popen(line, env, preexec_fn=None):
 
 def _launcher(line, env):
     _become(env)
-    gc.freeze()  # what is imported stays: no training looks through it
     forked = functools.partial(Started, _worker, context=multiprocessing.get_context("fork"))
     SubprocessHandler._popen = lambda self, args, env: forked(args, env)
     arguments = line[line.index("accelerate.commands.launch") + 1 :]
