@@ -33,7 +33,8 @@ def started(place, scale):
     common = f"--scale {scale} --seeds 0 --backbones {BACKBONE} --root runs"
     line = (
         f"vlsafe sweep {common} && exec vlsafe unlock --root . -- snakemake --cores 2 --rerun-incomplete "
-        f"--rerun-triggers mtime params input --quiet rules --config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
+        f"--rerun-triggers mtime params input --quiet rules --retries 1 "
+        f"--config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
     )
     with open(place / "log", "a") as log:
         call = ["bash", "-c", line]
@@ -42,7 +43,13 @@ def started(place, scale):
 
 def environment(scale):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
+    data = {"VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
+    return {
+        **os.environ,
+        "PATH": path,
+        **data,
+        "VLSAFE_CELL_SECONDS": "240",
+    }  # LOG.md, 2026-11-29: a notebook that waits for ever
 
 
 def computed():
