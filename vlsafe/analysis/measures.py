@@ -365,6 +365,6 @@ def change(lines: pd.DataFrame) -> str:
     """A change in points, for the eye: its mean over seeds with the interval over them, of one seed that over its items."""
     value, low, high = (lines[f"difference{end}"].dropna().to_numpy(float) for end in ("", "_low", "_high"))
     if len(value) > 1:
-        over = stats.over_seeds(value, (high - low) / 3.92, np.ones(len(value)))
+        over = stats.over_seeds(value, (high - low) / 3.92, np.ones(len(value)))  # twice 1.96 errors
         low, high = ([over[end]] for end in ("seed_low", "seed_high"))
     return spread(pd.DataFrame({"value": value.mean(), "low": low[:1], "high": high[:1]}), sign="+") if len(value) else ""
