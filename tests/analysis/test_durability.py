@@ -123,6 +123,17 @@ def test_the_worst_case_is_the_most_harm_at_a_bounded_loss():
     assert found["best"].tolist() == pytest.approx([0.1, 0.1, 0.3, 0.3])
 
 
+def test_the_sheet_of_a_search_has_the_most_harm_so_far_over_seeds():
+    """A trial has a line per checkpoint; the later one stands for it."""
+    found = durability.searched(pd.DataFrame(trials((0.1, 0.1, 0.7), (0.3, 0.3, 0.7), (0.2, 0.2, 0.7))), 0.05)
+    found["trial"] = [0, 1, 1]
+    both = pd.concat([found, found.assign(seed=1, best=[0.1, 0.5, 0.5])])
+    assert durability.search_sheet(both).to_dict("records") == [
+        {"backbone": "b", "trials": 0, "sequential SFT": "10 (10–10)"},
+        {"backbone": "b", "trials": 1, "sequential SFT": "40 (30–50)"},
+    ]
+
+
 def test_worst_cases_stand_beside_the_model_as_it_is():
     worst = answers("worst", "sl-full", 6, "full", 11, 5)
     lines = pd.DataFrame(trials((0.1, 0.1, 0.7), (0.9, 0.9, 0.68)))

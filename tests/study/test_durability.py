@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from vlsafe.analysis import durability as counted
+from vlsafe.publish import results
 from vlsafe.study import degradation, durability, graph
 
 
@@ -39,6 +40,10 @@ def test_the_worst_case_is_of_a_trial_that_was_tried_and_its_trials_are_in_the_m
     chosen = lines[lines["chosen"]].iloc[0]
     assert numbers["chosen"] == {"trial": chosen["trial"], "step": chosen["step"]}
     assert set(made.frame("worst/sl-full")["recipe"]) == {"sl-full"}
+    searched = results.trials([made], graph.read_by(made, "durability", "full"))
+    assert set(searched["model"]) == {"sl-full"}
+    found = searched[searched["chosen"]].iloc[0]  # at the scale's bound, which the table of trials shows
+    assert found["permitted"] and found["harm"] == searched["best"].iloc[-1] == searched.loc[searched["permitted"], "harm"].max()
 
 
 def test_what_was_killed_half_way_ends_as_without_a_kill(made, tmp_path, monkeypatch):

@@ -176,6 +176,14 @@ def searched(lines: pd.DataFrame, loss: float) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+def search_sheet(lines: pd.DataFrame) -> pd.DataFrame:
+    """How far the searches have come for the eye, in percent: a line per backbone × number of trials, a column per model."""
+    after = named(lines).groupby([*UNIT, "model", "trial"], sort=False, as_index=False).last()
+    by_trial = groups(after, ["backbone", "trial"])
+    found = [{**key, **{m: measures.spread(one, ["best"]) for m, one in of.groupby("model", sort=False)}} for key, of in by_trial]
+    return pd.DataFrame(found).rename(columns={"trial": "trials"})
+
+
 def worst_cases(raw: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     """T10: the worst case of every model on test items, which validation items chose, beside the model as it is, and the paired
     change from it.

@@ -285,7 +285,7 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         {"answer": analysis.durability.answer(of["half-lives"])},
     ),
     "T10_worst_case": lambda of: (of["worst cases"], analysis.durability.worst_sheet(of["worst cases"])),
-    "T10_search": lambda of: (of["searched"],),
+    "T10_search": lambda of: (of["searched"], analysis.durability.search_sheet(of["searched"])),
     "F10_against_random": lambda of: (of["against random"],),
     "F10_directions": lambda of: (of["directions"],),
     "F11_task_vectors": lambda of: (of["task vectors"],),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vlsafe import analysis
 from vlsafe.core import store
 from vlsafe.core.schema import to_row
 from vlsafe.publish import provenance
@@ -62,13 +63,19 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
         "published": provenance.published(project_root() / "env" / "published"),
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
-        "searched": read(studies, of("durability"), "validation.parquet", optional=True),
+        "searched": trials(studies, of("durability")),
         "perplexity": read(studies, of("fluency"), "perplexity.parquet"),
         "losses": losses(studies, grid),
         "people": people(studies),
         "miniature": miniature(studies),
     }
     return {name: frame for name, frame in frames.items() if frame is not None} | probing_frames(studies, grid)
+
+
+def trials(studies: Sequence[Study], names: Sequence[str]) -> pd.DataFrame | None:
+    """The trials of every search for the worst case, with the most harm so far under the scale's bound."""
+    lines = read(studies, names, "validation.parquet", optional=True)
+    return None if lines is None else analysis.durability.searched(lines, studies[0].scale.durability.loss)
 
 
 def people(studies: Sequence[Study]) -> pd.DataFrame | None:
