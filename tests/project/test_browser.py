@@ -233,9 +233,11 @@ study = Study.open("mini", "mini-chat", {MEDIAN_SEED}, {str(RUNS)!r})
 sidebyside.choose(study, ["parent/aligned", "instruct/filtered-full"])"""
     page = opened(lab, browser, "choose.ipynb", fresh(asked))
     run_all(page, 120)
-    before = seen(page, 1).first.get_attribute("src")
+    drawn = page.locator("img.widget-image")
+    wait(lambda: drawn.count() == 1, 60, "the chooser draws nothing")
+    before = drawn.last.get_attribute("src")
     page.locator(".widget-dropdown select").nth(1).select_option(index=1)
-    wait(lambda: seen(page, 1).first.get_attribute("src") != before, 60, "picking a picture changes nothing")
-    assert page.locator(".widget-image").count() == 1
+    wait(lambda: drawn.count() == 2 and drawn.last.get_attribute("src") != before, 60, "picking a picture changes nothing")
+    assert drawn.last.evaluate("image => image.naturalWidth") > 300
     pictured(page, "chooser")
     page.close()

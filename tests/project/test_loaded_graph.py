@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import resource
 import signal
 import subprocess
@@ -34,8 +33,7 @@ def started(place, scale):
     common = f"--scale {scale} --seeds 0 --backbones {BACKBONE} --root runs"
     line = (
         f"vlsafe sweep {common} && exec vlsafe unlock --root . -- snakemake --cores 2 --rerun-incomplete "
-        f"--rerun-triggers mtime params input --quiet rules --retries 1 "
-        f"--config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
+        f"--rerun-triggers mtime params input --quiet rules --config scale={scale} seeds=0 backbones={BACKBONE} root=runs"
     )
     with open(place / "log", "a") as log:
         call = ["bash", "-c", line]
@@ -44,8 +42,7 @@ def started(place, scale):
 
 def environment(scale):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    own = {"PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
-    return {**os.environ, **own, "VLSAFE_CELL_SECONDS": "240"}  # LOG.md, 2026-11-29: a notebook that waits for ever
+    return {**os.environ, "PATH": path, "VLSAFE_DATA": str(scale.parent / "data"), "OPENAI_API_KEY": "none"}
 
 
 def computed():
@@ -68,10 +65,7 @@ def made(tmp_path_factory):
         begin, idle = time.monotonic(), computed()
         code = started(place, scale).wait()
         seconds, busy = time.monotonic() - begin, computed() - idle
-        log = (place / "log").read_text()
-        assert code == 0, log[-6000:]
-        again = re.findall(r"Error in rule (\w+)", log)  # a notebook that waited for ever is tried again, and nothing else
-        assert all(name.startswith("notebook_") for name in again) and ("ell timed out" in log or not again), log[-6000:]
+        assert code == 0, (place / "log").read_text()[-6000:]
         asked = list(requests)
         call = f"vlsafe stage {' '.join(FURTHER)} --scale {scale} --backbone {BACKBONE} --seed 0 --root runs"
         with open(place / "log", "a") as log:

@@ -1,9 +1,10 @@
 """Models beside each other: the layer-wise reading against the model's own words, and what the chooser shows."""
 
+import ipywidgets
 import pytest
 import torch
 
-from vlsafe.core.schema import Turn
+from vlsafe.core.schema import Stored, Turn
 from vlsafe.inspection import states
 from vlsafe.models import architectures, checkpoints
 from vlsafe.models.chat import prompt_batch
@@ -56,5 +57,20 @@ def test_the_chooser_offers_every_prompt_and_picture_and_redraws(study):
     lists, shown = sidebyside.choose(study, NAMES).children
     prompt, picture = lists.children
     assert list(prompt.options) == list(sidebyside.prompts(study)) and picture.value == "none"
+    _, before = shown.children
     prompt.value = prompt.options[1]
-    assert not [out for out in shown.outputs if out["output_type"] == "error"]
+    assert shown.children[-1].value != before.value
+    picture.value = picture.options[1]
+    assert shown.children[0].value == sidebyside.pictures(study)[picture.options[1]] and len(shown.children) == 3
+    widgets = (*lists.children, shown, *shown.children)
+    assert not any(isinstance(each, ipywidgets.Output) for each in widgets)  # whose messages make nbclient wait
+
+
+def test_the_chooser_shows_a_picture_that_stays_where_it_is(study, tmp_path, monkeypatch):
+    content = next(filter(None, sidebyside.pictures(study).values()))
+    (tmp_path / "one.png").write_bytes(content)
+    monkeypatch.setenv("VLSAFE_DATA", str(tmp_path))
+    monkeypatch.setattr(sidebyside, "pictures", lambda study: {"none": None, "stored": Stored("one.png")})
+    lists, shown = sidebyside.choose(study, NAMES).children
+    lists.children[1].value = "stored"
+    assert shown.children[0].value == content

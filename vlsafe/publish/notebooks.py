@@ -170,7 +170,6 @@ def execute(path: Path, out: Path, values: Mapping[str, Any]) -> None:
         papermill.execute_notebook(
             *(str(place).replace("{", "{{").replace("}", "}}") for place in (path, out)),  # it takes them for templates
             dict(values), progress_bar=False, kernel_name="python3", kernel_manager_class=manager,
-            execution_timeout=int(os.environ.get("VLSAFE_CELL_SECONDS", 0)) or None,  # of one cell; a kernel may lose a request
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ For looking, not for measuring: a prompt is an anecdote, and no table is made fr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -82,21 +83,30 @@ def draw(compared: pd.DataFrame, scale: str, prompt: str) -> Figure:
 
 
 def choose(study: Study, names: Sequence[str]) -> Any:
-    """The same with two lists to pick from; needs a living kernel."""
+    """The same with two lists to pick from; needs a living kernel.
+
+    There is no output widget in it: whoever runs a notebook through nbclient, as papermill does, may wait for ever for the reply
+    of a cell that fills one (nbclient's issue 312).
+    """
     import ipywidgets
-    from IPython.display import display
 
     texts, images = prompts(study), pictures(study)
-
-    def show(prompt: str, picture: str) -> None:
-        compared = compare(study, names, texts[prompt], images[picture])
-        if picture != "none":
-            display(ipywidgets.Image(value=images[picture], width=96))
-        display(compared[["answer", "refused"]], draw(compared, study.scale.name, f"{prompt} / picture: {picture}"))
-
     options = {"prompt": list(texts), "picture": list(images)}
     lists = {name: ipywidgets.Dropdown(options=choices, description=name) for name, choices in options.items()}
-    return ipywidgets.VBox([ipywidgets.HBox(list(lists.values())), ipywidgets.interactive_output(show, lists)])
+    shown = ipywidgets.VBox()
+
+    def show(_: Any = None) -> None:
+        prompt, picture = (each.value for each in lists.values())
+        compared = compare(study, names, texts[prompt], images[picture])
+        draw(compared, study.scale.name, f"{prompt} / picture: {picture}").savefig(drawn := io.BytesIO(), format="png")
+        table = ipywidgets.HTML(compared[["answer", "refused"]].to_html(border=0))
+        beside = [ipywidgets.Image(value=bytes(each), width=96) for each in (images[picture],) if each]
+        shown.children = [*beside, table, ipywidgets.Image(value=drawn.getvalue())]
+
+    for each in lists.values():
+        each.observe(show, "value")
+    show()
+    return ipywidgets.VBox([ipywidgets.HBox(list(lists.values())), shown])
 
 
 def _open(study: Study) -> bool:
