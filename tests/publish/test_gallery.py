@@ -186,6 +186,7 @@ def test_a_caption_names_the_studies_of_its_own_rows():
         ({"backbone": ["a"]}, "a, seeds 0, 1"),
         ({"seed": [1]}, "a, seed 1; b, seed 1"),
         ({"backbone": ["a", "a", "b"], "seed": [0, 1, 0]}, "a, seeds 0, 1; b, seed 0"),
+        ({"backbone": ["a", "b"], "seeds": [1, 2]}, "a, 1 of its 2 seeds; b, seeds 0, 1"),
     ):
         assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}; 95 % intervals."
 

@@ -126,14 +126,16 @@ def _write_table(
 
 
 def _origin(scale: str, studies: pd.DataFrame, frame: pd.DataFrame) -> str:
-    """Which studies a table is of: of all those that its own rows name."""
+    """Which studies a table is of: of all those that its own rows name, or of as many seeds as its rows count."""
     if columns := [column for column in studies if column in frame]:
         named = set(frame[columns].itertuples(index=False, name=None))
         studies = studies[[key in named for key in studies[columns].itertuples(index=False, name=None)]]
-    of = [
-        f"{backbone}, seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(map(int, each))))}"
-        for backbone, each in studies.groupby("backbone")["seed"].unique().items()
-    ]
+    of, counted = [], frame.groupby("backbone")["seeds"].max() if {"backbone", "seeds"} <= {*frame} else pd.Series(dtype=float)
+    for backbone, each in studies.groupby("backbone")["seed"].unique().items():
+        if counted.get(backbone, len(each)) < len(each):
+            of.append(f"{backbone}, {counted[backbone]:.0f} of its {len(each)} seeds")
+        else:
+            of.append(f"{backbone}, seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(map(int, each))))}")
     return f"Scale {scale}; {'; '.join(of)}; 95 % intervals."
 
 
