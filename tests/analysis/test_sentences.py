@@ -164,6 +164,9 @@ def test_what_every_parent_contradicts():
     sizes = [f"{sentences.points(line.effect, line.low, line.high)} (`{line.backbone}`)" for line in first.itertuples()]
     over = (first["seed_level"] == claims.CONTRADICTED).sum()
     assert f"- *{first['statement'].iloc[0]}*: {', '.join(sizes)}; contradicted over seeds in {over} of 3." in listed
+    (merging,) = (line for line in listed if line.startswith("- *Merging dominates every tuning method (with sequential SFT)*"))
+    parts = LEDGER[LEDGER["claim"] == "10"].set_index("backbone")["part"]
+    assert all(f"(`{name}`: {part})" in merging for name, part in parts.items())
     assert [" (exploratory): " in line for line in listed] == sorted(" (exploratory): " in line for line in listed)
     assert openings.contradicted(LEDGER[LEDGER["claim"] == "3"]) == ""
 
@@ -198,7 +201,10 @@ def test_what_outlasts_harmless_text():
 
 def test_what_the_answer_rests_on_is_a_line_each():
     shown = openings.answers(MODELS, LEDGER).set_index("")
-    seeing, words = shown.index[[len(openings.RATES), len(openings.RATES) + 1]]
+    start = len(openings.RATES)
+    beside = {f"{MEASURES[name]['label']}, stage 1 → adapted" for name in ("figstep_asr", "siuo_asr")}
+    assert set(shown.index[start : start + 2]) == beside and shown.iloc[start].str.fullmatch(r"\d+ % \(.*\) → \d+ % \(.*\)").all()
+    seeing, words = shown.index[[start + 2, start + 3]]
     for backbone in MODELS["backbone"].unique():
         cells = shown[f"`{backbone}`"]
         for place, (measure, model) in enumerate(openings.RATES.values()):
@@ -278,6 +284,13 @@ def test_the_worst_case_of_each_remedy():
     assert sentences.worst(one) == said + (
         "1) of sequential SFT from 10 to 30 [20, 50], +20 [+15, +25]; of merged with SFT from 20 to 40 [20, 50], +20 [+15, +25]."
     )
+
+
+def test_how_often_nothing_was_merged():
+    lines = [("linear", "a", 1.0), ("linear", "a", 0.9), ("linear", "b", 0.0), ("slerp", "a", 1.0)]
+    table = pd.DataFrame(lines, columns=["rule", "partner", "ratio"]).assign(chosen=True)
+    assert sentences.unmerged(table).endswith("nothing is merged, in 1 of 2 studies with `a` and 1 of 1 studies with `b`.")
+    assert sentences.unmerged(table[table["rule"] == "slerp"]) == ""
 
 
 def test_what_is_too_small_to_matter_is_called_so():

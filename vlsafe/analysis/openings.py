@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,16 @@ def _ends(models: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, pd.DataFram
 
 def fell(models: pd.DataFrame) -> str:
     """What adaptation did to each parent on every safety benchmark, of T08's lines; with pictures from stage 1 on."""
+    return sentences.table(_both(models, SAFETY), "before adaptation (in words the parent, with pictures stage 1) → after")
+
+
+def _both(models: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Measure -> backbone -> its rates before and after adaptation, of T08's lines."""
     rows: dict[str, dict[str, str]] = {}
-    for measure, backbone in itertools.product(SAFETY, models["backbone"].unique()):
+    for measure, backbone in itertools.product(names, models["backbone"].unique()):
         if pair := _ends(models[models["backbone"] == backbone], measure):
             rows.setdefault(MEASURES[measure]["label"], {})[backbone] = " → ".join(map(percent, pair))
-    return sentences.table(rows, "before adaptation (in words the parent, with pictures stage 1) → after")
+    return rows
 
 
 def without_pictures(models: pd.DataFrame) -> str:
@@ -87,6 +92,7 @@ def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
         for backbone, lines in of.groupby("backbone", sort=False):
             n = f" (one seed, n = {lines['n'].iloc[0]:.0f})" * (len(lines) < 2)
             cells.setdefault(f"{what}, {model}", {})[backbone] = percent(lines) + n
+    cells |= {f"{label}, stage 1 → adapted": of for label, of in _both(models, BESIDE).items()}
     measured = ledger[ledger["item_level"] != claims.NOT]
     for claim, (what, sign) in TITLE.items():
         for line in measured[measured["claim"] == claim].itertuples():
@@ -103,7 +109,8 @@ def contradicted(ledger: pd.DataFrame) -> str:
     measured, said = ledger[ledger["item_level"] != claims.NOT], []
     for _, of in measured.sort_values("status", ascending=False, kind="stable").groupby("claim", sort=False):
         if len(of) == ledger["backbone"].nunique() and set(of["item_level"]) == {claims.CONTRADICTED}:
-            sizes = ", ".join(f"{points(line.effect, line.low, line.high)} (`{line.backbone}`)" for line in of.itertuples())
+            parts = {line.backbone: f": {line.part}" if line.claim in sentences.SEVERAL else "" for line in of.itertuples()}
+            sizes = ", ".join(f"{points(*line[1:])} (`{line[0]}`{parts[line[0]]})" for line in of[SIZE].itertuples(index=False))
             what = f"{of['statement'].iloc[0]}*{' (exploratory)' * (of['status'].iloc[0] == claims.EXPLORATORY)}"
             threshold = f", threshold {signed(of['against'].iloc[0])}" * bool(of["against"].iloc[0])
             seeds = f"contradicted over seeds in {(of['seed_level'] == claims.CONTRADICTED).sum()} of {len(of)}"
@@ -111,6 +118,8 @@ def contradicted(ledger: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+SIZE = ["backbone", "effect", "low", "high"]
+BESIDE = ("multimodal_asr_beside", "multimodal_asr_blank", "multimodal_asr_printed", "figstep_asr", "siuo_asr")
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something) text ASR changes by"
@@ -179,7 +188,7 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
         _claims("7", "7b", "8", "8b", "9", "9b"),
     ),
     "06_merging": (
-        _by(sentences.dominated, "T07_dominance"), _by(sentences.restored, "T08_models"),
+        _by(sentences.dominated, "T07_dominance"), _by(sentences.unmerged, "T07_choice"), _by(sentences.restored, "T08_models"),
         _claims("10", "10b", "11", "13", "13b", "13c", "13d", "13e", "14", "14e", "15"), _by(lasting, "T10_half_lives"),
         _by(sentences.worst, "T10_worst_case"),
     ),

@@ -239,6 +239,13 @@ def dominated(table: pd.DataFrame) -> str:
     return "\n".join(f"- `{backbone}`: {merging.answer(of)} {merging.beyond_linear(of)}" for backbone, of in by)
 
 
+def unmerged(table: pd.DataFrame) -> str:
+    """In how many studies validation chose an end of the line between two models, where nothing is merged, of T07's choices."""
+    linear = table[table["chosen"] & (table["rule"] == "linear")]
+    ends = [f"{of['ratio'].isin((0, 1)).sum()} of {len(of)} studies with `{name}`" for name, of in linear.groupby("partner")]
+    return f"- Validation chose an end of the line, at which nothing is merged, in {listed(ends)}." if ends else ""
+
+
 def worst(table: pd.DataFrame) -> str:
     """What the worst of some further fine-tunings does to each remedy's text ASR, of T10's lines."""
     said, text = [], durability.worst_sheet(table[table["measure"] == "text_asr"])

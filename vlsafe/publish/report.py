@@ -20,7 +20,7 @@ OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report ab
 COLOURS = 128  # of a picture in the report, which is a third as large so; the files beside it have all
 MOST = 120  # lines of a table that is folded; the CSV beside the report has all
 MARKDOWN = mistune.create_markdown(plugins=["table"])  # a name with angle brackets stays a name
-TITLE = "What the paper claims, what was measured, how sure we are"
+TITLE = "What is claimed, what was measured, how sure we are"
 
 
 def report(folder: Path, out: Path, title: str = TITLE) -> Path:
