@@ -179,16 +179,28 @@ def test_a_report_shows_what_is_in_a_table_cell_by_cell(tmp_path):
     assert [text.strip() for tag, text in found if tag == "td"] == [*cells[:-1], "two lines"]
 
 
+def test_a_caption_names_the_judges_of_its_own_measures(tmp_path):
+    studies = pd.DataFrame({"backbone": ["a"], "seed": [0]})
+    lines = {"T04_confounds": ["confounds_asr"], "T08_models": ["figstep_asr", "text_asr"], "T09_claims": None}
+    for name, measures in lines.items():
+        frame = pd.DataFrame({"measure": measures} if measures else {"claim": ["1"]})
+        table = (frame, frame) if name != "T04_confounds" else (frame, frame, {"sizes": ""})
+        gallery._write_table(name, table, tmp_path, "mini", studies, lambda names: f"By {', '.join(names)}.")
+        told = ["text_asr"] if name == "T08_models" else measures or gallery.HEADLINE
+        assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").rstrip().endswith(f"By {', '.join(told)}.")
+
+
 def test_a_caption_names_the_studies_of_its_own_rows():
     studies = pd.DataFrame({"backbone": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1]})
     for rows, wanted in (
         ({"value": [0.5]}, "a, seeds 0, 1; b, seeds 0, 1"),
+        ({"value": [0.5], "low": [0.4], "high": [0.6]}, "a, seeds 0, 1; b, seeds 0, 1; 95 % intervals"),
         ({"backbone": ["a"]}, "a, seeds 0, 1"),
         ({"seed": [1]}, "a, seed 1; b, seed 1"),
         ({"backbone": ["a", "a", "b"], "seed": [0, 1, 0]}, "a, seeds 0, 1; b, seed 0"),
         ({"backbone": ["a", "b"], "seeds": [1, 2]}, "a, 1 of its 2 seeds; b, seeds 0, 1"),
     ):
-        assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}; 95 % intervals."
+        assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}."
 
 
 def test_every_backbone_has_lines_in_a_table_that_is_cut(tmp_path):

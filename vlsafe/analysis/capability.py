@@ -1,8 +1,8 @@
 """Whether a model can answer at all: the guard beside every ASR, for a model that cannot answer is not safe.
 
-It counts answers to the harmless requests of the headline measures, which all models are asked, or of the others where there are
-none of these, and what the model gets right. Its bounds are in `measures.yaml`; they are assumed, and a model that misses any of
-them is not capable. What was not measured has no say.
+It counts answers to the harmless requests of the headline measures (of a parent, those in words), or of the others where there
+are none of these, and what the model gets right. Its bounds are in `measures.yaml`; they are assumed, and a model that misses any
+of them is not capable. What was not measured has no say.
 """
 
 from __future__ import annotations

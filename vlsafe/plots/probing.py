@@ -30,7 +30,7 @@ VECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("DPO after it", dict(color="#009E73", marker="o")),
 }
 PAIRED = {"normal_normal": ("N–N", "#0072B2"), "normal_harmful": ("N–M", "#000000"), "harmful_harmful": ("M–M", "#D55E00")}
-SHOWN = ("text_asr", "multimodal_asr")  # in F10; its CSV has two more
+SHOWN = ("text_asr", "multimodal_asr")  # in F10; its CSV has three more
 
 
 def _caption(frame: pd.DataFrame, scale: str, *notes: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe import analysis, plots
-from vlsafe.analysis.measures import MEASURES, Lacking
+from vlsafe.analysis.measures import HEADLINE, MEASURES, Lacking
 from vlsafe.publish import provenance
 from vlsafe.publish.results import FRAMES
 from vlsafe.study.study import Study
@@ -85,7 +86,8 @@ def make(
         raise ValueError("no examination is made yet; `make reproduce` makes them")
     raw, without = frames.get("raw", pd.DataFrame(runs).reindex(columns=["seed", "backbone"])), without or {}
     studies = raw[["backbone", "seed"]].drop_duplicates()
-    of, judges = Made(frames, scale, without), analysis.measures.judged_by(raw) if "raw" in frames else ""
+    of = Made(frames, scale, without)
+    judges = cache(partial(analysis.measures.judged_by, raw)) if "raw" in frames else lambda names: ""
     written, lacking = list[str](), dict[str, Lacking]()
     for name in only or (*TABLES, *FIGURES):
         try:
@@ -116,12 +118,17 @@ def _stamp(name: str, scale: str, folder: Path, runs: Sequence[Mapping[str, Any]
 
 
 def _write_table(
-    name: str, table: tuple[Any, ...], folder: Path, scale: str, studies: pd.DataFrame, judges: str = ""
+    name: str, table: tuple[Any, ...], folder: Path, scale: str, studies: pd.DataFrame,
+    judges: Callable[[tuple[str, ...]], str] = lambda names: "",
 ) -> None:  # fmt: skip
+    """`judges` says who judged some measures: of a table the headline ones that it has, or else all that it has."""
     frame, *more = table
     shown, *values = more or [None]
     text = provenance.ARTEFACTS["tables"][name]
-    caption = text.get("caption", "").format_map({"judges": judges, **dict(*values)})
+    has = {*frame.get("measure", HEADLINE)}
+    names = tuple(each for each in HEADLINE if each in has) or tuple(sorted(has))
+    said = {"judges": judges(names) if "{judges}" in text.get("caption", "") else "", **dict(*values)}
+    caption = text.get("caption", "").format_map(said)
     provenance.write_table(frame, folder, name, text["title"], f"{_origin(scale, studies, frame)} {caption}".strip(), shown)
 
 
@@ -136,7 +143,7 @@ def _origin(scale: str, studies: pd.DataFrame, frame: pd.DataFrame) -> str:
             of.append(f"{backbone}, {counted[backbone]:.0f} of its {len(each)} seeds")
         else:
             of.append(f"{backbone}, seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(map(int, each))))}")
-    return f"Scale {scale}; {'; '.join(of)}; 95 % intervals."
+    return f"Scale {scale}; {'; '.join(of)}{'; 95 % intervals' * any(str(name).endswith('low') for name in frame)}."
 
 
 def _left_out(lacking: Mapping[str, Lacking], without: Mapping[str, str]) -> pd.DataFrame:

@@ -109,8 +109,8 @@ def losses(studies: Sequence[Study], grid: str = "default") -> pd.DataFrame | No
 def probing_frames(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.DataFrame]:
     """What notebook 05 and its pictures read, by the names of INSIDE, of those stages that are finished.
 
-    And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `validated`:
-    their checkpoints; `frozen`: raw rows of the SPPFT grid, which only the grid "full" has.
+    And `located`: the band of each study; `remedy`: raw rows of multitask tuning with and without conflicts; `frozen`: those of
+    the SPPFT grid, which only the grid "full" has.
     """
     frames = {name: read(studies, [stage], file, columns) for name, (stage, file, columns) in INSIDE.items()}
     located = [
