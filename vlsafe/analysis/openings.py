@@ -107,10 +107,11 @@ def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
 def contradicted(ledger: pd.DataFrame) -> str:
     """The claims that are contradicted over items in every parent, registered ones first, with their effects by parent."""
     measured, said = ledger[ledger["item_level"] != claims.NOT], []
-    for _, of in measured.sort_values("status", ascending=False, kind="stable").groupby("claim", sort=False):
+    for claim, of in measured.sort_values("status", ascending=False, kind="stable").groupby("claim", sort=False):
         if len(of) == ledger["backbone"].nunique() and set(of["item_level"]) == {claims.CONTRADICTED}:
-            parts = {line.backbone: f": {line.part}" if line.claim in sentences.SEVERAL else "" for line in of.itertuples()}
-            sizes = ", ".join(f"{points(*line[1:])} (`{line[0]}`{parts[line[0]]})" for line in of[SIZE].itertuples(index=False))
+            part = ": {}" * (claim in sentences.SEVERAL)
+            ends = [(points(one.effect, one.low, one.high), one.backbone, part.format(one.part)) for one in of.itertuples()]
+            sizes = ", ".join(f"{size} (`{name}`{part})" for size, name, part in ends)
             what = f"{of['statement'].iloc[0]}*{' (exploratory)' * (of['status'].iloc[0] == claims.EXPLORATORY)}"
             threshold = f", threshold {signed(of['against'].iloc[0])}" * bool(of["against"].iloc[0])
             seeds = f"contradicted over seeds in {(of['seed_level'] == claims.CONTRADICTED).sum()} of {len(of)}"
@@ -118,7 +119,6 @@ def contradicted(ledger: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
-SIZE = ["backbone", "effect", "low", "high"]
 BESIDE = ("multimodal_asr_beside", "multimodal_asr_blank", "multimodal_asr_printed", "figstep_asr", "siuo_asr")
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
