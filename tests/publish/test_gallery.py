@@ -140,7 +140,7 @@ def test_all_but_one_stage(made, runs):
         gone[name] = set(more.index)
     of_the_full_grid = {"T06_sppft", "T06_sppft_over_seeds", "T05_conflict_free", "T07_ratios", "T07_regret"}
     of_the_full_grid |= {"T10_half_lives", "T10_search", "T10_worst_case"}
-    assert whole == of_the_full_grid | {"T03_seeing", "T09_beside", "F15_people"}  # pocket's
+    assert whole == of_the_full_grid | {"T03_seeing", "T09_beside", "F15_people"} | {"T00_hours"}  # pocket's; no run is named
     assert {stage: names for stage, names in gone.items() if names} == GONE
 
 
@@ -201,6 +201,16 @@ def test_a_caption_names_the_studies_of_its_own_rows():
         ({"backbone": ["a", "b"], "seeds": [1, 2]}, "a, 1 of its 2 seeds; b, seeds 0, 1"),
     ):
         assert gallery._origin("mini", studies, pd.DataFrame(rows)) == f"Scale mini; {wanted}."
+
+
+def test_hours_are_of_each_stage_once_and_answers_of_merges_by_themselves():
+    stages = (("responses", "safety.sl-full"), ("responses", "merge.sl-full"), ("safety", "sl-full"), ("safety", "dpo-full"))
+    kept = ("backbone", "seed", "stage", "recipe", "seconds")
+    runs = [dict(zip(kept, ("a", seed, *of, 1800), strict=True)) for of in stages for seed in (0, 1)]
+    found = provenance.hours(runs[:-1])
+    assert found["stage"].tolist() == ["responses", "responses/merge.*", "safety"]
+    assert found["runs"].tolist() == [2, 2, 3] and found["seeds"].tolist() == [2, 2, 2]
+    assert found["hours"].tolist() == [1, 1, 1.5] and found["hours a seed"].tolist() == [0.5, 0.5, 0.75]
 
 
 def test_every_backbone_has_lines_in_a_table_that_is_cut(tmp_path):

@@ -33,8 +33,10 @@ class Made:
     Raises:   Lacking where one cannot be made of what is there, or has no line
     """
 
-    def __init__(self, frames: Mapping[str, pd.DataFrame], scale: str, without: Mapping[str, str]) -> None:
-        self.frames, self.scale, self.without, self.found = frames, scale, without, dict[str, Any]()
+    def __init__(
+        self, frames: Mapping[str, pd.DataFrame], scale: str, without: Mapping[str, str], runs: Sequence[Mapping[str, Any]] = ()
+    ) -> None:  # fmt: skip
+        self.frames, self.scale, self.without, self.runs, self.found = frames, scale, without, runs, dict[str, Any]()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.found:
@@ -86,7 +88,7 @@ def make(
         raise ValueError("no examination is made yet; `make reproduce` makes them")
     raw, without = frames.get("raw", pd.DataFrame(runs).reindex(columns=["seed", "backbone"])), without or {}
     studies = raw[["backbone", "seed"]].drop_duplicates()
-    of = Made(frames, scale, without)
+    of = Made(frames, scale, without, runs)
     judges = cache(partial(analysis.measures.judged_by, raw)) if "raw" in frames else lambda names: ""
     written, lacking = list[str](), dict[str, Lacking]()
     for name in only or (*TABLES, *FIGURES):
@@ -237,6 +239,7 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
 """Name of a frame (`prepared`: of what the claims read) -> what makes it of the others."""
 
 TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
+    "T00_hours": lambda of: (provenance.hours(of.runs),),
     "T00_gates": lambda of: (analysis.capability.gates(of["raw"]),),
     "T01_filtering_audit": lambda of: (of["audited"],),
     "T01_guard_quality": lambda of: (of["guards"],),

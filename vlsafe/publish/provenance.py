@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from vlsafe.analysis.measures import MEASURES
+from vlsafe.analysis.measures import MEASURES, Lacking
 from vlsafe.core import store
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
@@ -46,6 +46,21 @@ def made_of(artefact: str, stage: str, reason: str = "") -> bool:
     where it needs something else, such as printed numbers, there is no such stage."""
     own = [] if reason.startswith("needs ") else ARTEFACTS["runs"].get(artefact.partition("_")[0], ["*"])
     return any(fnmatchcase(stage, glob) for glob in re.findall(r"[a-z]+/[\w.*-]+", reason) or own)
+
+
+def hours(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """How long the runs behind a gallery took, a row for each backbone and stage, of which merges' answers are one.
+
+    Units:    hours of the clock, of the try that made a run whole
+    Raises:   Lacking where no run is named
+    """
+    if not manifests:
+        raise Lacking("the runs behind it are not named")
+    runs = pd.DataFrame(manifests)
+    runs["stage"] += np.where(runs["recipe"].str.startswith("merge.") & (runs["stage"] == "responses"), "/merge.*", "")
+    found = runs.groupby(["backbone", "stage"], sort=False)
+    lines = found.agg(runs=("seconds", "size"), seeds=("seed", "nunique"), hours=("seconds", lambda each: each.sum() / 3600))
+    return lines.assign(**{"hours a seed": lines["hours"] / lines["seeds"]}).reset_index()
 
 
 def write_table(
