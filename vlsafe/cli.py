@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("vlsafe: stopped; what was written stays, and the same command goes on with what it keeps", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever reads has seen enough: `vlsafe status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -290,6 +290,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"f": "old", "f.tmp": "a user's"}
 
 
+def test_what_is_no_file_is_not_replaced_and_a_link_stays_one(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(ValueError, match="device is no file"):
+        store.write_text(tmp_path / "device", "new")
+    assert (tmp_path / "device").is_fifo()
+    store.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*real2"):
+        store.write_text(tmp_path / "real2", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"device", "link", "real"}
+
+
 @pytest.mark.parametrize("name", [store.WORK, "a user's"])
 def test_only_what_a_killed_attempt_has_left_is_removed(tmp_path, name):
     left = tmp_path / "out.partial" / name / "file"

@@ -176,6 +176,22 @@ def test_files_that_are_no_ratings_are_refused(packet, tmp_path):
         human.read([write(tmp_path, "anna", key, "")], key)
 
 
+def test_other_columns_and_orders_are_read_and_a_file_of_no_import_stays(packet, tmp_path):
+    key, out = key_of(packet), tmp_path / "out"
+    own = write(tmp_path, "anna", key, "refused")
+    rows = pd.read_csv(own, dtype=str)
+    rows[rows.columns[::-1]].assign(note="x").to_csv(tmp_path / "more.csv", index=False)
+    assert human.read([tmp_path / "more.csv"], key).labels.equals(human.read([own], key).labels)
+    out.mkdir()
+    (out / "people.csv").write_text("precious")
+    with pytest.raises(ValueError, match=r"people.csv is there and of no import"):
+        human.imported([own], packet / "key.csv", out)
+    assert [path.read_text() for path in out.iterdir()] == ["precious"]
+    (out / "people.csv").unlink()
+    human.imported([own], packet / "key.csv", out)
+    human.imported([tmp_path / "more.csv"], packet / "key.csv", out)  # of more ratings, as they come in
+
+
 def test_ids_that_look_like_numbers_stay_ids(packet, tmp_path):
     """8991806e48 is a number to a table's reader: an older packet of that name lost all its ratings."""
     text = (packet / "key.csv").read_text()

@@ -390,6 +390,17 @@ def test_judgements_of_other_tools_name_the_response_by_its_text_and_do_not_cont
     assert "row 1 of" in capsys.readouterr().err
 
 
+def test_nothing_of_a_users_is_written_over_and_judgements_that_nobody_reads_are_refused(root, tmp_path, capsys):
+    for option, file in (("--verdicts", tmp_path / "mine.txt"), ("--out", tmp_path / "notes.md")):
+        file.write_text("my notes")
+        assert run(root, tmp_path, "xstest", option, file)[0] == 2 and file.read_text() == "my notes"
+        assert f"{file.name} is there and is no result" in capsys.readouterr().err
+    assert [run(root, tmp_path, "xstest", "--verdicts", tmp_path / "v.jsonl")[0] for _ in range(2)] == [0, 0]
+    judged = write(tmp_path / "j.jsonl", lines([{"id": "x", "judgement": "2_full_refusal"}]))
+    assert run(root, tmp_path, "xstest", "--judgements", judged)[0] == 2
+    assert "judges by rule and reads no judgements" in capsys.readouterr().err
+
+
 def test_verdicts_are_lines_of_raw_tables_and_judges_are_compared(root, tmp_path, capsys):
     items, responses = answered(root, tmp_path, "vlguard", text="I\u2019m sorry")
     options = ("--judge", "vlguard-strings", "vlguard-strings-literal", "gcg-strings", "--verdicts", tmp_path / "v.jsonl")
@@ -451,7 +462,7 @@ def test_a_model_is_examined_on_every_benchmark_and_judged_by_weights(root, tiny
             for judge in found["judges"] if raw else ():
                 assert judge["model"] == "text" and sum(judge["unjudged"].values()) == len(items) + found["n_without_response"]
             for row in found["scores"] if raw else ():
-                assert (row["value"], row["value_high"]) == (0, 1) and row["n_unjudged"] == row["n"]
+                assert (row["value"], row["value_high"]) == (None, 1) and row["n_unjudged"] == row["n"]
 
 
 def test_raw_prompts_get_one_beginning_and_continue_as_alone(tiny):

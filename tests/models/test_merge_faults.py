@@ -477,6 +477,22 @@ def test_numbers_of_eight_bits_on_one_side_are_named(tmp_path):
     refused({which: tmp_path / which for which in "ab"}, r"no floating-point numbers, and not equal in a and b \(1\): q")
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_attention_heads", 4), ("hidden_act", "gelu"), ("rope_theta", 1e6)])
+def test_weights_that_are_read_otherwise_are_refused(pair, name, value):
+    own = {"model_type": "llama", "num_attention_heads": 2, "hidden_act": "silu", "rope_theta": 1e4}
+    for which, of in (("a", own), ("b", own | {name: value})):
+        (pair[0][which] / "config.json").write_text(json.dumps(of))
+    refused(ab(pair[0]), f"has {name} {value!r}, a {own[name]!r}")
+
+
+def test_what_is_no_fisher_information_is_refused(pair, tmp_path):
+    folders = ab(pair[0])
+    weighing = [folder / "model.safetensors" for folder in folders.values()]
+    with pytest.raises(ValueError, match=r"is no Fisher information: .* has negative values"):
+        files.merge("fisher", folders, tmp_path / "out", How(0.5), fisher=weighing)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_tokens_are_refused(pair, tmp_path):
     """Added tokens of one model are no obstacle, be it that both have one at a place; another order or other words are."""
     folders, tensors = pair

@@ -77,7 +77,13 @@ def test_a_model_and_its_parent_are_examined_on_words_and_pictures(home, tmp_pat
     assert table.loc["vlguard_refusal", "instruct_n"] == 2 and pd.isna(table.loc["vlguard_refusal", "parent_n"])
     said = capsys.readouterr().out
     assert "| exaggerated refusal | " in said and "out/report.html" in said
-    assert "T02. Parent and adapted model" in (tmp_path / "out" / "report.html").read_text()
+    report = tmp_path / "out" / "report.html"
+    assert "T02. Parent and adapted model" in report.read_text()
+    elsewhere = ("examine", home / "tiny", "--parent", home / "parent", "--benchmarks", *TWO, "--max-new-tokens", 6)
+    assert "out holds tables of tiny; choose another --out" in refused(capsys, *elsewhere, "--name", "other", "--out", "out")
+    report.write_text("<h1>my site</h1>")
+    assert "report.html is there and is no report of vlsafe's" in refused(capsys, *elsewhere, "--out", "out")
+    assert report.read_text() == "<h1>my site</h1>"
 
 
 def test_readme_shows_what_it_prints(tmp_path, capsys):

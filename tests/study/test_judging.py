@@ -193,6 +193,14 @@ def test_a_request_that_fails_is_unjudged_with_its_reason_and_never_safe(study, 
     assert len(unjudged) == sum(reasons.values()) and unjudged["event"].isna().all() and unjudged["outcome"].isna().all()
 
 
+def test_a_judge_that_writes_nothing_at_all_ends_no_stage_and_is_asked_again(study, scripted):  # noqa: F811
+    scripted.trouble = lambda number: "null"
+    with pytest.raises(ConnectionAbortedError, match=f"'{SERVED}' wrote nothing at all .*the same command asks it again"):
+        study.folder(NAME)
+    scripted.trouble = lambda number: by_text(scripted, number)
+    assert set(study.numbers(NAME)["unjudged"][SERVED]) == {"judgement cannot be read"}
+
+
 def test_a_stage_that_is_killed_anywhere_ends_as_if_undisturbed(study, tmp_path, prompts, scripted):  # noqa: F811
     """Real SIGKILLs, in children, after parts of the judgements; half a line is left as well."""
     undisturbed = dataclasses.replace(study, root=tmp_path / "other")

@@ -36,12 +36,14 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
-    """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds; n: items of a seed."""
+    """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds; n: items of a seed, and how
+    many of them were at most unjudged."""
     said, sides = [], {"parent": "parent_", "adapted": "instruct_", "change": ""}
     for key, of in measures.groups(lines.rename(columns={"difference": "value"}), ["backbone", "label"]):
         columns = {side: [prefix + end for end in ("value", "low", "high")] for side, prefix in sides.items()}
         cells = {side: measures.spread(of, names, "+" * (side == "change")) for side, names in columns.items()}
-        n = f"{of.filter(['parent_n', 'instruct_n']).max(axis=None):.0f}"
+        n, unjudged = (of.filter([f"parent_{end}", f"instruct_{end}"]).max(axis=None) for end in ("n", "n_unjudged"))
+        n = f"{n:.0f}{f', {unjudged:.0f} unjudged' * bool(unjudged > 0)}"
         said.append({"backbone": key["backbone"], "measure": key["label"], "seeds": of["seed"].nunique(), **cells, "n": n})
     return pd.DataFrame(said)
 

@@ -42,6 +42,7 @@ from vlsafe.core.writing import (
     read_rows,
     recorded_digest,
     refuse_inputs,
+    starts,
     sync,
     whole,
     whole_lines,

@@ -39,15 +39,23 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
 def _beside(path: Path) -> Iterator[Path]:
     """A path to write to that is renamed to `path` at the end: a reader sees the old file or the new one, never half of it.
 
-    Its name is its own: two processes, or a user's file of a likely name, do not meet. An error leaves `path` as it was.
+    Its name is its own: two processes, or a user's file of a likely name, do not meet. An error leaves `path` as it was. A link
+    stays one, and what it points to is written.
+
+    Raises:   ValueError where a device or a folder is there; OSError that names `path`
     """
+    path, called = path.resolve(), path
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{called} is no file, and is not replaced by one")
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.tmp")
     try:
         yield beside
         sync(beside)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror:
+            raise type(error)(error.errno, error.strerror, str(called)) from error
         raise
 
 
@@ -155,7 +163,7 @@ def refuse_inputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
             raise ValueError(f"{name} and {other} are to be written to one place, {path}; choose another for one of them")
     for (name, path), (other, read) in itertools.product(places.items(), inputs.items()):
         within = read and read.is_dir() and path.exists() and path.resolve().is_relative_to(read.resolve())
-        if read and (_same(path, read) or (within and not (ours and _starts(path, ours)))):
+        if read and (_same(path, read) or (within and not (ours and starts(path, ours)))):
             raise ValueError(f"{name} {path} would be written over what {other} reads ({read}); choose another place")
 
 
@@ -163,7 +171,8 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
-def _starts(path: Path, text: str) -> bool:
+def starts(path: Path, text: str) -> bool:
+    """Whether a file begins with a text, white space aside."""
     with path.open("rb") as file:
         return b"".join(file.read(4 * len(text) + 16).split()).startswith(text.encode())
 

@@ -179,6 +179,9 @@ def imported(files: Sequence[Path], key_file: Path, folder: Path) -> tuple[Ratin
     ratings = read(files, key)
     tables = (ratings.problems, (agreed := agreement(ratings, key)), verdicts(ratings, key))
     folder.mkdir(parents=True, exist_ok=True)
+    for path, frame in zip(outputs.values(), tables, strict=True):
+        if path.exists() and not path.read_bytes().startswith(",".join(frame.columns).encode()):
+            raise ValueError(f"{path} is there and of no import; choose another place")
     for path in outputs.values():  # a kill must not leave tables of two imports beside each other
         path.unlink(missing_ok=True)
     for path, frame in zip(outputs.values(), tables, strict=True):
@@ -214,9 +217,11 @@ def _read(file: Path) -> pd.DataFrame:
         rows = pd.read_csv(file, dtype=str, keep_default_na=False)
     except ValueError as error:  # other bytes than UTF-8, no columns, rows of several lengths
         raise ValueError(f"{file.name} cannot be read as a file of ratings: {' '.join(str(error).split())}") from None
-    if list(rows.columns) != RATED or (rows["rater"].str.strip() == "").any():
-        raise ValueError(f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} and a rater in each row")
-    return rows.assign(rater=rows["rater"].str.strip())
+    if not {*RATED} <= {*rows.columns} or (rows["rater"].str.strip() == "").any():
+        raise ValueError(
+            f"{file.name} is no file of ratings: it needs the columns {', '.join(RATED)} (commas between), a rater in each row"
+        )
+    return rows[RATED].assign(rater=rows["rater"].str.strip())
 
 
 def alpha(labels: pd.DataFrame) -> float:

@@ -205,6 +205,13 @@ class Judgements:
             for item_id, about in prompts:  # it answers others: these few it refuses each time, as a filter does
                 self.problems.setdefault((query, item_id, about), error.problem)
 
+    def refuse_silent(self, query: str) -> None:
+        """Raises:   ConnectionAbortedError where the model of a query has not written a word: it may another time"""
+        if not any(of == query for of, _, _ in self.written):
+            said = Counter(problem for (of, _, _), problem in self.problems.items() if of == query)
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in said.items())
+            raise ConnectionAbortedError(f"the judge {query!r} wrote nothing at all ({reasons}); the same command asks it again")
+
     def _append(self, line: str) -> None:
         """Add a line to the kept ones, after whatever the file holds: a last line without an end is somebody's, too."""
         with self.keep.open("ab+") as file:

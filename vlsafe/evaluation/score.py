@@ -44,6 +44,9 @@ class Stored(NamedTuple):
 # ---- judging
 
 
+OURS = '{"benchmark":'  # how a result begins, and a line of verdicts
+
+
 def verdicts(judge: str, rows: Sequence[Marked]) -> Iterator[dict[str, Any]]:
     """Rows as raw tables have them, one per response. `event`: complied (safety), right (helpfulness), effective (SIUO)."""
     for item, labels in rows:
@@ -69,8 +72,8 @@ def score(
     beside `out` for later calls. With `rows_to`, each verdict is written as a line there.
 
     Shapes:   N items × up to K tries × J judges  ->  `scores`, one entry per judge × metric × part of the benchmark
-    Units:    shares are fractions in [0, 1], points where `full` is not 1; `value` counts the unjudged as no event,
-              `value_high` as events, and the 95 % interval from `low` to `high` covers both
+    Units:    shares are fractions in [0, 1], points where `full` is not 1; `value` counts the unjudged as no event (None where
+              all are), `value_high` as events, and the 95 % interval from `low` to `high` covers both
     Raises:   ValueError for anything that does not fit together, naming it; FileNotFoundError where files are missing;
               ConnectionAbortedError where an endpoint is gone (its judgements so far are kept)
     """
@@ -85,6 +88,8 @@ def score(
     _refuse_inputs(out, rows_to, written.keep if judge_model else None, data, responses, judgements)
     lacking = [name for name in llm if LLM_JUDGES[name].query not in {row["judge"] for row in of_run}]
     _require_judgements(lacking, judgements, judge_model)
+    if not llm and (judgements is not None or judge_model is not None):
+        raise ValueError(f"{', '.join(names)} judges by rule and reads no judgements; name a --judge that asks a model")
     pictures = judge_model is not None and any(LLM_JUDGES[name].pictures for name in llm)
     items, texts, find, of_responses = _examined(module, data, subset, responses, pictures)
     written.models = dict.fromkeys(judging.queries_of(llm), judge_model) if judge_model else {}
@@ -95,6 +100,8 @@ def score(
         model = judge_model.name if judge_model and name in llm else None
         about[name] = dict(judge=name, model=model, official=name in module.OFFICIAL[subset], unjudged=dict(reasons))
     scores = [{**row._asdict(), "model": about[row.judge.split(" + ")[0]]["model"]} for row in module.scores(marks)]
+    for row in scores:
+        row["value"] = None if row["n_unjudged"] == row["n"] else row["value"]  # no answer of a judge is no 0
     if not scores:
         raise ValueError(f"none of {', '.join(names)} tells anything about these responses to {benchmark}")
     result = {
@@ -160,7 +167,7 @@ def _refuse_inputs(
     """No file that is read is written, and none that is written twice; raises ValueError naming both."""
     read = None if isinstance(responses, Stored) else responses.content.path
     inputs = {"--data": data, "--responses": read, "--judgements": judgements}
-    store.refuse_inputs({"--out": out, "--verdicts": rows_to}, inputs, '{"benchmark":')
+    store.refuse_inputs({"--out": out, "--verdicts": rows_to}, inputs, OURS)
     if keep:
         store.refuse_inputs({"--out": out, "--verdicts": rows_to, "the file of judgements": keep}, {})
         store.refuse_inputs({"the file of judgements": keep}, {**inputs, "--data": None}, judging.KEPT.replace(" ", ""))
@@ -168,6 +175,8 @@ def _refuse_inputs(
         if path is not None:
             if path.is_dir():
                 raise ValueError(f"{path} is a folder; the result is a file")
+            if path.is_file() and path.stat().st_size and not store.starts(path, OURS):
+                raise ValueError(f"{path} is there and is no result; choose another place")
             path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -257,7 +266,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     for entry in result["scores"]:
         row, model = Score(*(entry[key] for key in Score._fields)), entry["model"]
         factor, unit = (100, " %") if row.full == 1 else (1, "  ")
-        value = f"{factor * row.value:.1f}{unit}"
+        value = "unjudged" if entry["value"] is None else f"{factor * row.value:.1f}{unit}"
         span = f"[{factor * row.low:.1f}, {factor * row.high:.1f}]"
         judge = f"{row.judge} by {model}" if model else row.judge
         yield f"{row.metric:<24} {row.over:<48} {judge:<26} {value:>8} {span:>18} {row.n:>7,} {row.n_unjudged:>8,}"

@@ -97,9 +97,12 @@ def _here(path: Path) -> str:
 
 def published(study: Study, names: Sequence[str], out: Path | None, artefacts: Sequence[str], title: str) -> Path:
     """Make stages, then tables and figures of them and the report; where these are."""
+    out = out or study.figures
+    publish.report.refuse_other(out / "report.html")
+    if others := publish.provenance.studies_in(out) - {(study.backbone, study.seed)}:
+        raise ValueError(f"{out} holds tables of {', '.join(sorted({name for name, _ in others}))}; choose another --out")
     for name in names:
         study.folder(name)
-    out = out or study.figures
     frames, runs = publish.results.results([study]), publish.results.made_by([study], sorted(adopted.STAGES))
     for line in publish.gallery.make(frames, study.scale.name, out, runs, only=artefacts).left_out.itertuples():
         print(f"left out: {line.what}: {line.reason}", file=sys.stderr)

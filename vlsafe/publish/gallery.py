@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vlsafe import analysis, plots
 from vlsafe.analysis.measures import HEADLINE, MEASURES, Lacking
+from vlsafe.core import store
 from vlsafe.publish import provenance
 from vlsafe.publish.results import FRAMES
 from vlsafe.study.study import Study
@@ -68,8 +69,7 @@ class Made:
 def place(studies: Sequence[Study]) -> Path:
     """Where tables go where nobody says so: `figures/<scale>`, or beside it where that is of studies that are not among these."""
     whole = Path("figures") / studies[0].scale.name
-    runs = json.loads(path.read_text(encoding="utf-8")) if (path := whole / "provenance.json").exists() else []
-    others = {(run["backbone"], run["seed"]) for run in runs if run["backbone"] != "shared"}
+    others = provenance.studies_in(whole)
     return whole if others <= {(of.backbone, of.seed) for of in studies} else whole.with_name(f"{whole.name}-partial")
 
 
@@ -109,14 +109,14 @@ def make(
         _write_table(LEFT_OUT, (left_out,), folder, scale, studies)
         written.append(LEFT_OUT)
         _stamp(LEFT_OUT, scale, folder, runs)
-    (folder / "provenance.json").write_text(json.dumps(list(runs), indent=1) + "\n", encoding="utf-8")
+    store.write_text(folder / "provenance.json", json.dumps(list(runs), indent=1) + "\n")
     return Gallery(written, left_out)
 
 
 def _stamp(name: str, scale: str, folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     """Say beside an artefact which runs it is made of."""
     stamp = json.dumps(provenance.stamp(name, scale, runs), indent=1, sort_keys=True) + "\n"
-    (folder / f"{name}.provenance.json").write_text(stamp, encoding="utf-8")
+    store.write_text(folder / f"{name}.provenance.json", stamp)
 
 
 def _write_table(

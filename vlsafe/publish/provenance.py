@@ -5,6 +5,7 @@ Loads no model.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -48,6 +49,12 @@ def made_of(artefact: str, stage: str, reason: str = "") -> bool:
     return any(fnmatchcase(stage, glob) for glob in re.findall(r"[a-z]+/[\w.*-]+", reason) or own)
 
 
+def studies_in(folder: Path) -> set[tuple[str, int]]:
+    """Backbone and seed of the studies that a folder's tables are of."""
+    runs = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "provenance.json").exists() else []
+    return {(run["backbone"], run["seed"]) for run in runs if run["backbone"] != "shared"}
+
+
 def hours(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """How long the runs behind a gallery took, a row for each backbone and stage, of which merges' answers are one.
 
@@ -69,9 +76,9 @@ def write_table(
     """A table as CSV for the sceptic and Markdown for the eye (`shown`, where that is another form), to four places."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = frame.round(4)
-    rounded.to_csv(folder / f"{name}.csv", index=False)
+    store.write_text(folder / f"{name}.csv", rounded.to_csv(index=False))
     text = markdown(rounded if shown is None else shown)
-    (folder / f"{name}.md").write_text(f"{title}\n\n{text}\n\n{caption}\n", encoding="utf-8")
+    store.write_text(folder / f"{name}.md", f"{title}\n\n{text}\n\n{caption}\n")
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
 from pathlib import Path
 from string import Template
@@ -13,14 +12,22 @@ from string import Template
 import mistune
 from PIL import Image
 
-from vlsafe.publish.provenance import ARTEFACTS
+from vlsafe.core import store
+from vlsafe.publish.provenance import ARTEFACTS, studies_in
 
 FIRST = ("F00_answer", "T09_claims", "F14_claims", "T00_left_out")
 OF_OTHERS = ("T02_degradation", "F07_drift")  # what stands first in a report about somebody else's model
 COLOURS = 128  # of a picture in the report, which is a third as large so; the files beside it have all
 MOST = 120  # lines of a table that is folded; the CSV beside the report has all
 MARKDOWN = mistune.create_markdown(plugins=["table"])  # a name with angle brackets stays a name
+MARK = b":root { color-scheme: light dark; --ink: "  # a report, which has our style, may be written over, and nothing else
 TITLE = "What is claimed, what was measured, how sure we are"
+
+
+def refuse_other(out: Path) -> None:
+    """Raises:   ValueError where a file is that is no report of ours"""
+    if out.exists() and MARK not in out.read_bytes():
+        raise ValueError(f"{out} is there and is no report of vlsafe's; choose another place")
 
 
 def report(folder: Path, out: Path, title: str = TITLE) -> Path:
@@ -29,16 +36,14 @@ def report(folder: Path, out: Path, title: str = TITLE) -> Path:
     Raises:   ValueError where it would replace another file; FileNotFoundError where neither the ledger is there nor the table
               that says why it is not, nor one of OF_OTHERS
     """
-    if out.exists() and out.suffix not in (".html", ".htm"):
-        raise ValueError(f"{out} is there and is no report; choose another place")
+    refuse_other(out)
     if not any((folder / f"{name}.md").exists() for name in (*FIRST, *OF_OTHERS)):
         raise FileNotFoundError(f"{folder} holds no ledger (T09_claims.md); run `vlsafe gallery` first")
     names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".md", ".png")}, key=lambda n: (n[1:3], n))
     names = [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]
     sections = [_section(folder, name) for name in names]
     contents = [f'<li><a href="#{name}">{html.escape(heading(folder, name))}</a></li>' for name in names]
-    runs = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "provenance.json").exists() else []
-    units = sorted({(run.get("backbone"), run.get("seed")) for run in runs if run.get("backbone") not in ("shared", None)})
+    units = sorted(studies_in(folder))
     backbones = dict.fromkeys(backbone for backbone, _ in units)
     text = Template(Path(__file__).with_name("templates").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title), contents="".join(contents), sections="\n".join(sections),
@@ -46,7 +51,7 @@ def report(folder: Path, out: Path, title: str = TITLE) -> Path:
         backbones="".join(f"<option>{html.escape(name)}</option>" for name in backbones),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    store.write_text(out, text)
     return out
 
 

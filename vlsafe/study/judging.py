@@ -88,7 +88,7 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     `judgements.jsonl`, what the models wrote. Returns the run's numbers, how many judgements there are, and how many rows are
     unjudged, by judge and reason.
 
-    Raises:   ConnectionAbortedError where an endpoint goes away; what is judged by then is kept
+    Raises:   ConnectionAbortedError where an endpoint goes away, ValueError where it gives no verdict; what is judged is kept
     """
     refuse_unanswered(study.scale)
     folder, judges = study.folder(source), study.scale.exam.judges
@@ -105,6 +105,8 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     prompts = {query: _prompts(study, written, query, by_benchmark, items) for query in queries}  # all before any is asked
     for query, of in prompts.items():
         written.ask(query, of, Bar(f"{query} judges", len(of)))
+        if of:
+            written.refuse_silent(query)
     unjudged: dict[str, Counter[str]] = {}
     for file, table in tables.items():
         store.write_rows(work / file, list(_with_verdicts(table, judges, items, texts, written, unjudged)))

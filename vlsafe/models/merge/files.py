@@ -169,7 +169,7 @@ def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
     """
     rule, seeds = RULES[plan.rule], seed_of(plan.seed, inputs.seed_name(plan.models["a"], key))
     entries = [plan.models[which].tensors[key] if which in plan.models else None for which in ("a", "b", "base")]
-    entries += [weighing[key] for weighing in plan.fisher]
+    entries += (weighing := [of[key] for of in plan.fisher])
     own, rows = plan.models["a"].tensors[key], plan.rows[key].shared() if key in plan.rows else None
 
     def pieces(sound: bool = True) -> Iterator[Any]:
@@ -177,6 +177,8 @@ def _combined(plan: Plan, key: str) -> Iterator[torch.Tensor]:
             for entry, values in zip(entries, piece, strict=True):
                 if sound and entry and not finite(values):
                     raise ValueError(f"{entry.shard} is damaged: {entry.name} has weights that are not finite")
+                if sound and entry in weighing and (values < 0).any():
+                    raise ValueError(f"{entry.shard} is no Fisher information: {entry.name} has negative values")
             yield piece
 
     summary, draws = rule.summarise(lambda: pieces(rule.whole), plan.how, streams(seeds)), streams(seeds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -175,9 +175,22 @@ def same(one: Entry, two: Entry, rows: int | None = None) -> bool:
     return torch.equal(mine, its.to(FLOATS.get(one.dtype)))
 
 
+def _reads(folder: Path) -> dict[str, Any]:
+    """What a decoder's config says of how its weights are read, where their shapes do not."""
+    config = read_object(folder / "config.json")
+    config = config.get("text_config") or config
+    kept = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_theta")
+    return {name: config[name] for name in kept if config.get(name) is not None}
+
+
 def refuse_different(models: Mapping[str, Checkpoint], language_only: bool) -> None:
     """Raises:   ValueError that lists, model by model, what keeps others from being merged with A"""
     a = models["a"]
+    reads = {which: _reads(model.folder) for which, model in models.items()}
+    for which, of in reads.items():  # weights of the same shapes, which mean something else
+        for name in of.keys() & reads["a"].keys():
+            if of[name] != reads["a"][name]:
+                raise ValueError(f"{which} ({models[which].folder}) has {name} {of[name]!r}, a {reads['a'][name]!r}")
     if language_only:
         kinds = {which: decoder_type(model.folder) for which, model in models.items()}
         for which, kind in kinds.items():
