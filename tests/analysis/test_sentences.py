@@ -171,6 +171,22 @@ def test_what_every_parent_contradicts():
     assert openings.contradicted(LEDGER[LEDGER["claim"] == "3"]) == ""
 
 
+def test_a_threshold_stands_beside_its_own_part():
+    merging, names = LEDGER["claim"] == "10", LEDGER["backbone"] == "mini-tulu"
+    other = LEDGER.assign(against=LEDGER["against"].where(~(merging & names), -0.05))
+    (line,) = (said for said in openings.contradicted(other).splitlines() if "every tuning method (with sequential SFT)" in said)
+    assert line.count(", threshold +5)") == 2 and line.count(", threshold -5)") == 1 and "; contradicted over seeds" in line
+
+
+def test_seeds_without_a_value_are_in_no_mean_and_in_no_count():
+    three = pd.DataFrame({"backbone": "mini-chat", "seed": [0, 1, 2], "recipe": "x", "change": [0.12, None, None]})
+    assert sentences.across(three, "It changes by", "change", {"recipe": "x"}) == "- It changes by +12 points (`mini-chat`)."
+    lacking = MODELS[(MODELS["seed"] == 4) | (MODELS["recipe"] != "filtered-full")]
+    said = openings.title(lacking, LEDGER)
+    alone = openings.title(MODELS[MODELS["seed"] == 4], LEDGER)
+    assert said == alone and "means of" not in said
+
+
 def test_every_safety_benchmark_before_and_after():
     head, _, *lines = openings.fell(MODELS).splitlines()
     assert head.endswith("".join(f"| `{name}` " for name in MODELS["backbone"].unique()) + "|")

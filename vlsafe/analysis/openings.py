@@ -27,7 +27,8 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
     ends = [f"in `{name}` {_moved(models, name)}{text}" for name, text in verdicts.items()]
-    seeds = {models.loc[models["backbone"] == name, "seed"].nunique() for name in verdicts}
+    pairs = [_ends(models[models["backbone"] == name], measure) for name in verdicts for measure in BOTH]
+    seeds = {len(pair[0]) for pair in pairs if pair}
     means = f" (means of {' and '.join(map(str, sorted(seeds)))} seeds)" * (min(seeds, default=0) > 1)
     said = f"{start}{means}: {'; '.join(ends)}." if ends else f"{start}."
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
@@ -49,10 +50,13 @@ def _moved(models: pd.DataFrame, backbone: str) -> str:
 
 
 def _ends(models: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """The lines of a measure before adaptation (the parent's, or stage 1's where it was not asked) and after; None without."""
+    """The lines of a measure before adaptation (the parent's, or stage 1's where it was not asked) and after, of the seeds that
+    have both; None without."""
     by = dict(list(models[models["measure"] == measure].assign(run=run_names).groupby("run")))
     first, last = by.get(MAIN_LINE["parent"], by.get(MAIN_LINE["stage 1"])), by.get(MAIN_LINE["adapted"])
-    return None if first is None or last is None else (first, last)
+    if first is None or last is None or not (seeds := {*first["seed"]} & {*last["seed"]}):
+        return None
+    return first[first["seed"].isin(seeds)], last[last["seed"].isin(seeds)]
 
 
 def fell(models: pd.DataFrame) -> str:
@@ -109,11 +113,12 @@ def contradicted(ledger: pd.DataFrame) -> str:
     measured, said = ledger[ledger["item_level"] != claims.NOT], []
     for claim, of in measured.sort_values("status", ascending=False, kind="stable").groupby("claim", sort=False):
         if len(of) == ledger["backbone"].nunique() and set(of["item_level"]) == {claims.CONTRADICTED}:
-            part = ": {}" * (claim in sentences.SEVERAL)
-            ends = [(points(one.effect, one.low, one.high), one.backbone, part.format(one.part)) for one in of.itertuples()]
-            sizes = ", ".join(f"{size} (`{name}`{part})" for size, name, part in ends)
+            part, alike = ": {}" * (claim in sentences.SEVERAL), of["against"].nunique() == 1
+            part += ", threshold {}" * (not alike)
+            ends = [(points(one.effect, one.low, one.high), one) for one in of.itertuples()]
+            sizes = ", ".join(f"{size} (`{one.backbone}`{part.format(one.part, signed(one.against))})" for size, one in ends)
             what = f"{of['statement'].iloc[0]}*{' (exploratory)' * (of['status'].iloc[0] == claims.EXPLORATORY)}"
-            threshold = f", threshold {signed(of['against'].iloc[0])}" * bool(of["against"].iloc[0])
+            threshold = f", threshold {signed(of['against'].iloc[0])}" * bool(alike and of["against"].iloc[0])
             seeds = f"contradicted over seeds in {(of['seed_level'] == claims.CONTRADICTED).sum()} of {len(of)}"
             said.append(f"- *{what}: {sizes}{threshold}; {seeds}.")
     return "\n".join(said)

@@ -216,6 +216,7 @@ def ranged(values: pd.Series) -> str:
 def across(table: pd.DataFrame, what: str, column: str, where: dict[str, str]) -> str:
     """What changes by how much, of the lines of a table whose columns are as `where` says, one per seed."""
     lines = table[(table[list(where)] == list(where.values())).all(axis=1)]
+    lines = lines.dropna(subset=column)
     said = [f"{ranged(of[column])} (`{backbone}`)" for backbone, of in lines.groupby("backbone", sort=False)]
     return f"- {what} {listed(said)}." if said else ""
 
