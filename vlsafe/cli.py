@@ -387,10 +387,8 @@ def _human_report(arguments: Arguments) -> None:
     outputs = {name: arguments.out / name for name in ("F15_judges.csv", "F15_agreement.csv")}
     store.refuse_inputs(outputs, {"--people": arguments.people})
     names = publish.results.read_by_all(studies := _studies(arguments), "tables", arguments.grid)
-    wide = analysis.agreement.verdicts(
-        publish.results.read(studies, names, "raw.parquet"),
-        evaluation.human.table(arguments.people, ["seed", "harmful", "event", "item", "label"]),
-    )
+    people = evaluation.human.table(arguments.people, ["seed", "harmful", "event", "item", "label"])
+    wide = analysis.agreement.verdicts(publish.results.read(studies, names, "raw.parquet"), people)
     rates, pairs = analysis.agreement.rates(wide), analysis.agreement.pairs(wide)
     plots.style.write(plots.claims.judges(rates, pairs, studies[0].scale.name), rates, arguments.out, "F15_judges")
     store.write_text(outputs["F15_agreement.csv"], pairs.to_csv(index=False))

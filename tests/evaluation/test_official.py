@@ -40,9 +40,11 @@ def test_scores_equal_those_worked_by_hand(case, root, tmp_path):
     assert len(scores) == len(result["scores"])
     for metric, over, value, high, n, unjudged, *judge in case["scores"]:
         row = scores[metric, over, judge[0] if judge else next(j for m, o, j in scores if (m, o) == (metric, over))]
-        assert (row["value"], row["value_high"]) == pytest.approx((value, high)), (metric, over)
+        assert (row["value"] is None) == (n == unjudged), (metric, over)
+        own = row["value"] or 0
+        assert (own, row["value_high"]) == pytest.approx((value, high)), (metric, over)
         assert (row["n"], row["n_unjudged"]) == (n, unjudged), (metric, over)
-        assert row["low"] - 1e-9 <= row["value"] <= row["value_high"] <= row["high"] + 1e-9
+        assert row["low"] - 1e-9 <= own <= row["value_high"] <= row["high"] + 1e-9
     assert result["parts_without_responses"] == case.get("left", [])
     assert json.loads((tmp_path / "out.json").read_text()) == score._plain(result)
 

@@ -230,5 +230,7 @@ def right_counts(found, folder, responses: Path, about):
         assert len({row["item"] for row in own}) == found["n_items"], about
         assert sum(row["label"] == "unjudged" for row in own) == sum(judge["unjudged"].values()), about
     for score in found["scores"]:
-        assert 0 <= score["n_unjudged"] <= score["n"] and 0 <= score["low"] <= score["value"] <= score["value_high"], about
+        assert (score["value"] is None) == (score["n_unjudged"] == score["n"]), about
+        value = score["value"] or 0
+        assert 0 <= score["n_unjudged"] <= score["n"] and 0 <= score["low"] <= value <= score["value_high"], about
         assert score["value_high"] <= score["high"] + 1e-9 and score["high"] <= score["full"] + 1e-9, about

@@ -277,7 +277,7 @@ def final(raw: pd.DataFrame) -> pd.DataFrame:
 def plane(raw: pd.DataFrame) -> pd.DataFrame:
     """F13: the measures of AXES of chosen merges, controls, tunings and the adapted model, in the order of their text ASR."""
     rows = final(raw)
-    rows = rows[rows["backbone"].isin(raw.loc[raw["stage"] == "merge", "backbone"])]
+    rows = rows.merge(raw.loc[raw["stage"] == "merge", UNIT].drop_duplicates())  # means are of the same seeds
     rates = analysis_measures.rates(rows, list(tuning.AXES), [*UNIT, "stage", "recipe"])
     if rates.empty:
         raise Lacking("no merge was examined on attacks or helpfulness")

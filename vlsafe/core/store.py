@@ -42,7 +42,6 @@ from vlsafe.core.writing import (
     read_rows,
     recorded_digest,
     refuse_inputs,
-    starts,
     sync,
     whole,
     whole_lines,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlsafe.core import store
+from vlsafe.core import store, writing
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Item
 from vlsafe.evaluation import formats, judging, reading
@@ -175,7 +175,7 @@ def _refuse_inputs(
         if path is not None:
             if path.is_dir():
                 raise ValueError(f"{path} is a folder; the result is a file")
-            if path.is_file() and path.stat().st_size and not store.starts(path, OURS):
+            if path.is_file() and path.stat().st_size and not writing.starts(path, OURS):
                 raise ValueError(f"{path} is there and is no result; choose another place")
             path.parent.mkdir(parents=True, exist_ok=True)
 
