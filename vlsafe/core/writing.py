@@ -40,13 +40,12 @@ def _beside(path: Path) -> Iterator[Path]:
     """A path to write to that is renamed to `path` at the end: a reader sees the old file or the new one, never half of it.
 
     Its name is its own: two processes, or a user's file of a likely name, do not meet. An error leaves `path` as it was. A link
-    stays one, and what it points to is written.
+    is replaced, never followed: a run's links point to models of the user's.
 
     Raises:   ValueError where a device or a folder is there; OSError that names `path`
     """
-    path, called = path.resolve(), path
     if path.exists() and not path.is_file():
-        raise ValueError(f"{called} is no file, and is not replaced by one")
+        raise ValueError(f"{path} is no file, and is not replaced by one")
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.tmp")
     try:
         yield beside
@@ -55,7 +54,7 @@ def _beside(path: Path) -> Iterator[Path]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.strerror:
-            raise type(error)(error.errno, error.strerror, str(called)) from error
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
 
 

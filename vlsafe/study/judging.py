@@ -88,7 +88,7 @@ def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:
     `judgements.jsonl`, what the models wrote. Returns the run's numbers, how many judgements there are, and how many rows are
     unjudged, by judge and reason.
 
-    Raises:   ConnectionAbortedError where an endpoint goes away, ValueError where it gives no verdict; what is judged is kept
+    Raises:   ConnectionAbortedError where an endpoint goes away or writes nothing at all; what is judged is kept
     """
     refuse_unanswered(study.scale)
     folder, judges = study.folder(source), study.scale.exam.judges
