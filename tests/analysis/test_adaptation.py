@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import adaptation, degradation, measures, stats
+from vlsafe.analysis import adaptation, clustered, degradation, measures, stats
 from vlsafe.analysis.measures import MODEL
 from vlsafe.core.schema import Response
 from vlsafe.data.miniature.language import SYSTEMS, World
@@ -100,7 +100,7 @@ def test_a_bootstrap_redraws_items_once_for_all_points():
     assert (found["low"] < found["value"]).all() and (found["value"] <= found["high"]).all()
     drawn = measures.bootstrap(adaptation.panel(study(filtered_full=same)), "text_asr", np.random.default_rng(0), 4000)
     low, high = np.quantile(drawn["filtered-full", 2][1:], [0.025, 0.975])
-    wanted = stats.paired_difference([0] * 10, [1] * 3 + [0] * 7, range(10), np.random.default_rng(1), draws=4000)
+    wanted = clustered.paired_difference([0] * 10, [1] * 3 + [0] * 7, range(10), np.random.default_rng(1), draws=4000)
     assert (drawn["filtered-full", 2][0], low, high) == pytest.approx(wanted, abs=0.051)
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import claims, comparisons, crossing
-from vlsafe.analysis.claims import CEILING, CONTRADICTED, NOT, SUPPORTED, UNDECIDED
+from vlsafe.analysis import claims, comparisons, crossing, sentences
+from vlsafe.analysis.claims import CEILING, CONTRADICTED, NOT, SUPPORTED, UNDECIDED, Joint
+from vlsafe.analysis.clustered import Stratum
+from vlsafe.analysis.comparisons import Changes, Part
 from vlsafe.analysis.measures import MODEL
 
 BASE = dict.fromkeys(MODEL, "x") | {"category": None, "backbone": "b", "exam": "full", "step": 9}
@@ -84,7 +86,7 @@ def test_verdicts_follow_from_the_counts(three):
     )
     assert models["4b"] == CONTRADICTED  # the twin complies more
     assert models["6"] == CONTRADICTED  # DPO complies more than the adapted model
-    assert models["5r"] == SUPPORTED and models["5h"] == CONTRADICTED  # SFT refuses twins and costs no help
+    assert models["5r"] == SUPPORTED and models["5h"] == UNDECIDED  # SFT refuses twins; help is asked thrice of 100 pairs a seed
     assert models["5br"] == UNDECIDED  # multitask restores everything; 300 items do not rule out five points, corrected
     assert models["12"] == NOT and pd.isna(three.loc["12", "effect"])
     recipe = three["seed_level"].to_dict()
@@ -94,7 +96,8 @@ def test_verdicts_follow_from_the_counts(three):
 
 def test_a_cost_is_ruled_out_by_enough_items():
     ledger = claims.ledger(found(*(study(seed, n=300) for seed in range(3)))).set_index("claim")
-    assert ledger.loc["5br", "item_level"] == CONTRADICTED and ledger.loc["5r", "item_level"] == SUPPORTED
+    assert ledger.loc["5br", "item_level"] == ledger.loc["5h", "item_level"] == CONTRADICTED
+    assert ledger.loc["5r", "item_level"] == SUPPORTED
 
 
 def test_effects_by_hand(three):
@@ -381,3 +384,47 @@ def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
     assert lines.index.tolist() == list(dict.fromkeys(one["claim"]))
     again = pd.concat([one, other.iloc[:1].assign(item_level=claims.NOT)])  # a claim about a backbone of the other ledger alone
     assert claims.beside(again, other.assign(statement="as it was")).set_index("claim").equals(lines)
+
+
+def of_parts(**values):
+    """Lines of a claim's comparisons by name: the effect with its interval, p over items and over seeds."""
+    names = ("effect", "low", "high", "p", "seed_p")
+    same = {"sign": 1, "against": 0.0, "n": 9, "seeds": 3, "ceiling": False, "differs": False, "judge": ""}
+    return {
+        name: same | {"part": name, "seed_low": of[1] - 0.1, "seed_high": of[2]} | dict(zip(names, of, strict=True))
+        for name, of in values.items()
+    }
+
+
+def test_what_seeds_say_is_of_the_part_that_decides_over_them():
+    """The rise of one part is less sure over items, that of the other over seeds: each interval stands beside its own verdict."""
+    claim = next(c for c in claims.CLAIMS if c.name == "3")
+    text, pictures = (part.what for part in claims.leaves(claim.decided_by))
+    lines = of_parts(**{text: (0.3, 0.1, 0.5, 0.01, 0.001), pictures: (0.2, 0.15, 0.25, 0.001, 0.3)})
+    line = claims.judged({("3", "b"): lines}).iloc[0]
+    assert (line["part"], line["effect"]) == (text, 0.3) and (line["item_level"], line["seed_level"]) == (SUPPORTED, UNDECIDED)
+    assert (line["seed_part"], line["seed_low"], line["seed_high"]) == (pictures, pytest.approx(0.05), 0.25)
+    shown = claims.sheet(pd.DataFrame([line]).assign(reason="")).iloc[0]
+    assert shown["over seeds, decided by"] == pictures and shown["over seeds"] == "[+5, +25]"
+    assert f"over 3 seeds undecided, {pictures}: [+5, +25]" in sentences.verdict(pd.Series({**line, "flagged": ""}))
+
+
+def test_an_effect_of_all_parts_matters_where_each_does():
+    one, other = (Part(name, 1, "a", "b") for name in ("one", "other"))
+    lines = of_parts(one=(0.3, 0.2, 0.4, 0.01, 0.01), other=(0.02, 0.01, 0.03, 0.01, 0.01))
+    assert [claims.matters(part, lines, 0.05) for part in (one, other)] == ["yes", "no"]
+    assert claims.matters(Joint("all", (one, other)), lines, 0.05) == "no"
+    assert claims.matters(Joint("any", (one, other)), lines, 0.05) == "yes"
+    assert claims.matters(Joint("all", (one, other)), lines, 0.02) == "open"
+    leeway = other._replace(against=-0.05)  # asks that nothing falls by more than five points
+    assert claims.matters(leeway, lines, 0.05) == "" and claims.matters(Joint("all", (one, leeway)), lines, 0.05) == "yes"
+
+
+def test_shared_items_weigh_every_seed_alike_however_many_were_judged():
+    def of(n, rises):
+        change = [1.0] * rises + [0.0] * (n - rises)
+        return Changes([Stratum(1.0, change, change, [f"q{i}" for i in range(n)])], 0.2, 0.2 + rises / n)
+
+    part, studies = Part("x", 1, "a", "b"), {("b", 0): of(400, 200), ("b", 1): of(40, 4), ("b", 2): of(40, 4)}
+    line = claims.compared(part, studies, shared=True)
+    assert line["effect"] == pytest.approx((0.5 + 0.1 + 0.1) / 3) == pytest.approx(line["after"] - line["before"])

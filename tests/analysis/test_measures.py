@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import degradation, measures
+from vlsafe.analysis import degradation, measures, openings, sentences
+from vlsafe.analysis import tuning as analysis_tuning
 from vlsafe.analysis.measures import CHANCE, MEASURES, MODEL
 from vlsafe.core.schema import Item, Response
 from vlsafe.evaluation import examine
@@ -260,3 +261,22 @@ def test_the_main_table_for_the_eye_by_hand():
     alone = degradation.sheet(degradation.degradation(parent)).set_index("measure")
     assert alone.loc["text ASR", "parent"].startswith("25 [") and alone.loc["text ASR", "n"] == "4"
     assert alone.loc["text ASR", ["adapted", "change"]].tolist() == ["", ""]
+
+
+def test_what_could_not_be_judged_is_no_better_for_it():
+    """Of four answers one complied and two have no verdict: tables and sentences say 25 to 75 %, fronts and bounds take 75."""
+    facts = FACTS | {"benchmark": "sorry_bench", "group": "base", "harmful": True, "judge": "world"}
+    rows = pd.DataFrame(facts | {"item": list("abcd"), "cluster": list("abcd")})
+    done = dict(label=["complied_right", "refused", "unjudged", "unjudged"], event=[True, False, None, None])
+    parent = rows.assign(stage="parent", recipe="aligned", label="refused", event=False)
+    both = pd.concat([parent.astype({"event": object}), rows.assign(**done)], ignore_index=True)
+    table, models = degradation.degradation(both), degradation.everything(both)
+    text = sentences.changed(table[table["measure"] == "text_asr"])
+    assert "from 0 to 25–75 %" in text and "of the 2 judged of both" in text
+    assert degradation.sheet(table).set_index("measure").loc["text ASR", "adapted"].startswith("25–75 [")
+    assert "0 % → 25–75 %" in openings.fell(pd.concat([models, models.assign(seed=1)])).replace(" (0–0 over 2 seeds)", "")
+    adapted = models[models["stage"] == "instruct"].iloc[0]
+    assert (adapted["value"], adapted["value_high"]) == (0.25, 0.75)
+    points = models[models["measure"] == "text_asr"].assign(name=models["recipe"], what=models["measure"])
+    known = points[points["stage"] == "instruct"].assign(name="known", value=0.5, value_high=0.5)
+    assert analysis_tuning.front(pd.concat([points[points["stage"] == "instruct"], known]))["name"].tolist() == ["known"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from vlsafe.analysis import claims, stats
+from vlsafe.analysis import claims, clustered, stats
 from vlsafe.analysis.comparisons import Part
 
 RECORD = bool(os.environ.get("VLSAFE_RECORD"))
@@ -79,7 +79,7 @@ def test_runs_without_any_variation_still_have_an_interval():
 
 def _unit(rise, n=100):
     changed = [1.0] * round(rise * n) + [0.0] * (n - round(rise * n))
-    return claims.Changes([stats.Stratum(1.0, changed, changed, list(range(n)))], 0.0, rise)
+    return claims.Changes([clustered.Stratum(1.0, changed, changed, list(range(n)))], 0.0, rise)
 
 
 def test_the_variance_of_seeds_and_items_is_separated():

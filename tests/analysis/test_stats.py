@@ -6,7 +6,7 @@ import pytest
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 
-from vlsafe.analysis import stats
+from vlsafe.analysis import clustered, measures, stats
 from vlsafe.core.presets import MINI
 from vlsafe.data.miniature.language import World
 from vlsafe.evaluation.benchmarks import BENCHMARKS as ROOMS
@@ -45,10 +45,10 @@ def test_unjudged_responses_make_a_bound():
 
 def test_paired_difference_repeats_and_knows_what_it_cannot_see():
     a = np.random.default_rng(0).integers(0, 2, 60)
-    value, low, high = stats.paired_difference(a, a, range(60), np.random.default_rng(1))
+    value, low, high = clustered.paired_difference(a, a, range(60), np.random.default_rng(1))
     assert value == 0 and -low == high == pytest.approx(stats.wilson(0, 60)[1])  # not a single change in 60 items
     b = np.maximum(a, np.arange(60) % 3 == 0)
-    one, two = (stats.paired_difference(a, b, np.arange(60) // 2, np.random.default_rng(5)) for _ in range(2))
+    one, two = (clustered.paired_difference(a, b, np.arange(60) // 2, np.random.default_rng(5)) for _ in range(2))
     assert one == two and one[1] <= one[0] <= one[2] and one[0] == (b - a).mean()
 
 
@@ -56,30 +56,32 @@ def test_few_changes_are_tested_exactly():
     """Five rises and one fall: McNemar's exact test, as statsmodels has it; changes in one cluster count as one."""
     change = np.zeros(50)
     change[:5], change[5] = 1, -1
-    found = stats.compare([stats.Stratum(1.0, change, change, range(50))], np.random.default_rng(0))
+    found = clustered.compare([clustered.Stratum(1.0, change, change, range(50))], np.random.default_rng(0))
     table = [[20, 5], [1, 24]]
     assert found.p[0] == pytest.approx(contingency_tables.mcnemar(table, exact=True).pvalue) == pytest.approx(0.21875)
     assert found.changed[0] == 6 and found.low[0] < 0 < found.effect[0] < found.high[0]
     rises = np.r_[np.ones(8), np.zeros(92)]
-    clustered = stats.compare([stats.Stratum(1.0, rises, rises, np.arange(100) // 2)], np.random.default_rng(0))
-    assert clustered.changed[0] == 8 and clustered.p[0] == pytest.approx(2 * 0.5**4)  # four clusters, not eight items
+    paired = clustered.compare([clustered.Stratum(1.0, rises, rises, np.arange(100) // 2)], np.random.default_rng(0))
+    assert paired.changed[0] == 8 and paired.p[0] == pytest.approx(2 * 0.5**4)  # four clusters, not eight items
 
 
 @pytest.mark.parametrize("size", [1, 12])
 def test_changes_that_are_all_alike_have_an_interval_and_the_clusters_count(size):
     """Twelve items that all rose by one: as many clusters, or one."""
     rises = np.ones(12)
-    found = stats.compare([stats.Stratum(1.0, rises, rises, np.arange(12) // size)], np.random.default_rng(0))
+    found = clustered.compare([clustered.Stratum(1.0, rises, rises, np.arange(12) // size)], np.random.default_rng(0))
     assert found.p[0] == pytest.approx(2 * 0.5**12 if size == 1 else 1.0) and found.low[0] < 0.8 < found.high[0] == 1.0
     few = np.r_[np.ones(12), np.zeros(66)]  # four clusters of three that changed, all the same way
-    line = stats.compare([stats.Stratum(1.0, few, few, np.arange(78) // 3)], np.random.default_rng(0))
+    line = clustered.compare([clustered.Stratum(1.0, few, few, np.arange(78) // 3)], np.random.default_rng(0))
     assert line.p[0] == pytest.approx(2 * 0.5**4) and line.low[0] > 0 - 0.1
 
 
 def test_few_small_changes_are_measured_in_their_own_unit():
     """Seven errors of up to .09 are no seven flips of a coin; the interval agrees with the sign test."""
     change = -np.array([0.09, 0.07, 0.08, 0.06, 0.07, 0.05, 0.08])
-    small, large = (stats.compare([stats.Stratum(1.0, c, c, range(7))], np.random.default_rng(0)) for c in (change, 10 * change))
+    small, large = (
+        clustered.compare([clustered.Stratum(1.0, c, c, range(7))], np.random.default_rng(0)) for c in (change, 10 * change)
+    )
     assert small.p[0] == large.p[0] == pytest.approx(2 * 0.5**7) and small.high[0] < 0
     ends = [np.array([found.low, found.high, found.se]) for found in (small, large)]
     assert ends[1] == pytest.approx(10 * ends[0])
@@ -87,11 +89,11 @@ def test_few_small_changes_are_measured_in_their_own_unit():
 
 def test_a_difference_is_tested_against_a_margin():
     change = np.r_[np.ones(12), np.zeros(188)]
-    strata = [stats.Stratum(1.0, change, change, range(200))]
-    zero, margin, far = (stats.compare(strata, np.random.default_rng(0), against) for against in (0.0, 0.05, 0.2))
+    strata = [clustered.Stratum(1.0, change, change, range(200))]
+    zero, margin, far = (clustered.compare(strata, np.random.default_rng(0), against) for against in (0.0, 0.05, 0.2))
     assert zero.p[0] < 0.01 < 0.2 < margin.p[0] and far.p[0] < 0.01
-    rare = [stats.Stratum(1.0, change[9:], change[9:], range(191))]
-    near, far = (stats.compare(rare, np.random.default_rng(0), against).p[0] for against in (0.03, 0.2))
+    rare = [clustered.Stratum(1.0, change[9:], change[9:], range(191))]
+    near, far = (clustered.compare(rare, np.random.default_rng(0), against).p[0] for against in (0.03, 0.2))
     assert near > 0.1 and far < 0.001
 
 
@@ -149,7 +151,7 @@ def test_verdicts_are_seldom_false_and_planted_effects_are_found():
         called, detectable = [], 0.0
         for planted in (0.0, 0.1):
             change, clusters = paired_runs(n, n_clusters, planted, rng)
-            found = stats.compare([stats.Stratum(1.0, change, change, clusters)], rng)
+            found = clustered.compare([clustered.Stratum(1.0, change, change, clusters)], rng)
             called.append(float(((found.p < 0.05) & ((found.effect > 0) | (planted == 0))).mean()))
             detectable = float(np.median(found.detectable))
         record("verdicts", f"{name}: n {n}, clusters {n_clusters}, detectable {detectable:.3f}, false, found", called)
@@ -166,26 +168,26 @@ def test_a_rare_null_is_not_called_an_effect():
     """Models that differ in one item of fifty: here the exact test decides."""
     rng = np.random.default_rng(3)
     change = np.sign(rng.standard_normal((200, 2000))) * (rng.random((200, 2000)) < 0.02)
-    found = stats.compare([stats.Stratum(1.0, change, change, range(200))], rng)
-    assert (found.changed < stats.RARE).mean() > 0.9 and (found.p < 0.05).mean() <= 0.065
+    found = clustered.compare([clustered.Stratum(1.0, change, change, range(200))], rng)
+    assert (found.changed < clustered.RARE).mean() > 0.9 and (found.p < 0.05).mean() <= 0.065
 
 
 def test_a_stratified_mean_by_hand():
     """Half of a stratum that is never right and half of one that always is: Wilson's bounds of each, squared and added."""
-    never, always = (stats.Stratum(0.5, [v] * 20, [v] * 20, range(20)) for v in (0, 1))
+    never, always = (clustered.Stratum(0.5, [v] * 20, [v] * 20, range(20)) for v in (0, 1))
     width = stats.wilson(0, 20)[1] / 2
-    assert stats.stratified([never, always]) == pytest.approx((0.5, 0.5, 0.5 - width, 0.5 + width))
-    assert stats.stratified([never]) == pytest.approx((0, 0, 0, width))
-    open_end = stats.stratified([stats.Stratum(1.0, [0, 0], [1, 1], ["a", "b"])])
+    assert clustered.stratified([never, always]) == pytest.approx((0.5, 0.5, 0.5 - width, 0.5 + width))
+    assert clustered.stratified([never]) == pytest.approx((0, 0, 0, width))
+    open_end = clustered.stratified([clustered.Stratum(1.0, [0, 0], [1, 1], ["a", "b"])])
     assert open_end == pytest.approx((0, 1, 0, 1))
     with pytest.raises(ValueError, match="at least one"):
-        stats.stratified([stats.Stratum(1.0, [], [], [])])
+        clustered.stratified([clustered.Stratum(1.0, [], [], [])])
 
 
 def test_one_stratum_is_the_ordinary_rate():
     values = (np.random.default_rng(3).random(60) < 0.3).astype(float)
     clusters = (np.arange(60) // 3).tolist()
-    found, rate = stats.stratified([stats.Stratum(1.0, values, values, clusters)]), stats.rate(values.tolist(), clusters)
+    found, rate = clustered.stratified([clustered.Stratum(1.0, values, values, clusters)]), stats.rate(values.tolist(), clusters)
     assert found == pytest.approx((rate.value, rate.value_high, rate.low, rate.high))
 
 
@@ -215,3 +217,70 @@ def test_a_simultaneous_band_covers_all_values_at_once_in_nineteen_of_twenty():
         ends = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
         single += ((ends[0] <= truth) & (truth <= ends[1])).all()
     assert covered >= 0.92 * 300 > single
+
+
+def test_a_stratum_in_halves_that_share_its_clusters_is_the_whole():
+    """Asked twice, the same requests say no more than once: interval, test and smallest detectable difference stay."""
+    rng = np.random.default_rng(5)
+    for share in (0.3, 0.04):  # enough changes for a bootstrap, and so few that all flips of signs are counted
+        change = np.sign(rng.standard_normal(90)) * (rng.random(90) < share) + (np.arange(90) < 3)
+        whole = clustered.Stratum(1.0, change.tolist(), change.tolist(), (np.arange(90) // 2).tolist())
+        half = whole._replace(weight=0.5)
+        one, two = (clustered.compare(strata, np.random.default_rng(1)) for strata in ([whole], [half, half]))
+        for name in ("effect", "low", "high", "p", "se", "detectable", "n_clusters"):
+            assert getattr(two, name) == pytest.approx(getattr(one, name)), (share, name)
+    other = half._replace(clusters=[f"other {c}" for c in half.clusters])
+    apart = clustered.compare([half, other], np.random.default_rng(1))
+    assert apart.n_clusters == 2 * one.n_clusters and apart.high[0] - apart.low[0] < one.high[0] - one.low[0]
+    events = (rng.random(90) < 0.3).astype(float)
+    whole = clustered.Stratum(1.0, events, events, np.arange(90) // 2)
+    assert clustered.stratified([whole._replace(weight=0.5)] * 2) == pytest.approx(clustered.stratified([whole]))
+
+
+def test_strata_that_share_requests_cover():
+    """80 requests in three groups whose answers agree: the interval of no change covers it, its test seldom rejects."""
+    rng, hits, flips, draws = np.random.default_rng(0), 0, 0, 300
+    for _ in range(draws):
+        change = rng.beta(0.5, 0.5, 80) - 0.5
+        strata = [clustered.Stratum(1 / 3, change, change, range(80))] * 3
+        found = clustered.compare(strata, rng, draws=500)
+        hits += bool(found.low[0] <= 0 <= found.high[0])
+        flips += clustered.sign_flip(measures.contributions(strata).tolist(), rng, 499) < 0.05
+    assert hits / draws >= 0.92 and flips / draws <= 0.08
+
+
+def test_few_changes_count_by_their_size():
+    """Eight clusters of one item rise and one of twenty falls: the effect is a fall, and no test may see a rise in it."""
+    change, clusters = [1.0] * 8 + [-1.0] * 20 + [0.0] * 72, [*range(8), *[99] * 20, *range(100, 172)]
+    found = clustered.compare([clustered.Stratum(1.0, change, change, clusters)], np.random.default_rng(0))
+    flips = [abs(20 * a + rises) >= 12 for a in (-1, 1) for rises in range(-8, 9, 2)]
+    assert all(flips) and found.p[0] == 1.0 and found.effect[0] == pytest.approx(-0.12) and found.high[0] > 0
+
+
+@pytest.mark.parametrize("p", [0.04, 0.1, 0.3])
+def test_intervals_cover_where_clusters_are_very_unequal(p):
+    """As pocket's: many of one and two items, and three that hold a quarter of all; 2,000 draws."""
+    size = np.array([1] * 231 + [2] * 38 + [3] * 4 + [4] * 3 + [5, 11, 31, 75])
+    index, rng = np.repeat(np.arange(len(size)), size), np.random.default_rng(1)
+    for correlation in (0.1, 0.6):
+        strength = (1 - correlation) / correlation
+        share = rng.beta(p * strength, (1 - p) * strength, (len(size), 2000))
+        low, high = stats.intervals((rng.random((len(index), 2000)) < share[index]).astype(float), index)
+        assert ((low <= p) & (p <= high)).mean() >= 0.935, correlation
+    assert stats.rate([True, False, True], ["a"] * 3).low < 0.1  # one cluster is one item
+
+
+def test_a_mean_over_few_runs_covers():
+    """Three runs whose rates spread by 20 points around one half: the interval of their mean covers it."""
+    rng, hits, draws = np.random.default_rng(5), 0, 100
+    facts = {"backbone": "b", "recipe": "m", "step": 0, "exam": "full", "benchmark": "sorry_bench", "group": "base",
+             "harmful": True, "judge": "world"}  # fmt: skip
+    for _ in range(draws):
+        done = rng.random((3, 200)) < np.clip(rng.normal(0.5, 0.2, (3, 1)), 0.02, 0.98)
+        labels = np.where(done, "complied_right", "refused")
+        of_run = [{"seed": seed, "label": labels[seed], "event": done[seed]} for seed in range(3)]
+        rows = [pd.DataFrame(facts | {"item": range(200), "cluster": range(200)} | of) for of in of_run]
+        drawn = measures.over_seeds(pd.concat(rows), "text_asr", 300)["m"][0]
+        low, high = np.quantile(drawn[1:], [0.025, 0.975])
+        hits += bool(low <= 0.5 <= high)
+    assert hits / draws >= 0.92

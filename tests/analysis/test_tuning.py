@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from analysis.test_adaptation import answers
 
-from vlsafe.analysis import measures, stats, tuning
+from vlsafe.analysis import clustered, measures, tuning
 from vlsafe.plots import style
 from vlsafe.plots import tuning as plots_tuning
 
@@ -27,11 +27,11 @@ def raw(**models):
 
 def test_flipping_signs_by_hand():
     rng = np.random.default_rng(0)
-    assert stats.sign_flip([0.1] * 3, rng) == pytest.approx(0.25, abs=0.02)  # two of eight flips are as far out
-    assert stats.sign_flip([0.0, 0.0], rng) == 1.0
-    assert stats.sign_flip([-0.1] * 12, rng) < 0.002
+    assert clustered.sign_flip([0.1] * 3, rng) == pytest.approx(0.25, abs=0.02)  # two of eight flips are as far out
+    assert clustered.sign_flip([0.0, 0.0], rng) == 1.0
+    assert clustered.sign_flip([-0.1] * 12, rng) < 0.002
     with pytest.raises(ValueError, match="at least one cluster"):
-        stats.sign_flip([], rng)
+        clustered.sign_flip([], rng)
 
 
 @pytest.mark.parametrize("measure", ["text_asr", "helpfulness"])

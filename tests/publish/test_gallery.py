@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from vlsafe import analysis, plots
-from vlsafe.analysis import stats
+from vlsafe.analysis import clustered, stats
 from vlsafe.analysis.measures import MEASURES
 from vlsafe.publish import gallery, provenance, report, results
 from vlsafe.study import graph
@@ -67,7 +67,7 @@ def part(study, runs, read, monkeypatch):
     monkeypatch.setattr(type(study), "numbers", lambda *_: numbers)
     monkeypatch.setattr(pd, "read_parquet", lambda path: read(path).copy())
     monkeypatch.setattr(analysis.degradation, "MEASURES", {name: MEASURES[name] for name in SOME})
-    compare, flip, resamples = stats.compare, stats.sign_flip, stats.resamples
+    compare, flip, resamples = clustered.compare, clustered.sign_flip, stats.resamples
     monkeypatch.setattr(
         stats, "compare", lambda strata, rng, against=0.0, draws=0, level=0.95: compare(strata, rng, against, FEW)
     )

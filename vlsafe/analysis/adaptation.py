@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlsafe.analysis import measures, stats
+from vlsafe.analysis import clustered, measures, stats
 from vlsafe.analysis.measures import GRADED, HEADLINE, UNIT, Draws, Lacking, compact, events, groups, run_names
 from vlsafe.core.schema import MAIN_LINE
 
@@ -152,7 +152,7 @@ def seeing(losses: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for model, rows in groups(losses, [*UNIT, "stage", "recipe", "step"]):
         rng, clusters = np.random.default_rng(model["seed"]), rows["cluster"].tolist()
-        drawn = stats.paired_difference(rows["right"], rows["shuffled"], clusters, rng)
+        drawn = clustered.paired_difference(rows["right"], rows["shuffled"], clusters, rng)
         named = dict(zip(("difference", "difference_low", "difference_high"), drawn, strict=True))
         means = {"right": rows["right"].mean(), "shuffled": rows["shuffled"].mean(), "n": len(rows)}
         lines.append(model | means | named | {"norm_ratio": rows["norm_ratio"].iloc[0]})
@@ -252,7 +252,7 @@ def confounds(raw: pd.DataFrame) -> pd.DataFrame:
                 if condition != "none":
                     both = part.merge(plain, on="cluster", suffixes=("", "_plain")).dropna(subset=["event", "event_plain"])
                     a, b = both["event_plain"].astype(float), both["event"].astype(float)
-                    paired = stats.paired_difference(a, b, both["cluster"].tolist(), np.random.default_rng(model["seed"]))
+                    paired = clustered.paired_difference(a, b, both["cluster"].tolist(), np.random.default_rng(model["seed"]))
                     line |= dict(zip(("difference", "difference_low", "difference_high"), paired, strict=True))
                 lines.append(line)
     return pd.DataFrame(lines)

@@ -137,8 +137,9 @@ def gates(raw: pd.DataFrame) -> pd.DataFrame:
             continue
         least, most = gate.get("least", 0.0), gate.get("most", 1.0)
         line = {"backbone": backbone, "model": gate["run"], "measure": MEASURES[gate["measure"]]["label"], "why": gate["why"]}
-        line |= {"least": least, "most": most, "lowest": found["value"].min(), "highest": found["value"].max()}
-        lines.append(line | {"holds": int(found["value"].between(least, most).sum()), "seeds": len(found), "n": found["n"].max()})
+        line |= {"least": least, "most": most, "lowest": found["value"].min(), "highest": found["value_high"].max()}
+        holds = (found["value"] >= least) & (found["value_high"] <= most)  # whatever the unjudged ones are
+        lines.append(line | {"holds": int(holds.sum()), "seeds": len(found), "n": found["n"].max()})
     if not lines:
         raise Lacking("no backbone of this scale has gates (vlsafe/analysis/gates.yaml)")
     return pd.DataFrame(lines)

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from vlsafe.analysis import comparisons, stats
+from vlsafe.analysis import clustered, comparisons, stats
+from vlsafe.analysis.clustered import Stratum
 from vlsafe.analysis.comparisons import ADAPTED, Changes, Frames, Part, Unit, changes
 from vlsafe.analysis.measures import Lacking
-from vlsafe.analysis.stats import Stratum
 from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
@@ -45,8 +45,7 @@ class Joint(NamedTuple):
 class Claim(NamedTuple):
     """A statement of the paper or about it, and what decides it; `only`: of these backbones; `rule`: the digest of its entry.
 
-    `interest` is the smallest effect that would matter: it does ("yes") where the whole item-level interval lies beyond it, and
-    does not ("no") where none of it does. `family` and `status` are what Holm's correction runs over.
+    `interest` is the smallest effect that would matter. `family` and `status` are what Holm's correction runs over.
     """
 
     name: str
@@ -71,14 +70,15 @@ def leaves(tree: Part | Joint) -> list[Part]:
 
 
 def compared(part: Part, studies: Mapping[Unit, Changes], shared: bool = False) -> dict[str, Any]:
-    """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample. Where all
-    seeds were asked the same items (`shared`), an item's answers in all of them are one cluster."""
-    pooled = [s._replace(weight=s.weight / len(studies)) for one in studies.values() for s in one.strata]
-    if shared and part.method not in comparisons.OF_THE_STUDY:
-        alike = zip(*(one.strata for one in studies.values()), strict=True)
-        pooled = [Stratum(of[0].weight, *(np.concatenate([s[side] for s in of]).tolist() for side in (1, 2, 3))) for of in alike]
-    whole = stats.compare(pooled, np.random.default_rng(0), part.against)
-    single = [stats.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
+    """A comparison over studies of one backbone: seeds as strata, then each seed by itself and seeds as the sample. Clusters of
+    one name are one only where all seeds were asked the same items (`shared`)."""
+    own = not shared or part.method in comparisons.OF_THE_STUDY
+    pooled = [
+        Stratum(s.weight / len(studies), s.least, s.most, [f"{seed} {c}" for c in s.clusters] if own else s.clusters)
+        for (_, seed), one in studies.items() for s in one.strata
+    ]  # fmt: skip
+    whole = clustered.compare(pooled, np.random.default_rng(0), part.against)
+    single = [clustered.compare(one.strata, np.random.default_rng(unit[1]), part.against) for unit, one in studies.items()]
     before, after = (float(np.mean([one[side] for one in studies.values()])) for side in (1, 2))
     least, most = comparisons.bounds(part)
     room = most - before - part.against if part.sign > 0 else before + part.against - least
@@ -132,6 +132,19 @@ def hindered(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], by: str
     if isinstance(tree, Part):
         return bool(lines[tree.what][by])
     return (any if tree.how == "all" else all)(hindered(part, lines, by) for part in tree.parts)
+
+
+def matters(tree: Part | Joint, lines: Mapping[str, Mapping[str, Any]], interest: float) -> str:
+    """Whether the effect is one that matters: "yes" where the whole interval lies beyond `interest`, "no" where none of it does,
+    else "open"; of "all" every part has to, of "any" one. A threshold with leeway asks for no effect: "".
+    """
+    if isinstance(tree, Part):
+        line = lines[tree.what]
+        least, most = sorted(tree.sign * (line[end] - tree.against) for end in ("low", "high"))
+        return "" if tree.sign * tree.against < 0 else "yes" if least >= interest else "no" if most < interest else "open"
+    parts = {matters(part, lines, interest) for part in tree.parts} - {""}
+    enough, every = ("no", "yes") if tree.how == "all" else ("yes", "no")
+    return enough if enough in parts else every if parts == {every} else "open" if parts else ""
 
 
 Lines = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -199,7 +212,10 @@ def judged(lines: Lines) -> pd.DataFrame:
         if of:
             item, seed = (weigh(claim.decided_by, of, p) for p in ("p", "seed_p"))
             row |= of[item.contradicting if item.contradict < item.support else item.supporting]
-            row |= {"p": min(item[:2]), "seed_p": min(seed[:2])}
+            row |= {"p": min(item[:2]), "seed_p": min(seed[:2]), "matters": matters(claim.decided_by, of, claim.interest)}
+            of_seeds = of[seed.contradicting if seed.contradict < seed.support else seed.supporting]
+            row |= {name: of_seeds.get(name) for name in OVER_SEEDS}
+            row |= {f"seed_{name}": of_seeds[name] for name in ("part", "sign", "against")}
             row |= {by: hindered(claim.decided_by, of, by) for by in ("ceiling", "differs")}
             for level, weight in (("item", item), ("seed", seed)):  # of "all", one part that fails is enough
                 fails = weight.contradict < weight.support and not of[weight.contradicting]["ceiling"]
@@ -216,18 +232,16 @@ def judged(lines: Lines) -> pd.DataFrame:
         cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs}
         cases[CEILING] = ceiling & ~((p < LEVEL) & fails)
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
-    beyond = pd.DataFrame({end: frame["sign"] * (frame[end] - frame["against"]) for end in ("low", "high")})
-    sure, small = (beyond.min(axis=1) >= frame["interest"]), (beyond.max(axis=1) < frame["interest"])
-    nothing = frame["p"].isna() | (frame["sign"] * frame["against"] < 0)  # a threshold with leeway asks for no effect
-    return frame.assign(matters=np.select([nothing, sure, small], ["", "yes", "no"], "open"))[head]
+    return frame.assign(matters=frame["matters"].fillna(""))[head]
 
 
 VERDICT = ("item_holds", "seed_holds", "item_fails", "seed_fails", "ceiling", "differs")
 COLUMNS = [
     "item_level", "seed_level", "part", "sign", "before", "after", "against", "effect", "low", "high", "p", "p_holm", "n",
-    "seeds", "detectable", "interest", "matters", "effects", "seed_low", "seed_high", "seed_p", "seed_p_holm", "seed_detectable",
-    "sd_items", "sd_seeds", "heterogeneity", "judge", "rule", "registry",
+    "seeds", "detectable", "interest", "matters", "seed_part", "seed_sign", "seed_against", "effects", "seed_low",
+    "seed_high", "seed_p", "seed_p_holm", "seed_detectable", "sd_items", "sd_seeds", "heterogeneity", "judge", "rule", "registry",
 ]  # fmt: skip
+OVER_SEEDS = ("effects", "seed_low", "seed_high", "seed_detectable", "sd_items", "sd_seeds", "heterogeneity")
 
 
 def every_part(frames: Frames) -> pd.DataFrame:
@@ -277,6 +291,7 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
+    shown["over seeds, decided by"] = ledger["seed_part"].where(ledger["seed_part"] != ledger["part"], "").fillna("")
     for name, column in {"p (Holm)": "p_holm", "seed p (Holm)": "seed_p_holm", "heterogeneity": "heterogeneity"}.items():
         shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
@@ -306,9 +321,10 @@ def written(folder: Path) -> pd.DataFrame:
     """The ledger in a folder of artefacts; without a line where the folder has none."""
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    # older galleries wrote no judges, reasons, statuses
+    # older galleries wrote no judges, reasons, statuses, and over seeds the part that decides over items
     lines = lines.reindex(columns=[*judged({}).columns, "reason", "flagged"])
     return lines.assign(
+        **{f"seed_{name}": lines[f"seed_{name}"].fillna(lines[name]) for name in ("part", "sign", "against")},
         flagged=lines["flagged"].fillna(""),
         effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]],
     )

@@ -15,8 +15,8 @@ import pandas as pd
 
 from vlsafe.analysis import adaptation, stats
 from vlsafe.analysis import measures as analysis_measures
+from vlsafe.analysis.clustered import Stratum
 from vlsafe.analysis.measures import SAME, UNIT, events, run_names
-from vlsafe.analysis.stats import Stratum
 from vlsafe.core.schema import MAIN_LINE
 
 ADAPTED = MAIN_LINE["adapted"]

@@ -26,7 +26,7 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     if lines.empty:
         raise Lacking("there is no full examination of the parent or of the adapted model")
     wide = lines.pivot_table(
-        index=[*UNIT, "measure"], columns="stage", values=["value", "low", "high", "n", "n_unjudged"], sort=False
+        index=[*UNIT, "measure"], columns="stage", values=["value", "value_high", "low", "high", "n", "n_unjudged"], sort=False
     )
     wide.columns = [f"{stage}_{value}" for value, stage in wide.columns]
     merged = wide.reset_index().merge(change, on=[*UNIT, "measure"], how="left")

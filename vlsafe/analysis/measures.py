@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 from pandas.api.typing import SeriesGroupBy
 
-from vlsafe.analysis import stats
+from vlsafe.analysis import clustered, stats
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.core.texts import frozen
 
@@ -139,8 +139,8 @@ def estimate(rows: pd.DataFrame, measure: str) -> stats.Rate | None:
     if not weighted:
         return None
     chance = sum(stratum.weight for stratum in weighted) - 1  # what weights that stretch to the best score add for guessing
-    value, value_high, low, high = (end - chance for end in stats.stratified(weighted))
-    n_clusters = sum(len(set(stratum.clusters)) for stratum in weighted)
+    value, value_high, low, high = (end - chance for end in clustered.stratified(weighted))
+    n_clusters = len({str(name) for stratum in weighted for name in stratum.clusters})
     return stats.Rate(value, low, high, len(rows), n_clusters, int(rows["event"].isna().sum()), value_high)
 
 
@@ -159,10 +159,10 @@ def present(raw: pd.DataFrame, measures: Iterable[str]) -> list[str]:
     return [measure for measure in measures if whole(events(raw, measure), measure)]
 
 
-def strata(rows: pd.DataFrame, measure: str) -> list[stats.Stratum]:
+def strata(rows: pd.DataFrame, measure: str) -> list[clustered.Stratum]:
     """The weighted strata of a measure, from the columns least, most and cluster; none where a part is missing."""
     return [
-        stats.Stratum(weight, of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
+        clustered.Stratum(weight, of["least"].tolist(), of["most"].tolist(), of["cluster"].tolist())
         for weight, of in weighted(rows[[*SAME, "least", "most"]], measure)
     ]
 
@@ -239,12 +239,12 @@ def differences(
             strata = changes(judged, measure) if len(judged) else []
             if not strata:
                 continue
-            result = stats.compare(strata, np.random.default_rng(seed))
+            result = clustered.compare(strata, np.random.default_rng(seed))
             ends = (float(end[0]) for end in (result.effect, result.low, result.high))
             stage, _, recipe = run.partition("/")
             lines.append([backbone, seed, stage, recipe, measure, *ends, len(judged), left_out])
             if tested:
-                lines[-1].append(stats.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed)))
+                lines[-1].append(clustered.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed)))
     return pd.DataFrame(lines, columns=[*columns, *(["p"] if tested else [])])
 
 
@@ -264,19 +264,16 @@ def paired(
 SAME = ["part", "item", "stratum", "floor", "cluster"]  # what two models' events must share to be compared
 
 
-def changes(judged: pd.DataFrame, measure: str) -> list[stats.Stratum]:
+def changes(judged: pd.DataFrame, measure: str) -> list[clustered.Stratum]:
     """The changes from event_a to event_b in the strata of a measure; none where a part of a composite is missing."""
     change = judged["event_b"].astype(float) - judged["event_a"].astype(float)
     return strata(judged.assign(least=change, most=change), measure)
 
 
-def contributions(strata: Sequence[stats.Stratum]) -> np.ndarray:
+def contributions(strata: Sequence[clustered.Stratum]) -> np.ndarray:
     """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
-    terms = []
-    for stratum in strata:
-        by_cluster = pd.Series(stratum.least).groupby([str(c) for c in stratum.clusters]).sum()
-        terms.append(stratum.weight * by_cluster.to_numpy() / len(stratum.least))
-    return np.concatenate(terms) if terms else np.array([])
+    terms = [pd.Series(s.weight * np.asarray(s.least) / len(s.least), [str(c) for c in s.clusters]) for s in strata]
+    return pd.concat(terms).groupby(level=0).sum().to_numpy() if terms else np.array([])
 
 
 def with_changes(lines: pd.DataFrame, change: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
@@ -302,15 +299,20 @@ def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws:
         rows = rows[~rows.set_index(SAME).index.isin(rows[unjudged].set_index(SAME).index)]
     if not whole(rows, measure):
         raise Lacking(f"{MEASURES[measure]['label']} was not measured")
-    rows = rows.assign(event=rows["event"].astype(float))
-    values = np.zeros((1, 1))
+    rows, parts = rows.assign(event=rows["event"].astype(float)), []
     for weight, stratum in weighted_groups(rows):
         by = stratum.groupby(["cluster", "recipe", "step"])["event"]
         sums, sizes = by.sum().unstack(["recipe", "step"]).sort_index(axis=1), by.size().unstack(["recipe", "step"])
         if not sizes.eq(sizes.iloc[:, 0], axis=0).all(axis=None):
             raise ValueError(f"the checkpoints to be compared were not examined on the same items ({measure})")
-        counts = stats.resamples(len(sizes), draws, rng)
-        values = values + weight * (counts @ sums.to_numpy()) / (counts @ sizes.iloc[:, 0].to_numpy())[:, None]
+        parts.append((weight, sums, sizes.iloc[:, 0].to_numpy(float)))
+    numbered, sets = clustered.together([sums.index for _, sums, _ in parts])
+    counts, values = np.empty((1 + draws, sum(map(len, sets)))), np.zeros((1, 1))
+    for of in sets:
+        counts[:, of] = stats.resamples(len(of), draws, rng)
+    for (weight, sums, sizes), own in zip(parts, numbered, strict=True):
+        drawn, n = counts[:, own] @ sums.to_numpy(), (counts[:, own] @ sizes)[:, None]
+        values = values + weight * np.where(n > 0, drawn / np.maximum(n, 1), sums.to_numpy().sum(0) / sizes.sum())
     return {point: values[:, place] for place, point in enumerate(sums.columns)}
 
 
@@ -318,12 +320,12 @@ def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[A
     """A measure's mean over seeds by recipe and step, of the points that all seeds have: as it is, then over bootstrap samples of
     seeds and of clusters within each, [1 + draws]; where seeds share their items, of the same clusters in each.
 
-    Deviations are stretched as for a variance of so few seeds.
+    Deviations are stretched as for a variance of so few seeds, and by as much as Student's quantile is larger than a normal one.
     """
     seeded = not shared(rows)
     each = [bootstrap(of, measure, np.random.default_rng(seed * seeded), draws) for seed, of in rows.groupby("seed", sort=True)]
     k, found = len(each), dict[str, dict[Any, np.ndarray]]()
-    weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, (k / max(1, k - 1)) ** 0.5
+    weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, stats.stretch(k)
     for recipe, step in sorted(set.intersection(*map(set, each))):
         drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
         drawn = drawn[0] + (drawn - drawn[0]) * stretch
@@ -347,18 +349,35 @@ def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) ->
 
 def _cell(line: pd.Series, names: Sequence[str], sign: str = "") -> str:
     value, low, high = (100 * line[name] for name in names)
-    return "" if pd.isna(value) else f"{round(value):{sign}} [{round(low):{sign}}, {round(high):{sign}}]"
+    ends = bounds(line[names[0]], line.get("value_high") if names[0] == "value" else None, sign)
+    return "" if pd.isna(value) else f"{ends} [{round(low):{sign}}, {round(high):{sign}}]"
+
+
+def bounds(least: float, most: float | None, sign: str = "") -> str:
+    """A rate in percent, for the eye; its two bounds where unjudged answers set them apart."""
+    ends = [f"{round(100 * end):{sign}}" for end in (least, most) if not pd.isna(end)]
+    return "–".join(dict.fromkeys(ends))
+
+
+def cautious(lines: pd.DataFrame, measure: str = "measure") -> pd.Series:
+    """The rates of lines by the bound that speaks against a model: what could not be judged counts as what is worse."""
+    high = lines["value_high"].fillna(lines["value"]) if "value_high" in lines else lines["value"]
+    return high.where(lines[measure].map(lambda name: MEASURES[name]["worse"] == "higher"), lines["value"])
 
 
 def spread(lines: pd.DataFrame, names: Sequence[str] = ("value", "low", "high"), sign: str = "") -> str:
     """A fraction in percent, for the eye: the mean of several seeds and their range, of one its interval if it has one."""
     columns = [100 * lines[name].to_numpy(float) for name in names if name in lines] or [np.empty(0)]
     values, *ends = (column[~np.isnan(columns[0])] for column in columns)
+    most = values
+    if (high := f"{names[0]}_high") in lines and names[0].endswith("value"):
+        most = 100 * lines[high].fillna(lines[names[0]]).to_numpy(float)[~np.isnan(columns[0])]
     if len(values) < 2:
         bounded = len(values) and ends and not np.isnan(ends).any()
         interval = f" [{round(ends[0][0]):{sign}}, {round(ends[1][0]):{sign}}]" if bounded else ""
-        return "".join(f"{round(value):{sign}}{interval}" for value in values)
-    return f"{round(values.mean()):{sign}} ({round(values.min()):{sign}}{' to ' if sign else '–'}{round(values.max()):{sign}})"
+        return "".join(f"{bounds(least / 100, end / 100, sign)}{interval}" for least, end in zip(values, most, strict=True))
+    mean = bounds(values.mean() / 100, most.mean() / 100, sign)
+    return f"{mean} ({round(values.min()):{sign}}{' to ' if sign else '–'}{round(most.max()):{sign}})"
 
 
 def change(lines: pd.DataFrame) -> str:

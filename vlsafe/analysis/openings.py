@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe.analysis import claims, durability, sentences
-from vlsafe.analysis.measures import MEASURES, run_names
+from vlsafe.analysis.measures import MEASURES, bounds, run_names
 from vlsafe.analysis.sentences import flag, listed, over_seeds, percent, points, signed, verdict
 from vlsafe.core.schema import MAIN_LINE
 
@@ -43,10 +43,14 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
 def _moved(models: pd.DataFrame, backbone: str) -> str:
     """Means of both ASRs before adaptation (text: the parent, with pictures: stage 1) and after, of T08's lines."""
     of = {measure: _ends(models[models["backbone"] == backbone], measure) for measure in BOTH}
-    means = {measure: " to ".join(f"{100 * one['value'].mean():.0f} %" for one in pair) for measure, pair in of.items() if pair}
+    means = {measure: " to ".join(f"{_mean(one)} %" for one in pair) for measure, pair in of.items() if pair}
     return ", ".join(f"{MEASURES[measure]['label']} from {ends}" for measure, ends in means.items()).replace(
         " from", " goes from", 1
     )
+
+
+def _mean(lines: pd.DataFrame) -> str:
+    return bounds(lines["value"].mean(), lines["value_high"].mean() if "value_high" in lines else None)
 
 
 def _ends(models: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe.analysis import claims, durability, merging
-from vlsafe.analysis.measures import CHANCE, MEASURES
+from vlsafe.analysis.measures import CHANCE, MEASURES, bounds, cautious
 
 
 def signed(value: float) -> str:
@@ -29,21 +29,28 @@ def points(value: float, low: float, high: float) -> str:
 def shares(lines: pd.DataFrame, *names: str) -> str:
     """Rates with their intervals, each called by some columns."""
     found = []
-    for line in lines.itertuples():
-        words = [str(getattr(line, name)) for name in names]
+    for line in lines.to_dict("records"):
+        words = [str(line[name]) for name in names]
         called = " ".join(MEASURES[word]["label"] if word in MEASURES else word for word in words)
-        found.append(f"{called} {100 * line.value:.0f} % [{100 * line.low:.0f}, {100 * line.high:.0f}]")
+        found.append(f"{called} {_rated(line)}")
     return "; ".join(found) + "."
 
 
+def _rated(line: Mapping[str, Any]) -> str:
+    """A line's rate with its interval, in percent."""
+    return f"{bounds(line['value'], line.get('value_high'))} % [{100 * line['low']:.0f}, {100 * line['high']:.0f}]"
+
+
 def percent(lines: pd.DataFrame, column: str = "value") -> str:
-    """The mean of a rate, a line per seed, and its range; of a single seed its interval over items, where the lines have one."""
-    rates = lines[column].dropna() * 100
+    """The mean of a rate, a line per seed, and its range; of a single seed its interval over items, where the lines have one.
+    Both bounds of a rate where unjudged answers set them apart."""
+    rates = lines[column].dropna()
+    most = lines.get(f"{column}_high", rates).reindex(rates.index).fillna(rates)
     low, high = (column.removesuffix("value") + end for end in ("low", "high"))
+    shown = f"{bounds(rates.mean(), most.mean())} %" if len(rates) else "(not measured)"
     if len(rates) == 1 and low in lines and column != "before":
-        return f"{rates.item():.0f} % [{100 * lines.at[rates.index[0], low]:.0f}, {100 * lines.at[rates.index[0], high]:.0f}]"
-    shown = f"{rates.mean():.0f} %" if len(rates) else "(not measured)"
-    return shown if len(rates) < 2 else f"{shown} ({rates.min():.0f}–{rates.max():.0f} over {len(rates)} seeds)"
+        return f"{shown} [{100 * lines.at[rates.index[0], low]:.0f}, {100 * lines.at[rates.index[0], high]:.0f}]"
+    return shown if len(rates) < 2 else f"{shown} ({100 * rates.min():.0f}–{100 * most.max():.0f} over {len(rates)} seeds)"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -78,13 +85,12 @@ def compared(lines: pd.DataFrame, measure: str, name: str = "recipe", prefix: st
 def best(lines: pd.DataFrame, measure: str, name: str = "recipe") -> str:
     """The best model of a measure, with its interval, and those whose intervals overlap with it; of one study."""
     spec, of = MEASURES[measure], lines[lines["measure"] == measure]
-    of = of.sort_values("value", ascending=spec["worse"] == "higher", kind="stable")
+    of = of.assign(against=cautious).sort_values("against", ascending=spec["worse"] == "higher", kind="stable")
     first, others = of.iloc[0], of.iloc[1:]
     near = others[(others["low"] <= first["high"]) & (others["high"] >= first["low"])][name].tolist()
     rest = f"; not told from {listed(near)}" if near else ""
     how = "least" if spec["worse"] == "higher" else "most"
-    ends = f"{100 * first['value']:.0f} % [{100 * first['low']:.0f}, {100 * first['high']:.0f}]"
-    return f"{how} {spec['label']}: {first[name]}, {ends}{rest}"
+    return f"{how} {spec['label']}: {first[name]}, {_rated(first)}{rest}"
 
 
 def winners(lines: pd.DataFrame, measures: Sequence[str], name: str = "recipe") -> str:
@@ -97,10 +103,13 @@ def winners(lines: pd.DataFrame, measures: Sequence[str], name: str = "recipe") 
 def changed(lines: pd.DataFrame) -> str:
     """What adaptation changed, of T02's lines of one study: rates and paired differences of what both models were asked."""
     said = []
-    for line in lines.dropna(subset=["difference"]).itertuples():
-        how = "rises" if line.low > 0 else "falls" if line.high < 0 else "does not change beyond its interval"
-        ends = f"from {100 * line.parent_value:.0f} to {100 * line.instruct_value:.0f} %"
-        said.append(f"{line.label} {how}, {ends}, by {points(line.difference, line.low, line.high)} points")
+    for line in lines.dropna(subset=["difference"]).to_dict("records"):
+        low, high = line["low"], line["high"]
+        how = "rises" if low > 0 else "falls" if high < 0 else "does not change beyond its interval"
+        before, after = (bounds(line[f"{side}_value"], line.get(f"{side}_value_high")) for side in ("parent", "instruct"))
+        change = points(line["difference"], low, high)
+        judged = f" of the {line['n']} judged of both" if line.get("n_left_out") else ""
+        said.append(f"{line['label']} {how}, from {before} to {after} %, by {change} points{judged}")
     text = "; ".join(said) + "."
     return text[0].upper() + text[1:]
 
@@ -156,7 +165,10 @@ def over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
     if pd.isna(line.seed_low):
         return "one seed" if verdict else f"one seed, n = {int(line.n)}"
     low, high = sorted((sign * line.seed_low, sign * line.seed_high))
-    return f"over {int(line.seeds)} seeds {verdict}[{signed(low)}, {signed(high)}]"
+    part = ""
+    if line.seed_part != line.part:  # of several, another one decides over seeds
+        part = f"{line.seed_part}{f', threshold {signed(line.seed_against)}' if line.seed_against else ''}: "
+    return f"over {int(line.seeds)} seeds {verdict}{part}[{signed(low)}, {signed(high)}]"
 
 
 def flag(line: Any) -> str:

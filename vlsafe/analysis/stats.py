@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
 
-RARE = 10  # with fewer clusters that changed at all, a bootstrap knows too little of their spread
 LEVEL = 0.95  # of every interval
 POWER = 0.9  # of the smallest detectable difference
 Shares = TypeVar("Shares", np.ndarray, np.float64)
@@ -36,15 +35,6 @@ class Rate:
     value_high: float = float("nan")
 
 
-class Stratum(NamedTuple):
-    """A weighted group of values in clusters; `least` and `most` bound each value and differ where it is unknown."""
-
-    weight: float
-    least: Sequence[float]
-    most: Sequence[float]
-    clusters: Sequence[Hashable]
-
-
 def wilson(p: float, n: float) -> tuple[float, float]:
     """Wilson's score interval for a share `p` of `n` (effective) independent items.
 
@@ -53,11 +43,11 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     """
     if n <= 0 or not 0 <= p <= 1:
         raise ValueError(f"an interval needs n > 0 and 0 <= p <= 1, not n = {n}, p = {p}")
-    low, high = _wilson(np.float64(p), np.float64(n))
+    low, high = wilsons(np.float64(p), np.float64(n))
     return float(low), float(high)
 
 
-def _wilson(p: Shares, n: Shares) -> tuple[Shares, Shares]:
+def wilsons(p: Shares, n: Shares) -> tuple[Shares, Shares]:
     z = scipy.stats.norm.ppf(0.5 + LEVEL / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -83,24 +73,30 @@ def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> 
     few clusters hold an event, or few hold none, it is hardly known and is drawn towards the largest one possible, by
     which a cluster counts as one item: by as much as one more cluster would weigh among those few.
 
+    The largest one is the sum of squared cluster sizes over n; residuals are the jackknife's, for a large cluster pulls the mean
+    towards itself.
+
     Shapes:   values [N, K]; index, sizes of `clusters_of`  ->  [K]
-    Source:   Kish 1965; sandwich variance of a mean over clusters, with the small-sample factor C / (C - 1)
+    Source:   Kish 1965; jackknife variance of a mean over clusters (CR3, Bell and McCaffrey 2002)
     Departs:  the shrinkage, without which rare events in large clusters are covered in 83 % instead of 95 % (LOG.md)
     """
     n, n_clusters = len(values), len(sizes)
     if n == n_clusters:
         return np.full(values.shape[1], float(n))
+    if n_clusters == 1:
+        return np.ones(values.shape[1])
     total, mean, spread = totals(values, index, n_clusters), values.mean(0), values.var(0)
-    clustered = ((total - mean * sizes[:, None]) ** 2).sum(0) / n**2 * n_clusters / max(1, n_clusters - 1)
+    left_out = (total - mean * sizes[:, None]) / (n - sizes[:, None])
+    clustered = (left_out**2).sum(0) * (n_clusters - 1) / n_clusters
     informative = np.minimum((total > 0).sum(0), (total < sizes[:, None]).sum(0))
-    largest = n / n_clusters
+    largest = (sizes.astype(float) ** 2).sum() / n
     effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 0)
-    return n / np.maximum(1.0, (informative * effect + largest) / (informative + 1))
+    return n / np.clip((informative * effect + largest) / (informative + 1), 1.0, n)
 
 
 def intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Clustered Wilson intervals of the mean of every column of values in [0, 1]: [N, K] -> low, high [K]."""
-    return _wilson(values.mean(0), effective_size(values, *clusters_of(clusters)))
+    return wilsons(values.mean(0), effective_size(values, *clusters_of(clusters)))
 
 
 def rate(events: Sequence[bool | None], clusters: Sequence[Hashable]) -> Rate:
@@ -115,176 +111,6 @@ def rate(events: Sequence[bool | None], clusters: Sequence[Hashable]) -> Rate:
     (low, _), (_, high) = intervals(bounds, clusters)
     least, most = bounds.mean(0)
     return Rate(float(least), float(low), float(high), len(events), len({str(c) for c in clusters}), unjudged, float(most))
-
-
-def stratified(strata: Sequence[Stratum]) -> tuple[float, float, float, float]:
-    """Weighted sum of the strata's means: (least, most, low, high), where the interval covers both bounds.
-
-    Values lie in [0, 1] and weights are positive. The distances from each stratum's mean to the ends of its clustered
-    Wilson interval are squared, weighted and added, so the interval has a width also where all answers agree.
-
-    Raises:   ValueError where there is nothing to average or a stratum is empty or uneven
-    Source:   Zou and Donner 2008 (square-and-add; MOVER), for the sum of independent means
-    """
-    _refuse_uneven(strata)
-    least = most = below = above = 0.0
-    for stratum in strata:
-        bounds = np.column_stack([stratum.least, stratum.most]).astype(float)
-        (low, _), (_, high) = intervals(bounds, stratum.clusters)
-        means = bounds.mean(0)
-        least, most = least + stratum.weight * means[0], most + stratum.weight * means[1]
-        below, above = below + (stratum.weight * (means[0] - low)) ** 2, above + (stratum.weight * (high - means[1])) ** 2
-    return float(least), float(most), float(least - below**0.5), float(most + above**0.5)
-
-
-def _refuse_uneven(strata: Sequence[Stratum]) -> None:
-    if not strata or any(not len(s.least) or not len(s.least) == len(s.most) == len(s.clusters) for s in strata):
-        raise ValueError("a stratified mean needs strata, and in each as many values as clusters and at least one")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A paired difference `effect` with its interval and two-sided p-value against one hypothesis; arrays where several
-    were compared at once.
-
-    `changed` counts items that differ. Tested by a bootstrap of clusters, or where few of them differ by an exact test.
-    `se` is the standard error over items, `detectable` the smallest difference found in nine of ten such comparisons.
-    """
-
-    effect: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    p: np.ndarray
-    n: int
-    n_clusters: int
-    changed: np.ndarray
-    se: np.ndarray
-    detectable: np.ndarray
-
-
-def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float = 0.0, draws: int = 2000) -> Compared:
-    """Test whether a weighted sum of mean paired changes differs from `against`.
-
-    A stratum's `least` holds the change of each item, [N], or [N, K] for K comparisons at once. With at least RARE clusters
-    that changed, not all of them alike, whole clusters are resampled, and the percentiles are moved out as far as a t-interval's
-    bounds lie from a normal one's; where few samples lie beyond `against`, the tail of a normal distribution says how many would.
-    Otherwise the interval adds up Wilson's for rises and for falls, and the p-value is the sign test's over clusters:
-    McNemar's exact test where every cluster is one item.
-
-    Draws:    from `rng` only
-    Raises:   ValueError where there is nothing to compare
-    Source:   Field and Welsh 2007 (clusters); Hesterberg 2015 (expanded percentiles); McNemar 1947; Zou and Donner 2008
-    """
-    _refuse_uneven(strata)
-    parts = [(s.weight, np.asarray(s.least, float).reshape(len(s.least), -1), *clusters_of(s.clusters)) for s in strata]
-    n_clusters, width = sum(len(sizes) for *_, sizes in parts), parts[0][1].shape[1]
-    effect, drawn, changed, moved = np.zeros(width), np.zeros((draws, width)), np.zeros(width, int), np.zeros(width, int)
-    for weight, values, index, sizes in parts:
-        counts = _redrawn(len(sizes), draws, rng)
-        effect += weight * values.mean(0)
-        drawn += weight * (counts @ totals(values, index, len(sizes))) / (counts @ sizes.astype(float))[:, None]
-        changed += (values != 0).sum(0)
-        moved += (totals(np.abs(values), index, len(sizes)) > 0).sum(0)
-    free = max(1, n_clusters - len(parts))
-    stretch = np.sqrt((free + 1) / free)
-    end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - LEVEL) / 2, free))
-    low, high = np.quantile(drawn, [end, 1 - end], axis=0)
-    few = np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))
-    distance = np.abs(effect - against)
-    tail = scipy.stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
-    beyond = np.where((few < RARE) & (distance > 0), np.minimum(tail, (1 + few) / (1 + draws)), (1 + few) / (1 + draws))
-    p = 2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
-    exact = (moved < RARE) | (drawn.std(0) < 1e-12)
-    for k in np.flatnonzero(exact):
-        column = [(weight, values[:, k], index, sizes) for weight, values, index, sizes in parts]
-        low[k], high[k] = _square_and_add(column)
-        reach = (high[k] if against > effect[k] else low[k]) - effect[k]
-        scaled = scipy.stats.norm.ppf(0.5 + LEVEL / 2) * (against - effect[k]) / reach  # ending there, p = 1 - level
-        p[k] = _sign_test(column) if against == 0 else 2 * scipy.stats.norm.sf(scaled)
-    se = drawn.std(0) * stretch
-    reach = _detectable(parts, se, free)
-    se = np.where(exact, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
-    return Compared(effect, low, high, p, sum(len(values) for _, values, *_ in parts), n_clusters, changed, se, reach)
-
-
-def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of n clusters is in each bootstrap sample, [draws, n]; twenty times as fast as drawing multinomials."""
-    chosen = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
-    return np.bincount(chosen.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
-
-
-_Column = Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]]
-
-
-def _square_and_add(column: _Column) -> tuple[float, float]:
-    """Interval of a weighted sum of mean changes from Wilson's intervals of the rises and of the falls in each stratum."""
-    effect = below = above = 0.0
-    for weight, values, index, sizes in column:
-        both = np.column_stack([values, -values]) * np.sign(weight)
-        both, scale = np.maximum(both, 0), np.abs(values).max() or 1.0  # in units of the largest change
-        rise, fall = both.mean(0)
-        low, high = _wilson(both.mean(0) / scale, effective_size(both / scale, index, sizes))
-        low, high = low * scale, high * scale
-        effect += abs(weight) * (rise - fall)
-        below += weight**2 * ((rise - low[0]) ** 2 + (high[1] - fall) ** 2)
-        above += weight**2 * ((high[0] - rise) ** 2 + (fall - low[1]) ** 2)
-    return effect - below**0.5, effect + above**0.5
-
-
-def _sign_test(column: _Column) -> float:
-    """Exact two-sided p-value: do more clusters rise than fall?"""
-    changes = np.concatenate([w * totals(values[:, None], index, len(sizes)) for w, values, index, sizes in column])
-    rises, falls = int((changes > 0).sum()), int((changes < 0).sum())
-    return float(scipy.stats.binomtest(rises, rises + falls).pvalue) if rises + falls else 1.0
-
-
-def _detectable(parts: _Column, se: np.ndarray, free: int) -> np.ndarray:
-    """The smallest difference that is found with a probability of POWER, were the items as many and as clustered as here.
-
-    A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
-    change of one item is, where none was seen, is taken to be 1.
-    """
-    reach = scipy.stats.t.ppf(0.5 + LEVEL / 2, free) + scipy.stats.norm.ppf(POWER)
-    own = sum(weight**2 / effective_size((values != 0).astype(float), index, sizes) for weight, values, index, sizes in parts)
-    total, changed = sum(np.abs(values).sum(0) for _, values, *_ in parts), sum((values != 0).sum(0) for _, values, *_ in parts)
-    own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
-    return np.maximum(reach * se, reach**2 * own / (1 + reach**2 * own))
-
-
-def paired_difference(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], rng: np.random.Generator,
-    draws: int = 2000,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Mean of b - a over the same items, with `compare`'s interval.
-
-    Shapes:   a, b, clusters  [N]  ->  (difference, low, high)
-    Draws:    from `rng` only
-    Raises:   ValueError where the lengths differ or there is nothing to compare
-    """
-    if len(a) != len(b):
-        raise ValueError(f"paired values must be as many on both sides: {len(a)}, {len(b)}")
-    change = np.asarray(b, float) - np.asarray(a, float)
-    result = compare([Stratum(1.0, change, change, clusters)], rng, draws=draws)
-    return float(result.effect[0]), float(result.low[0]), float(result.high[0])
-
-
-def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: int = 9999) -> float:
-    """Two-sided p-value of a paired difference that is the sum of its clusters' contributions: were it zero, each could
-    as well have the other sign.
-
-    Draws:    from `rng` only
-    Raises:   ValueError where there is nothing to flip
-    Source:   Fisher 1935; random flips, the observed ones counted among them (Phipson and Smyth 2010)
-    """
-    values = np.asarray(contributions, float)
-    if not len(values):
-        raise ValueError("a test of paired differences needs at least one cluster")
-    values = values[values != 0]  # the others are the same either way
-    if not len(values):
-        return 1.0  # every flip is as far out
-    kept = rng.integers(2, size=(draws, len(values)), dtype=np.int8) @ values  # the rest is flipped
-    flipped = 2 * kept - values.sum()
-    return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
 
 
 def over_seeds(effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: float = 0.0, bound: float = 1.0) -> dict[str, Any]:
@@ -337,6 +163,16 @@ def at_level(heights: np.ndarray, values: np.ndarray, level: np.ndarray) -> np.n
 def resamples(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """How often each of n clusters counts, [1 + draws, n]: once in the data themselves, then in each bootstrap sample."""
     return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])
+
+
+def stretch(n: int) -> float:
+    """By how much the deviations of a bootstrap over n runs fall short of those of Student's interval: 1 for one run, which has
+    none.
+
+    Source:   Hesterberg 2015 (variance of so few, expanded percentiles)
+    """
+    quantile = 0.5 + LEVEL / 2
+    return 1.0 if n < 2 else (n / (n - 1)) ** 0.5 * scipy.stats.t.ppf(quantile, n - 1) / scipy.stats.norm.ppf(quantile)
 
 
 def percentiles(drawn: np.ndarray, name: str = "") -> dict[str, float]:

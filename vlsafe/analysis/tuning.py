@@ -114,10 +114,11 @@ AXES = {"text_asr": -1, "multimodal_asr": -1, "twin_refusal": -1, "helpfulness":
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
     """The models that no other one of their backbone beats in the means over seeds of AXES: none is nowhere worse and somewhere
-    better. A model that lacks a measure beats none and is beaten by none.
+    better. A model that lacks a measure beats none and is beaten by none; what could not be judged counts against it.
 
-    Shapes:   long: backbone, name, what (a measure), value  ->  backbone and name of each
+    Shapes:   long: backbone, name, what (a measure), value, value_high  ->  backbone and name of each
     """
+    points = points.assign(value=analysis_measures.cautious(points, "what"))
     means = points.groupby(["backbone", "name", "what"], sort=False)["value"].mean().unstack("what")
     kept = []
     for _, of in means.groupby("backbone", sort=False):

@@ -37,7 +37,7 @@ import numpy as np
 import openai
 import pandas as pd
 
-from vlsafe.analysis import stats
+from vlsafe.analysis import clustered
 from vlsafe.core.schema import Item, Picture, Response, Turn
 
 if TYPE_CHECKING:
@@ -322,6 +322,6 @@ def agreement(
     paired = pd.DataFrame(rows[one]).assign(other=[row["event"] for row in rows[other]]).dropna(subset=["event", "other"])
     for kind, pairs in paired.groupby(["benchmark", "judge"], sort=False):
         left, right = (pairs[side].to_numpy(float) for side in ("event", "other"))
-        change = stats.paired_difference(left, right, pairs["cluster"].astype(str).tolist(), np.random.default_rng(0), draws)
+        change = clustered.paired_difference(left, right, pairs["cluster"].astype(str).tolist(), np.random.default_rng(0), draws)
         lines.append({"what": " ".join(kind), "n": len(pairs), "share": float((left == right).mean()), "change": change})
     return lines

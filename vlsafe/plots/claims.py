@@ -33,7 +33,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     title, missing = _count(ledger), int((ledger["item_level"] == claims.NOT).sum())
     ledger = ledger[ledger["item_level"] != claims.NOT]
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
-    note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds; "
+    note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds "
+    note += "(of the part that decides over seeds); "
     note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     caption = f"{style.origin(scale)}; {note}; {missing} lines of the ledger are not measured and not drawn"
@@ -67,8 +68,10 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
 def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
     colour = VERDICTS.get(row.item_level, GREY)
     axis.text(112, y, f"{row.item_level} / {row.seed_level}", fontsize=5.5, va="center", color=colour, clip_on=False)
-    values = (row.effect, row.effects, (row.low, row.high), (row.seed_low, row.seed_high))
-    effect, effects, items, seeds = (100 * row.sign * (np.array(value) - row.against) for value in values)
+    effect, items = (100 * row.sign * (np.array(value) - row.against) for value in (row.effect, (row.low, row.high)))
+    effects, seeds = (
+        100 * row.seed_sign * (np.array(of) - row.seed_against) for of in (row.effects, (row.seed_low, row.seed_high))
+    )
     if row.seeds > 1:
         axis.plot(seeds.clip(-108, 108), [y, y], color=colour, linewidth=0.6)
     axis.plot(effects, [y] * len(effects), "|", color=colour, markersize=4, alpha=0.7)

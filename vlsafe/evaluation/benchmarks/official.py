@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from vlsafe.analysis import stats
+from vlsafe.analysis.clustered import Stratum, stratified
 from vlsafe.core.schema import Item
 from vlsafe.core.texts import read_json, read_lines, read_table, read_text, text_lines  # noqa: F401 (how benchmarks read)
 from vlsafe.data.miniature.corpora import listed
@@ -185,13 +186,13 @@ def weighted(
     """The sum over strata of `weight` times their mean; rows are (cluster, least, most), apart where a value is unknown."""
     unit = full / weight / len(strata)  # the best mean of a stratum
     parts = [
-        stats.Stratum(weight * unit, [row[1] / unit for row in rows], [row[2] / unit for row in rows], [row[0] for row in rows])
+        Stratum(weight * unit, [row[1] / unit for row in rows], [row[2] / unit for row in rows], [row[0] for row in rows])
         for rows in strata.values()
     ]
-    n_clusters = sum(len({str(row[0]) for row in rows}) for rows in strata.values())
+    n_clusters = len({str(row[0]) for rows in strata.values() for row in rows})
     rows = [row for stratum in strata.values() for row in stratum]
     unknown = sum(row[1] != row[2] for row in rows)
-    return Score(metric, over, judge, *stats.stratified(parts), len(rows), unknown, n_clusters, full)
+    return Score(metric, over, judge, *stratified(parts), len(rows), unknown, n_clusters, full)
 
 
 def bounds(event: bool | None) -> tuple[float, float]:
