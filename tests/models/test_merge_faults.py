@@ -11,13 +11,14 @@ import shutil
 import pytest
 import torch
 from families import built, parent, saved
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vlsafe import cli
 from vlsafe.core import store
 from vlsafe.models import checkpoints, weights
-from vlsafe.models.merge import files, inputs
+from vlsafe.models.merge import files, fisher, inputs
 from vlsafe.models.merge.rules import RULES, How, merged
 
 BLOCK = "model.layers.0.mlp.up_proj.weight"
@@ -123,6 +124,7 @@ def test_a_damaged_index_is_named(pair, text, match):
             '{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}',
             "is no config of the type 'llama': The hidden size",
         ),
+        ('{"model_type": ["llama"]}', r"has the model_type \['llama'\], which should be a name"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "is no config of the type 'llama': .*hidden_size"),
     ],
 )
@@ -483,6 +485,17 @@ def test_weights_that_are_read_otherwise_are_refused(pair, name, value):
     for which, of in (("a", own), ("b", own | {name: value})):
         (pair[0][which] / "config.json").write_text(json.dumps(of))
     refused(ab(pair[0]), f"has {name} {value!r}, a {own[name]!r}")
+
+
+def test_fisher_information_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):
+    def full(_, out):
+        out.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(fisher, "save_file", full)
+    with pytest.raises(OSError, match=r"fisher\.safetensors cannot be written: No space left"):
+        fisher.save({"w": torch.ones(1)}, tmp_path / "fisher.safetensors")
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_no_fisher_information_is_refused(pair, tmp_path):

@@ -213,6 +213,9 @@ def test_a_model_without_a_template_is_refused_and_takes_one(home, tmp_path, cap
     processors.published("llava", tmp_path / "mute", with_template=False)
     said = refused(capsys, "examine", tmp_path / "mute", "--benchmarks", "xstest")
     assert "mute has no chat template" in said and "--chat-template FILE" in said
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}{{ m['content'] }")
+    said = refused(capsys, "examine", tmp_path / "mute", "--benchmarks", "xstest", "--chat-template", "broken.jinja")
+    assert "the chat template of mute cannot be written out: " in said and "--chat-template FILE" in said
     (tmp_path / "own.jinja").write_text(processors.template("llava").replace("assistant: ", "answer: "))
     run("examine", tmp_path / "mute", "--benchmarks", "xstest", "--max-new-tokens", 2, "--chat-template", "own.jinja")
     text = chat.rendered(checkpoints.load_processor(next((tmp_path / "runs").rglob("filtered-full"))), [Turn("user", "a")], 0)

@@ -94,7 +94,7 @@ def config_of(folder: Path) -> PreTrainedConfig:
     from vlsafe.models import lite_config  # noqa: F401 (it tells the library about our own type)
 
     raw = read_object(folder / "config.json")
-    if raw.get("model_type") in CONFIG_MAPPING:
+    if _kind(folder) in CONFIG_MAPPING:
         try:
             return AutoConfig.from_pretrained(folder)
         except StrictDataclassError as error:
@@ -106,7 +106,7 @@ def config_of(folder: Path) -> PreTrainedConfig:
 def ties(folder: Path) -> bool:
     """Whether the config of a checkpoint says that embedding and head are one tensor, as the library reads it."""
     raw = read_object(folder / "config.json")
-    if FAMILIES.get(raw.get("model_type", "")) is DECODER and isinstance(raw.get("tie_word_embeddings"), bool):
+    if FAMILIES.get(_kind(folder)) is DECODER and isinstance(raw.get("tie_word_embeddings"), bool):
         return raw["tie_word_embeddings"]
     return bool(getattr(config_of(folder), "tie_word_embeddings", False))
 
@@ -117,8 +117,7 @@ def family_of(model: PreTrainedModel | Path) -> Family:
     Raises:   ValueError for a vision-language model of a type that is not in `FAMILIES`
     """
     if isinstance(model, Path):
-        raw = read_object(model / "config.json")
-        kind, multimodal = raw.get("model_type", ""), "vision_config" in raw
+        kind, multimodal = _kind(model), "vision_config" in read_object(model / "config.json")
     else:
         kind, multimodal = model.config.model_type, hasattr(model.config, "vision_config")
     if multimodal and kind not in FAMILIES:
@@ -135,12 +134,20 @@ def family_of(model: PreTrainedModel | Path) -> Family:
 
 def naming(folder: Path) -> Family:
     """How files of a checkpoint name its weights; a type that is not in `FAMILIES` has the names of a plain decoder."""
-    return FAMILIES.get(read_object(folder / "config.json").get("model_type", ""), DECODER)
+    return FAMILIES.get(_kind(folder), DECODER)
+
+
+def _kind(folder: Path) -> str:
+    """The type of a checkpoint's model; "" where its config names none."""
+    kind = read_object(folder / "config.json").get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"{folder / 'config.json'} has the model_type {kind!r}, which should be a name")
+    return kind
 
 
 def decoder_type(folder: Path) -> str:
     """The type of plain language models whose weights fit the decoder of a checkpoint, which may be one itself."""
-    family, kind = family_of(folder), read_object(folder / "config.json").get("model_type", "")
+    family, kind = family_of(folder), _kind(folder)
     return (family.parent or config_of(folder).get_text_config().model_type) if family.vision else kind
 
 

@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import yaml
 
 from vlsafe import evaluation, models
@@ -25,7 +26,7 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import Origin
 from vlsafe.core.presets import PAPER, SCALES, load_scale
 from vlsafe.core.scale import PLACE, as_plain, extended, known
-from vlsafe.core.schema import MAIN_LINE, content_digest
+from vlsafe.core.schema import MAIN_LINE, Turn, content_digest
 from vlsafe.evaluation.benchmarks import OWN, REAL
 from vlsafe.evaluation.judges import JUDGES, LLM_JUDGES
 from vlsafe.study.judging import QUERIES
@@ -136,6 +137,10 @@ def adopt(study: Study, work: Path, part: str) -> dict[str, Any]:
             f"{name} has no chat template, and how it was trained to be asked cannot be guessed: write it down in Jinja and pass "
             f"it, {option} FILE (vlsafe/models/templates has some)"
         )
+    try:
+        models.chat.rendered(processor, [Turn("user", "a line")], 0)
+    except (TypeError, jinja2.TemplateError) as error:
+        raise ValueError(f"the chat template of {name} cannot be written out: {error}; pass another, {option} FILE") from error
     return {"decoder": kind, "bytes": sum(path.stat().st_size for path in files(work))}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -70,7 +71,11 @@ def refuse_existing(out: Path) -> None:
 
 
 def save(found: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Raises:   ValueError where the file exists"""
+    """Raises:   ValueError where the file exists; OSError, leaving none, where it cannot be written"""
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: total.contiguous() for name, total in found.items()}, out)
+    try:
+        save_file({name: total.contiguous() for name, total in found.items()}, out)
+    except SafetensorError as error:
+        out.unlink(missing_ok=True)
+        raise OSError(f"{out} cannot be written: {error}") from error
