@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlsafe.analysis import adaptation, clustered, degradation, measures, stats
+from vlsafe.analysis import adaptation, clustered, degradation, measures, resampling, stats
 from vlsafe.analysis.measures import MODEL
 from vlsafe.core.schema import Response
 from vlsafe.data.miniature.language import SYSTEMS, World
@@ -98,7 +98,9 @@ def test_a_bootstrap_redraws_items_once_for_all_points():
     found = at_level(study(filtered_full=same, twin=same))
     assert found.loc["twin", ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
     assert (found["low"] < found["value"]).all() and (found["value"] <= found["high"]).all()
-    drawn = measures.bootstrap(adaptation.panel(study(filtered_full=same)), "text_asr", np.random.default_rng(0), 4000)
+    drawn = resampling.bootstrap(adaptation.panel(study(filtered_full=same)), ["text_asr"], np.random.default_rng(0), 4000)[
+        "text_asr"
+    ]
     low, high = np.quantile(drawn["filtered-full", 2][1:], [0.025, 0.975])
     wanted = clustered.paired_difference([0] * 10, [1] * 3 + [0] * 7, range(10), np.random.default_rng(1), draws=4000)
     assert (drawn["filtered-full", 2][0], low, high) == pytest.approx(wanted, abs=0.051)
@@ -157,7 +159,7 @@ def test_points_with_other_items_are_refused():
     gone = (raw["step"] == 2) & (raw["item"] == "sorry_bench0")
     rows = adaptation.panel(raw)
     with pytest.raises(ValueError, match="not examined on the same items"):
-        measures.bootstrap(pd.concat([rows, raw[gone]]), "text_asr", np.random.default_rng(0), 2)
+        resampling.bootstrap(pd.concat([rows, raw[gone]]), ["text_asr"], np.random.default_rng(0), 2)
 
 
 def test_equal_steps_seeds_and_the_sheet():

@@ -404,6 +404,8 @@ def test_what_seeds_say_is_of_the_part_that_decides_over_them():
     line = claims.judged({("3", "b"): lines}).iloc[0]
     assert (line["part"], line["effect"]) == (text, 0.3) and (line["item_level"], line["seed_level"]) == (SUPPORTED, UNDECIDED)
     assert (line["seed_part"], line["seed_low"], line["seed_high"]) == (pictures, pytest.approx(0.05), 0.25)
+    single = {name: of | {"seed_p": 1.0, "seeds": 1} for name, of in reversed(lines.items())}
+    assert claims.judged({("3", "b"): single}).iloc[0][["part", "seed_part"]].tolist() == [text, text]  # one seed decides nothing
     shown = claims.sheet(pd.DataFrame([line]).assign(reason="")).iloc[0]
     assert shown["over seeds, decided by"] == pictures and shown["over seeds"] == "[+5, +25]"
     assert f"over 3 seeds undecided, {pictures}: [+5, +25]" in sentences.verdict(pd.Series({**line, "flagged": ""}))

@@ -275,6 +275,7 @@ def test_what_could_not_be_judged_is_no_better_for_it():
     assert "from 0 to 25–75 %" in text and "of the 2 judged of both" in text
     assert degradation.sheet(table).set_index("measure").loc["text ASR", "adapted"].startswith("25–75 [")
     assert "0 % → 25–75 %" in openings.fell(pd.concat([models, models.assign(seed=1)])).replace(" (0–0 over 2 seeds)", "")
+    assert degradation.overview(models).set_index("stage").loc["instruct", "text ASR"].startswith("25–75 [")
     adapted = models[models["stage"] == "instruct"].iloc[0]
     assert (adapted["value"], adapted["value_high"]) == (0.25, 0.75)
     points = models[models["measure"] == "text_asr"].assign(name=models["recipe"], what=models["measure"])

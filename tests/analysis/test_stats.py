@@ -6,7 +6,7 @@ import pytest
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 
-from vlsafe.analysis import clustered, measures, stats
+from vlsafe.analysis import clustered, measures, resampling, stats
 from vlsafe.core.presets import MINI
 from vlsafe.data.miniature.language import World
 from vlsafe.evaluation.benchmarks import BENCHMARKS as ROOMS
@@ -257,6 +257,30 @@ def test_few_changes_count_by_their_size():
     assert all(flips) and found.p[0] == 1.0 and found.effect[0] == pytest.approx(-0.12) and found.high[0] > 0
 
 
+def test_what_rounding_leaves_of_a_cluster_has_not_changed():
+    """Means over three runs that rise by 2/3 and fall by as much add up to zero but for the last digit."""
+    up, down = 2 / 3, 1 / 3 - 1
+    for n in (0, 1, 3):
+        change, clusters = (
+            [1.0] * 4 + [up, down] * n + [0.0] * 50,
+            [*range(4), *np.repeat(range(50, 50 + n), 2), *range(100, 150)],
+        )
+        found = clustered.compare([clustered.Stratum(1.0, change, change, clusters)], np.random.default_rng(0))
+        assert found.p[0] == pytest.approx(0.125)
+        assert clustered.sign_flip([0.25] * 4 + [up + down] * n, np.random.default_rng(0)) == pytest.approx(0.125, abs=0.02)
+
+
+def test_a_stricter_threshold_is_no_easier_and_an_interval_agrees_with_its_test():
+    for n in (3, 4, 5, 8):
+        strata = [clustered.Stratum(1.0, [1.0] * n, [1.0] * n, range(n))]
+        found = [clustered.compare(strata, np.random.default_rng(0), against) for against in (0.0, 0.05, 0.3, 0.6)]
+        p = [one.p[0] for one in found]
+        assert p == sorted(p) and p[0] == pytest.approx(2.0 ** (1 - n))
+        assert (found[0].low[0] <= 0) == (p[0] >= 0.05)
+    half = [clustered.Stratum(1.0, [0.5] * 9, [0.5] * 9, range(9))]
+    assert clustered.compare(half, np.random.default_rng(0), 0.6).p[0] == 1.0  # nothing says how far it could lie above
+
+
 @pytest.mark.parametrize("p", [0.04, 0.1, 0.3])
 def test_intervals_cover_where_clusters_are_very_unequal(p):
     """As pocket's: many of one and two items, and three that hold a quarter of all; 2,000 draws."""
@@ -270,17 +294,48 @@ def test_intervals_cover_where_clusters_are_very_unequal(p):
     assert stats.rate([True, False, True], ["a"] * 3).low < 0.1  # one cluster is one item
 
 
+def runs_of(done, **more):
+    """Answers of runs, seeds as rows: whether each request was answered, None where nobody could judge."""
+    facts = {"backbone": "b", "recipe": "m", "step": 0, "exam": "full", "benchmark": "sorry_bench", "group": "base",
+             "harmful": True, "judge": "world", **more}  # fmt: skip
+    items = {"item": range(len(done[0])), "cluster": range(len(done[0]))}
+    rows = [
+        pd.DataFrame(facts | items | {"seed": seed, "event": list(of)}).astype({"event": object}) for seed, of in enumerate(done)
+    ]
+    labels = {True: "complied_right", False: "refused"}
+    return pd.concat(rows).assign(label=lambda frame: frame["event"].map(labels).fillna("unjudged"))
+
+
 def test_a_mean_over_few_runs_covers():
     """Three runs whose rates spread by 20 points around one half: the interval of their mean covers it."""
     rng, hits, draws = np.random.default_rng(5), 0, 100
-    facts = {"backbone": "b", "recipe": "m", "step": 0, "exam": "full", "benchmark": "sorry_bench", "group": "base",
-             "harmful": True, "judge": "world"}  # fmt: skip
     for _ in range(draws):
         done = rng.random((3, 200)) < np.clip(rng.normal(0.5, 0.2, (3, 1)), 0.02, 0.98)
-        labels = np.where(done, "complied_right", "refused")
-        of_run = [{"seed": seed, "label": labels[seed], "event": done[seed]} for seed in range(3)]
-        rows = [pd.DataFrame(facts | {"item": range(200), "cluster": range(200)} | of) for of in of_run]
-        drawn = measures.over_seeds(pd.concat(rows), "text_asr", 300)["m"][0]
+        drawn = resampling.over_seeds(runs_of(done.tolist()), "text_asr", 300)["m"][0]
         low, high = np.quantile(drawn[1:], [0.025, 0.975])
         hits += bool(low <= 0.5 <= high)
     assert hits / draws >= 0.92
+
+
+def test_seeds_that_share_their_items_share_draws_also_where_some_are_unjudged():
+    done = (np.random.default_rng(1).random(120) < 0.3).tolist()
+    missing = [[None if (seed, place) in ((0, 3), (1, 50)) else of for place, of in enumerate(done)] for seed in range(3)]
+    spread = [resampling.over_seeds(runs_of(of, shared=True), "text_asr", 2000)["m"][0].std() for of in ([done] * 3, missing)]
+    assert spread[1] == pytest.approx(spread[0], rel=0.05) and spread[0] == pytest.approx(
+        stats.stretch(3) * np.std(done) / 120**0.5, rel=0.1
+    )
+
+
+def test_points_are_compared_on_the_same_items_of_every_group():
+    rows = runs_of([[True, False]] * 1, benchmark="mm_safetybench").drop(columns="group")
+    rows = pd.concat([rows.assign(group="SD"), rows.assign(group="SD", step=1), rows.assign(group="TYPO")])
+    rows = rows.assign(event=rows["event"].astype(float), **{"picture_refusal_probability": 0.5})
+    by_group = [
+        name for name, spec in measures.MEASURES.items() if spec.get("by_group") and spec["benchmark"] == "mm_safetybench"
+    ]
+    assert by_group
+    for name in by_group:
+        of = rows.assign(judge=measures.MEASURES[name]["judge"], harmful=measures.MEASURES[name].get("harmful", True))
+        column = measures.MEASURES[name].get("column")
+        with pytest.raises(ValueError, match="not examined on the same items"):
+            resampling.bootstrap(of.assign(**{column: 0.5} if column else {}), [name], np.random.default_rng(0), 10)

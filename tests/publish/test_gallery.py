@@ -69,9 +69,9 @@ def part(study, runs, read, monkeypatch):
     monkeypatch.setattr(analysis.degradation, "MEASURES", {name: MEASURES[name] for name in SOME})
     compare, flip, resamples = clustered.compare, clustered.sign_flip, stats.resamples
     monkeypatch.setattr(
-        stats, "compare", lambda strata, rng, against=0.0, draws=0, level=0.95: compare(strata, rng, against, FEW)
+        clustered, "compare", lambda strata, rng, against=0.0, draws=0, level=0.95: compare(strata, rng, against, FEW)
     )
-    monkeypatch.setattr(stats, "sign_flip", lambda values, rng: flip(values, rng, FEW))
+    monkeypatch.setattr(clustered, "sign_flip", lambda values, rng: flip(values, rng, FEW))
     monkeypatch.setattr(stats, "resamples", lambda n, draws, rng: resamples(n, FEW, rng))
     monkeypatch.setattr(analysis.probing._correlated, "__defaults__", (FEW,))
     monkeypatch.setattr(analysis.tuning, "SHOWN", SOME)

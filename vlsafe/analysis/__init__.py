@@ -6,8 +6,8 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.analysis import (
-        adaptation, agreement, capability, causal, claims, comparisons, crossing, degradation, durability, filtering, measures,
-        merging, openings, probing, sentences, stats, tuning,
+        adaptation, agreement, capability, causal, claims, clustered, comparisons, crossing, degradation, durability, filtering,
+        measures, merging, openings, probing, resampling, sentences, stats, tuning,
     )  # fmt: skip
 
 __getattr__ = lazily(__name__)

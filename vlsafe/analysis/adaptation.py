@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlsafe.analysis import clustered, measures, stats
-from vlsafe.analysis.measures import GRADED, HEADLINE, UNIT, Draws, Lacking, compact, events, groups, run_names
+from vlsafe.analysis import clustered, measures, resampling, stats
+from vlsafe.analysis.measures import GRADED, HEADLINE, UNIT, Lacking, compact, events, groups, run_names
+from vlsafe.analysis.resampling import Draws
 from vlsafe.core.schema import MAIN_LINE
 
 MAIN = MAIN_LINE["adapted"].partition("/")[2]
@@ -75,7 +76,7 @@ def _drawn(
         rows = panel(of)
         if {START[0]} < set(rows["recipe"]) and set(measures.present(rows, compared)) == set(compared):
             rng = np.random.default_rng(unit["seed"])
-            yield unit, rows, {measure: measures.bootstrap(rows, measure, rng, draws) for measure in compared}
+            yield unit, rows, resampling.bootstrap(rows, compared, rng, draws)
 
 
 def matched(raw: pd.DataFrame, weights: pd.DataFrame, losses: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from vlsafe.analysis import adaptation, measures
-from vlsafe.analysis.measures import UNIT, Draws, events, groups, run_names
+from vlsafe.analysis import adaptation, measures, resampling
+from vlsafe.analysis.measures import UNIT, events, groups, run_names
 from vlsafe.analysis.probing import DRAWS, OUTCOMES
+from vlsafe.analysis.resampling import Draws
 from vlsafe.analysis.stats import at_level, percentiles
 from vlsafe.core.schema import MAIN_LINE
 
@@ -50,8 +51,7 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
 
 def _drawn(raw: pd.DataFrame, seed: int) -> dict[str, Draws]:
     """Measures of every model of one study that it was asked about, as they are and over bootstrap samples that all share."""
-    of = measures.present(raw, EXAMINED)
-    return {measure: measures.bootstrap(raw, measure, np.random.default_rng(seed), DRAWS) for measure in of}
+    return resampling.bootstrap(raw, measures.present(raw, EXAMINED), np.random.default_rng(seed), DRAWS)
 
 
 def _curve(raw: pd.DataFrame) -> list[tuple[str, int]]:
@@ -132,7 +132,7 @@ def frozen(raw: pd.DataFrame, patched: pd.DataFrame, located: pd.DataFrame) -> p
         start = own[own["stage"] == "projector"].assign(recipe=adaptation.START[0], step=adaptation.START[1])
         rows = pd.concat([start, own[(own["stage"] == "instruct") & own["step"].isin(grid["step"])], grid])
         rng = np.random.default_rng(unit["seed"])
-        drawn = {measure: measures.bootstrap(rows, measure, rng, DRAWS) for measure in measures.present(rows, EXAMINED)}
+        drawn = resampling.bootstrap(rows, measures.present(rows, EXAMINED), rng, DRAWS)
         recipes, last = [r for r in dict.fromkeys(rows["recipe"]) if r != adaptation.START[0]], max(grid["step"])
         found = [
             {"recipe": r, "measure": measure, "at": adaptation.STEPS, **percentiles(points[r, last]),

@@ -213,7 +213,8 @@ def judged(lines: Lines) -> pd.DataFrame:
             item, seed = (weigh(claim.decided_by, of, p) for p in ("p", "seed_p"))
             row |= of[item.contradicting if item.contradict < item.support else item.supporting]
             row |= {"p": min(item[:2]), "seed_p": min(seed[:2]), "matters": matters(claim.decided_by, of, claim.interest)}
-            of_seeds = of[seed.contradicting if seed.contradict < seed.support else seed.supporting]
+            decided = seed if min(seed[:2]) < 1 else item  # one seed, and seeds that differ, decide nothing
+            of_seeds = of[decided.contradicting if decided.contradict < decided.support else decided.supporting]
             row |= {name: of_seeds.get(name) for name in OVER_SEEDS}
             row |= {f"seed_{name}": of_seeds[name] for name in ("part", "sign", "against")}
             row |= {by: hindered(claim.decided_by, of, by) for by in ("ceiling", "differs")}

@@ -15,6 +15,7 @@ import scipy  # `scipy.stats` is imported when it is first used: it takes half a
 
 from vlsafe.analysis.stats import LEVEL, POWER, effective_size, totals, wilsons
 
+RESIDUE = 1e-12  # of rounding, relative to the numbers that are added
 RARE = 10  # with fewer clusters that changed at all, a bootstrap knows too little of their spread
 
 
@@ -165,9 +166,10 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
     effect, drawn, changed = np.zeros(width), np.zeros((draws, width)), np.zeros(width, int)
     contributions, touched = np.zeros((n_clusters, width)), np.zeros((n_clusters, width), bool)
     for part in parts:
-        mean, total, size = part.values.mean(0), part.totals(), (counts[:, part.place] @ part.sizes.astype(float))[:, None]
+        mean, total, own = part.values.mean(0), part.totals(), counts[:, part.place]
+        size = (own @ part.sizes.astype(float))[:, None]
         effect += part.weight * mean  # which a sample without any item of this stratum keeps
-        drawn += part.weight * np.where(size > 0, (counts[:, part.place] @ total) / np.maximum(size, 1), mean)
+        drawn += part.weight * np.where(size > 0, (own @ total) / np.maximum(size, 1), mean)
         changed += (part.values != 0).sum(0)
         contributions[part.place] += part.weight * total / len(part.values)
         touched[part.place] |= part._replace(values=np.abs(part.values)).totals() > 0
@@ -183,9 +185,15 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
     exact = (moved < RARE) | (drawn.std(0) < 1e-12)
     for k in np.flatnonzero(exact):
         low[k], high[k] = _square_and_add([part._replace(values=part.values[:, [k]]) for part in parts])
-        reach = (high[k] if against > effect[k] else low[k]) - effect[k]
-        scaled = scipy.stats.norm.ppf(0.5 + LEVEL / 2) * (against - effect[k]) / reach  # ending there, p = 1 - level
-        p[k] = _flips(contributions[:, k], rng) if against == 0 else 2 * scipy.stats.norm.sf(scaled)
+        flips = _flips(contributions[:, k], rng)
+        if flips >= 1 - LEVEL:  # what this test does not tell from nothing, the interval does not either
+            low[k], high[k] = min(low[k], 0.0), max(high[k], 0.0)
+        p[k] = flips
+        if against:
+            reach = (high[k] if against > effect[k] else low[k]) - effect[k]
+            scaled = (against - effect[k]) / reach if reach else 0.0  # in units of the interval's own length
+            within = against * (effect[k] - against) > 0  # a threshold between nothing and the effect is the harder one to pass
+            p[k] = max(2 * scipy.stats.norm.sf(scaled * scipy.stats.norm.ppf(0.5 + LEVEL / 2)), flips if within else 0.0)
     se = drawn.std(0) * stretch
     reach = _detectable(parts, se, free)
     se = np.where(exact, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
@@ -217,13 +225,18 @@ def _square_and_add(parts: Sequence[_Part]) -> tuple[float, float]:
 
 def _flips(contributions: np.ndarray, rng: np.random.Generator) -> float:
     """`sign_flip`'s p-value by all flips of the few contributions that are not zero, or of those that are all of one sign."""
-    moved = contributions[contributions != 0]
-    if abs(moved.sum()) == np.abs(moved).sum():
+    moved = _moved(contributions)
+    if (moved > 0).all() or (moved < 0).all():
         return min(1.0, 2.0 ** (1 - len(moved)))
     if len(moved) >= RARE:
         return sign_flip(moved, rng)
     signs = 2 * (np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1) - 1
-    return float((np.abs(signs @ moved) >= abs(moved.sum()) - 1e-12).mean())
+    return float((np.abs(signs @ moved) >= abs(moved.sum()) - RESIDUE * np.abs(moved).sum()).mean())
+
+
+def _moved(contributions: np.ndarray) -> np.ndarray:
+    """Those that are not zero, be it by rounding."""
+    return contributions[np.abs(contributions) > RESIDUE * np.abs(contributions).max(initial=0.0)]
 
 
 def _detectable(parts: Sequence[_Part], se: np.ndarray, free: int) -> np.ndarray:
@@ -269,9 +282,10 @@ def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: i
     values = np.asarray(contributions, float)
     if not len(values):
         raise ValueError("a test of paired differences needs at least one cluster")
-    values = values[values != 0]  # the others are the same either way
+    values = _moved(values)  # the others are the same either way
     if not len(values):
         return 1.0  # every flip is as far out
     kept = rng.integers(2, size=(draws, len(values)), dtype=np.int8) @ values  # the rest is flipped
     flipped = 2 * kept - values.sum()
-    return float((1 + (np.abs(flipped) >= abs(values.sum()) - 1e-12).sum()) / (1 + draws))
+    as_far = np.abs(flipped) >= abs(values.sum()) - RESIDUE * np.abs(values).sum()
+    return float((1 + as_far.sum()) / (1 + draws))

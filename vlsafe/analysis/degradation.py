@@ -59,7 +59,8 @@ def everything(raw: pd.DataFrame) -> pd.DataFrame:
 def overview(lines: pd.DataFrame) -> pd.DataFrame:
     """T08 for the eye: one line per backbone × model, a column per measure, `measures.spread` over seeds."""
     index = ["backbone", "stage", "recipe"]
-    cells = lines.groupby([*index, "measure"], sort=False)[["value", "low", "high"]].apply(measures.spread).unstack("measure")
+    by = lines.groupby([*index, "measure"], sort=False)[["value", "value_high", "low", "high"]]
+    cells = by.apply(measures.spread).unstack("measure")
     wide = cells.reindex(columns=list(OVERVIEW)).dropna(axis=1, how="all").rename(columns=lambda name: MEASURES[name]["label"])
     order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
     return wide.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
@@ -93,6 +94,5 @@ def by_category(raw: pd.DataFrame) -> pd.DataFrame:
         raise Lacking("there is no full examination of the parent, of stage 1 or of the adapted model on harmful prompts")
     lines = pd.concat(measured, ignore_index=True)
     lines["before"] = lines["kind"] != "adapted"
-    return lines[
-        ["backbone", "seed", "measure", "category", "kind", "before", "value", "low", "high", "n", "n_clusters", "judge"]
-    ]
+    ends = ["value", "value_high", "low", "high"]
+    return lines[["backbone", "seed", "measure", "category", "kind", "before", *ends, "n", "n_clusters", "judge"]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlsafe.analysis import measures, stats
+from vlsafe.analysis import measures, resampling, stats
 from vlsafe.analysis.measures import UNIT, Lacking, groups
 
 ATTACKED = ("text_asr", "multimodal_asr")
@@ -78,14 +78,15 @@ def half_lives(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
         for measure, model in itertools.product(measures.present(of, ATTACKED), sorted({*of["model"]} - {CONTROL})):
             both = _with_control(of[of["model"].isin([CONTROL, model])], measure)
             if len(both):
-                drawn, judges = measures.over_seeds(both, measure, draws), measures.named(measures.events(both, measure)["judge"])
+                drawn = resampling.over_seeds(both, measure, draws)
+                judges = measures.named(measures.events(both, measure)["judge"])
                 steps, ceiling = np.array(sorted(drawn[CONTROL]), float), drawn[CONTROL][0]
                 curve = np.stack([drawn[model][step] for step in steps], 1)
                 gain = ceiling - curve[:, 0]
                 half = stats.at_level(curve, np.tile(steps, (len(curve), 1)), (ceiling + curve[:, 0]) / 2)
                 half = np.where(gain > 0, np.where(np.isnan(half), np.inf, half), np.nan)
                 line = {"backbone": backbone, "rows": kind, "model": model, "measure": measure, "steps": int(steps[-1])}
-                line |= {"seeds": both["seed"].nunique(), **stats.percentiles(gain, "gain")}
+                line |= {"seeds": both["seed"].nunique(), **stats.percentiles(gain.clip(-1.0, 1.0), "gain")}
                 line |= {"start": float(curve[0, 0]), "end": float(curve[0, -1]), "half_life": float(half[0])}
                 known = np.sort(half[1:][~np.isnan(half[1:])])
                 ends = [known[round(q * (len(known) - 1))] for q in (0.025, 0.975)] if len(known) else [np.nan, np.nan]

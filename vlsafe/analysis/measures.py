@@ -21,7 +21,6 @@ from vlsafe.core.texts import frozen
 
 UNIT = ["backbone", "seed"]  # one study
 MODEL = ["scale", "backbone", "seed", "stage", "recipe", "step", "exam", "model"]
-Draws = dict[tuple[str, int], np.ndarray]  # (recipe, step) -> a measure as it is, then in each bootstrap sample: [1 + draws]
 
 
 class Lacking(ValueError):
@@ -282,55 +281,6 @@ def with_changes(lines: pd.DataFrame, change: pd.DataFrame, prefix: str = "") ->
     keys = [name for name in (*UNIT, "stage", "recipe", "measure") if name in lines]
     others = {name: f"{prefix}{name}" for name in change.columns if name not in (*UNIT, "stage", "recipe", "measure")}
     return lines.merge(change[[*keys, *others]].rename(columns=others), on=keys, how="left")
-
-
-def bootstrap(rows: pd.DataFrame, measure: str, rng: np.random.Generator, draws: int) -> Draws:
-    """A measure at every point (recipe, step), as it is and over bootstrap samples of clusters that all points share.
-
-    What could not be judged at some point is left out at all of them; of right answers it is wrong.
-
-    Raises:   ValueError where the points were not examined on the same items, or for a measure that is rescaled from chance;
-              Lacking where a part was not examined at all
-    """
-    if MEASURES[measure].get("rescaled"):
-        raise ValueError(f"{measure} is rescaled from chance: no share of items, which could be drawn again")
-    rows = settled(events(rows, measure))
-    if (unjudged := rows["event"].isna()).any():
-        rows = rows[~rows.set_index(SAME).index.isin(rows[unjudged].set_index(SAME).index)]
-    if not whole(rows, measure):
-        raise Lacking(f"{MEASURES[measure]['label']} was not measured")
-    rows, parts = rows.assign(event=rows["event"].astype(float)), []
-    for weight, stratum in weighted_groups(rows):
-        by = stratum.groupby(["cluster", "recipe", "step"])["event"]
-        sums, sizes = by.sum().unstack(["recipe", "step"]).sort_index(axis=1), by.size().unstack(["recipe", "step"])
-        if not sizes.eq(sizes.iloc[:, 0], axis=0).all(axis=None):
-            raise ValueError(f"the checkpoints to be compared were not examined on the same items ({measure})")
-        parts.append((weight, sums, sizes.iloc[:, 0].to_numpy(float)))
-    numbered, sets = clustered.together([sums.index for _, sums, _ in parts])
-    counts, values = np.empty((1 + draws, sum(map(len, sets)))), np.zeros((1, 1))
-    for of in sets:
-        counts[:, of] = stats.resamples(len(of), draws, rng)
-    for (weight, sums, sizes), own in zip(parts, numbered, strict=True):
-        drawn, n = counts[:, own] @ sums.to_numpy(), (counts[:, own] @ sizes)[:, None]
-        values = values + weight * np.where(n > 0, drawn / np.maximum(n, 1), sums.to_numpy().sum(0) / sizes.sum())
-    return {point: values[:, place] for place, point in enumerate(sums.columns)}
-
-
-def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[Any, np.ndarray]]:
-    """A measure's mean over seeds by recipe and step, of the points that all seeds have: as it is, then over bootstrap samples of
-    seeds and of clusters within each, [1 + draws]; where seeds share their items, of the same clusters in each.
-
-    Deviations are stretched as for a variance of so few seeds, and by as much as Student's quantile is larger than a normal one.
-    """
-    seeded = not shared(rows)
-    each = [bootstrap(of, measure, np.random.default_rng(seed * seeded), draws) for seed, of in rows.groupby("seed", sort=True)]
-    k, found = len(each), dict[str, dict[Any, np.ndarray]]()
-    weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, stats.stretch(k)
-    for recipe, step in sorted(set.intersection(*map(set, each))):
-        drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
-        drawn = drawn[0] + (drawn - drawn[0]) * stretch
-        found.setdefault(recipe, {})[step] = drawn.clip(0.0, 1.0)
-    return found
 
 
 def compact(lines: pd.DataFrame, index: Sequence[str], at: str | None = None) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vlsafe.analysis import measures as analysis_measures
-from vlsafe.analysis import stats, tuning
+from vlsafe.analysis import resampling, stats, tuning
 from vlsafe.analysis.measures import GRADED, HEADLINE, MEASURES, UNIT, Lacking, groups, run_names
 from vlsafe.analysis.stats import percentiles
 from vlsafe.core.schema import MAIN_LINE
@@ -222,20 +222,21 @@ def ratios(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     """T07 along the ratio, on all test items: the mean over seeds of linear merge and ensemble with bands that hold all ratios at
     once, and how far the merge lies from the ensemble at the same ratio, with a band of its own.
 
-    Draws:    bootstrap samples of seeds, and of clusters within each, of `measures.over_seeds`
+    Draws:    bootstrap samples of seeds, and of clusters within each, of `resampling.over_seeds`
     Units:    fractions
     """
     lines = []
     for key, rows in groups(_at_ratios(raw), ["backbone", "partner"], sort=True):
         seeds = rows["seed"].nunique()
         for measure in analysis_measures.present(rows, HEADLINE):
-            drawn = analysis_measures.over_seeds(rows, measure, draws)
+            drawn = resampling.over_seeds(rows, measure, draws)
             places = {rule: list(of) for rule, of in drawn.items()}
             curves = {rule: np.stack(list(of.values()), 1) for rule, of in drawn.items()}
             if {"linear", "ensemble"} <= set(places) and places["linear"] == places["ensemble"]:
                 curves["linear - ensemble"], places["linear - ensemble"] = curves["linear"] - curves["ensemble"], places["linear"]
             for rule, curve in curves.items():
                 low, high = stats.simultaneous(curve)
+                low, high = np.maximum(low, 0.0 if rule in drawn else -1.0), np.minimum(high, 1.0)
                 for place, ratio in enumerate(places[rule]):
                     ends = {"value": curve[0, place], "low": low[place], "high": high[place]}
                     lines.append(key | {"rule": rule, "measure": measure, "ratio": ratio, "seeds": seeds} | ends)
@@ -254,10 +255,8 @@ def regret(raw: pd.DataFrame, lines: pd.DataFrame, draws: int = 2000) -> pd.Data
     for key, of in groups(rows, [*UNIT, "partner"], sort=True):
         if set(analysis_measures.present(of, tuning.AXES)) != set(tuning.AXES):
             continue
-        each = [
-            (sign, analysis_measures.bootstrap(of, m, np.random.default_rng(key["seed"]), draws))
-            for m, sign in tuning.AXES.items()
-        ]
+        drawn = resampling.bootstrap(of, tuning.AXES, np.random.default_rng(key["seed"]), draws)
+        each = [(sign, drawn[measure]) for measure, sign in tuning.AXES.items()]
         for rule in dict.fromkeys(of["recipe"]):
             places = sorted(ratio for name, ratio in each[0][1] if name == rule)
             score = np.mean([sign * np.stack([drawn[rule, ratio] for ratio in places], 1) for sign, drawn in each], axis=0)
@@ -331,7 +330,7 @@ def hypervolumes(raw: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
         seen = rows.loc[rows["benchmark"].isin(needed("multimodal_asr")), "recipe"]
         rows = rows[rows["recipe"].isin(seen)].assign(step=0)
         rng = np.random.default_rng(unit["seed"])
-        drawn = {m: analysis_measures.bootstrap(rows, m, rng, draws) for m in ("text_asr", "multimodal_asr", "helpfulness")}
+        drawn = resampling.bootstrap(rows, ("text_asr", "multimodal_asr", "helpfulness"), rng, draws)
         whole = {recipe for recipe, _ in set.intersection(*map(set, drawn.values()))}  # a guard alone may have marked others
         rows = rows[rows["recipe"].isin(whole)]
         of_family = families(rows.groupby("recipe")["stage"].first())

@@ -90,7 +90,7 @@ def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> 
     clustered = (left_out**2).sum(0) * (n_clusters - 1) / n_clusters
     informative = np.minimum((total > 0).sum(0), (total < sizes[:, None]).sum(0))
     largest = (sizes.astype(float) ** 2).sum() / n
-    effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 0)
+    effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 1e-12)
     return n / np.clip((informative * effect + largest) / (informative + 1), 1.0, n)
 
 

@@ -129,7 +129,7 @@ def band(frame: pd.DataFrame) -> str:
 
 def percent(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame with its rates and their intervals in percent."""
-    rates = frame.filter(regex=r"^(value|change|low|high|(\w*asr|helpfulness|twin_refusal)(_low|_high)?)$").columns
+    rates = frame.filter(regex=r"^(value(_high)?|change|low|high|(\w*asr|helpfulness|twin_refusal)(_low|_high)?)$").columns
     return frame.assign(**{name: 100 * frame[name] for name in rates})
 
 
