@@ -320,11 +320,13 @@ def test_items_that_all_seeds_share_are_one_sample():
     """The same changes in three seeds say no more than in one; of three worlds they would."""
     one = study()
     three = pd.concat([study(seed) for seed in range(3)], ignore_index=True)
-    width = {}
+    width, n = {}, {}
     for name, raw in {"one": one, "three worlds": three, "shared": three.assign(shared=True)}.items():
         line = claims.ledger(claims.prepared({"raw": raw})).set_index("claim").loc["4b"]
         width[name] = line["high"] - line["low"]
+        n[name] = line["n"]
     assert width["shared"] == pytest.approx(width["one"], rel=0.1) and width["three worlds"] < 0.75 * width["one"]
+    assert n["shared"] == n["one"] == n["three worlds"] / 3
 
 
 def test_a_remedy_at_the_floor_has_room_to_lose_half():
@@ -389,7 +391,16 @@ def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
 def of_parts(**values):
     """Lines of a claim's comparisons by name: the effect with its interval, p over items and over seeds."""
     names = ("effect", "low", "high", "p", "seed_p")
-    same = {"sign": 1, "against": 0.0, "n": 9, "seeds": 3, "ceiling": False, "differs": False, "judge": ""}
+    same = {
+        "sign": 1,
+        "against": 0.0,
+        "n": 9,
+        "seeds": 3,
+        "effects": [0.1, 0.2, 0.3],
+        "ceiling": False,
+        "differs": False,
+        "judge": "",
+    }
     return {
         name: same | {"part": name, "seed_low": of[1] - 0.1, "seed_high": of[2]} | dict(zip(names, of, strict=True))
         for name, of in values.items()
@@ -407,7 +418,7 @@ def test_what_seeds_say_is_of_the_part_that_decides_over_them():
     single = {name: of | {"seed_p": 1.0, "seeds": 1} for name, of in reversed(lines.items())}
     assert claims.judged({("3", "b"): single}).iloc[0][["part", "seed_part"]].tolist() == [text, text]  # one seed decides nothing
     shown = claims.sheet(pd.DataFrame([line]).assign(reason="")).iloc[0]
-    assert shown["over seeds, decided by"] == pictures and shown["over seeds"] == "[+5, +25]"
+    assert shown["over seeds, decided by"] == f"{pictures} (+20)" and shown["over seeds"] == "[+5, +25]"
     assert f"over 3 seeds undecided, {pictures}: [+5, +25]" in sentences.verdict(pd.Series({**line, "flagged": ""}))
 
 

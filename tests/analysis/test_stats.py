@@ -237,6 +237,22 @@ def test_a_stratum_in_halves_that_share_its_clusters_is_the_whole():
     assert clustered.stratified([whole._replace(weight=0.5)] * 2) == pytest.approx(clustered.stratified([whole]))
 
 
+def test_a_stratum_without_spread_keeps_its_width():
+    """Of every pair of questions one is right: all pictures have a quarter of the points, and their mean is no surer for it."""
+    quarter = clustered.Stratum(0.5, [0.25] * 40, [0.25] * 40, range(40))
+    low, high = stats.wilson(0.25, 40)
+    value, _, least, most = clustered.stratified([quarter, quarter._replace(clusters=range(40, 80))])
+    assert value == 0.25 and (value - least, most - value) == pytest.approx(((0.25 - low) / 2**0.5, (high - 0.25) / 2**0.5))
+    assert clustered.stratified([quarter, quarter])[2:] == pytest.approx((low, high))
+
+
+def test_no_event_among_unequal_clusters_says_what_as_many_single_items_would():
+    sizes = [75, 31, 11, *[1] * 100]
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    none, one = (stats.rate((np.arange(len(clusters)) < events).tolist(), clusters) for events in (0, 1))
+    assert none.high == pytest.approx(stats.wilson(0, len(sizes))[1]) and none.high < one.high
+
+
 def test_strata_that_share_requests_cover():
     """80 requests in three groups whose answers agree: the interval of no change covers it, its test seldom rejects."""
     rng, hits, flips, draws = np.random.default_rng(0), 0, 0, 300

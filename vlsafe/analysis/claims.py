@@ -87,7 +87,8 @@ def compared(part: Part, studies: Mapping[Unit, Changes], shared: bool = False) 
     strict = part.sign * part.against >= 0  # where the threshold leaves leeway, nothing has to change
     clear = line["p"] < LEVEL and abs(line["effect"] - part.against) >= line["detectable"]  # more than what a bound brings about
     ceiling = bool(strict and not clear and room < line["detectable"])
-    line |= {"n": whole.n, "seeds": len(studies), "ceiling": ceiling, "differs": False, "seed_p": 1.0}
+    n = whole.n if own else max(sum(len(s.least) for s in one.strata) for one in studies.values())  # shared items count once
+    line |= {"n": n, "seeds": len(studies), "ceiling": ceiling, "differs": False, "seed_p": 1.0}
     reach = max(sum(abs(s.weight) * max(1.0, np.abs(s.least).max()) for s in one.strata) for one in studies.values())
     effects, se, p = (np.array([getattr(one, name).item() for one in single]) for name in ("effect", "se", "p"))
     se = np.where(se > 0, se, [reach / one.n for one in single])  # where every item changed alike, a bootstrap sees no spread
@@ -233,7 +234,7 @@ def judged(lines: Lines) -> pd.DataFrame:
         cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs}
         cases[CEILING] = ceiling & ~((p < LEVEL) & fails)
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
-    return frame.assign(matters=frame["matters"].fillna(""))[head]
+    return frame.assign(matters=frame["matters"].where(frame["item_level"] != CONTRADICTED, "").fillna(""))[head]
 
 
 VERDICT = ("item_holds", "seed_holds", "item_fails", "seed_fails", "ceiling", "differs")
@@ -292,7 +293,9 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
-    shown["over seeds, decided by"] = ledger["seed_part"].where(ledger["seed_part"] != ledger["part"], "").fillna("")
+    others = ledger["seed_part"].notna() & (ledger["seed_part"] != ledger["part"])
+    means = [f" ({100 * np.mean(of):+.0f})" if other else "" for of, other in zip(ledger["effects"], others, strict=True)]
+    shown["over seeds, decided by"] = ledger["seed_part"].where(others, "").fillna("") + means
     for name, column in {"p (Holm)": "p_holm", "seed p (Holm)": "seed_p_holm", "heterogeneity": "heterogeneity"}.items():
         shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")

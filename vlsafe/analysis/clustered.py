@@ -94,19 +94,19 @@ def _correlations(parts: Sequence[_Part]) -> np.ndarray:
     """How the means of strata go together by the clusters that they share, per column: [K, S, S].
 
     As `effective_size`, drawn towards the greatest correlation possible, by as much as one more cluster would weigh among those
-    few that hold an event.
+    few that hold an event; where a mean has no spread between clusters, that is all that is known.
     """
     n_clusters, width = 1 + max(part.place.max() for part in parts), parts[0].values.shape[1]
     residuals, sizes = np.zeros((width, len(parts), n_clusters)), np.zeros((len(parts), n_clusters))
     informative = np.zeros((width, len(parts)))
     for s, part in enumerate(parts):
         total = part.totals()
-        residuals[:, s, part.place] = (total - part.values.mean(0) * part.sizes[:, None]).T
-        sizes[s, part.place] = part.sizes
-        informative[:, s] = np.minimum((total > 0).sum(0), (total < part.sizes[:, None]).sum(0))
+        residual = total - part.values.mean(0) * part.sizes[:, None]
+        residuals[:, s, part.place], sizes[s, part.place] = residual.T, part.sizes
+        spread = np.abs(residual).max(0) > RESIDUE * part.sizes.max()
+        informative[:, s] = np.minimum((total > 0).sum(0), (total < part.sizes[:, None]).sum(0)) * spread
     overlap, known = _cosines(sizes), np.minimum(informative[:, :, None], informative[:, None])
-    found = np.where(known > 0, _cosines(residuals), overlap)
-    return (known * found + overlap) / (known + 1)
+    return (known * _cosines(residuals) + overlap) / (known + 1)
 
 
 def _cosines(rows: np.ndarray) -> np.ndarray:

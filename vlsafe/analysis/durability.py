@@ -131,8 +131,14 @@ def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     lines, keys, cells = named(lines), ["backbone", "model", "measure", "seeds"], {}
     for kind, of in lines.groupby("rows", sort=False):
         cells[f"half-life on {kind}"] = of.set_index(keys).apply(_cell, axis=1)
-    gains = lines.drop_duplicates(keys).groupby(keys, sort=False)[["gain", "gain_low", "gain_high"]]
-    return pd.DataFrame({"gain": gains.apply(lambda of: measures.spread(of, [*of])), **cells}).reset_index()
+    gains = lines.drop_duplicates(keys).set_index(keys)[["gain", "gain_low", "gain_high"]]
+    said = ["{} [{}, {}]".format(*map(_points, ends)) for ends in gains.to_numpy()]
+    return pd.DataFrame({"gain": pd.Series(said, gains.index), **cells}).reset_index()
+
+
+def _points(value: float) -> str:
+    """A fraction in points; what is below zero is not shown as zero."""
+    return f"{100 * value:.{int(-0.005 <= value < 0)}f}"
 
 
 def _cell(line: pd.Series) -> str:

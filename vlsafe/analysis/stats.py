@@ -73,8 +73,8 @@ def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> 
     few clusters hold an event, or few hold none, it is hardly known and is drawn towards the largest one possible, by
     which a cluster counts as one item: by as much as one more cluster would weigh among those few.
 
-    The largest one is the sum of squared cluster sizes over n; residuals are the jackknife's, for a large cluster pulls the mean
-    towards itself.
+    The largest one is the sum of squared cluster sizes over n; where nothing or everything is an event, a cluster of any size
+    counts as one item. Residuals are the jackknife's, for a large cluster pulls the mean towards itself.
 
     Shapes:   values [N, K]; index, sizes of `clusters_of`  ->  [K]
     Source:   Kish 1965; jackknife variance of a mean over clusters (CR3, Bell and McCaffrey 2002)
@@ -89,8 +89,8 @@ def effective_size(values: np.ndarray, index: np.ndarray, sizes: np.ndarray) -> 
     left_out = (total - mean * sizes[:, None]) / (n - sizes[:, None])
     clustered = (left_out**2).sum(0) * (n_clusters - 1) / n_clusters
     informative = np.minimum((total > 0).sum(0), (total < sizes[:, None]).sum(0))
-    largest = (sizes.astype(float) ** 2).sum() / n
-    effect = np.divide(clustered * n, spread, out=np.full(len(mean), largest), where=spread > 1e-12)
+    largest = np.where(informative > 0, (sizes.astype(float) ** 2).sum() / n, n / n_clusters)
+    effect = np.divide(clustered * n, spread, out=largest.copy(), where=spread > 1e-12)
     return n / np.clip((informative * effect + largest) / (informative + 1), 1.0, n)
 
 
