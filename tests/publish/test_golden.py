@@ -103,7 +103,8 @@ def test_a_changed_artefact_changes_the_readme(tmp_path):
         "<!-- end generated -->"
     )
     assert readme.generated(before, tmp_path / "mini") == before
-    models.assign(value=models["value"].mask(chat, 0.0)).to_csv(tmp_path / "mini" / "T08_models.csv", index=False)
+    ends = {name: models[name].mask(chat, 0.0) for name in ("value", "value_high")}
+    models.assign(**ends).to_csv(tmp_path / "mini" / "T08_models.csv", index=False)
     assert "| 0 % (0–0 over" in readme.generated(before, tmp_path / "mini")
 
 
