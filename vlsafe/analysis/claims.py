@@ -234,7 +234,7 @@ def judged(lines: Lines) -> pd.DataFrame:
         cases = {NOT: p.isna(), SUPPORTED: (p < LEVEL) & holds, DIFFERS: (p >= LEVEL) & differs}
         cases[CEILING] = ceiling & ~((p < LEVEL) & fails)
         frame[f"{level}_level"] = np.select(list(cases.values()), list(cases), np.where(p < LEVEL, CONTRADICTED, UNDECIDED))
-    return frame.assign(matters=frame["matters"].where(frame["item_level"] != CONTRADICTED, "").fillna(""))[head]
+    return frame.assign(matters=frame["matters"].astype(object).where(frame["item_level"] != CONTRADICTED, "").fillna(""))[head]
 
 
 VERDICT = ("item_holds", "seed_holds", "item_fails", "seed_fails", "ceiling", "differs")
@@ -295,7 +295,7 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
     others = ledger["seed_part"].notna() & (ledger["seed_part"] != ledger["part"])
     means = [f" ({100 * np.mean(of):+.0f})" if other else "" for of, other in zip(ledger["effects"], others, strict=True)]
-    shown["over seeds, decided by"] = ledger["seed_part"].where(others, "").fillna("") + means
+    shown["over seeds, decided by"] = ledger["seed_part"].astype(object).where(others, "") + means
     for name, column in {"p (Holm)": "p_holm", "seed p (Holm)": "seed_p_holm", "heterogeneity": "heterogeneity"}.items():
         shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
@@ -328,7 +328,7 @@ def written(folder: Path) -> pd.DataFrame:
     # older galleries wrote no judges, reasons, statuses, and over seeds the part that decides over items
     lines = lines.reindex(columns=[*judged({}).columns, "reason", "flagged"])
     return lines.assign(
-        **{f"seed_{name}": lines[f"seed_{name}"].fillna(lines[name]) for name in ("part", "sign", "against")},
+        **{f"seed_{name}": lines[f"seed_{name}"].astype(object).fillna(lines[name]) for name in ("part", "sign", "against")},
         flagged=lines["flagged"].fillna(""),
         effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]],
     )

@@ -29,9 +29,9 @@ def bootstrap(rows: pd.DataFrame, names: Iterable[str], rng: np.random.Generator
 def _drawn(parts: Mapping[Any, Sequence[_Summed]], rng: np.random.Generator, draws: int) -> dict[Any, Draws]:
     """What `_summed` found, as it is and over bootstrap samples of the clusters of all."""
     numbered, sets = clustered.together([sums.index for of in parts.values() for _, sums, _ in of])
-    counts, found, places = np.empty((1 + draws, sum(map(len, sets)))), dict[Any, Draws](), iter(numbered)
-    for own in sets:
-        counts[:, own] = stats.resamples(len(own), draws, rng)
+    found, places = dict[Any, Draws](), iter(numbered)
+    drawn = np.concatenate([stats.resamples(len(own), draws, rng) for own in sets], axis=1)
+    counts = drawn[:, np.argsort(np.concatenate(sets))]
     for name, of in parts.items():
         values: Any = 0.0
         for weight, sums, sizes in of:
