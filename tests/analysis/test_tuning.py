@@ -89,6 +89,16 @@ def test_a_front_by_hand():
     assert tuning.front(points)["name"].tolist() == ["a", "b", "e", "f"]
 
 
+def test_a_model_of_fewer_seeds_is_called_so():
+    seeds = {"adapted": (0, 1, 2), "sl": (0, 1, 2), "dpo": (2,)}
+    rows = [
+        {"backbone": "x", "seed": seed, "name": name, "kind": name, "what": "text_asr", "value": 0.1 * seed}
+        for name, of in seeds.items()
+        for seed in of
+    ]
+    assert list(dict.fromkeys(tuning.by_text_asr(pd.DataFrame(rows))["name"])) == ["adapted", "sl", "dpo (1 of 3 seeds)"]
+
+
 def test_the_pictures_tell_their_numbers():
     table = raw(sl_full=(2, 5), dpo_text_full=(9, 8))
     points = tuning.plane(tuning.methods(table, LINES))

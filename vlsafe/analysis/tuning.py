@@ -143,7 +143,10 @@ def plane(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_text_asr(points: pd.DataFrame) -> pd.DataFrame:
-    """Points of models in the order of their mean text ASR, those that nothing was done to first."""
+    """Points of models in the order of their mean text ASR, untouched ones first; who lacks seeds is called so."""
+    seeds, most = (points.groupby(by)["seed"].transform("nunique") for by in (["backbone", "name"], ["backbone"]))
+    fewer = points["name"] + " (" + seeds.astype(str) + " of " + most.astype(str) + " seeds)"
+    points = points.assign(name=points["name"].where(seeds == most, fewer))
     asr = points[points["what"] == "text_asr"].groupby(["backbone", "name"])["value"].mean().rename("asr")
     order = points.join(asr, on=["backbone", "name"]).assign(first=~points["kind"].isin(["parent", "adapted"]))
     return points.loc[order.sort_values(["backbone", "first", "asr"], kind="stable").index]
