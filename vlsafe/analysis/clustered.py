@@ -72,10 +72,9 @@ def together(clusters: Sequence[Sequence[Hashable]]) -> tuple[list[np.ndarray], 
     _, numbers = np.unique([str(name) for of in clusters for name in of], return_inverse=True)
     numbered, sets = np.split(numbers, np.cumsum([len(of) for of in clusters])[:-1]), list[np.ndarray]()
     for own in map(np.unique, numbered):
-        touched = [bool(np.isin(own, one).any()) for one in sets]
-        sets = [one for one, with_it in zip(sets, touched, strict=True) if not with_it] + [
-            np.unique(np.concatenate([own, *(one for one, with_it in zip(sets, touched, strict=True) if with_it)]))
-        ]
+        joined = [one for one in sets if np.isin(own, one).any()]
+        apart = [one for one in sets if not np.isin(own, one).any()]
+        sets = [*apart, np.unique(np.concatenate([own, *joined]))]
     return numbered, sets
 
 
@@ -208,15 +207,14 @@ def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
 
 def _square_and_add(parts: Sequence[_Part]) -> tuple[float, float]:
     """Interval of a weighted sum of mean changes from Wilson's intervals of the rises and of the falls in each stratum."""
-    effect, reach = 0.0, list[float]()
-    sides, distances = list[_Part](), list[tuple[float, ...]]()
+    effect, sides, distances = 0.0, list[_Part](), list[np.ndarray]()
     for part in parts:
         both = np.column_stack([part.values, -part.values]) * np.sign(part.weight)
         scale = np.abs(part.values).max() or 1.0  # in units of the largest change
         side = part._replace(weight=abs(part.weight) * scale, values=np.maximum(both, 0) / scale)
         (rise, fall), (low, high) = side.values.mean(0), side.intervals()
         effect += side.weight * (rise - fall)
-        distances.append(tuple(side.weight * np.array([rise - low[0], high[1] - fall, high[0] - rise, fall - low[1]])))
+        distances.append(side.weight * np.array([rise - low[0], high[1] - fall, high[0] - rise, fall - low[1]]))
         sides.append(side)
     of, alike = np.array(distances).T, _correlations(sides)
     reach = [_length(distance, alike[column]) for distance, column in zip(of, (0, 1, 0, 1), strict=True)]
