@@ -39,7 +39,9 @@ def test_contributions_sum_up_to_the_difference(measure):
     table = raw(sl_full=(2, 5))
     difference = measures.differences(table, "instruct/filtered-full", ["safety/sl-full"], [measure])["difference"].iloc[0]
     ((_, judged, left_out),) = measures.paired(table, "instruct/filtered-full", ["safety/sl-full"], measure)
-    assert measures.contributions(measures.changes(judged, measure)).sum() == pytest.approx(difference) != 0 and left_out == 0
+    found = clustered.compare(measures.changes(judged, measure), np.random.default_rng(0))
+    assert found.contributions.shape == (found.n_clusters, 1)
+    assert found.contributions.sum() == pytest.approx(difference) != 0 and left_out == 0
 
 
 def test_holm_over_methods_and_headlines_alone():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -322,6 +323,25 @@ def test_only_what_a_killed_attempt_has_left_is_removed(tmp_path, name):
         with pytest.raises(ValueError, match=r"out.partial is not what a killed attempt has left; move it away"):
             store.whole(tmp_path / "out").__enter__()
         assert left.read_text() == "half" and not (tmp_path / "out").exists()
+
+
+def test_of_two_that_write_one_folder_the_second_is_told(tmp_path):
+    """It waits for the first, finds its folder and names that, not the one that it would have worked in."""
+    said = []
+
+    def second():
+        with pytest.raises(ValueError, match=r"out exists; choose another place, or remove it") as refused:
+            store.whole(tmp_path / "out").__enter__()
+        said.append(str(refused.value))
+
+    with store.whole(tmp_path / "out") as work:
+        (work / "file").write_text("first")
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and not said
+    other.join(10)
+    assert said and (tmp_path / "out" / "file").read_text() == "first" and not (tmp_path / "out.partial").exists()
 
 
 def test_a_kill_after_the_last_file_costs_nothing(tmp_path, monkeypatch):

@@ -131,6 +131,7 @@ class Compared:
 
     `changed` counts items that differ. Tested by a bootstrap of clusters, or where few of them differ by an exact test.
     `se` is the standard error over items, `detectable` the smallest difference found in nine of ten such comparisons.
+    `contributions` is what each cluster adds to the effect, [C, K]; they sum up to it.
     """
 
     effect: np.ndarray
@@ -142,6 +143,7 @@ class Compared:
     changed: np.ndarray
     se: np.ndarray
     detectable: np.ndarray
+    contributions: np.ndarray
 
 
 def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float = 0.0, draws: int = 2000) -> Compared:
@@ -196,7 +198,8 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
     se = drawn.std(0) * stretch
     reach = _detectable(parts, se, free)
     se = np.where(exact, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
-    return Compared(effect, low, high, p, sum(len(part.values) for part in parts), n_clusters, changed, se, reach)
+    n = sum(len(part.values) for part in parts)
+    return Compared(effect, low, high, p, n, n_clusters, changed, se, reach, contributions)
 
 
 def _redrawn(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -243,7 +243,7 @@ def differences(
             stage, _, recipe = run.partition("/")
             lines.append([backbone, seed, stage, recipe, measure, *ends, len(judged), left_out])
             if tested:
-                lines[-1].append(clustered.sign_flip(contributions(strata).tolist(), np.random.default_rng(seed)))
+                lines[-1].append(clustered.sign_flip(result.contributions[:, 0], np.random.default_rng(seed)))
     return pd.DataFrame(lines, columns=[*columns, *(["p"] if tested else [])])
 
 
@@ -267,12 +267,6 @@ def changes(judged: pd.DataFrame, measure: str) -> list[clustered.Stratum]:
     """The changes from event_a to event_b in the strata of a measure; none where a part of a composite is missing."""
     change = judged["event_b"].astype(float) - judged["event_a"].astype(float)
     return strata(judged.assign(least=change, most=change), measure)
-
-
-def contributions(strata: Sequence[clustered.Stratum]) -> np.ndarray:
-    """What each cluster adds to the change that `differences` reports; they sum up to it. Empty where a part is missing."""
-    terms = [pd.Series(s.weight * np.asarray(s.least) / len(s.least), [str(c) for c in s.clusters]) for s in strata]
-    return pd.concat(terms).groupby(level=0).sum().to_numpy() if terms else np.array([])
 
 
 def with_changes(lines: pd.DataFrame, change: pd.DataFrame, prefix: str = "") -> pd.DataFrame:

@@ -87,10 +87,10 @@ def whole(folder: Path) -> Iterator[Path]:
     Raises:   ValueError where the folder exists already, or the partial one holds something else
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another place, or remove it")
+    _refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
+        _refuse_existing(folder)  # another process may have written it while this one waited
         partial = folder.with_name(folder.name + ".partial")
         work = partial / WORK
         if os.path.lexists(partial) and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {WORK}):
@@ -107,6 +107,11 @@ def whole(folder: Path) -> Iterator[Path]:
             with suppress(OSError):  # somebody has put something there meanwhile
                 partial.rmdir()
         sync(folder.parent)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another place, or remove it")
 
 
 def recorded_digest(path: Path) -> str | None:
