@@ -51,6 +51,13 @@ def test_rates_are_over_answers_that_all_judges_judged():
     assert set(rates["n"]) == {9} and rates.loc[("a-full", "world"), "value"] == pytest.approx(1 / 9)
 
 
+def test_models_that_are_fine_tuned_again_are_no_methods():
+    """The model before it is a run of its own, whose answers would count twice."""
+    rows = raw(("other", lambda k, i: i < k + 1))
+    again = [rows.assign(stage=stage, recipe=recipe) for stage, recipe in (("durability", "sl-full/start"), ("worst", "sl-full"))]
+    pd.testing.assert_frame_equal(agreement.verdicts(pd.concat([rows, *again], ignore_index=True)), agreement.verdicts(rows))
+
+
 def test_people_join_as_one_more_judge():
     people = raw().assign(judge="people", event=True)
     wide = agreement.verdicts(raw(), people)

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import kendalltau
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from vlsafe.analysis import stats
+from vlsafe.analysis import durability, stats
 from vlsafe.analysis.measures import MEASURES, Lacking, about, groups, in_worlds
 
 ATTACKS = {"text_asr": "text", "multimodal_asr": "pictures"}
@@ -23,12 +23,13 @@ ANSWER = [*METHOD, "seed", "item", "cluster"]
 
 def verdicts(raw: pd.DataFrame, people: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line per answer to a harmful request after each run, a column per judge: did the attack succeed? NaN: unjudged.
-    Clusters are those of one seed, unless all seeds share their items.
+    Clusters are those of one seed, unless all seeds share their items. Models that are fine-tuned again are no methods, and
+    before it their answers are those of another run: they are left out.
 
     Raises:   Lacking where no model was asked one, or no verdict of `people` is of an answer that is here
     """
     rows = raw if people is None else pd.concat([raw, people], ignore_index=True)
-    rows = rows[rows["exam"] == "full"]
+    rows = rows[(rows["exam"] == "full") & ~rows["stage"].isin(durability.STAGES)]
     rows = pd.concat([about(rows, MEASURES[measure]).assign(modality=name) for measure, name in ATTACKS.items()])
     if rows.empty:
         raise Lacking("there is no full examination on harmful requests")

@@ -19,6 +19,7 @@ from vlsafe.analysis.measures import UNIT, Lacking, groups
 ATTACKED = ("text_asr", "multimodal_asr")
 ALONG = (*ATTACKED, "twin_refusal", "helpfulness")
 START, CONTROL = "start", "adapted"
+STAGES = ("durability", "worst")  # in which models are fine-tuned again
 NAMES = {  # of the models, for the eye
     "adapted": "adapted", "filtered-sppft": "SPPFT", "merged": "merged with SFT", "dpo-both-full": "DPO",
     "sl-full": "sequential SFT", "mtl-full": "multitask SFT",
