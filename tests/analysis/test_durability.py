@@ -64,6 +64,8 @@ def test_the_sentence_says_what_lasts_what_does_not_and_what_is_open():
     lines["seeds"] = 8
     nothing = lines.assign(gain=0.0, gain_low=-0.1, gain_high=0.1, half_life_low=np.inf)
     assert durability.answer(nothing).endswith("answers: sequential SFT, DPO, merged with SFT had no clear gain to lose.")
+    two = durability.answer(nothing.assign(seeds=2, gain=0.3, gain_low=-0.7, gain_high=1.0))
+    assert two.endswith("answers: of sequential SFT, DPO, merged with SFT two seeds are too few to say anything.")
     assert not durability.outlasts(nothing).any() and durability.outlasts(lines).tolist() == [False, True, False]
     shown = durability.sheet(lines)
     assert shown["model"].tolist() == ["sequential SFT", "DPO", "merged with SFT"]

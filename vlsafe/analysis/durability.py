@@ -113,11 +113,13 @@ def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
         gained, without = of[of["gain_low"] > 0], of[~(of["gain_low"] > 0)]
         lasts, gone = gained[outlasts(gained)], gained[gained["half_life_high"] < np.inf].sort_values("half_life")
         rest = gained[~gained.index.isin([*lasts.index, *gone.index])]
+        few, without = without[without["seeds"] == 2], without[without["seeds"] != 2]  # Student's quantile of two runs is 13
         kept = "keep more than half of their gain" if len(lasts) > 1 else "keeps more than half of its gain"
         parts = [f"{', '.join(lasts['model'])} {kept}" if len(lasts) else ""]
         parts += [f"{row.model} has lost half after {row.half_life:.0f} of them" for row in gone.itertuples()]
         parts += [f"of {', '.join(rest['model'])} neither can be said" if len(rest) else ""]
         parts += [f"{', '.join(without['model'])} had no clear gain to lose" if len(without) else ""]
+        parts += [f"of {', '.join(few['model'])} two seeds are too few to say anything" if len(few) else ""]
         sentences.append(f"{key['backbone']}, {of['steps'].iloc[0]} steps on {key['rows']}: {'; '.join(filter(None, parts))}.")
     return " ".join(sentences)
 
