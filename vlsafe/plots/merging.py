@@ -91,10 +91,11 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     """
     rates = rates[rates["measure"] == "text_asr"]
     columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
-    text = lives[lives["measure"] == "text_asr"]
+    text = lives[(lives["measure"] == "text_asr") & (lives["seeds"] != 2)]  # of two nothing can be said
     kept = [f"{title}: {analysis.durability.outlasts(of).sum()} of {len(of)}" for kind, title in columns.items()
             if len(of := text[text["rows"] == kind])]  # fmt: skip
     title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
+    title = title if kept else "Two seeds are too few to say whether a remedy lasts"
     notes = (f"bands ({', '.join(NAMES[model] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
     caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
     marks = style.handles({NAMES[model]: look for model, look in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
@@ -102,6 +103,7 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     with style.panels(rows, columns, 2.2, title, caption, "step", handles=marks, sharey=True) as (figure, axes):
         for _, axis, part in style.facets(axes, style.percent(rates), "rows"):
             axis.set(ylim=(-3, 103))
+            axis.xaxis.get_major_locator().set_params(integer=True)
             for model, look in FURTHER.items():
                 of = part[part["model"] == model].sort_values("step")
                 if model not in BANDED:
