@@ -48,7 +48,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
 .PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab results notebooks nbval lint types clean
 # Compiling all packages is half of an installation: on all cores, after pip, which takes one. Like pip it passes over the files of
 # packages that are no Python of this version (templates, tests), for which compileall fails.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models)/' .venv/lib || true
 setup: .venv/.installed
 
 .venv/.installed: env/requirements.lock pyproject.toml

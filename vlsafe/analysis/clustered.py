@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
+from scipy import special
 
 from vlsafe.analysis.stats import LEVEL, POWER, effective_size, totals, wilsons
 
@@ -176,13 +176,13 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
         touched[part.place] |= part._replace(values=np.abs(part.values)).totals() > 0
     moved, free = touched.sum(0), max(1, n_clusters - len(sets))
     stretch = np.sqrt((free + 1) / free)
-    end = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - LEVEL) / 2, free))
+    end = special.ndtr(stretch * special.stdtrit(free, (1 - LEVEL) / 2))
     low, high = np.quantile(drawn, [end, 1 - end], axis=0)
     few = np.minimum((drawn <= against).sum(0), (drawn >= against).sum(0))
     distance = np.abs(effect - against)
-    tail = scipy.stats.norm.sf(np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
+    tail = special.ndtr(-np.divide(distance, drawn.std(0), out=np.full(width, np.inf), where=drawn.std(0) > 0))
     beyond = np.where((few < RARE) & (distance > 0), np.minimum(tail, (1 + few) / (1 + draws)), (1 + few) / (1 + draws))
-    p = 2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(np.minimum(0.5, beyond)) / stretch, free)
+    p = 2 * special.stdtr(free, special.ndtri(np.minimum(0.5, beyond)) / stretch)
     exact = (moved < RARE) | (drawn.std(0) < 1e-12)
     for k in np.flatnonzero(exact):
         low[k], high[k] = _square_and_add([part._replace(values=part.values[:, [k]]) for part in parts])
@@ -194,10 +194,10 @@ def compare(strata: Sequence[Stratum], rng: np.random.Generator, against: float 
             reach = (high[k] if against > effect[k] else low[k]) - effect[k]
             scaled = (against - effect[k]) / reach if reach else 0.0  # in units of the interval's own length
             within = against * (effect[k] - against) > 0  # a threshold between nothing and the effect is the harder one to pass
-            p[k] = max(2 * scipy.stats.norm.sf(scaled * scipy.stats.norm.ppf(0.5 + LEVEL / 2)), flips if within else 0.0)
+            p[k] = max(2 * special.ndtr(-scaled * special.ndtri(0.5 + LEVEL / 2)), flips if within else 0.0)
     se = drawn.std(0) * stretch
     reach = _detectable(parts, se, free)
-    se = np.where(exact, (high - low) / 2 / scipy.stats.norm.ppf(0.5 + LEVEL / 2), se)
+    se = np.where(exact, (high - low) / 2 / special.ndtri(0.5 + LEVEL / 2), se)
     n = sum(len(part.values) for part in parts)
     return Compared(effect, low, high, p, n, n_clusters, changed, se, reach, contributions)
 
@@ -246,7 +246,7 @@ def _detectable(parts: Sequence[_Part], se: np.ndarray, free: int) -> np.ndarray
     A true difference brings its own spread: had nothing changed so far, the standard error seen would be zero. How large a
     change of one item is, where none was seen, is taken to be 1.
     """
-    reach = scipy.stats.t.ppf(0.5 + LEVEL / 2, free) + scipy.stats.norm.ppf(POWER)
+    reach = special.stdtrit(free, 0.5 + LEVEL / 2) + special.ndtri(POWER)
     events = [part._replace(values=(part.values != 0).astype(float)) for part in parts]
     errors = np.array([abs(of.weight) / np.sqrt(effective_size(of.values, of.index, of.sizes)) for of in events])
     own = np.array([_length(error, alike) ** 2 for error, alike in zip(errors.T, _correlations(events), strict=True)])

@@ -83,12 +83,12 @@ def events(raw: pd.DataFrame, measure: str) -> pd.DataFrame:
 def about(raw: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of a measure's benchmark that it is about, by all judges; of the first that stands in where that one has none."""
     for benchmark in (spec["benchmark"], *spec.get("stand_in", ())):
-        rows = raw[raw["benchmark"] == benchmark]
+        chosen = raw["benchmark"] == benchmark
         if "harmful" in spec:
-            rows = rows[rows["harmful"] == spec["harmful"]]
-        if len(rows):
+            chosen &= raw["harmful"] == spec["harmful"]
+        if chosen.any():
             break
-    return rows[rows["group"].isin(spec["groups"])] if "groups" in spec else rows
+    return raw[chosen & raw["group"].isin(spec["groups"])] if "groups" in spec else raw[chosen]
 
 
 def _judged(rows: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
@@ -176,9 +176,9 @@ def weighted(rows: pd.DataFrame, measure: str) -> list[tuple[float, pd.DataFrame
 
 def weighted_groups(rows: pd.DataFrame) -> Iterator[tuple[float, pd.DataFrame]]:
     """The rows of each stratum of each part, with the stratum's weight: parts count alike, and in each its strata."""
-    for _, part in rows.groupby("part", sort=False):
-        for _, stratum in part.groupby("stratum", sort=False):
-            yield 1 / rows["part"].nunique() / part["stratum"].nunique(), stratum
+    parts = [[stratum for _, stratum in part.groupby("stratum", sort=False)] for _, part in rows.groupby("part", sort=False)]
+    for part in parts:
+        yield from ((1 / len(parts) / len(part), stratum) for stratum in part)
 
 
 WHOLE = {"all_right": all_right, "mme_score": mme_score}
@@ -232,9 +232,9 @@ def differences(
     line has a two-sided p-value by flipping the signs of clusters.
     """
     columns = [*UNIT, "stage", "recipe", "measure", "difference", "low", "high", "n", "n_left_out"]
-    lines = []
+    lines, of_them = [], raw[(raw["exam"] == "full") & run_names(raw).isin([before, *after])]
     for measure in measures:
-        for (backbone, seed, run), judged, left_out in paired(raw, before, after, measure):
+        for (backbone, seed, run), judged, left_out in paired(of_them, before, measure):
             strata = changes(judged, measure) if len(judged) else []
             if not strata:
                 continue
@@ -247,16 +247,14 @@ def differences(
     return pd.DataFrame(lines, columns=[*columns, *(["p"] if tested else [])])
 
 
-def paired(
-    raw: pd.DataFrame, before: str, after: Sequence[str], measure: str
-) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
-    """Per backbone, seed and run of `after`: the judged events that it shares with `before`, and how many are left out."""
-    rows = settled(events(raw[(raw["exam"] == "full") & run_names(raw).isin([before, *after])], measure))
+def paired(raw: pd.DataFrame, before: str, measure: str) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
+    """Per backbone, seed and other run: the judged events that it shares with `before`, and how many are left out."""
+    rows = settled(events(raw, measure))
     rows = rows.assign(run=run_names(rows))[[*UNIT, "run", "event", *SAME]]
     first, second = rows[rows["run"] == before], rows[rows["run"] != before]
     both = first.merge(second, on=[*UNIT, *SAME], suffixes=("_a", "_b"))
     for unit, part in both.groupby([*UNIT, "run_b"], sort=False):
-        judged = part.dropna(subset=["event_a", "event_b"])
+        judged = part[part["event_a"].notna() & part["event_b"].notna()]
         yield unit, judged, len(part) - len(judged)
 
 

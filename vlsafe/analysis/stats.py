@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import scipy  # `scipy.stats` is imported when it is first used: it takes half a second
+from scipy import special
 
 LEVEL = 0.95  # of every interval
 POWER = 0.9  # of the smallest detectable difference
@@ -48,7 +48,7 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 
 
 def wilsons(p: Shares, n: Shares) -> tuple[Shares, Shares]:
-    z = scipy.stats.norm.ppf(0.5 + LEVEL / 2)
+    z = special.ndtri(0.5 + LEVEL / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return np.clip(centre - half, 0.0, p), np.clip(centre + half, p, 1.0)  # never beside p by rounding
@@ -128,7 +128,7 @@ def over_seeds(effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: floa
     k, mean, between, items = len(effects), effects.mean(0), effects.var(0, ddof=1), np.mean(se**2, 0)
     variance = np.maximum(between, items) / k
     room = np.maximum(bound**2 - mean**2, 2 * bound * np.sqrt(items) / k)  # runs without any variation lie at a bound
-    quantile, share = scipy.stats.t.ppf(0.5 + LEVEL / 2, k - 1), mean / bound
+    quantile, share = special.stdtrit(k - 1, 0.5 + LEVEL / 2), mean / bound
     c = quantile**2 * variance / room
     half = np.sqrt(c * np.maximum(0.0, 1 + c - share**2))
     error = np.sqrt(variance * (bound**2 - against**2) / room)  # were the threshold the truth
@@ -137,9 +137,9 @@ def over_seeds(effects: np.ndarray, se: np.ndarray, p: np.ndarray, against: floa
     beyond = [((p < (1 - LEVEL) / k) & (sign * (effects - against) > 0)).any(0) for sign in (1, -1)]
     return {
         "seed_low": bound * (share - half) / (1 + c), "seed_high": bound * (share + half) / (1 + c),
-        "seed_p": 2 * scipy.stats.t.sf(np.abs(mean - against) / error, k - 1),
-        "seed_detectable": (quantile + scipy.stats.t.ppf(POWER, k - 1)) * np.sqrt(variance),
-        "sd_seeds": np.sqrt(np.maximum(0.0, between - items)), "heterogeneity": scipy.stats.chi2.sf(q, k - 1),
+        "seed_p": 2 * special.stdtr(k - 1, -np.abs(mean - against) / error),
+        "seed_detectable": (quantile + special.stdtrit(k - 1, POWER)) * np.sqrt(variance),
+        "sd_seeds": np.sqrt(np.maximum(0.0, between - items)), "heterogeneity": special.chdtrc(k - 1, q),
         "differs": beyond[0] & beyond[1],
     }  # fmt: skip
 
@@ -172,7 +172,7 @@ def stretch(n: int) -> float:
     Source:   Hesterberg 2015 (variance of so few, expanded percentiles)
     """
     quantile = 0.5 + LEVEL / 2
-    return 1.0 if n < 2 else (n / (n - 1)) ** 0.5 * scipy.stats.t.ppf(quantile, n - 1) / scipy.stats.norm.ppf(quantile)
+    return 1.0 if n < 2 else (n / (n - 1)) ** 0.5 * special.stdtrit(n - 1, quantile) / special.ndtri(quantile)
 
 
 def percentiles(drawn: np.ndarray, name: str = "") -> dict[str, float]:
