@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlsafe import analysis, evaluation, planning, plots, publish, training
+from vlsafe import analysis, evaluation, models, planning, plots, publish
 from vlsafe.core import failures, store
 from vlsafe.core.presets import load_scale
 from vlsafe.core.scale import known
@@ -196,7 +196,7 @@ def _stages(arguments: Arguments) -> list[str]:
 def _stage(arguments: Arguments) -> None:
     study, names = _study(arguments), _stages(arguments)
     runs = [study.run(name) for name in names]
-    with failures.lasting(runs, arguments.attempt), training.processes.claimed(arguments.gpus, study.root):
+    with failures.lasting(runs, arguments.attempt), models.devices.claimed(arguments.gpus, study.root):
         for name in names:
             study.folder(name)
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from vlsafe.core import failures, store
+from vlsafe.models import devices
 from vlsafe.models.chat import template
 from vlsafe.study.study import Study
-from vlsafe.training import processes
 
 PROFILES = Path(__file__).parents[2] / "env/profiles"
 
@@ -36,7 +36,7 @@ def machine(monkeypatch):
 
     def seeing(count, listed=None):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(processes, "_uuids", lambda: [(str(n), uuid) for n, uuid in enumerate(GPUS[:count])])
+        monkeypatch.setattr(devices, "_uuids", lambda: [(str(n), uuid) for n, uuid in enumerate(GPUS[:count])])
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if listed is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
@@ -46,7 +46,7 @@ def machine(monkeypatch):
 
 def begin(held, many, folder, listed):
     """What a job sees that starts while those in `held` run; every job starts from what the cluster has listed."""
-    held.enter_context(processes.claimed(many, folder))
+    held.enter_context(devices.claimed(many, folder))
     seen = os.environ.pop("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = listed
@@ -61,7 +61,7 @@ def test_two_jobs_of_one_gpu_inside_an_allocation_see_different_ones(machine, tm
     names = (listed or "0,1").replace(" ", "").split(",")
     assert [one, two] == names[:2]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == listed, "and leave the list as it was"
-    with processes.claimed(1, tmp_path):
+    with devices.claimed(1, tmp_path):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == names[0], "and what they had is free again"
 
 
@@ -77,25 +77,25 @@ def test_a_gpu_is_the_same_by_its_number_and_by_its_identifier(machine, tmp_path
 
 def test_a_job_takes_what_there_is_and_locks_nothing_that_a_cluster_gave_it(machine, tmp_path):
     machine(1)
-    with processes.claimed(8, tmp_path):  # a recipe for eight on a machine with one
+    with devices.claimed(8, tmp_path):  # a recipe for eight on a machine with one
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
         os.environ.pop("CUDA_VISIBLE_DEVICES")
-        with pytest.raises(TimeoutError, match="8 GPUs are needed and only 0 of 1"), processes.claimed(8, tmp_path):
+        with pytest.raises(TimeoutError, match="8 GPUs are needed and only 0 of 1"), devices.claimed(8, tmp_path):
             pass
     machine(1, "0")
-    with processes.claimed(1, tmp_path), processes.claimed(8, tmp_path):  # jobs of a cluster, each sees its own as number 0
+    with devices.claimed(1, tmp_path), devices.claimed(8, tmp_path):  # jobs of a cluster, each sees its own as number 0
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     machine(4, "3,2,1,0")
-    with processes.claimed(4, tmp_path), processes.claimed(8, tmp_path):
+    with devices.claimed(4, tmp_path), devices.claimed(8, tmp_path):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,2,1,0"
 
 
 @pytest.mark.parametrize(("count", "listed"), [(0, None), (4, ""), (4, "-1"), (4, "NoDevFiles")])
 def test_a_job_for_gpus_without_one_says_what_computes_without(machine, tmp_path, count, listed):
     machine(count, listed)
-    with pytest.raises(ValueError, match="1 GPUs are needed and none is here; `device: cpu`"), processes.claimed(1, tmp_path):
+    with pytest.raises(ValueError, match="1 GPUs are needed and none is here; `device: cpu`"), devices.claimed(1, tmp_path):
         pass
-    with processes.claimed(0, tmp_path):
+    with devices.claimed(0, tmp_path):
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == listed
 
 

@@ -62,12 +62,11 @@ def respond(
     """
     served = [item for item in items if item.scoring == "generated"] if exam.serve else []
     local = [item for item in items if item.scoring != "generated"] if exam.serve else items
-    kept = evaluation.engines.Kept(keep)
-    served_by = evaluation.servers.serve_and_respond
-    responses = served_by(exam.serve, folder, served, name, exam.max_new_tokens, kept) if served else []
+    kept, new = evaluation.engines.Kept(keep), exam.max_new_tokens
+    responses = evaluation.servers.serve_and_respond(exam.serve, folder, served, name, new, kept) if served else []
     if local:
         model, processor = models.checkpoints.ready(folder, exam.dtype), models.checkpoints.load_processor(folder)
-        more = exam.batch_size, exam.max_new_tokens, progress, kept
+        more = exam.batch_size, new, progress, kept
         responses += evaluation.engines.respond(model, processor, local, name, *more)
     by_item = {response.item: response for response in responses}
     if len(by_item) < len(items):

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import CLIPModel, LlavaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils import is_liger_kernel_available, logging
@@ -318,6 +317,8 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
     if devices.device() != "cuda" or model.config.model_type not in KERNELS:
         return model
     if is_liger_kernel_available():
+        from transformers.integrations.liger import apply_liger_kernel  # which imports peft
+
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # TRL has its own
     else:
         logging.get_logger(__name__).warning("liger-kernel is not installed (`pip install vlsafe[gpu]`): models take longer")
