@@ -46,8 +46,8 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORE
             --config "scale=\"$$SCALE\"" "seeds=\"$$SEEDS\"" "backbones=\"$$BACKBONES\"" "root=\"$$ROOT\"" "grid=\"$$GRID\""
 
 .PHONY: setup dev reproduce figures parts pocket-nano test processes loaded soak perf perf-sources browser lab results notebooks nbval lint types clean
-# Compiling all packages is half of an installation: on all cores, after pip, which takes one. Like pip it passes over the files of
-# packages that are no Python of this version (templates, tests), for which compileall fails.
+# Compiling packages is half of an installation: on all cores, after pip, which takes one; their tests and the classes of models are
+# compiled when they are used. Like pip it passes over files that are no Python of this version (templates), for which it fails.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models)/' .venv/lib || true
 setup: .venv/.installed
 

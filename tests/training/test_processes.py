@@ -68,7 +68,7 @@ def apart(one, other):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_go_on_with_the_same_bits(begun, rows, tmp_path, monkeypatch, request, kind):
     """Losses within 2e-6 of one process; one whole checkpoint; a resumed training ends with the bits of an undisturbed one."""
-    if kind == "ddp":  # the other one starts as a user's does
+    if kind == "ddp":  # as a user's starts: sharded, but for the worker; DDP in test_faults.py
         request.getfixturevalue("forked")
     monkeypatch.setattr(launch, "WORKER", (str(HERE / "sharded_worker.py"),) if kind == "fsdp2" else launch.WORKER)
     alone, weights = trained(job(begun, tmp_path / "one"), rows)
@@ -122,7 +122,7 @@ def test_one_process_where_two_were_asked_for_is_stopped(begun, rows, tmp_path, 
 
 
 @pytest.mark.processes
-def test_whole_weights_where_sharded_ones_were_asked_for_are_stopped(begun, rows, tmp_path, capfd, forked):
+def test_whole_weights_where_sharded_ones_were_asked_for_are_stopped(begun, rows, tmp_path, forked):
     """On processors accelerate turns FSDP into DDP, and says nothing."""
     with pytest.raises(ValueError, match="accelerate has silently turned FSDP off"):
         trained(job(begun, tmp_path / "x", launch=written(tmp_path, FSDP)), rows)

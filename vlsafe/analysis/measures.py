@@ -248,7 +248,7 @@ def differences(
 
 
 def paired(raw: pd.DataFrame, before: str, measure: str) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame, int]]:
-    """Per backbone, seed and other run: the judged events that it shares with `before`, and how many are left out."""
+    """Per backbone, seed and other run, of full examinations: the judged events shared with `before`; how many are left out."""
     rows = settled(events(raw, measure))
     rows = rows.assign(run=run_names(rows))[[*UNIT, "run", "event", *SAME]]
     first, second = rows[rows["run"] == before], rows[rows["run"] != before]
