@@ -66,7 +66,9 @@ def test_the_sentence_says_what_lasts_what_does_not_and_what_is_open():
     assert durability.answer(nothing).endswith("answers: sequential SFT, DPO, merged with SFT had no clear gain to lose.")
     two = durability.answer(nothing.assign(seeds=2, gain=0.3, gain_low=-0.7, gain_high=1.0))
     assert two.endswith("answers: of sequential SFT, DPO, merged with SFT two seeds are too few to say anything.")
-    assert not durability.outlasts(nothing).any() and durability.outlasts(lines).tolist() == [False, True, False]
+    assert durability.tally(lines) == "few harmful answers: 1 yes, 1 no, 1 open"
+    assert durability.tally(nothing.assign(seeds=2)) == "few harmful answers: 3 open"
+    assert set(durability.fates(nothing)) == {"without"} and durability.fates(lines).tolist() == ["gone", "lasts", "open"]
     shown = durability.sheet(lines)
     assert shown["model"].tolist() == ["sequential SFT", "DPO", "merged with SFT"]
     assert shown["half-life on few harmful answers"].tolist() == ["6 [4, 9]", ">30 [>30, >30]", "20 [9, >30]"]

@@ -110,13 +110,13 @@ def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
     for key, of in groups(named(lines[lines["measure"] == measure]), ["backbone", "rows"]):
         fewer = of["model"] + " (" + of["seeds"].astype(str) + " of " + str(of["seeds"].max()) + " seeds)"
         of = of.assign(model=of["model"].where(of["seeds"] == of["seeds"].max(), fewer))
-        gained, without = of[of["gain_low"] > 0], of[~(of["gain_low"] > 0)]
-        lasts, gone = gained[outlasts(gained)], gained[gained["half_life_high"] < np.inf].sort_values("half_life")
-        rest = gained[~gained.index.isin([*lasts.index, *gone.index])]
+        fate = fates(of)
+        lasts, gone, rest, without = (of[fate == name] for name in ("lasts", "gone", "open", "without"))
         few, without = without[without["seeds"] == 2], without[without["seeds"] != 2]  # Student's quantile of two runs is 13
         kept = "keep more than half of their gain" if len(lasts) > 1 else "keeps more than half of its gain"
         parts = [f"{', '.join(lasts['model'])} {kept}" if len(lasts) else ""]
-        parts += [f"{row.model} has lost half after {row.half_life:.0f} of them" for row in gone.itertuples()]
+        lost = gone.sort_values("half_life")
+        parts += [f"{row.model} has lost half after {row.half_life:.0f} of them" for row in lost.itertuples()]
         parts += [f"of {', '.join(rest['model'])} neither can be said" if len(rest) else ""]
         parts += [f"{', '.join(without['model'])} had no clear gain to lose" if len(without) else ""]
         parts += [f"of {', '.join(few['model'])} two seeds are too few to say anything" if len(few) else ""]
@@ -124,9 +124,19 @@ def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
     return " ".join(sentences)
 
 
-def outlasts(lines: pd.DataFrame) -> pd.Series:
-    """Whether a remedy had a gain beyond its interval, and half of it is still there at the end, beyond its interval too."""
-    return (lines["gain_low"] > 0) & (lines["half_life_low"] == np.inf)
+def tally(lines: pd.DataFrame, measure: str = "text_asr") -> str:
+    """Of how many remedies half of the gain is still there after each kind of rows: "harmless instructions: 4 yes, 1 open"."""
+    of_rows = groups(named(lines[lines["measure"] == measure]), ["rows"])
+    found = {key["rows"]: fates(of).map({"lasts": "yes", "gone": "no"}).fillna("open").tolist() for key, of in of_rows}
+    counts = {kind: [f"{of.count(word)} {word}" for word in ("yes", "no", "open") if word in of] for kind, of in found.items()}
+    return "; ".join(f"{kind}: {', '.join(of)}" for kind, of in counts.items())
+
+
+def fates(lines: pd.DataFrame) -> pd.Series:
+    """Whether half of a remedy's gain "lasts" to the end or is "gone" by then, each beyond its interval, or that is "open";
+    "without" where the gain itself is not beyond its interval."""
+    known = [~(lines["gain_low"] > 0), lines["half_life_low"] == np.inf, lines["half_life_high"] < np.inf]
+    return pd.Series(np.select(known, ["without", "lasts", "gone"], "open"), lines.index)
 
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:

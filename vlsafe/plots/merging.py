@@ -91,11 +91,7 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     """
     rates = rates[rates["measure"] == "text_asr"]
     columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
-    text = lives[(lives["measure"] == "text_asr") & (lives["seeds"] != 2)]  # of two nothing can be said
-    kept = [f"{title}: {analysis.durability.outlasts(of).sum()} of {len(of)}" for kind, title in columns.items()
-            if len(of := text[text["rows"] == kind])]  # fmt: skip
-    title = f"Remedies that keep more than half of their gain, after {'; '.join(kept)}"
-    title = title if kept else "Two seeds are too few to say whether a remedy lasts"
+    title = f"Is half of a remedy's gain still there? After {analysis.durability.tally(lives)}"
     notes = (f"bands ({', '.join(NAMES[model] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
     caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
     marks = style.handles({NAMES[model]: look for model, look in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
