@@ -91,7 +91,7 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     """
     rates = rates[rates["measure"] == "text_asr"]
     columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
-    title = f"Is half of a remedy's gain still there? After {analysis.durability.tally(lives)}"
+    title = f"Over seeds, is half of a remedy's gain still there? After {analysis.durability.tally(lives)}"
     notes = (f"bands ({', '.join(NAMES[model] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
     caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
     marks = style.handles({NAMES[model]: look for model, look in FURTHER.items() if model in set(rates["model"])}, linestyle="-")
