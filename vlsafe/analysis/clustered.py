@@ -48,19 +48,19 @@ def stratified(strata: Sequence[Stratum]) -> tuple[float, float, float, float]:
 
 
 class _Part(NamedTuple):
-    """A stratum laid out: `index` and `sizes` as of `clusters_of`, `place` each cluster's number among those of all strata."""
+    """A stratum laid out: `within` and `sizes` as of `clusters_of`, `place` each cluster's number among those of all strata."""
 
     weight: float
     values: np.ndarray
-    index: np.ndarray
+    within: np.ndarray
     sizes: np.ndarray
     place: np.ndarray
 
     def totals(self) -> np.ndarray:
-        return totals(self.values, self.index, len(self.sizes))
+        return totals(self.values, self.within, len(self.sizes))
 
     def intervals(self) -> tuple[np.ndarray, np.ndarray]:
-        return wilsons(self.values.mean(0), effective_size(self.values, self.index, self.sizes))
+        return wilsons(self.values.mean(0), effective_size(self.values, self.within, self.sizes))
 
 
 def together(clusters: Sequence[Sequence[Hashable]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -220,8 +220,8 @@ def _square_and_add(parts: Sequence[_Part]) -> tuple[float, float]:
         distances.append(side.weight * np.array([rise - low[0], high[1] - fall, high[0] - rise, fall - low[1]]))
         sides.append(side)
     of, alike = np.array(distances).T, _correlations(sides)
-    reach = [_length(distance, alike[column]) for distance, column in zip(of, (0, 1, 0, 1), strict=True)]
-    return effect - np.hypot(*reach[:2]), effect + np.hypot(*reach[2:])
+    down, below, up, above = (_length(distance, alike[column]) for distance, column in zip(of, (0, 1, 0, 1), strict=True))
+    return effect - np.hypot(down, below), effect + np.hypot(up, above)
 
 
 def _flips(contributions: np.ndarray, rng: np.random.Generator) -> float:
@@ -248,7 +248,7 @@ def _detectable(parts: Sequence[_Part], se: np.ndarray, free: int) -> np.ndarray
     """
     reach = special.stdtrit(free, 0.5 + LEVEL / 2) + special.ndtri(POWER)
     events = [part._replace(values=(part.values != 0).astype(float)) for part in parts]
-    errors = np.array([abs(of.weight) / np.sqrt(effective_size(of.values, of.index, of.sizes)) for of in events])
+    errors = np.array([abs(of.weight) / np.sqrt(effective_size(of.values, of.within, of.sizes)) for of in events])
     own = np.array([_length(error, alike) ** 2 for error, alike in zip(errors.T, _correlations(events), strict=True)])
     total, changed = sum(np.abs(part.values).sum(0) for part in parts), sum(of.values.sum(0) for of in events)
     own = own * np.where(changed > 0, total / np.maximum(changed, 1), 1.0)
@@ -272,7 +272,7 @@ def paired_difference(
     return float(result.effect[0]), float(result.low[0]), float(result.high[0])
 
 
-def sign_flip(contributions: Sequence[float], rng: np.random.Generator, draws: int = 9999) -> float:
+def sign_flip(contributions: Sequence[float] | np.ndarray, rng: np.random.Generator, draws: int = 9999) -> float:
     """Two-sided p-value of a paired difference that is the sum of its clusters' contributions: were it zero, each could
     as well have the other sign.
 

@@ -297,7 +297,7 @@ def _cell(line: pd.Series, names: Sequence[str], sign: str = "") -> str:
 
 def bounds(least: float, most: float | None, sign: str = "") -> str:
     """A rate in percent, for the eye; its two bounds where unjudged answers set them apart."""
-    ends = [f"{round(100 * end):{sign}}" for end in (least, most) if not pd.isna(end)]
+    ends = [f"{round(100 * end):{sign}}" for end in (least, most) if end is not None and not pd.isna(end)]
     return "–".join(dict.fromkeys(ends))
 
 

@@ -51,7 +51,7 @@ def _summed(rows: pd.DataFrame, measure: str) -> list[_Summed]:
         rows = rows[~rows.set_index(SAME).index.isin(rows[unjudged].set_index(SAME).index)]
     if not whole(rows, measure):
         raise Lacking(f"{MEASURES[measure]['label']} was not measured")
-    rows, parts = rows.assign(event=rows["event"].astype(float)), []
+    rows, parts = rows.assign(event=rows["event"].astype(float)), list[_Summed]()
     for weight, stratum in weighted_groups(rows):
         by = stratum.groupby(["cluster", "recipe", "step"])["event"]
         sums, sizes = by.sum().unstack(["recipe", "step"]).sort_index(axis=1), by.size().unstack(["recipe", "step"])
@@ -68,10 +68,10 @@ def over_seeds(rows: pd.DataFrame, measure: str, draws: int) -> dict[str, dict[A
 
     Deviations are stretched as for a variance of so few seeds, and by as much as Student's quantile is larger than a normal one.
     """
-    by_seed = in_worlds(rows).groupby("seed", sort=True)
-    each = list(_drawn({seed: _summed(of, measure) for seed, of in by_seed}, np.random.default_rng(0), draws).values())
+    by_seed, rng = in_worlds(rows).groupby("seed", sort=True), np.random.default_rng(0)
+    each = list(_drawn({seed: _summed(of, measure) for seed, of in by_seed}, rng, draws).values())
     k, found = len(each), dict[str, dict[Any, np.ndarray]]()
-    weights, stretch = stats.resamples(k, draws, np.random.default_rng(0)) / k, stats.stretch(k)
+    weights, stretch = stats.resamples(k, draws, rng) / k, stats.stretch(k)
     for recipe, step in sorted(set.intersection(*map(set, each))):
         drawn = (np.stack([one[recipe, step] for one in each], 1) * weights).sum(1)
         found.setdefault(recipe, {})[step] = drawn[0] + (drawn - drawn[0]) * stretch
