@@ -128,7 +128,10 @@ def test_the_title_is_answered_by_the_ledger():
     means = f" (means of {seeds} seeds): "
     assert said.startswith(f"Adaptation does{means}in `") == (third["item_level"] == claims.SUPPORTED).all()
     one = openings.title(MODELS[MODELS["seed"] == 4], LEDGER)
-    assert re.match("Adaptation does(?: in part| not)?: in `", one), "a single seed has no mean"
+    assert re.match(r"Adaptation does(?: in part| not)? \(one seed\): in `", one), "a single seed has no mean"
+    few = openings.title(MODELS[(MODELS["seed"] == 4) | (MODELS["backbone"] != "mini-tulu")], LEDGER)
+    assert few.startswith("Adaptation does: in `mini-chat` (means of 8 seeds) text ASR goes from ")
+    assert f"in `mini-tulu` (one seed) {one.partition('in `mini-tulu` ')[2].partition('. ')[0]}. " in few
     for backbone in third["backbone"]:
         text, pictures = ends(backbone, "text_asr", "parent"), ends(backbone, "multimodal_asr", "stage 1")
         assert f"in `{backbone}` text ASR goes from {text}, multimodal ASR from {pictures}" in said

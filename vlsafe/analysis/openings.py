@@ -26,10 +26,9 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
-    ends = [f"in `{name}` {_moved(models, name)}{text}" for name, text in verdicts.items()]
-    pairs = [_ends(models[models["backbone"] == name], measure) for name in verdicts for measure in BOTH]
-    seeds = {len(pair[0]) for pair in pairs if pair}
-    means = f" (means of {' and '.join(map(str, sorted(seeds)))} seeds)" * (min(seeds, default=0) > 1)
+    seeds = {name: f" ({_seeds(models[models['backbone'] == name])})" for name in verdicts}
+    means = "".join(set(seeds.values())) if len(set(seeds.values())) == 1 else ""
+    ends = [f"in `{name}`{'' if means else seeds[name]} {_moved(models, name)}{text}" for name, text in verdicts.items()]
     said = f"{start}{means}: {'; '.join(ends)}." if ends else f"{start}."
     both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
     shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
@@ -38,6 +37,12 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
         changes = listed(f"{signed(of['effect', SEEING])} (`{name}`)" for name, of in shares.iterrows())
         said += f" {WITHOUT} {changes} points{because}."
     return said
+
+
+def _seeds(models: pd.DataFrame) -> str:
+    """How many seeds `_moved` has of a backbone, of T08's lines."""
+    counts = {len(pair[0]) for measure in BOTH if (pair := _ends(models, measure))}
+    return f"means of {' and '.join(map(str, sorted(counts)))} seeds" if counts - {1} else "one seed"
 
 
 def _moved(models: pd.DataFrame, backbone: str) -> str:
