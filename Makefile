@@ -4,7 +4,7 @@ SCALE     ?= mini
 SEEDS     ?= $(if $(filter mini,$(SCALE)),4,0)
 BACKBONES ?= mini-chat
 CORES     ?= 2
-# "full" adds LoRA and SPPFT variants of safety tuning and the SPPFT grid of notebook 05, for the committed figures.
+# "full" adds arms, doses, rates and tunings, the SPPFT grid, merges and further fine-tunings: docs/commands.md.
 GRID      ?= default
 ROOT      ?= runs
 # Rules of the Snakefile, and what they need, instead of everything: notebook_03_safety_degradation_mini_chat_4, for example.

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError):
             if (error.name or "vlsafe").partition(".")[0] == "vlsafe":
                 raise  # a fault of ours
-            unnamed = f"{error}; the base install leaves out models and notebooks: `pip install 'vlsafe[all]'`"
+            unnamed = f"{error}; the base install leaves out models and notebooks: `pip install '.[all]'` in the repository"
         print("\n".join(map(failures.shortened, f"vlsafe: {unnamed or error}".splitlines())), file=sys.stderr)
         return 2
 

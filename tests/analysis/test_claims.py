@@ -361,13 +361,10 @@ def test_what_a_benchmark_could_have_shown():
 def test_the_ledger_of_a_folder_is_read_back_as_it_was_written(tmp_path):
     ledger = claims.ledger(found(*(study(seed, n=60) for seed in range(3))))
     ledger.to_csv(tmp_path / "T09_claims.csv", index=False)
-    again = claims.committed(tmp_path, ["1", "4b"])
-    wanted = claims.sheet(ledger[ledger["claim"].isin(["1", "4b"])]).set_index(["claim", "backbone"])
+    again, wanted = (claims.sheet(of).set_index(["claim", "backbone"]) for of in (claims.written(tmp_path), ledger))
     assert again.index.tolist() == wanted.index.tolist() and again["item level"].tolist() == wanted["item level"].tolist()
     assert again["effect"].tolist() == wanted["effect"].tolist()
-    assert claims.committed(tmp_path / "nothing here", ["1"]).empty
-    with pytest.raises(ValueError, match="unknown claim '4z'"):
-        claims.committed(tmp_path, ["4z"])
+    assert claims.written(tmp_path / "nothing here").empty
 
 
 def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
@@ -381,8 +378,12 @@ def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
     other.loc[other["claim"] == last, "item_level"] = claims.NOT
     lines = claims.beside(one, other).set_index("claim")
     assert list(lines.columns[1:]) == [*one["backbone"].unique(), "other", "both scales"]
-    assert lines.loc[first, "both scales"] == "differs" and lines.loc[last, "both scales"] == claims.NOT
-    assert set(lines.loc[measured["claim"].iloc[1:-1], "both scales"]) <= {"alike", "differs"}
+    apart = "alike" if measured["item_level"].iloc[0] == claims.CONTRADICTED else "opposite"
+    apart = apart if measured["item_level"].iloc[0] in (claims.SUPPORTED, claims.CONTRADICTED) else "not all decide"
+    assert lines.loc[first, "both scales"] == apart and lines.loc[last, "both scales"] == claims.NOT
+    assert set(lines.loc[measured["claim"].iloc[1:-1], "both scales"]) == {"alike"}
+    small = claims.beside(one.assign(effect=-0.001, item_level=claims.SUPPORTED), other)
+    assert set(small[one["backbone"].iloc[0]].dropna()) == {f"{claims.SUPPORTED} (+0)"}, "a rounded zero has no minus"
     assert lines.index.tolist() == list(dict.fromkeys(one["claim"]))
     again = pd.concat([one, other.iloc[:1].assign(item_level=claims.NOT)])  # a claim about a backbone of the other ledger alone
     assert claims.beside(again, other.assign(statement="as it was")).set_index("claim").equals(lines)

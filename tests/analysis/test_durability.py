@@ -68,6 +68,8 @@ def test_the_sentence_says_what_lasts_what_does_not_and_what_is_open():
     assert two.endswith("answers: of sequential SFT, DPO, merged with SFT two seeds are too few to say anything.")
     assert durability.tally(lines) == "few harmful answers: 1 yes, 1 no, 1 open"
     assert durability.tally(nothing.assign(seeds=2)) == "few harmful answers: 3 open"
+    alone = durability.tally(lines.iloc[:1].assign(start=0.031, end=0.26))
+    assert alone == "few harmful answers: no (sequential SFT 3 → 26 %)"
     assert set(durability.fates(nothing)) == {"without"} and durability.fates(lines).tolist() == ["gone", "lasts", "open"]
     shown = durability.sheet(lines)
     assert shown["model"].tolist() == ["sequential SFT", "DPO", "merged with SFT"]

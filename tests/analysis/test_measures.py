@@ -220,7 +220,8 @@ def test_categories_before_and_after():
         ("multimodal_asr", "stage 1"): 0.5, ("multimodal_asr", "adapted"): 1.0,
     }  # fmt: skip
     assert set(pooled["n_clusters"]) == {2} and set(pooled["n"]) == {4}
-    assert plots_degradation.by_category(found, "mini").get_suptitle() == "Text ASR rose clearly in 0 of 1 categories of harm"
+    said = "Rose clearly: text ASR in 0 of 1, multimodal ASR in 0 of 1 groups of requests"
+    assert plots_degradation.by_category(found, "mini").get_suptitle() == said
     shared = degradation.by_category(table.assign(shared=True))
     assert set(shared.loc[shared["seed"] == "all", "n_clusters"]) == {1}  # where seeds share their items
 

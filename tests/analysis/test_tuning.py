@@ -107,12 +107,14 @@ def test_the_pictures_tell_their_numbers():
     points = tuning.plane(tuning.methods(table, LINES))
     assert set(points["kind"]) == {"parent", "adapted", "SFT", "DPO"}
     text = points[points["what"] == "text_asr"]
-    assert text["name"].tolist() == ["parent", "adapted", "sl", "dpo-text"] and set(points["what"]) <= set(tuning.AXES)
+    assert text["name"].tolist() == ["parent", "adapted", "sequential SFT", "DPO on text"] and set(points["what"]) <= set(
+        tuning.AXES
+    )
     title = plots_tuning.tradeoff(points, "mini").get_suptitle()
     same = "text ASR 75 → 75 %, with pictures 75 → 75 %"  # SL is safer, and 25 points less helpful
-    assert title == f"Safest at about equal helpfulness, dpo-text: {same}"
-    alone = plots_tuning.tradeoff(points[points["name"] != "dpo-text"], "mini").get_suptitle()
-    assert alone.startswith("None is about as helpful; safest, sl: ") and alone.endswith("67 → 42 %")
+    assert title == f"Safest at about equal helpfulness, DPO on text: {same}"
+    alone = plots_tuning.tradeoff(points[points["name"] != "DPO on text"], "mini").get_suptitle()
+    assert alone.startswith("None is about as helpful; safest, sequential SFT: ") and alone.endswith("67 → 42 %")
 
 
 def test_refusals_by_kind_of_request():

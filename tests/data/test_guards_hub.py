@@ -11,7 +11,7 @@ import torch
 from vlsafe.core.assets import LoadedGuard, Origin
 from vlsafe.core.scale import as_plain
 from vlsafe.core.schema import Stored, Turn
-from vlsafe.data import guards
+from vlsafe.data import guards, llama_guard
 from vlsafe.data.guards import Assessment
 
 CASES = json.loads((Path(__file__).parents[1] / "cases_llama_guard.json").read_text())
@@ -34,7 +34,7 @@ def loaded(path, **fields):
 
 @pytest.mark.parametrize(("text", "unsafe", "codes"), CASES["answers"])
 def test_answers_are_read_as_its_makers_say(text, unsafe, codes):
-    assert guards.parse_guard(text) == (unsafe, tuple(codes))
+    assert llama_guard.parse(text) == (unsafe, tuple(codes))
 
 
 @pytest.mark.parametrize(("roles", "judged"), CASES["roles"])

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from vlsafe.core.schema import Example, Item, Response, Turn
-from vlsafe.data.guards import Assessment, parse_guard
+from vlsafe.data import llama_guard
+from vlsafe.data.guards import Assessment
 from vlsafe.data.intake import audit, passing
 from vlsafe.evaluation.benchmarks import official
 from vlsafe.evaluation.judges import JUDGES, judge
@@ -50,13 +51,18 @@ def test_strangers_are_refused():
         ("safe", (False, ())),
         ("\n\nunsafe\nS1,S9", (True, ("S1", "S9"))),
         ("unsafe", (True, ())),
+        ("unsafe S1", (True, ("S1",))),
+        ("unsafe\nS1,", (True, ("S1",))),
+        ("unsafe\nS1\nS2", (True, ("S1", "S2"))),
         ("safe S1", (None, ())),
         ("unsafe because", (None, ())),
         ("", (None, ())),
     ],
 )
 def test_guard_answers(text, expected):
-    assert parse_guard(text) == expected
+    assert llama_guard.parse(text) == expected
+    label = {None: "unjudged", True: "unsafe", False: "safe"}[expected[0]]
+    assert LLM_JUDGES["llama-guard-3"].parse(text).label == label, "what screens data and what judges responses read alike"
 
 
 def test_what_a_guard_could_not_read_is_dropped_and_named():

@@ -17,7 +17,7 @@ from vlsafe.models.merge.rules import How
 COMMAND = shutil.which(os.environ.get("MERGEKIT", "mergekit-yaml"))
 pytestmark = [
     pytest.mark.skipif(
-        COMMAND is None, reason="mergekit is not installed: pip install 'vlsafe[mergekit]', or name it in MERGEKIT"
+        COMMAND is None, reason="mergekit is not installed: pip install '.[mergekit]' in the repository, or name it in MERGEKIT"
     ),
     pytest.mark.filterwarnings("ignore"),
 ]

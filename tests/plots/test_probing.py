@@ -17,7 +17,7 @@ def test_half_of_the_gap_is_that_of_the_block_where_it_is_largest(sign):
     )  # fmt: skip
     figure = probing.similarity_over_steps(lines, "mini")
     side = "harmful" if sign > 0 else "benign"
-    said = f"In words, half of the largest gap ({side} moved further) is there by step 20"
+    said = f"On text, half of the largest gap ({side} moved further) is there by step 20"
     assert figure.get_suptitle() == said
 
 

@@ -187,7 +187,7 @@ def test_the_base_install_scores_rates_and_reports_without_any_model_library(tmp
     scored = base("score", "xstest", "--data", tmp_path, "--responses", tmp_path / "mine.jsonl", "--out", out)
     assert scored.returncode == 0 and out.exists() and scored.stdout.rstrip().endswith("False"), scored.stderr[-2000:]
     looked = base("doctor", "--scale", "mini")
-    assert looked.returncode == 0 and "pip install vlsafe[models]" in looked.stdout, looked.stderr[-2000:]
+    assert looked.returncode == 0 and "pip install '.[models]'" in looked.stdout, looked.stderr[-2000:]
     written = base("report", "--figures", "figures/mini", "--out", tmp_path / "report.html")
     assert written.returncode == 0 and (tmp_path / "report.html").stat().st_size < 3_000_000, written.stderr[-2000:]
     exported = base("human", "export", "--help")

@@ -10,7 +10,7 @@ import pytest
 from vlsafe import cli
 
 ROOT = Path(__file__).parents[2]
-# what a reader would have to ask about -> what is said instead (architecture.md, section 4)
+# what a reader would have to ask about -> what is said instead
 WORDS = {
     r"\bcellars?\b": "run store",
     r"\bdeeds?\b": "verb–object pair",

@@ -95,8 +95,8 @@ def test_dominating_is_better_in_something_and_worse_in_nothing():
     assert analysis_merging.answer(told).startswith("Nothing can be said")  # refusals were not asked
     said = merging.answer(told.assign(whole=True))
     assert said.startswith(
-        "Yes, some: 1 of 4 merges of two tuned models dominate all that they were compared with, which is sl and ensemble alone "
-        "(sl: dominates: 1,"
+        "Yes, some: 1 of 4 merges of two tuned models dominate those of sequential SFT, the ensemble that were examined "
+        "in their seed (sequential SFT: dominates: 1,"
     )
     assert analysis_merging.answer(told[told["rule"] != "linear"].assign(whole=True)).startswith("No: 0 of 3")
     end = told.assign(whole=True, recipe=told["recipe"].str.replace("linear/filtered-full+sl-full/0.50", f"linear/{PAIR}/1.00"))
@@ -178,10 +178,10 @@ def test_the_pictures_and_fronts_tell_their_numbers():
     table = raw(linear=(1, 8), ties=(3, 11))
     points = merging.plane(table)
     assert set(points["kind"]) == {"merged", "ensemble", "SFT", "adapted"}
-    assert set(points["name"]) == {"linear + sl", "ties + sl", "ensemble + sl", "sl", "adapted"}
-    assert points.drop_duplicates("name")["name"].tolist() == ["adapted", "linear + sl", "ties + sl", "sl", "ensemble + sl"]
+    merged = [f"{rule} + sequential SFT" for rule in ("linear, 0 ≤ α ≤ 1", "ties", "ensemble")]
+    assert points.drop_duplicates("name")["name"].tolist() == ["adapted", *merged[:2], "sequential SFT", merged[2]]
     told = plots_merging.fronts(points, "No: 0 of 2 merges dominate every tuning (sl: 2 trades).", "mini").get_suptitle()
-    assert told == "No: 0 of 2 merges dominate every tuning"
+    assert told == "Does merging dominate? No: 0 of 2 merges dominate every tuning"
     areas = analysis_merging.hypervolumes(table, draws=50).set_index(["measure", "family"])
     text = areas.loc["text_asr"]
     assert text.loc["merged", "area"] == pytest.approx(11 / 12 * 8 / 12 + 9 / 12 * 3 / 12)
@@ -192,7 +192,8 @@ def test_the_pictures_and_fronts_tell_their_numbers():
     rates = merging.sweep(panel, told)
     assert rates.set_index(["rule", "measure"]).loc[("linear", "text_asr"), "value"] == pytest.approx(1 / 12)
     title = plots_merging.sweep(rates, "mini").get_suptitle()
-    assert title == "Chosen ratio (multimodal ASR there, n = 12): SFT 0.5 (8 %)"
+    chosen = "Weight of the safe partner that validation chose (multimodal ASR there, n = 12)"
+    assert title == f"{chosen}: SFT 0.5 (8 %)"
     same = analysis_merging.against_ensemble(panel).set_index("measure")["difference"]
     assert same["text_asr"] == pytest.approx(-5 / 12) and same["helpfulness"] == pytest.approx(0)
 

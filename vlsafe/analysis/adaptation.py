@@ -236,6 +236,15 @@ def over_seeds(lines: pd.DataFrame) -> pd.DataFrame:
     return spread.reset_index().sort_values("backbone", kind="stable", ignore_index=True)
 
 
+def one_training(lines: pd.DataFrame) -> str:
+    """Which recipes of T03 have one training for all seeds as far as text is concerned: their probabilities of refusal, which two
+    trainings never share, are the same."""
+    graded = lines[lines["measure"] == "text_refusal_probability"].groupby(["backbone", "recipe"])["value"]
+    same = graded.nunique().eq(1) & graded.count().gt(1)
+    names = ", ".join(f"{recipe} ({backbone})" for backbone, recipe in same.index[same])
+    return f"On text one training is that of all seeds: {names}." if names else ""
+
+
 def confounds(raw: pd.DataFrame) -> pd.DataFrame:
     """T04: per model and condition the text ASR and the refusal of harmless requests, and their paired change from plain text.
 

@@ -24,7 +24,6 @@ from vlsafe.analysis import clustered, comparisons, stats
 from vlsafe.analysis.clustered import Stratum
 from vlsafe.analysis.comparisons import ADAPTED, Changes, Frames, Part, Unit, changes
 from vlsafe.analysis.measures import Lacking
-from vlsafe.core.scale import known
 from vlsafe.core.schema import MAIN_LINE
 
 LEVEL, SEEDS = 0.05, 3  # of a verdict; fewest seeds for a seed-level verdict
@@ -32,7 +31,6 @@ SUPPORTED, CONTRADICTED, UNDECIDED, CEILING, DIFFERS, NOT = (
     "supported", "contradicted", "undecided", "undecided (ceiling)", "differs by seed", "not measured"
 )  # fmt: skip
 REGISTERED, EXPLORATORY = "registered", "exploratory"
-PARENT = MAIN_LINE["parent"]
 
 
 class Joint(NamedTuple):
@@ -291,6 +289,7 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     head = ["claim", "statement", "status", "backbone", "item_level", "seed_level", "matters"]
     shown = ledger[head].copy()
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
+    shown["threshold"] = [f"{100 * value:+.0f}" if value else "" for value in ledger["against"].fillna(0)]
     shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
     shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
     others = ledger["seed_part"].notna() & (ledger["seed_part"] != ledger["part"])
@@ -305,15 +304,16 @@ def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
 
 def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Two ledgers side by side, one line per claim: the item-level verdict of every backbone, the effect in points, and whether
-    all backbones that measured the claim agree ("alike") or not ("differs"); the ledger's own backbones come first."""
+    all backbones that measured the claim agree ("alike"), some contradict what others support ("opposite"), or some do not
+    decide ("not all decide"); the ledger's own backbones come first."""
     ledger = ledger[~ledger["backbone"].isin(other["backbone"])]  # a claim about one backbone has its line in every ledger
     both = pd.concat([ledger, other], ignore_index=True)
-    effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({100 * value:+.0f})")
+    effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({round(100 * value) + 0:+d})")
     statements = both.drop_duplicates("claim").set_index("claim")["statement"]  # that of the claims as they are now
     wide = both.assign(cell=both["item_level"] + effect).pivot(index="claim", columns="backbone", values="cell")
     wide = wide.reindex(statements.index)[list(dict.fromkeys(both["backbone"]))]
     measured = both[both["item_level"] != NOT]
-    verdicts = measured.groupby("claim")["item_level"].agg(lambda of: "alike" if of.nunique() == 1 else "differs")
+    verdicts = measured.groupby("claim")["item_level"].agg(_together)
     own = set(ledger["backbone"])
     sides = measured.groupby("claim")["backbone"].agg(lambda of: {name in own for name in of} == {True, False})
     alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim in wide.index]
@@ -321,28 +321,20 @@ def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(**{"both scales": alike}).reset_index()
 
 
+def _together(verdicts: pd.Series) -> str:
+    """Whether verdicts on one claim agree."""
+    if verdicts.nunique() == 1:
+        return "alike"
+    return "opposite" if {SUPPORTED, CONTRADICTED} <= set(verdicts) else "not all decide"
+
+
 def written(folder: Path) -> pd.DataFrame:
     """The ledger in a folder of artefacts; without a line where the folder has none."""
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
-    # older galleries wrote no judges, reasons, statuses, and over seeds the part that decides over items
     lines = lines.reindex(columns=[*judged({}).columns, "reason", "flagged"])
-    return lines.assign(
-        **{f"seed_{name}": lines[f"seed_{name}"].astype(object).fillna(lines[name]) for name in ("part", "sign", "against")},
-        flagged=lines["flagged"].fillna(""),
-        effects=[json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]],
-    )
-
-
-def committed(folder: Path, names: Sequence[str]) -> pd.DataFrame:
-    """Some claims of the ledger in a folder of artefacts, for the eye; no line where the folder has no ledger.
-
-    Raises:   ValueError for a name that is no claim's
-    """
-    for name in names:
-        known(name, [claim.name for claim in CLAIMS], "claim")
-    lines = written(folder)
-    return sheet(lines[lines["claim"].isin(names)]).set_index(["claim", "backbone"])
+    effects = [json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]]
+    return lines.assign(flagged=lines["flagged"].fillna(""), effects=effects)
 
 
 def entries(registry: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,38 +10,43 @@ from vlsafe.analysis import measures
 from vlsafe.analysis.measures import DATA, MEASURES, UNIT, Lacking, differences, in_worlds, main_line, rates, run_names
 from vlsafe.core.schema import MAIN_LINE
 
+CHANGES = {name: f"from_stage_1_{name}" for name in ("difference", "low", "high")}
+
 
 def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     """T02: parent against adapted on every measure, one line per backbone × seed × measure; other recipes are T03's.
 
-    A parent was examined without pictures: its multimodal cells are empty, and the graft with its random projector stands in
-    the table of the dynamics (F02), not here.
+    A parent was examined without pictures: its multimodal cells are empty. Where stage 1 was examined in full its rates stand
+    beside, and `from_stage_1_difference` is the paired change from it.
 
     Raises:   Lacking where neither was examined
     """
     raw = main_line(raw)
-    final = raw[(raw["exam"] == "full") & raw["stage"].isin(["parent", "instruct"])]
-    change = differences(raw, MAIN_LINE["parent"], [MAIN_LINE["adapted"]], list(MEASURES)).drop(columns=["stage", "recipe"])
+    final, after = raw[raw["exam"] == "full"], [MAIN_LINE["adapted"]]
+    change = differences(raw, MAIN_LINE["parent"], after, list(MEASURES)).drop(columns=["stage", "recipe"])
+    later = differences(raw, MAIN_LINE["stage 1"], after, [name for name in MEASURES if name not in set(change["measure"])])
+    later = later[[*UNIT, "measure", *CHANGES]].rename(columns=CHANGES)
     lines = rates(final, list(MEASURES), [*UNIT, "stage"])
-    if lines.empty:
+    if not set(lines["stage"]) - {"projector"}:
         raise Lacking("there is no full examination of the parent or of the adapted model")
     wide = lines.pivot_table(
         index=[*UNIT, "measure"], columns="stage", values=["value", "value_high", "low", "high", "n", "n_unjudged"], sort=False
     )
     wide.columns = [f"{stage}_{value}" for value, stage in wide.columns]
-    merged = wide.reset_index().merge(change, on=[*UNIT, "measure"], how="left")
+    merged = wide.reset_index().merge(change, on=[*UNIT, "measure"], how="left").merge(later, on=[*UNIT, "measure"], how="left")
     merged.insert(3, "label", merged["measure"].map(lambda name: MEASURES[name]["label"]))
     order = {name: i for i, name in enumerate(MEASURES)}
     return merged.sort_values([*UNIT, "measure"], key=lambda c: c.map(order) if c.name == "measure" else c)
 
 
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
-    """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds; n: items of a seed, and how
-    many of them were at most unjudged."""
-    said, sides = [], {"parent": "parent_", "adapted": "instruct_", "change": ""}
-    for key, of in measures.groups(lines.rename(columns={"difference": "value"}), ["backbone", "label"]):
-        columns = {side: [prefix + end for end in ("value", "low", "high")] for side, prefix in sides.items()}
-        cells = {side: measures.spread(of, names, "+" * (side == "change")) for side, names in columns.items()}
+    """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds, the change from the parent,
+    where that was not asked from stage 1; n: items of a seed, and how many of them were at most unjudged."""
+    said, sides = [], {"parent": "parent_", "stage 1": "projector_", "adapted": "instruct_"}
+    lines = lines.assign(**{name: lines[name].fillna(lines[other]) for name, other in CHANGES.items()})
+    for key, of in measures.groups(lines.drop(columns="value", errors="ignore"), ["backbone", "label"]):
+        cells = {side: measures.spread(of, [prefix + end for end in ("value", "low", "high")]) for side, prefix in sides.items()}
+        cells["change"] = measures.spread(of.rename(columns={"difference": "value"}), sign="+")
         n, unjudged = (of.filter([f"parent_{end}", f"instruct_{end}"]).max(axis=None) for end in ("n", "n_unjudged"))
         n = f"{n:.0f}{f', {unjudged:.0f} unjudged' * bool(unjudged > 0)}"
         said.append({"backbone": key["backbone"], "measure": key["label"], "seeds": of["seed"].nunique(), **cells, "n": n})

@@ -125,11 +125,16 @@ def answer(lines: pd.DataFrame, measure: str = "text_asr") -> str:
 
 
 def tally(lines: pd.DataFrame, measure: str = "text_asr") -> str:
-    """Of how many remedies half of the gain is still there after each kind of rows: "harmless instructions: 4 yes, 1 open"."""
-    of_rows = groups(named(lines[lines["measure"] == measure]), ["rows"])
-    found = {key["rows"]: fates(of).map({"lasts": "yes", "gone": "no"}).fillna("open").tolist() for key, of in of_rows}
-    counts = {kind: [f"{of.count(word)} {word}" for word in ("yes", "no", "open") if word in of] for kind, of in found.items()}
-    return "; ".join(f"{kind}: {', '.join(of)}" for kind, of in counts.items())
+    """Of how many remedies half of the gain is still there after each kind of rows: "harmless instructions: 4 yes, 1 open"; of a
+    single one with its rates at the start and the end: "harmless instructions: yes (sequential SFT 3 → 5 %)"."""
+    said = []
+    for key, of in groups(named(lines[lines["measure"] == measure]), ["rows"]):
+        found = fates(of).map({"lasts": "yes", "gone": "no"}).fillna("open").tolist()
+        counts = [f"{found.count(word)} {word}" for word in ("yes", "no", "open") if word in found]
+        if len(of) == 1:
+            counts = [f"{found[0]} ({of['model'].iloc[0]} {100 * of['start'].iloc[0]:.0f} → {100 * of['end'].iloc[0]:.0f} %)"]
+        said.append(f"{key['rows']}: {', '.join(counts)}")
+    return "; ".join(said)
 
 
 def fates(lines: pd.DataFrame) -> pd.Series:

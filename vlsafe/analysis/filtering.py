@@ -39,12 +39,12 @@ def reasons(audit: pd.DataFrame) -> pd.DataFrame:
     return audit.assign(harmful=harmful, reasons=short).groupby(["reasons", "harmful"]).size().unstack(fill_value=0)
 
 
-def score_counts(audit: pd.DataFrame, bins: int = 25) -> pd.DataFrame:
+def score_counts(audit: pd.DataFrame) -> pd.DataFrame:
     """F01's numbers: rows per seed × guard × truth × bin of the guard's score; rows that it did not score are left out.
 
     The truth is "unknown" where no row's is known.
     """
-    edges, lines = np.linspace(0, 1, bins + 1), []
+    edges, lines = np.linspace(0, 1, 26), []
     truths = guard_truths(audit) if truth_known(audit) else {"text": "unknown", "image": "unknown"}
     for guard in ("text", "image"):
         scored = audit.assign(guard=guard, harmful=truths[guard]).dropna(subset=[f"{guard}_score"])

@@ -21,6 +21,9 @@ KEYS = [*UNIT, "rule", "partner"]
 CONTROLS = ("ensemble", "checkpoint")
 TUNED = {"mtl": "safety/mtl-full", "sl": "safety/sl-full", "dpo": "safety/dpo-both-full"}
 ENDS, WITH_PARENT = ("/0.00", "/1.00"), "+aligned"
+CALLED = {  # rules for the eye; α: the partner's weight
+    "linear": "linear, 0 ≤ α ≤ 1", "inside": "linear, 0 < α < 1", "outside": "outside the band",
+}  # fmt: skip
 VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
     (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
 }  # fmt: skip
@@ -161,13 +164,14 @@ def answer(verdict: pd.DataFrame) -> str:
     if of.empty:
         return "Nothing can be said: no merge of two tuned models was examined on all five measures."
     parts, there = [], [rival for rival in rivals if rival in set(of["reference"])]
+    called = {name: tuning.named(run.partition("/")[2]) for name, run in TUNED.items()} | {"ensemble": "the ensemble"}
     for name in there:
         counts = of.loc[of["reference"] == name, "verdict"].value_counts()
-        parts.append(f"{name}: " + ", ".join(f"{kind}: {counts.get(kind, 0)}" for kind in VERDICTS.values()))
+        parts.append(f"{called[name]}: " + ", ".join(f"{kind}: {counts.get(kind, 0)}" for kind in VERDICTS.values()))
     best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].sum() == len(there)
-    start, all_of = "Yes, some" if best.any() else "No", "every tuning and their ensemble"
-    what = f"{start}: {best.sum()} of {len(best)} merges of two tuned models dominate "
-    what += all_of if there == rivals else f"all that they were compared with, which is {' and '.join(there)} alone"
+    what = f"{'Yes, some' if best.any() else 'No'}: {best.sum()} of {len(best)} merges of two tuned models dominate "
+    some = f"those of {', '.join(called[name] for name in there)} that were examined in their seed"
+    what += "every tuning and their ensemble" if there == rivals else some
     return f"{what} ({'; '.join(parts)})."
 
 
@@ -296,10 +300,10 @@ def family(stage: str, recipe: str) -> str:
 def named_short(stage: str, recipe: str) -> str:
     """What a model is called where seeds are averaged: a merge by rule and partner, without the ratio, which seeds choose."""
     if stage != "merge":
-        return tuning.kind(stage, recipe) if stage == "instruct" else recipe.removesuffix("-full")
+        return tuning.kind(stage, recipe) if stage == "instruct" else tuning.named(recipe)
     rule, pair, *_ = recipe.split("/")
-    partner = pair.partition("+")[2].removesuffix("-full")
-    return f"{rule.replace('_', ' ')} + {partner if partner != 'aligned' else 'parent'}"
+    partner = pair.partition("+")[2]
+    return f"{CALLED.get(rule, rule).replace('_', ' ')} + {tuning.named(partner) if partner != 'aligned' else 'parent'}"
 
 
 def hypervolume(points: np.ndarray) -> np.ndarray:
@@ -365,6 +369,12 @@ def sheet(lines: pd.DataFrame, verdict: pd.DataFrame, reference: str = "adapted"
     shown_verdict = verdict["verdict"].where(verdict["whole"], verdict["verdict"] + " (in part)")
     wide = verdict.assign(verdict=shown_verdict).pivot_table(index=KEYS, columns="reference", values="verdict", aggfunc="first")
     rivals = [name for name in ("mtl", "sl", "dpo", "ensemble", "linear") if name in wide.columns]
-    whole = shown.merge(wide[rivals].add_prefix("against ").reset_index(), on=KEYS, how="left")
+    against = wide[rivals].rename(columns={"linear": CALLED["inside"]}).add_prefix("against ")
+    whole = shown.merge(against.reset_index(), on=KEYS, how="left")
     own = [name for name in ("capable",) if name in lines]
-    return whole.merge(lines[[*KEYS, *own]].drop_duplicates(KEYS), on=KEYS, how="left")
+    return whole.merge(lines[[*KEYS, *own]].drop_duplicates(KEYS), on=KEYS, how="left").replace({"rule": CALLED})
+
+
+def dominance(verdict: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `verdicts` for the eye."""
+    return verdict.replace({"rule": CALLED, "reference": {"linear": CALLED["inside"]}})

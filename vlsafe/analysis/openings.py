@@ -133,7 +133,10 @@ def contradicted(ledger: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
-BESIDE = ("multimodal_asr_beside", "multimodal_asr_blank", "multimodal_asr_printed", "figstep_asr", "siuo_asr")
+BESIDE = (
+    "multimodal_asr_beside", "multimodal_asr_blank", "multimodal_asr_printed", "multimodal_asr_strings", "figstep_asr",
+    "siuo_asr",
+)  # fmt: skip
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something) text ASR changes by"

@@ -20,7 +20,8 @@ Shares = TypeVar("Shares", np.ndarray, np.float64)
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of events among `n` judged or unjudged items; `value`, `low`, `high` are fractions in [0, 1].
+    """A share of events among `n` judged or unjudged items, or a mean of such shares; `value`, `low`, `high` are fractions in
+    [0, 1], below 0 only where right answers are counted from chance.
 
     Where responses could not be judged the rate is a bound: `value` counts them as no event, `value_high` as events,
     and the interval covers both.

@@ -28,6 +28,20 @@ TAUGHT_ON = {  # by what a recipe's name begins with: its objective, and whether
 }  # fmt: skip
 
 
+METHODS = {  # for the eye
+    "mtl": "multitask SFT", "mtl-pcgrad": "multitask SFT, PCGrad", "sl": "sequential SFT", "sl-replay": "sequential SFT, replay",
+    "sibling": "SFT from stage 1", "textsft": "SFT on text", "dpo-text": "DPO on text", "dpo-image": "DPO on pictures",
+    "dpo-both": "DPO on both", "grpo-text": "GRPO on text",
+}  # fmt: skip
+HOW = {"full": "", "lora": ", LoRA", "sppft": ", SPPFT"}
+
+
+def named(recipe: str) -> str:
+    """What a tuning is called: its method, and how its weights were trained where not all of them were."""
+    method, _, how = recipe.rpartition("-")
+    return f"{METHODS[method]}{HOW[how]}" if method in METHODS and how in HOW else recipe
+
+
 def kind(stage: str, recipe: str) -> str:
     """What a model is, as `style.KINDS` calls it: parent, adapted, or its tuning's objective.
 
@@ -137,16 +151,21 @@ def plane(lines: pd.DataFrame) -> pd.DataFrame:
     if of.empty:
         raise Lacking("no model was examined on attacks or helpfulness")
     kinds = [kind(*pair) for pair in zip(of["stage"], of["recipe"], strict=True)]
-    names = [recipe.removesuffix("-full") if stage == "safety" else kind(stage, recipe)
+    names = [named(recipe) if stage == "safety" else kind(stage, recipe)
              for stage, recipe in zip(of["stage"], of["recipe"], strict=True)]  # fmt: skip
     return by_text_asr(of.assign(kind=kinds, name=names, what=of["measure"]))
 
 
-def by_text_asr(points: pd.DataFrame) -> pd.DataFrame:
-    """Points of models in the order of their mean text ASR, untouched ones first; who lacks seeds is called so."""
+def with_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """Points of models whose names say so where they are of fewer seeds than others of their backbone."""
     seeds, most = (points.groupby(by)["seed"].transform("nunique") for by in (["backbone", "name"], ["backbone"]))
     fewer = points["name"] + " (" + seeds.astype(str) + " of " + most.astype(str) + " seeds)"
-    points = points.assign(name=points["name"].where(seeds == most, fewer))
+    return points.assign(name=points["name"].where(seeds == most, fewer))
+
+
+def by_text_asr(points: pd.DataFrame) -> pd.DataFrame:
+    """Points of models in the order of their mean text ASR, untouched ones first; who lacks seeds is called so."""
+    points = with_seeds(points)
     asr = points[points["what"] == "text_asr"].groupby(["backbone", "name"])["value"].mean().rename("asr")
     order = points.join(asr, on=["backbone", "name"]).assign(first=~points["kind"].isin(["parent", "adapted"]))
     return points.loc[order.sort_values(["backbone", "first", "asr"], kind="stable").index]

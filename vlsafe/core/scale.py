@@ -1,4 +1,4 @@
-"""A scale: a frozen value that holds every number of a reproduction; no code depends on its name.
+"""A scale: a frozen value that holds the numbers of a reproduction. What is computed never depends on its name.
 
 Here are the dataclasses, how one value extends another (`extended`), and how one becomes JSON (`as_plain`).
 """

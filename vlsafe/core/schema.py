@@ -17,7 +17,6 @@ from vlsafe.core import assets
 
 ROLES = ("system", "user", "assistant")
 SCORINGS = ("generated", "likelihood")
-OUTCOMES = ("refused", "complied_right", "complied_wrong", "incoherent", "unjudged")
 # The runs that every other one is compared with: kind of model -> stage/recipe.
 MAIN_LINE = {"parent": "parent/aligned", "stage 1": "projector/filtered", "adapted": "instruct/filtered-full"}
 # The seed where none is named: of eight seeds of mini-chat, ordered by the adapted text ASR, the lower of the middle two.
@@ -143,7 +142,6 @@ class Verdict:
 
 
 Row = TypeVar("Row", Example, Pair, Item, Response, Verdict)
-RENAMED_COLUMNS: dict[type, dict[str, str]] = {Item: {"asked": "question"}}  # in older run stores -> now
 
 
 def to_row(value: Any) -> dict[str, Any]:
@@ -163,8 +161,6 @@ def from_row(kind: type[Row], row: Mapping[str, Any]) -> Row:
 
     Raises:   ValueError when the row has other columns than `kind` has fields, naming the difference.
     """
-    renamed = {old: new for old, new in RENAMED_COLUMNS.get(kind, {}).items() if new not in row}
-    row = {renamed.get(name, name): value for name, value in row.items()}
     optional = {f.name for f in fields(kind) if f.default is not MISSING}
     if wrong := (set(row) ^ {f.name for f in fields(kind)}) - (optional - set(row)):
         raise ValueError(f"a row of {kind.__name__} has the wrong columns: {sorted(wrong)}")

@@ -87,10 +87,10 @@ def whole(folder: Path) -> Iterator[Path]:
     Raises:   ValueError where the folder exists already, or the partial one holds something else
     """
     folder = Path(folder)
-    _refuse_existing(folder)
+    refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
-        _refuse_existing(folder)  # another process may have written it while this one waited
+        refuse_existing(folder)  # another process may have written it while this one waited
         partial = folder.with_name(folder.name + ".partial")
         work = partial / WORK
         if os.path.lexists(partial) and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {WORK}):
@@ -109,9 +109,10 @@ def whole(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
 
 
-def _refuse_existing(folder: Path) -> None:
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another place, or remove it")
+def refuse_existing(place: Path) -> None:
+    """Raises:   ValueError where something is there, be it a link to nothing"""
+    if os.path.lexists(place):
+        raise ValueError(f"{place} exists; choose another place, or remove it")
 
 
 def recorded_digest(path: Path) -> str | None:

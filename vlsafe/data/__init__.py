@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.data import arms, files, guards, intake, miniature, sources
+    from vlsafe.data import arms, files, guards, intake, llama_guard, miniature, pocket, sources
 
 __getattr__ = lazily(__name__)

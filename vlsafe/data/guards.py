@@ -29,6 +29,7 @@ from vlsafe.core import assets, store
 from vlsafe.core.assets import LoadedGuard
 from vlsafe.core.scale import as_plain, extended, known
 from vlsafe.core.schema import Pair, Picture, Turn
+from vlsafe.data import llama_guard
 from vlsafe.data.miniature.corpora import FOLLOWING, LOOKING, ask_about, ask_how, exchange, pick
 from vlsafe.data.miniature.language import ANSWERS, GUARD_CODES, OBJECTS, REFUSALS, World, harm
 from vlsafe.data.miniature.pictures import draw_scene
@@ -40,7 +41,6 @@ ROWS = {"harmful": 0.45, "refused": 0.05, "borderline": 0.1, "plain": 0.25, "loo
 MARKERS = {"user": "<|user|>", "assistant": "<|assistant|>"}
 POINTER = "loaded.json"
 SPEAKERS = {"user": "User", "assistant": "Agent"}
-PROMPT = (Path(__file__).parent / "templates" / "llama_guard_3.txt").read_text(encoding="utf-8")  # Llama-Guard-3's
 
 
 class Assessment(NamedTuple):
@@ -52,19 +52,6 @@ class Assessment(NamedTuple):
     unsafe: bool | None
     categories: tuple[str, ...]
     score: float
-
-
-def parse_guard(text: str) -> tuple[bool | None, tuple[str, ...]]:
-    """Llama-Guard's answer: `safe`, or `unsafe` and on the next line comma-separated codes; anything else is None.
-
-    Source:   Llama-Guard-3 model card
-    """
-    words = text.strip().replace(",", " ").split()
-    if words == ["safe"]:
-        return False, ()
-    if words and words[0] == "unsafe" and all(re.fullmatch(r"S\d+", code) for code in words[1:]):
-        return True, tuple(words[1:])
-    return None, ()
 
 
 def relative(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -224,7 +211,7 @@ class LanguageModelGuard:
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
         scores = relative(output.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
         answers = self.tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [decided(*parse_guard(text), score) for text, score in zip(answers, scores, strict=True)]
+        return [decided(*llama_guard.parse(text), score) for text, score in zip(answers, scores, strict=True)]
 
 
 class LinearImageGuard:
@@ -273,7 +260,7 @@ def llama_guard_prompt(turns: Sequence[Turn]) -> str:
     if not messages:
         raise ValueError("Llama-Guard-3 cannot assess a conversation without a message")
     conversation = "\n\n".join(f"{SPEAKERS[turn.role]}: {turn.text.replace('<|', '< |').strip()}" for turn in messages)
-    return PROMPT.format(judged=SPEAKERS[messages[-1].role], conversation=conversation)
+    return llama_guard.PROMPT.format(judged=SPEAKERS[messages[-1].role], conversation=conversation)
 
 
 def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
@@ -331,7 +318,7 @@ class LlamaGuard:
 
     def _read(self, tokens: Sequence[int], logits: Sequence[torch.Tensor]) -> Assessment:
         """An answer often begins with empty lines; its first word is the first token that is more than white space."""
-        label, codes = parse_guard(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        label, codes = llama_guard.parse(self.tokenizer.decode(tokens, skip_special_tokens=True))
         at = next((i for i, token in enumerate(tokens) if self.tokenizer.decode([token]).strip()), 0)
         probability = float(logits[at].double().softmax(-1)[self.unsafe_token])
         if self.threshold is None:

@@ -48,7 +48,7 @@ SPA_VL_CONFIGS = {"train": "default", "validation": "validation", "harm": "test"
 def captions(place: Place) -> Iterator[Example | Refused]:
     """LLaVA-Pretrain (558K pictures with a caption, stage 1) in the file's order; every row has a picture.
 
-    The request before each caption is kept; LLaVA's own "plain" template would discard it (README, departures). From the hub
+    The request before each caption is kept; LLaVA's own "plain" template would discard it (docs/departures.md). From the hub
     the archive of pictures is read in pieces.
     """
     return _llava(place, CAPTIONS, "captions", None, _in_images)
@@ -161,7 +161,7 @@ def safe_rlhf_published(place: Place, split: str = "train") -> Iterator[Mapping[
 def safe_rlhf(place: Place) -> Iterator[Pair | Refused]:
     """PKU-SafeRLHF's preference rows in the files' order: text prompts with two answers, of which the safer one is chosen.
 
-    Where even that answer is unsafe the pair would teach harm, and is refused (README, departures); SafeRLHF keeps such pairs,
+    Where even that answer is unsafe the pair would teach harm, and is refused (docs/departures.md); SafeRLHF keeps such pairs,
     as data of a cost model. It also compares answers by helpfulness, separately, which is not used.
     """
     return converted(safe_rlhf_published(place), _safe_rlhf_pair, "SafeRLHF", prefix="safe-rlhf")

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.evaluation import benchmarks, contents, engines, examine, formats, human, judges, judging, prompts, reading, score
-    from vlsafe.evaluation import servers, validation
+    from vlsafe.evaluation import (
+        benchmarks, contents, decoding, engines, examine, formats, human, judges, judging, people, prompts, reading, score,
+        servers, validation,
+    )  # fmt: skip
 
 __getattr__ = lazily(__name__)

@@ -97,7 +97,7 @@ def _workbook(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import openpyxl
     except ImportError:
-        raise ValueError(f"{path} needs openpyxl: pip install 'vlsafe[xlsx]', or save the sheet as CSV") from None
+        raise ValueError(f"{path} needs openpyxl: `pip install openpyxl`, or save the sheet as CSV") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of styles and extensions that concern nobody here

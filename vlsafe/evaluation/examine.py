@@ -44,7 +44,8 @@ def examine(
 
     Shapes:   N items, of which a text-only model answers those without pictures  ->  at most N responses
     Units:    `progress` counts items
-    Raises:   FileNotFoundError where the folder holds no checkpoint; ConnectionAbortedError where a server stops answering
+    Raises:   FileNotFoundError where the folder holds no checkpoint; ConnectionAbortedError where a server stops answering;
+              ValueError where two items have one id
     """
     columns = {**MODEL, "model": Path(folder).name, **(record or {})}
     chosen = answerable(items, models.checkpoints.is_multimodal(Path(folder)))

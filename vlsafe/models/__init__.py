@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.models import architectures, chat, checkpoints, devices, efficientnet, gguf, merge, templates, towers, trainable
+    from vlsafe.models import (
+        architectures, chat, checkpoints, devices, efficientnet, gguf, lite_config, merge, templates, towers, trainable, weights,
+    )  # fmt: skip
 
 __getattr__ = lazily(__name__)

@@ -321,7 +321,7 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
 
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # TRL has its own
     else:
-        logging.get_logger(__name__).warning("liger-kernel is not installed (`pip install vlsafe[gpu]`): models take longer")
+        logging.get_logger(__name__).warning("liger-kernel is not installed (`pip install liger-kernel`): models take longer")
     return model
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from vlsafe.core.scale import Fit
+from vlsafe.evaluation.benchmarks import BENCHMARKS
 from vlsafe.evaluation.judges import LLM_JUDGES
 from vlsafe.inspection import causal as interventions
 from vlsafe.models import checkpoints
@@ -27,7 +28,6 @@ from vlsafe.study.study import Study
 GUARD_WEIGHTS = 8.0e9  # Llama-Guard-3-8B; judges that are models are taken to be as large
 SCREENED_ROWS = 1_223_426  # 558,128 captions and 665,298 instructions, of LLaVA's own files
 EXCHANGES = 3.0  # of a row of the instructions, each of which the guard reads by itself; assumed
-BENCHMARKS = 11
 SEARCHED = 1.5  # bands per block and factor that the search for the safety band tries: at most 2, it ends earlier
 VERDICT = 10  # tokens of a judgement; assumed
 SHARES = {"sft": 0.47, "projector": 0.62, "lora": 0.48, "dpo": 0.44}
@@ -158,8 +158,8 @@ class Plan:
     def exam(self, full: float, panel: float, share: float = 1.0) -> tuple[float, float]:
         """Requests and questions of so many full examinations and panels, on a share of the benchmarks."""
         scale = self.study.scale
-        of = scale.traffic.questions + scale.traffic.requests
-        times = full * min(1.0, scale.exam.full * BENCHMARKS / of) + panel * min(1.0, scale.exam.panel * BENCHMARKS / of)
+        of, many = scale.traffic.questions + scale.traffic.requests, len(scale.exam.judges or BENCHMARKS)
+        times = full * min(1.0, scale.exam.full * many / of) + panel * min(1.0, scale.exam.panel * many / of)
         return times * share * scale.traffic.requests, times * share * scale.traffic.questions
 
     def early(self, name: str) -> int:
@@ -168,8 +168,7 @@ class Plan:
         if kind == "projector":
             return sum(step < scale.projector.steps for step in scale.checkpoints) + 1
         if kind == "instruct":
-            steps = scale.checkpoints if recipe == adaptation.MAIN else scale.arm_checkpoints
-            return sum(step < scale.instruct.steps for step in steps)
+            return len(adaptation.stage_2(self.study, recipe)[1]) - 1
         return 0
 
     def models(self, recipe: str) -> tuple[float, float, float]:

@@ -25,7 +25,7 @@ from vlsafe.study.graph import GRIDS, STAGES, planned
 from vlsafe.study.study import Study
 
 FINE = ("present", "yes", "no")
-WITHOUT = "torch is not installed: `pip install vlsafe[models]`"
+WITHOUT = "torch is not installed: `pip install '.[models]'` in the repository"
 # What a stage reads from outside itself; examinations and what chooses by items read benchmarks, and so does whatever trains, so
 # that no benchmark prompt is among its rows.
 READ: dict[str, set[str]] = {

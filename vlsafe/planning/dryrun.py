@@ -23,7 +23,7 @@ from vlsafe.core.schema import Example, Item, Turn
 from vlsafe.models import chat, checkpoints, devices, trainable
 
 MEASURED = "from measured steps"
-BEGIN, END = "<!-- costs: `vlsafe dryrun --readme` -->", "<!-- costs end -->"
+BEGIN, END = "<!-- costs: `vlsafe dryrun --readme README.md` -->", "<!-- costs end -->"
 _DATA = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
 GPUS: dict[str, dict[str, float]] = _DATA["gpus"]
 README_ROWS: list[list[Any]] = _DATA["readme"]

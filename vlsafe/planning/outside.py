@@ -175,6 +175,11 @@ def _lacking_weights(files: Mapping[str, Path]) -> list[str]:
     return [] if fnmatch.filter(files, f"*.{kind}") else ["model.safetensors"]
 
 
+def distinct(needs: Sequence[Need]) -> list[Need]:
+    """Needs without those of the same files: Llama-Guard-3 is guard and judge."""
+    return list({(need.origin.repo, need.origin.revision, need.folder): need for need in reversed(needs)}.values())[::-1]
+
+
 def disks(missing: Sequence[Need]) -> list[Line]:
     """Whether there is room for what is missing on the file systems of VLSAFE_DATA and HF_HOME, which may be one."""
     wanted = {"VLSAFE_DATA": assets.outside() or Path.cwd(), "HF_HOME": Path(constants.HF_HUB_CACHE)}
@@ -184,7 +189,8 @@ def disks(missing: Sequence[Need]) -> list[Line]:
         by_disk.setdefault(folder.stat().st_dev, []).append(name)
     lines = []
     for names in by_disk.values():
-        gigabytes = sum(need.origin.gigabytes for need in missing if ("VLSAFE_DATA" if need.folder else "HF_HOME") in names)
+        on_disk = [need for need in distinct(missing) if ("VLSAFE_DATA" if need.folder else "HF_HOME") in names]
+        gigabytes = sum(need.origin.gigabytes for need in on_disk)
         free = shutil.disk_usage(folders[names[0]]).free / GIGA
         what = "disk" if len(names) == len(wanted) else f"disk of {names[0]}"
         detail = f"{free:.0f} GB are free, {gigabytes:.0f} GB are still to come"
@@ -213,7 +219,7 @@ def download(scale: Scale, say: Say, only: Sequence[str] = (), unpack: bool = Fa
     if short := [line.detail for line in disks(missing) if line.state != "present"]:
         raise ValueError(f"{short[0]}; make room, or let VLSAFE_DATA and HF_HOME lead elsewhere")
     failed = []
-    for need in missing:
+    for need in distinct(missing):
         say(f"{need.name}: {need.origin.repo}, {need.origin.gigabytes:g} GB")
         try:
             _fetch_repository(need)

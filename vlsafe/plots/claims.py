@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from vlsafe.analysis import claims
 from vlsafe.analysis.measures import Lacking
-from vlsafe.analysis.merging import named_short
-from vlsafe.analysis.tuning import TAUGHT_ON
+from vlsafe.analysis.tuning import TAUGHT_ON, with_seeds
 from vlsafe.core.schema import MAIN_LINE
 from vlsafe.plots import style
 from vlsafe.plots.style import KINDS
@@ -35,9 +34,12 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     marks = dict(zip(ledger["backbone"].unique(), MARKS * len(ledger), strict=False))
     note = "thick: 95 % interval over items, clustered by what was asked; thin: over seeds; ticks: seeds "
     note += "(of the part that decides over seeds); "
-    note += "Holm over the claims of a family; blue: supported, orange: contradicted, grey: undecided or differs by seed"
+    note += "Holm over the claims of a family, in verdicts and not in intervals; "
+    note += "blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     caption = f"{style.origin(scale)}; {note}; {missing} lines of the ledger are not measured and not drawn"
+    drawn = [_drawn(row) for row in ledger.itertuples()]
+    reach = min(110.0, 10 + max((np.abs(np.hstack(of)).max() for of in drawn), default=0.0))  # points
     height, heads, border = 0.0, {}, None
     for name, rows in ledger.groupby("claim", sort=False):
         if rows["status"].iloc[0] == claims.EXPLORATORY and border is None:
@@ -48,18 +50,19 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
         height += tall
     with style.panels({"": ""}, {"": ""}, 0.3 + height, title, caption, xlabel) as (figure, axes):
         axis = axes["", ""]
-        axis.axvspan(0, 110, color="#F1F6FA", zorder=0)
+        axis.axvspan(0, reach, color="#F1F6FA", zorder=0)
         axis.axvline(0, color="black", linewidth=0.7)
         if border is not None:
             axis.axhline(border, color=GREY, linewidth=0.5)
-            axis.text(-108, border + 0.02, "exploratory: the rule was made\nafter results were seen", fontsize=5.5, va="top")
+            what = "exploratory: the rule was made\nafter results were seen"
+            axis.text(-0.98 * reach, border + 0.02, what, fontsize=5.5, va="top")
         for name, rows in ledger.groupby("claim", sort=False):
             for place, row in enumerate(rows.itertuples()):
                 _draw_claim(axis, row, heads[name][0] + PITCH * (place - (len(rows) - 1) / 2), marks[row.backbone])
         axis.set_yticks([place for place, _ in heads.values()], [words for _, words in heads.values()])
         axis.tick_params(axis="y", length=0, labelsize=6)
-        axis.set(xlim=(-110, 110), ylim=(height, -0.15))
-        axis.text(112, -0.03, "item-level / seed-level", fontsize=5.5, va="bottom")
+        axis.set(xlim=(-reach, reach), ylim=(height, -0.15))
+        axis.text(1.02 * reach, -0.03, "item-level / seed-level", fontsize=5.5, va="bottom")
         looks = {name: dict(marker=mark, color=GREY) for name, mark in marks.items()}
         axis.legend(handles=style.handles(looks), loc="upper left", borderaxespad=0)
     return figure
@@ -67,25 +70,33 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
 
 def _draw_claim(axis: Any, row: Any, y: float, mark: str) -> None:
     colour = VERDICTS.get(row.item_level, GREY)
-    axis.text(112, y, f"{row.item_level} / {row.seed_level}", fontsize=5.5, va="center", color=colour, clip_on=False)
-    effect, items = (100 * row.sign * (np.array(value) - row.against) for value in (row.effect, (row.low, row.high)))
-    effects, seeds = (
-        100 * row.seed_sign * (np.array(of) - row.seed_against) for of in (row.effects, (row.seed_low, row.seed_high))
-    )
+    reach = axis.get_xlim()[1]
+    axis.text(1.02 * reach, y, f"{row.item_level} / {row.seed_level}", fontsize=5.5, va="center", color=colour, clip_on=False)
+    effect, items, effects, seeds = _drawn(row)
     if row.seeds > 1:
-        axis.plot(seeds.clip(-108, 108), [y, y], color=colour, linewidth=0.6)
+        axis.plot(seeds.clip(-0.98 * reach, 0.98 * reach), [y, y], color=colour, linewidth=0.6)
     axis.plot(effects, [y] * len(effects), "|", color=colour, markersize=4, alpha=0.7)
     axis.plot(items, [y, y], color=colour, linewidth=2.2, alpha=0.5, solid_capstyle="butt")
     inside = "white" if row.status == claims.EXPLORATORY else colour
     axis.plot(effect, y, mark, color=colour, markerfacecolor=inside, markersize=3.6)
 
 
+def _drawn(row: Any) -> list[np.ndarray]:
+    """A claim's effect and its interval over items, the effects of single seeds and the interval over them, in points beyond the
+    threshold, positive as claimed."""
+    items, seeds = (row.effect, (row.low, row.high)), (row.effects, (row.seed_low, row.seed_high))
+    return [100 * row.sign * (np.array(of) - row.against) for of in items] + [
+        100 * row.seed_sign * (np.array(of) - row.seed_against) for of in seeds
+    ]
+
+
 def _count(ledger: pd.DataFrame) -> str:
-    """How many rows of the ledger hold, at item level and at seed level."""
+    """How many rows of the ledger hold, over items and over seeds."""
     rows = ledger[ledger["item_level"] != claims.NOT]
+    backbones = rows["backbone"].nunique()
     counts = [(rows[level] == verdict).sum() for level in ("item_level", "seed_level") for verdict in VERDICTS]
-    text = "Of {} lines measured, {} hold at item level ({} contradicted), {} at seed level ({})"
-    return text.format(len(rows), *counts)
+    what = f"{rows['claim'].nunique()} claims{f' in {backbones} parents, {len(rows)} verdicts' * (backbones > 1)}"
+    return "{}: over items {} supported, {} contradicted; over seeds {} and {}".format(what, *counts)
 
 
 def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
@@ -101,7 +112,7 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     note += "world: the miniature's truth; " if "world" in names else ""
     note += "κ: agreement on answers beyond chance; τ: on the order of the models; "
     note += f"up to n = {int(rates['n'].max())} a point"
-    rows, title = style.by_backbone(rates, "attack success, percent (↓ safer)"), _least_agreement(rates, pairs)
+    rows, title = style.by_backbone(rates, "attack success, percent (↓ safer)"), _by_judge(rates)
     columns, caption = {"text": "text", "pictures": "pictures"}, f"{style.origin(scale)}; {note}"
     with style.panels(rows, columns, 2.4, title, caption, handles=handles, sharey=True) as (figure, axes):
         parts = (style.facets(axes, frame, "modality") for frame in (rates, pairs))
@@ -116,17 +127,18 @@ def judges(rates: pd.DataFrame, pairs: pd.DataFrame, scale: str) -> Figure:
     return figure
 
 
-def _least_agreement(rates: pd.DataFrame, pairs: pd.DataFrame) -> str:
-    """How far two judges disagree at worst, by modality; without those who see the same ASR in every model."""
-    spread = rates.groupby(["modality", "judge", "backbone"])["value"].agg(np.ptp).groupby(["modality", "judge"]).max()
-    blind, said = spread.index[spread < 1], []  # points
-    for modality in ("text", "pictures"):
-        names = [judge for of, judge in blind if of == modality]
-        of = pairs[(pairs["modality"] == modality) & ~pairs[["judge", "other"]].isin(names).any(axis=1)]
-        worst = f"κ {_two_places(of['kappa'].min())}, τ {_two_places(of['tau'].min())}" if len(of) else "none to compare"
-        without = f" without {' and '.join(names)}, which {'tells' if len(names) == 1 else 'tell'} no models apart"
-        said += [f"{modality} {worst}{without * bool(names)}"] if modality in set(pairs["modality"]) else []
-    return f"Two judges at worst: {'; '.join(said)}"
+def _by_judge(rates: pd.DataFrame) -> str:
+    """By how much adaptation changes ASR as the judges see it, or what it is afterwards where stage 1 was not judged by them: of
+    the judge who sees least and of the one who sees most, means over backbones."""
+    runs, said = rates["stage"] + "/" + rates["recipe"], []
+    for modality, start in {"text": "parent", "pictures": "stage 1"}.items():
+        ends = (rates[(rates["modality"] == modality) & (runs == MAIN_LINE[name])] for name in (start, "adapted"))
+        before, after = (of.set_index(["backbone", "judge"])["value"] for of in ends)
+        form, what = ("{:+.0f}", modality) if len(before) else ("{:.0f} %", f"{modality} afterwards")
+        seen = (after - before if len(before) else after).groupby("judge").mean().dropna().sort_values(kind="stable")
+        sizes = [f"{form.format(seen[judge])} ({judge})" for judge in dict.fromkeys(seen.index[[0, -1]])] if len(seen) else []
+        said += [f"{what} {' to '.join(sizes)}"] if sizes else []
+    return f"Adaptation changes ASR by judge, points: {', '.join(said)}" if said else "Attack success by judge"
 
 
 def _two_places(value: float) -> str:
@@ -153,10 +165,10 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
     if not set(points["measure"]) - {"text_asr"}:
         raise Lacking("no model of the lineage was examined on pictures")
     kinds = [kind(*pair) for pair in zip(points["stage"], points["recipe"], strict=True)]
-    partners = [named_short(*pair).partition(" + ")[2] for pair in zip(points["stage"], points["recipe"], strict=True)]
-    partners = [TAUGHT_ON.get(partner, (partner,))[0] for partner in partners]
+    partners = [recipe.partition("+")[2].partition("/")[0].rpartition("-")[0] for recipe in points["recipe"]]
+    partners = [TAUGHT_ON.get(partner, ("parent",))[0] for partner in partners]
     names = [f"{of}{f' with {partner}' if of == 'merged' else ''}" for of, partner in zip(kinds, partners, strict=True)]
-    points = points.assign(kind=kinds, name=names, what=points["measure"])
+    points = with_seeds(points.assign(kind=kinds, name=names, what=points["measure"]))
     return points.sort_values("kind", key=lambda of: of.map(ORDER.index), kind="stable")
 
 

@@ -93,7 +93,8 @@ def _before_and_after(rates: pd.DataFrame) -> str:
 
 
 def by_category(rates: pd.DataFrame, scale: str) -> Figure:
-    """F03: ASR per category of harm, before and after adaptation; rows of seed "all" are the points, single seeds small marks."""
+    """F03: ASR per category of harm (where items have none, per source of their prompts), before and after adaptation; rows of
+    seed "all" are the points, single seeds small marks."""
     pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
     n = pooled.groupby("measure")["n"].min()
     names = {"text_asr": "text", "multimodal_asr": "pictures"}
@@ -152,11 +153,12 @@ def _rise(rates: pd.DataFrame, measure: str) -> pd.Series:
 
 
 def _where_it_rose(rates: pd.DataFrame) -> str:
-    """The takeaway on text: in how many categories the intervals came apart."""
-    before, after = (_pooled(rates, "text_asr", when).set_index("backbone", append=True) for when in (True, False))
-    counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
-    rise = _rise(rates, "text_asr").dropna()
-    if rise.empty:
-        return "Attack success by category of harm"
-    many = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
-    return f"Text ASR rose clearly in {many} of {len(rise)} categories of harm"
+    """The takeaway: in how many groups of requests the intervals came apart upwards, in text and with pictures."""
+    said = []
+    for measure, name in {"text_asr": "text", "multimodal_asr": "multimodal"}.items():
+        before, after = (_pooled(rates, measure, when).set_index("backbone", append=True) for when in (True, False))
+        counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
+        if many := len(_rise(rates, measure).dropna()):
+            ends = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
+            said.append(f"{name} ASR in {ends} of {many}")
+    return f"Rose clearly: {', '.join(said)} groups of requests" if said else "Attack success by group of requests"

@@ -19,7 +19,9 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
     text, image = (f"{found[guard]:.0f} %" if pd.notna(found[guard]) else "none" for guard in guards)
     title = f"The text guard flags {text} of the rows that it scored, the image guard {image}"
     if known:
-        title = f"The text guard finds {text} of the harmful texts, the image guard {image} of the pictures"
+        many = {guard: int(truths[guard].sum()) for guard in guards}
+        pictures = f"the image guard {image} of {many['image']} graphic pictures" if many["image"] else "no picture is graphic"
+        title = f"The text guard finds {text} of {many['text']} harmful texts, {pictures}"
     looks = {False: ("harmless", "#0072B2"), True: ("harmful", "#D55E00")} if known else {True: ("all rows", "#777777")}
     caption = style.caption(audit, scale, "all screened rows")
     with style.panels({"": "percent of rows"}, columns, 1.5, title, caption, "score; dashed: threshold") as (figure, axes):
@@ -27,8 +29,9 @@ def guard_scores(audit: pd.DataFrame, scale: str) -> Figure:
             for harmful, (name, colour) in looks.items():
                 scores = audit.loc[truths[guard] == harmful, f"{guard}_score"].dropna()
                 weights = np.full(len(scores), 100 / max(1, len(scores)))
-                label = f"{name} (n = {len(scores)})"
-                axis.hist(scores, np.linspace(0, 1, 26), color=colour, alpha=0.6, weights=weights, label=label)
+                if len(scores):
+                    label = f"{name} (n = {len(scores)})"
+                    axis.hist(scores, np.linspace(0, 1, 26), color=colour, alpha=0.6, weights=weights, label=label)
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
             axis.legend(loc="upper left", bbox_to_anchor=(0.08, 1.0))
     return figure

@@ -73,15 +73,15 @@ def _chosen(rates: pd.DataFrame) -> str:
         rows = linear[linear["partner"] == partner]
         if len(rows):
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
-            end = ", an end: no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
+            end = ", no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
             parts.append(f"{PARTNERS[partner]} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
-    title = "Linear merges and ensembles by ratio"
-    return f"Chosen ratio (multimodal ASR there, n = {linear['n'].max():.0f}): {', '.join(parts)}" if parts else title
+    what = f"Weight of the safe partner that validation chose (multimodal ASR there, n = {linear['n'].max():.0f})"
+    return f"{what}: {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
 
 
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:
     """F13: every chosen merge, its controls and all tunings in what they are judged by; the title begins `answer`."""
-    return tuning.judged(points, answer.partition(" (")[0], scale)
+    return tuning.judged(points, f"Does merging dominate? {answer.partition(' (')[0]}", scale)
 
 
 def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
@@ -91,7 +91,7 @@ def durability(rates: pd.DataFrame, lives: pd.DataFrame, scale: str) -> Figure:
     """
     rates = rates[rates["measure"] == "text_asr"]
     columns = {kind: title for kind, title in ROWS.items() if kind in set(rates["rows"])}
-    title = f"Over seeds, is half of a remedy's gain still there? After {analysis.durability.tally(lives)}"
+    title = f"Half of a remedy's gain in text ASR is still there, over seeds, after {analysis.durability.tally(lives)}"
     notes = (f"bands ({', '.join(NAMES[model] for model in BANDED)}): {style.band(rates)}", style.judges(rates))
     caption = style.caption(rates, scale, *notes, f"n = {int(rates['n'].max())} a point, on the panel")
     marks = style.handles({NAMES[model]: look for model, look in FURTHER.items() if model in set(rates["model"])}, linestyle="-")

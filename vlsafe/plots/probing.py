@@ -49,8 +49,8 @@ def similarity(lines: pd.DataFrame, scale: str) -> Figure:
     text = adapted[(adapted["group"] == "text") & (adapted["measure"] == "cosine")]
     n = int(text.loc[text["kind"] != "difference", "n"].min())
     caption = _caption(
-        drawn, scale, "title: centred cosine", "thin: single seeds", "last position", f"n = {n} prompts of each kind and seed",
-        "95 % intervals over what was asked",
+        drawn, scale, "title: centred cosine", "thin: single seeds" * style.several_seeds(drawn), "last position",
+        f"n = {n} prompts of each kind and seed", "95 % intervals over what was asked",
         "pictures: the reference is the parent's language weights with the adapted vision tower and projector",
     )  # fmt: skip
     rows = style.by_backbone(drawn, "cosine, harmful − benign\n(↓ harmful moved further)")
@@ -79,38 +79,40 @@ def _moved_further(text: pd.DataFrame) -> str:
     clear = mean[mean["high"] < 0]
     if clear.empty:
         return "On text (centred), harmful prompts moved clearly further than benign ones in no block"
-    layer = int(clear["value"].idxmin())
-    most = f"most in block {layer} ({clear['value'].min():+.3f})"
-    return f"On text (centred), harmful prompts moved further than benign ones, {most}"
+    most = f"most in block {int(clear['value'].idxmin())} ({clear['value'].min():+.3f})"
+    where = f"{len(clear)} of {len(mean)} blocks"
+    return f"On text (centred), harmful prompts moved clearly further than benign ones in {where}, {most}"
 
 
 def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     """F08: how much further harmful prompts have moved than benign ones, layer by checkpoint, one panel per modality.
 
-    Values are differences of mean centred cosines, benign less harmful; where the interval excludes zero in every seed, a dot.
+    Values are differences of mean centred cosines, harmful less benign, as in F07; where the interval excludes zero in every
+    seed, a dot.
     """
     gap = lines[(lines["stage"] == "instruct") & (lines["measure"] == "cosine_centred") & (lines["kind"] == "difference")]
-    gap = gap.assign(value=-gap["value"], clear=(gap["low"] > 0) | (gap["high"] < 0))
+    gap = gap.assign(clear=(gap["low"] > 0) | (gap["high"] < 0))
     bound = max(0.01, float(gap.groupby(["backbone", "group", "layer", "step"])["value"].mean().abs().max()))
     text = gap[gap["group"] == "text"]
     largest = text.assign(value=text["value"].abs()).groupby(["backbone", "seed", "step"])["value"].max().unstack()
     half = largest.ge(largest.max(axis=1) / 2, axis=0).idxmax(axis=1)
     by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()}–{half.max()}"
     ends = text.loc[text.groupby(["backbone", "seed"])["value"].agg(lambda of: of.abs().idxmax()), "value"]
-    further = "harmful moved further" if (ends > 0).all() else "benign moved further" if (ends < 0).all() else "to either side"
-    title = f"In words, half of the largest gap ({further}) is there by {by}"
-    note = "benign less harmful, centred cosine to the parent; dot: 95 % interval excludes zero in every seed"
+    further = "harmful moved further" if (ends < 0).all() else "benign moved further" if (ends > 0).all() else "to either side"
+    title = f"On text, half of the largest gap ({further}) is there by {by}"
+    several = " in every seed" * style.several_seeds(gap)
+    note = f"harmful − benign, centred cosine to the parent; dot: 95 % interval excludes zero{several}"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "title: the largest over blocks in each study")
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")
             clear = cells.pivot_table(index="layer", columns="step", values="clear", aggfunc="all").to_numpy(bool)
-            image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound)
+            image = axis.imshow(shade, origin="lower", aspect="auto", cmap="PuOr", vmin=-bound, vmax=bound)
             axis.plot(*np.nonzero(clear)[::-1], ".", color="black", markersize=2)
             axis.set_xticks(range(shade.shape[1]), shade.columns)
             _number(axis.yaxis, cells["layer"])
         figure.colorbar(
-            image, ax=figure.axes, shrink=0.9, label="← benign moved further   harmful moved further →"
+            image, ax=figure.axes, shrink=0.9, label="← harmful moved further   benign moved further →"
         ).outline.set_visible(False)
     return figure
 

@@ -42,8 +42,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "checkpoint": dict(color="#777777", marker="."),
 }
 JUDGED = {  # what models are compared in, as columns of `dots`
-    "text_asr": "text ASR\n(← safer)", "multimodal_asr": "multimodal ASR\n(← safer)",
-    "twin_refusal": "harmless picture\nrequests refused (←)", "helpfulness": "helpfulness\n(better →)",
+    "text_asr": "text ASR, %\n(← safer)", "multimodal_asr": "multimodal ASR, %\n(← safer)",
+    "twin_refusal": "harmless picture re-\nquests refused, % (←)", "helpfulness": "helpfulness, %\n(better →)",
 }  # fmt: skip
 DOTTED = dict(linewidth=0.7, linestyle=(0, (1, 3)))
 FILLED = "filled: no other model is as good in all columns and better in one, in these means"

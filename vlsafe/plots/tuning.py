@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlsafe.analysis import tuning
+from vlsafe.analysis.measures import UNIT
 from vlsafe.plots import style
 
 LEEWAY = 5  # points of helpfulness that a title takes for about equal
@@ -28,9 +29,11 @@ def judged(points: pd.DataFrame, title: str, scale: str) -> Figure:
 
 def _safest(points: pd.DataFrame) -> str:
     """The takeaway in the numbers drawn: the adapted model and, of those tuned ones that stay about as helpful, the safest."""
-    mean = 100 * points.groupby(["name", "what"])["value"].mean().unstack("what").reindex(columns=list(tuning.AXES))
-    adapted = mean.loc[points.loc[points["kind"] == "adapted", "name"].unique()].mean()
-    tuned = mean.loc[points.loc[points["stage"] == "safety", "name"].unique()]
+    axes = list(tuning.AXES)
+    wide = 100 * points.pivot_table(index=[*UNIT, "stage", "kind", "name"], columns="what", values="value").reindex(columns=axes)
+    own, of = wide.xs("adapted", level="kind").groupby(UNIT).mean(), wide.xs("safety", level="stage")
+    before = of[[]].join(own)  # of the same seeds
+    tuned, adapted = (one.groupby("name").mean() for one in (of, before))
     helpful = tuned[~(tuned["helpfulness"] < adapted["helpfulness"] - LEEWAY)]
     if tuned["text_asr"].isna().all():
         return "What safety tuning buys and costs"
@@ -39,16 +42,16 @@ def _safest(points: pd.DataFrame) -> str:
     if helpful["text_asr"].isna().all():
         helpful, names, said = tuned, {**names, "helpfulness": "helpfulness"}, "None is about as helpful; safest"
     best = helpful["text_asr"].idxmin()
-    parts = [style.change(name, adapted[what], helpful.loc[best, what]) for what, name in names.items()]
+    parts = [style.change(name, adapted.loc[best, what], helpful.loc[best, what]) for what, name in names.items()]
     return f"{said}, {best}: {', '.join(filter(None, parts))}"
 
 
 def refusals(rates: pd.DataFrame, scale: str) -> Figure:
     """F06: refusal of harmless requests, a line per model and a panel per kind of request, those in text first."""
     models = list(zip(rates["stage"], rates["recipe"], strict=True))
-    names = [recipe.removesuffix("-full") if stage == "safety" else tuning.kind(stage, recipe) for stage, recipe in models]
+    names = [tuning.named(recipe) if stage == "safety" else tuning.kind(stage, recipe) for stage, recipe in models]
     points = rates.assign(kind=[tuning.kind(*model) for model in models], name=names)
-    points = points.sort_values("kind", key=lambda kinds: ~kinds.isin(["parent", "adapted"]), kind="stable")
+    points = tuning.with_seeds(points).sort_values("kind", key=lambda kinds: ~kinds.isin(["parent", "adapted"]), kind="stable")
     columns = {what: "\n".join(what.rsplit(" ", 1)) for _, _, what, _ in tuning.REFUSALS if what in set(rates["what"])}
     in_text = rates.loc[rates["modality"] == "text", "what"].nunique()
     caption = style.caption(
@@ -66,5 +69,5 @@ def _most_refused(rates: pd.DataFrame) -> str:
     parts = [f"{adapted.mean():.0f} % adapted"] if len(adapted) else []
     if len(tuned):
         ends = "–".join(dict.fromkeys(f"{end:.0f}" for end in (tuned.min(), tuned.max())))
-        parts.append(f"{ends} % tuned (most: {tuned.idxmax()[1].removesuffix('-full')})")
+        parts.append(f"{ends} % tuned (most: {tuning.named(tuned.idxmax()[1])})")
     return f"Harmless requests refused, mean over kinds{': ' * bool(parts)}{', '.join(parts)}"

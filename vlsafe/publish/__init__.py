@@ -6,17 +6,7 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.publish import (
-        archive,
-        gallery,
-        golden,
-        modelcards,
-        notebooks,
-        provenance,
-        readme,
-        report,
-        results,
-        sidebyside,
-        worlds,
-    )
+        adopted, archive, gallery, golden, merged, modelcards, notebooks, provenance, readme, report, results, sidebyside, worlds,
+    )  # fmt: skip
 
 __getattr__ = lazily(__name__)

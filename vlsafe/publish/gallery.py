@@ -170,6 +170,12 @@ def _of_adapted(similar: pd.DataFrame) -> pd.DataFrame:
     return gap[gap["stage"] == "instruct"]
 
 
+def _own(of: Made) -> str:
+    """What benchmarks' names stand for where the items are no official ones."""
+    official = of.frames.get("published", pd.DataFrame({"official": []}))["official"].all()
+    return "" if official else "Names of benchmarks: items of ours in their shape (docs/departures.md)."
+
+
 def _seen(of: Made) -> str:
     return analysis.merging.answer(of["verdicts"])
 
@@ -248,9 +254,14 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         analysis.capability.of_main_line(analysis.degradation.sheet(of["degradation"]), of["capable"], ["backbone"]).rename(
             columns={"parent_capable": "parent capable", "instruct_capable": "adapted capable"}
         ),
+        {"own": _own(of)},
     ),
     "T03_arms": lambda of: (of["arms"], analysis.adaptation.sheet(of["arms"]), _sizes(of["arms"])),
-    "T03_arms_over_seeds": lambda of: (analysis.adaptation.over_seeds(of["arms"]),),
+    "T03_arms_over_seeds": lambda of: (
+        analysis.adaptation.over_seeds(of["arms"]),
+        None,
+        {"same": analysis.adaptation.one_training(of["arms"])},
+    ),
     "T03_matched": lambda of: (analysis.adaptation.matched(of["raw"], of["far"], of["losses"]),),
     "T03_seeing": lambda of: (analysis.adaptation.seeing(of["seeing"]),),
     "T04_confounds": lambda of: (
@@ -272,7 +283,7 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         analysis.merging.sheet(_guarded(of, of["merges"]), of["verdicts"]),
         {"answer": _seen(of)},
     ),
-    "T07_dominance": lambda of: (of["verdicts"],),
+    "T07_dominance": lambda of: (of["verdicts"], analysis.merging.dominance(of["verdicts"])),
     "T07_hypervolume": lambda of: (of["areas"],),
     "T07_ensembles": lambda of: (of["ensembles"],),
     "T07_ratios": lambda of: (of["ratios"],),
@@ -283,6 +294,7 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T08_models": lambda of: (
         _guarded(of, of["models"]),
         analysis.capability.beside(analysis.degradation.overview(of["models"]), of["capable"], ["backbone", "stage", "recipe"]),
+        {"own": _own(of)},
     ),
     "T08_precision": lambda of: (of["precision"],),
     "T08_published": lambda of: (provenance.compare_published(of["published"], of["models"]),),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlsafe import data, models
+from vlsafe.core import writing
 from vlsafe.core.scale import known
 from vlsafe.core.schema import Example, from_row
 from vlsafe.study.study import keep_freed_memory
@@ -60,7 +61,7 @@ def merge(arguments: argparse.Namespace) -> None:
 def fisher(arguments: argparse.Namespace) -> None:
     """Write the diagonal of a model's Fisher information over the first rows of a file (`models.merge.fisher`)."""
     models.weights.shards(arguments.model)  # refuses what is no folder of safetensors, with the remedy
-    models.merge.fisher.refuse_existing(arguments.out)
+    writing.refuse_existing(arguments.out)
     model, processor = models.checkpoints.ready(arguments.model), models.checkpoints.load_processor(arguments.model)
     found = models.merge.fisher.diagonal(model, processor, _examples(arguments.rows), arguments.limit)
     models.merge.fisher.save(found, arguments.out)

@@ -1,4 +1,4 @@
-"""What stands beside the results: stamps, tables as files, differences of two result sets, published numbers, the report.
+"""What stands beside the results: stamps, tables as files, differences of two result sets, published numbers.
 
 Loads no model.
 """
@@ -173,16 +173,17 @@ def published(folder: Path) -> pd.DataFrame:
 
 def compare_published(printed: pd.DataFrame, lines: pd.DataFrame, run: str = MAIN_LINE["adapted"]) -> pd.DataFrame:
     """Published numbers beside a model's mean over seeds per backbone, from T08's lines, and whether it lies within the tolerance
-    ("yes", "no"); then one line for each measure that has no published number.
+    ("yes", "no"; empty where items of ours stand for the official ones); then one line for each other measure of ours.
 
     Units:    fractions; the value, its maximum and tolerance are as printed
     """
     ours = lines[lines["stage"] + "/" + lines["recipe"] == run].groupby(["measure", "backbone"])["value"].mean().unstack()
-    without = [measure for measure in MEASURES if measure not in set(printed["measure"])]
+    without = [measure for measure in MEASURES if measure in ours.index and measure not in set(printed["measure"])]
     whole = pd.concat([printed, pd.DataFrame({"measure": without})], ignore_index=True)
     for backbone in ours:
         own = whole["measure"].map(ours[backbone])
         apart, unknown = (own - whole["fraction"]).abs() * whole["maximum"], own.isna() | whole["value"].isna()
+        unknown |= ~whole.get("official", pd.Series(True, whole.index)).eq(True)
         agrees = np.where(apart <= whole["tolerance"], "yes", "no")
         whole[f"ours, {backbone}"], whole[f"agrees, {backbone}"] = own, np.where(unknown, "", agrees)
     return whole

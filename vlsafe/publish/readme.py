@@ -65,7 +65,7 @@ def _contradicted(folder: Path) -> str:
 
 SCALES = {
     "mini": "In the miniature",
-    "pocket": "With real parts (scale pocket: a 135M chat model, one for all seeds, clip art, published prompts)",
+    "pocket": "With real parts (scale pocket: a 135M chat model, clip art, published prompts; seeds of the projector alone)",
 }
 NOT_RUN = "**At 7B:** nothing has been run; the table of costs says what it needs."
 PARTS: dict[str, Callable[[Path], str]] = {

@@ -48,19 +48,21 @@ def results(studies: Sequence[Study], grid: str = "default") -> dict[str, pd.Dat
 
     `texts`: answers. `perplexity`: of answers under the parents. `raw`: raw tables, a row per item × model × judge, with
     whether all seeds share their items, as where benchmarks are loaded (`shared`). `audit`: the screened rows of each seed.
-    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed. `panel`, `merged`:
-    panel answers and validation lines of all merges. `losses`: those of the steps of stage 2. `people`: a judge against them.
-    `searched`: trials of the search for the worst case. `miniature`: its ledger.
+    `validation`: validation lines of all tuned checkpoints. `published`: numbers that others have printed, `official`: whether
+    these studies answered the same items. `panel`, `merged`: panel answers and validation lines of all merges. `losses`: those
+    of the steps of stage 2. `people`: a judge against them. `searched`: trials of the search for the worst case. `miniature`:
+    its ledger.
     """
     of = partial(read_by_all, studies, grid=grid)
-    by_seed = list({study.seed: study for study in studies}.values())  # a screen does not depend on the backbone
+    screens = {study.run("screen/filtered").folder: study for study in reversed(studies)}  # backbones share them, maybe seeds too
+    by_seed, official = list(screens.values())[::-1], studies[0].scale.source == "load" and not studies[0].packed
     raw = read(studies, of("tables"), "raw.parquet")
     frames = {
         "raw": raw if raw is None else raw.assign(shared=studies[0].scale.loaded is not None),
         "texts": read(studies, of("tables"), "responses.parquet", ("backbone", "seed"), optional=True),
         "audit": read(by_seed, ["screen/filtered"], "audit.parquet", ("seed",)),
         "validation": read(studies, of("tuned"), "validation.parquet", MODEL),
-        "published": provenance.published(project_root() / "env" / "published"),
+        "published": provenance.published(project_root() / "env" / "published").assign(official=official),
         "panel": read(studies, of("merging"), "panel.parquet"),
         "merged": read(studies, of("merging"), "validation.parquet"),
         "searched": trials(studies, of("durability")),

@@ -6,7 +6,8 @@ from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vlsafe.study import (
-        adaptation, causal, degradation, durability, filtering, graph, judging, merging, probing, study, tuning, world,
+        adaptation, adopted, causal, degradation, durability, filtering, graph, judging, merging, pocket, probing, study, tuning,
+        world,
     )  # fmt: skip
 
 __getattr__ = lazily(__name__)

@@ -41,7 +41,7 @@ def make_world(study: Study, work: Path) -> dict[str, Any]:
     pool = corpora.paint(world, sizes.pictures, sizes.harmful_share / 2, world.rng("pool"))
     store.write_rows(work / "pictures.parquet", [{"png": p.png, "graphic": p.graphic, **as_plain(p.scene)} for p in pool])
     written: dict[str, list[Any]] = {
-        "captions": corpora.caption_rows(world, pool, sizes.captions, world.rng("captions")),
+        "captions": corpora.caption_rows(pool, sizes.captions, world.rng("captions")),
         "instructions": corpora.instruction_rows(
             world, pool, sizes.instructions, sizes, sizes.harmful_share / 2, world.rng("instructions")
         ),

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from vlsafe.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from vlsafe.training import checkpoints, datasets, launch, processes, trainers
+    from vlsafe.training import checkpoints, datasets, launch, precision, processes, trainers
 
 __getattr__ = lazily(__name__)

@@ -57,7 +57,8 @@ def sft(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder:
 
 def sft_history(model: PreTrainedModel, processor: Any, data: Dataset, fit: Fit, folder: Path, seed: int,
                 milestones: Sequence[int] = (), progress: Progress = lambda step: None) -> History:  # fmt: skip
-    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text). `seed` orders the rows.
+    """Train in place; only assistant tokens carry loss (every token, where the rows are plain text). `seed` orders the rows of a
+    grouped fit; those of others all seeds see in one order, the library's.
 
     A killed run resumes from the last complete milestone and ends with the weights and records of an uninterrupted one, bit
     for bit. So does `dpo`.

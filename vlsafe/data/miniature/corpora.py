@@ -240,7 +240,7 @@ def alignment_chats(world: World, n: int, spec: Backbone, rng: Rng) -> list[Exam
     return rows
 
 
-def caption_rows(world: World, pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
+def caption_rows(pool: Sequence[Picture], n: int, rng: Rng) -> list[Example]:
     """LLaVA-Pretrain: a picture and its caption; the wording of the request varies and carries no information."""
     rows = []
     for i, k in enumerate(np.resize(rng.permutation(len(pool)), n).tolist()):

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vlsafe import data
 from vlsafe.core.schema import Item
+from vlsafe.data import llama_guard as guard
 from vlsafe.evaluation.judges.rules import UNJUDGED, Judge, Mark, mmbench_letters, question_of
 
 Parser = Callable[[str], Mark]
 PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("llm.yaml").read_text(encoding="utf-8"))
-LLAMA_GUARD = (Path(data.__file__).parent / "templates" / "llama_guard_3.txt").read_text(encoding="utf-8")
-PUBLISHED["judges"]["llama-guard-3"]["template"] = LLAMA_GUARD.format(
+PUBLISHED["judges"]["llama-guard-3"]["template"] = guard.PROMPT.format(
     judged="Agent", conversation="User: {prompt}\n\nAgent: {response}"
 )
 
@@ -91,11 +90,9 @@ def wildguard_line(text: str, line: str, yes: str, no: str) -> Mark:
 
 
 def llama_guard(text: str) -> Mark:
-    """`safe`, or `unsafe` with codes on the second line; anything else is unjudged. Source: Llama-Guard-3 model card."""
-    first, _, codes = (part.strip() for part in text.strip().partition("\n"))
-    if first == "safe" and not codes:
-        return Mark("safe")
-    return Mark("unsafe", codes) if first == "unsafe" and re.fullmatch(r"(S\d+(,\s*S\d+)*)?", codes) else Mark(UNJUDGED)
+    """What the guard of this model reads; anything else is unjudged."""
+    unsafe, codes = guard.parse(text)
+    return Mark(UNJUDGED) if unsafe is None else Mark("unsafe", ",".join(codes)) if unsafe else Mark("safe")
 
 
 def _titled(text: str) -> str:

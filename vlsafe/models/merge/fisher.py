@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from vlsafe.core import writing
 from vlsafe.core.schema import Example
 from vlsafe.models.chat import answer_tokens, prompt_batch
 
@@ -64,15 +65,9 @@ def _log_likelihood(model: PreTrainedModel, processor: Any, row: Example) -> tor
     return log_probs.gather(-1, inputs["input_ids"][0, -length:, None]).sum()
 
 
-def refuse_existing(out: Path) -> None:
-    """Raises:   ValueError where the file exists"""
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another place, or remove it")
-
-
 def save(found: Mapping[str, torch.Tensor], out: Path) -> None:
     """Raises:   ValueError where the file exists; OSError, leaving none, where it cannot be written"""
-    refuse_existing(out)
+    writing.refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file({name: total.contiguous() for name, total in found.items()}, out)

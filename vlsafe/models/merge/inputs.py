@@ -6,14 +6,13 @@ weights go by their names in memory. No weight is left out because its name is n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vlsafe.core import store
+from vlsafe.core import store, writing
 from vlsafe.models import weights
 from vlsafe.models.architectures import (
     DERIVED,
@@ -299,8 +298,7 @@ def refuse_overlap(out: Path, models: Mapping[str, Checkpoint]) -> None:
 
     Raises:   ValueError naming both, links followed, and where `out` exists, be it as a link to nothing
     """
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists; choose another place, or remove it")
+    writing.refuse_existing(out)
     for place in (out, out.with_name(f"{out.name}.partial"), out.with_name(f".{out.name}.lock")):
         real = place.resolve()
         for which, model in models.items():
