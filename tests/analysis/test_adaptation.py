@@ -49,6 +49,15 @@ def at_level(raw):
     return found[found["measure"] == "text_asr"].set_index("recipe")
 
 
+def test_a_recipe_whose_seeds_answer_alike_is_one_training():
+    lines = pd.DataFrame({
+        "backbone": "b", "measure": "text_refusal_probability", "recipe": ["main", "main", "twin", "twin", "alone"],
+        "seed": [0, 1, 0, 1, 0], "value": [0.3, 0.4, 0.25, 0.25, 0.1],
+    })  # fmt: skip
+    assert adaptation.one_training(lines) == "On text one training is that of all seeds: twin (b)."
+    assert adaptation.one_training(lines[lines["recipe"] == "main"]) == ""
+
+
 def test_a_curve_is_read_where_it_first_reaches_a_level():
     heights = np.array([[0.0, 0.4, 0.2, 0.8], [0.5, 0.6, 0.7, 0.8], [0.0, 0.1, 0.2, 0.3], [0.0, 0.0, 0.3, 0.3]])
     values = np.tile([10.0, 20.0, 30.0, 40.0], (4, 1))

@@ -129,6 +129,15 @@ def test_a_model_without_pictures_has_no_helpfulness_and_poisons_nothing():
     table = degradation.degradation(pd.concat([parent, adapted])).set_index("measure")
     assert np.isnan(table.loc["helpfulness", "parent_value"]) and table.loc["helpfulness", "instruct_value"] > 0
     assert table.loc["text_asr", "difference"] == 0
+    stage_1 = raw(text + composite("A"), stage="projector", recipe="filtered", model="s")
+    lines = degradation.degradation(pd.concat([parent, stage_1, adapted]))
+    table, shown = lines.set_index("measure"), degradation.sheet(lines).set_index("measure")
+    runs = "projector/filtered", ["instruct/filtered-full"], ["helpfulness"]
+    (change,) = measures.differences(pd.concat([stage_1, adapted]), *runs)["difference"]
+    assert table.loc["helpfulness", "from_stage_1_difference"] == change
+    assert np.isnan(table.loc["text_asr", "from_stage_1_difference"]), "what the parent was asked is counted from it"
+    helpful = degradation.MEASURES["helpfulness"]["label"]
+    assert shown.loc[helpful, "change"].startswith(f"{100 * change:+.0f} [") and shown.loc[helpful, "stage 1"]
 
 
 def test_a_composite_is_compared_part_by_part():

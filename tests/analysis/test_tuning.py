@@ -92,6 +92,19 @@ def test_a_front_by_hand():
     assert tuning.front(points)["name"].tolist() == ["a", "b", "e", "f"]
 
 
+def test_a_tuning_of_one_seed_is_held_against_that_seed():
+    values = {("instruct", "adapted", 0): (0.3, 0.0), ("instruct", "adapted", 1): (0.5, 0.1), ("safety", "DPO", 1): (0.1, 0.2)}
+    rows = pd.DataFrame([
+        {"backbone": "x", "seed": seed, "stage": stage, "name": name, "kind": name, "what": what, "value": value}
+        for (stage, name, seed), of in values.items()
+        for what, value in {"text_asr": of[0], "twin_refusal": of[1], "helpfulness": 0.5}.items()
+    ])  # fmt: skip
+    said = plots_tuning._safest(tuning.by_text_asr(rows))
+    assert said == (
+        "Safest at about equal helpfulness, DPO (1 of 2 seeds): text ASR 50 → 10 %, harmless picture requests refused 10 → 20 %"
+    )
+
+
 def test_a_model_of_fewer_seeds_is_called_so():
     seeds = {"adapted": (0, 1, 2), "sl": (0, 1, 2), "dpo": (2,)}
     rows = [
