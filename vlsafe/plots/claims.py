@@ -38,8 +38,8 @@ def forest(ledger: pd.DataFrame, scale: str) -> Figure:
     note += "blue: supported, orange: contradicted, grey: undecided or differs by seed"
     xlabel = "← against the claim    difference in points beyond the claim's threshold    as claimed →"
     caption = f"{style.origin(scale)}; {note}; {missing} lines of the ledger are not measured and not drawn"
-    drawn = [_drawn(row) for row in ledger.itertuples()]
-    reach = min(110.0, 10 + max((np.abs(np.hstack(of)).max() for of in drawn), default=0.0))  # points
+    drawn = [np.zeros(1), *(of for row in ledger.itertuples() for of in _drawn(row))]
+    reach = min(110.0, 10 + np.nanmax(np.abs(np.hstack(drawn))))  # points
     height, heads, border = 0.0, {}, None
     for name, rows in ledger.groupby("claim", sort=False):
         if rows["status"].iloc[0] == claims.EXPLORATORY and border is None:
