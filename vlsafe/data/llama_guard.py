@@ -9,14 +9,13 @@ PROMPT = (Path(__file__).parent / "templates" / "llama_guard_3.txt").read_text(e
 
 
 def parse(text: str) -> tuple[bool | None, tuple[str, ...]]:
-    """Whether an answer says `unsafe`, and its codes, which stand on the next line between commas (in the miniature, whose words
-    know no lines, after a space). Anything else is None.
+    """Whether an answer says `unsafe`, and the codes, on the next line and between commas; anything else is None.
 
     Source:   Llama-Guard-3 model card
     """
-    words = text.strip().replace(",", " ").split()
-    if words == ["safe"]:
+    first, _, codes = (part.strip() for part in text.strip().partition("\n"))
+    if first == "safe" and not codes:
         return False, ()
-    if words and words[0] == "unsafe" and all(re.fullmatch(r"S\d+", code) for code in words[1:]):
-        return True, tuple(words[1:])
+    if first == "unsafe" and re.fullmatch(r"(S\d+(,\s*S\d+)*)?", codes):
+        return True, tuple(re.findall(r"S\d+", codes))
     return None, ()
