@@ -211,7 +211,7 @@ class LanguageModelGuard:
         unsafe = self.tokenizer.convert_tokens_to_ids("unsafe")
         scores = relative(output.scores[0].double().softmax(-1)[:, unsafe].numpy(), self.threshold).tolist()
         answers = self.tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [text.strip().replace(" ", "\n", 1) for text in answers]  # the miniature's words know no lines
+        answers = [text.strip().replace(" ", "\n", 1).replace(" ", ",") for text in answers]  # the miniature's words know neither
         return [decided(*llama_guard.parse(text), score) for text, score in zip(answers, scores, strict=True)]
 
 
