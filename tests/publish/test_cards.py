@@ -245,8 +245,11 @@ def test_pictures_of_the_ledger_say_what_was_counted():
     ledger = claims.ledger(found(raw))
     measured = ledger[ledger["item_level"] != analysis_claims.NOT]
     told = plots_claims.forest(ledger, "mini").get_suptitle()
-    held = (measured["item_level"] == analysis_claims.SUPPORTED).sum()
-    assert f"Of {len(measured)} lines measured, {held} hold" in told
+    levels = [measured[level] for level in ("item_level", "seed_level")]
+    verdicts = (analysis_claims.SUPPORTED, analysis_claims.CONTRADICTED)
+    counts = [(level == verdict).sum() for level in levels for verdict in verdicts]
+    said = "{} claims: over items {} supported, {} contradicted; over seeds {} and {}"
+    assert told == said.format(len(measured), *counts) and min(counts) > 0
     points = plots_claims.lineage_points(degradation.everything(raw))
     models = points.drop_duplicates(["seed", "stage", "recipe"]).groupby("kind").size()
     assert models.to_dict() == {"parent": 3, "stage 1": 3, "adapted": 3, "SFT": 3, "DPO": 3}

@@ -27,7 +27,7 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
     later = differences(raw, MAIN_LINE["stage 1"], after, [name for name in MEASURES if name not in set(change["measure"])])
     later = later[[*UNIT, "measure", *CHANGES]].rename(columns=CHANGES)
     lines = rates(final, list(MEASURES), [*UNIT, "stage"])
-    if not set(lines["stage"]) - {"projector"}:
+    if lines.empty or set(lines["stage"]) == {"projector"}:
         raise Lacking("there is no full examination of the parent or of the adapted model")
     wide = lines.pivot_table(
         index=[*UNIT, "measure"], columns="stage", values=["value", "value_high", "low", "high", "n", "n_unjudged"], sort=False
@@ -43,7 +43,9 @@ def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds, the change from the parent,
     where that was not asked from stage 1; n: items of a seed, and how many of them were at most unjudged."""
     said, sides = [], {"parent": "parent_", "stage 1": "projector_", "adapted": "instruct_"}
-    lines = lines.assign(**{name: lines[name].fillna(lines[other]) for name, other in CHANGES.items()})
+    lines = lines.assign(
+        **{name: lines[name].astype(float).fillna(lines[other].astype(float)) for name, other in CHANGES.items()}
+    )
     for key, of in measures.groups(lines.drop(columns="value", errors="ignore"), ["backbone", "label"]):
         cells = {side: measures.spread(of, [prefix + end for end in ("value", "low", "high")]) for side, prefix in sides.items()}
         cells["change"] = measures.spread(of.rename(columns={"difference": "value"}), sign="+")

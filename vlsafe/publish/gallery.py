@@ -129,7 +129,7 @@ def _write_table(
     text = provenance.ARTEFACTS["tables"][name]
     has = {*frame.get("measure", HEADLINE)}
     names = tuple(each for each in HEADLINE if each in has) or tuple(sorted(has))
-    said = {"judges": judges(names) if "{judges}" in text.get("caption", "") else "", **dict(*values)}
+    said = {"judges": judges(names) if "{judges}" in text.get("caption", "") else "", "own": "", **dict(*values)}
     caption = text.get("caption", "").format_map(said)
     provenance.write_table(frame, folder, name, text["title"], f"{_origin(scale, studies, frame)} {caption}".strip(), shown)
 
