@@ -31,8 +31,8 @@ def _safest(points: pd.DataFrame) -> str:
     """The takeaway in the numbers drawn: the adapted model and, of those tuned ones that stay about as helpful, the safest."""
     axes = list(tuning.AXES)
     wide = 100 * points.pivot_table(index=[*UNIT, "stage", "kind", "name"], columns="what", values="value").reindex(columns=axes)
-    own, of = wide.xs("adapted", level="kind").groupby(UNIT).mean(), wide.xs("safety", level="stage")
-    before = of[[]].join(own)  # of the same seeds
+    of, adapted = wide.query("stage == 'safety'"), wide.query("kind == 'adapted'").groupby(UNIT).mean()
+    before = of[[]].join(adapted)  # of the same seeds
     tuned, adapted = (one.groupby("name").mean() for one in (of, before))
     helpful = tuned[~(tuned["helpfulness"] < adapted["helpfulness"] - LEEWAY)]
     if tuned["text_asr"].isna().all():
