@@ -42,7 +42,8 @@ def degradation(raw: pd.DataFrame) -> pd.DataFrame:
 def sheet(lines: pd.DataFrame) -> pd.DataFrame:
     """T02 for the eye, in percent: a line per backbone × measure, `measures.spread` over its seeds, the change from the parent,
     where that was not asked from stage 1; n: items of a seed, and how many of them were at most unjudged."""
-    said, sides = [], {"parent": "parent_", "stage 1": "projector_", "adapted": "instruct_"}
+    stage_1 = {"stage 1": "projector_"} if "projector_value" in lines else {}  # a model that others have trained has none
+    said, sides = [], {"parent": "parent_", **stage_1, "adapted": "instruct_"}
     lines = lines.assign(
         **{name: lines[name].astype(float).fillna(lines[other].astype(float)) for name, other in CHANGES.items()}
     )
