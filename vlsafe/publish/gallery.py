@@ -130,8 +130,8 @@ def _write_table(
     has = {*frame.get("measure", HEADLINE)}
     names = tuple(each for each in HEADLINE if each in has) or tuple(sorted(has))
     said = {"judges": judges(names) if "{judges}" in text.get("caption", "") else "", "own": "", **dict(*values)}
-    caption = text.get("caption", "").format_map(said)
-    provenance.write_table(frame, folder, name, text["title"], f"{_origin(scale, studies, frame)} {caption}".strip(), shown)
+    caption = " ".join(f"{_origin(scale, studies, frame)} {text.get('caption', '').format_map(said)}".split())
+    provenance.write_table(frame, folder, name, text["title"], caption, shown)
 
 
 def _origin(scale: str, studies: pd.DataFrame, frame: pd.DataFrame) -> str:
