@@ -85,7 +85,8 @@ def _before_and_after(rates: pd.DataFrame) -> str:
     def mean(stage: str, measure: str) -> float:
         rows = rates[(rates["stage"] == stage) & (rates["measure"] == measure)]
         rows = rows[rows["step"] == rows["step"].max()]
-        return 100 * rows.loc[rows["exam"] == rows["exam"].min(), "value"].mean()  # "full" where it was taken
+        rows = rows[rows["exam"] == rows["exam"].min()]  # "full" where it was taken
+        return 100 * rows.groupby("backbone")["value"].mean().mean()
 
     names = {"text_asr": ("text ASR", "parent", ""), "multimodal_asr": ("multimodal ASR", "projector", " (stage 1)")}
     said = [style.change(name, mean(stage, what), mean("instruct", what), of) for what, (name, stage, of) in names.items()]
