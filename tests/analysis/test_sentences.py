@@ -221,9 +221,9 @@ def test_what_outlasts_harmless_text():
 def test_what_the_answer_rests_on_is_a_line_each():
     shown = openings.answers(MODELS, LEDGER).set_index("")
     start = len(openings.RATES)
-    beside = {f"{MEASURES[name]['label']}, stage 1 → adapted" for name in ("figstep_asr", "siuo_asr")}
-    assert set(shown.index[start : start + 2]) == beside and shown.iloc[start].str.fullmatch(r"\d+ % \(.*\) → \d+ % \(.*\)").all()
-    seeing, words = shown.index[[start + 2, start + 3]]
+    beside = {f"{MEASURES[name]['label']}, stage 1 → adapted" for name in ("multimodal_asr_strings", "figstep_asr", "siuo_asr")}
+    assert set(shown.index[start : start + 3]) == beside and shown.iloc[start].str.fullmatch(r"\d+ % \(.*\) → \d+ % \(.*\)").all()
+    seeing, words = shown.index[[start + 3, start + 4]]
     for backbone in MODELS["backbone"].unique():
         cells = shown[f"`{backbone}`"]
         for place, (measure, model) in enumerate(openings.RATES.values()):
