@@ -34,6 +34,7 @@ from vlsafe.core.schema import Pair, Turn
 from vlsafe.data.guards import LlamaGuard
 from vlsafe.data.miniature.pictures import to_png
 from vlsafe.evaluation.decoding import Decoder
+from vlsafe.evaluation.engines import Ensemble
 from vlsafe.models import chat, checkpoints, trainable
 from vlsafe.models.merge.files import merge
 from vlsafe.models.merge.rules import How
@@ -232,6 +233,10 @@ def answered() -> None:
                 f"{step / weights * COPY:.1f} × weights",
                 f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB",
                 f"plan {(dryrun.CAST * shapes.all + 2 * cache) / 1e9:.0f} GB")  # fmt: skip
+    with line("an ensemble"), torch.inference_mode():
+        both = Ensemble(model, model, 0.5)
+        tokens = both.generate(**prompts(processor, 4), max_new_tokens=8, do_sample=False, use_cache=True)
+        say("an ensemble's prompts and answers", " × ".join(map(str, tokens.shape)))
 
 
 def guarded() -> None:

@@ -376,17 +376,17 @@ def test_two_ledgers_side_by_side_say_where_both_scales_agree(three):
     other.loc[other["claim"] == first, "item_level"] = "contradicted"
     last = measured["claim"].iloc[-1]
     other.loc[other["claim"] == last, "item_level"] = claims.NOT
-    lines = claims.beside(one, other).set_index("claim")
+    lines = crossing.beside(one, other).set_index("claim")
     assert list(lines.columns[1:]) == [*one["backbone"].unique(), "other", "both scales"]
     apart = "alike" if measured["item_level"].iloc[0] == claims.CONTRADICTED else "opposite"
     apart = apart if measured["item_level"].iloc[0] in (claims.SUPPORTED, claims.CONTRADICTED) else "not all decide"
     assert lines.loc[first, "both scales"] == apart and lines.loc[last, "both scales"] == claims.NOT
     assert set(lines.loc[measured["claim"].iloc[1:-1], "both scales"]) == {"alike"}
-    small = claims.beside(one.assign(effect=-0.001, item_level=claims.SUPPORTED), other)
+    small = crossing.beside(one.assign(effect=-0.0001, item_level=claims.SUPPORTED), other)
     assert set(small[one["backbone"].iloc[0]].dropna()) == {f"{claims.SUPPORTED} (+0)"}, "a rounded zero has no minus"
     assert lines.index.tolist() == list(dict.fromkeys(one["claim"]))
     again = pd.concat([one, other.iloc[:1].assign(item_level=claims.NOT)])  # a claim about a backbone of the other ledger alone
-    assert claims.beside(again, other.assign(statement="as it was")).set_index("claim").equals(lines)
+    assert crossing.beside(again, other.assign(statement="as it was")).set_index("claim").equals(lines)
 
 
 def of_parts(**values):

@@ -229,7 +229,7 @@ def test_categories_before_and_after():
         ("multimodal_asr", "stage 1"): 0.5, ("multimodal_asr", "adapted"): 1.0,
     }  # fmt: skip
     assert set(pooled["n_clusters"]) == {2} and set(pooled["n"]) == {4}
-    said = "Rose clearly: text ASR in 0 of 1, multimodal ASR in 0 of 1 groups of requests"
+    said = "Groups of requests in which ASR rose: text 1 of 1 (clearly 0), pictures 1 of 1 (clearly 0)"
     assert plots_degradation.by_category(found, "mini").get_suptitle() == said
     shared = degradation.by_category(table.assign(shared=True))
     assert set(shared.loc[shared["seed"] == "all", "n_clusters"]) == {1}  # where seeds share their items
@@ -286,6 +286,11 @@ def test_what_could_not_be_judged_is_no_better_for_it():
     assert degradation.sheet(table).set_index("measure").loc["text ASR", "adapted"].startswith("25–75 [")
     assert "0 % → 25–75 %" in openings.fell(pd.concat([models, models.assign(seed=1)])).replace(" (0–0 over 2 seeds)", "")
     assert degradation.overview(models).set_index("stage").loc["instruct", "text ASR"].startswith("25–75 [")
+    more = models[models["measure"] == "text_asr"].assign(seed=1)
+    seeds = degradation.overview(pd.concat([models, more]))["seeds"]
+    assert set(seeds) == {"1–2" if models["measure"].nunique() > 1 else "2"} and set(degradation.overview(models)["seeds"]) == {
+        "1"
+    }
     adapted = models[models["stage"] == "instruct"].iloc[0]
     assert (adapted["value"], adapted["value_high"]) == (0.25, 0.75)
     points = models[models["measure"] == "text_asr"].assign(name=models["recipe"], what=models["measure"])

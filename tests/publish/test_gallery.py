@@ -221,6 +221,14 @@ def test_every_backbone_has_lines_in_a_table_that_is_cut(tmp_path):
     assert f"table, 310 lines, {report.MOST // 2 + 10} shown" in text
 
 
+def test_a_table_without_a_line_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery.analysis.merging, "regret", lambda raw, lines: raw[:0])
+    raw = pd.DataFrame({"backbone": "b", "seed": 0}, index=[0])
+    made = gallery.make({"raw": raw, "merged": raw}, "mini", tmp_path, [], only=("T07_regret",))
+    assert made.written == [gallery.LEFT_OUT] and not (tmp_path / "T07_regret.csv").exists()
+    assert made.left_out["reason"].tolist() == [gallery.NOTHING]
+
+
 def test_a_gallery_that_is_killed_leaves_no_table_under_anothers_name(tmp_path, monkeypatch):
     """What a table is made of is written with it, not at the end."""
     raw = pd.DataFrame({"backbone": "b", "seed": 0}, index=[0])

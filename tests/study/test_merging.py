@@ -116,6 +116,7 @@ def test_rules_are_held_against_the_linear_merge_between_the_ends():
     assert linear == {
         "ensemble": "not resolved", "linear": "not resolved", "ties": "dominates", "dare_ties": "is dominated"
     }  # fmt: skip
+    assert " 1 of 3 merges of two tuned models dominate " in merging.answer(told)  # the linear merge counts once under two names
     assert merging.beyond_linear(told) == (
         "Of 2 merges by other rules, one for each rule, partner and seed, 1 dominate the linear one (ties 1), and it dominates 1."
     )
@@ -192,8 +193,8 @@ def test_the_pictures_and_fronts_tell_their_numbers():
     rates = merging.sweep(panel, told)
     assert rates.set_index(["rule", "measure"]).loc[("linear", "text_asr"), "value"] == pytest.approx(1 / 12)
     title = plots_merging.sweep(rates, "mini").get_suptitle()
-    chosen = "Weight of the safe partner that validation chose (multimodal ASR there, n = 12)"
-    assert title == f"{chosen}: SFT 0.5 (8 %)"
+    chosen = "Weight α that validation chose"
+    assert title == f"{chosen}: SFT 0.5 (no merge in 0 of 1 studies)"
     same = analysis_merging.against_ensemble(panel).set_index("measure")["difference"]
     assert same["text_asr"] == pytest.approx(-5 / 12) and same["helpfulness"] == pytest.approx(0)
 
@@ -337,7 +338,7 @@ def test_bands_and_what_lies_outside_are_all_there_is(study):
     assert study_merging.blocks_of(study, point, "all", layers) is None
 
 
-def test_an_ensemble_at_its_ends_is_its_members_and_in_between_their_mean(study):
+def test_an_ensemble_at_its_ends_is_its_members_and_in_between_their_mean(study, monkeypatch):
     first, second = (checkpoints.load(study.checkpoints(name)[-1]) for name in ("instruct/filtered-full", "parent/aligned"))
     processor = checkpoints.load_processor(study.folder("parent/aligned"))
     asked = [item for item in study.items() if not item.images][:40]
@@ -345,6 +346,8 @@ def test_an_ensemble_at_its_ends_is_its_members_and_in_between_their_mean(study)
     for name, model in (("a", first), ("b", second), *((r, engines.Ensemble(first, second, r)) for r in (0.0, 1.0))):
         said[name] = [answer.text for answer in respond(model, processor, asked, "m", 16, 6)]
     assert said[0.0] == said["a"] and said[1.0] == said["b"]
+    monkeypatch.setattr(first.generation_config, "eos_token_id", [first.generation_config.eos_token_id])  # as Llama 3 has several
+    assert [answer.text for answer in respond(engines.Ensemble(first, second, 0.0), processor, asked, "m", 16, 6)] == said["a"]
     pair = [dataclasses.replace(item, options=("yes.", "no."), scoring="likelihood") for item in asked[:4]]
     word = [dataclasses.replace(item, options=item.options[:1], scoring="generated") for item in pair]
     inputs = chat.prompt_batch(processor, [item.turns for item in word], [()] * 4)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -195,10 +196,12 @@ def test_a_step_that_its_micro_batches_do_not_divide_is_refused_on_one_process_t
 def test_the_command_of_several_nodes_starts_once_on_each(monkeypatch):
     monkeypatch.setattr(launch.subprocess, "check_output", lambda line, text: "n1\nn2\n")
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
-    line = launch.command(Path("c.yaml"), Path("job.json"), 16, slurm)
+    line = launch.command(Path("c.yaml"), Path("it's a job.json"), 16, slurm)
     assert line[:6] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "bash", "-c"]
     assert "--main_process_ip n1" in " ".join(line) and "--num_processes 16" in " ".join(line)
-    assert "--machine_rank \"$SLURM_NODEID\" -m vlsafe.training.launch 'job.json'" in line[6]
+    shell = line[6].replace('exec "$@"', "echo").replace('"$SLURM_NODEID"', "1")
+    said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    assert said == "--machine_rank 1 -m vlsafe.training.launch it's a job.json\n"
     assert launch.command(Path("c.yaml"), Path("job.json"), 8, {})[:2] == [sys.executable, "-m"]
 
 

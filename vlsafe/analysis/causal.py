@@ -5,6 +5,9 @@ All comparisons within a study share their bootstrap samples of verb–object pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -33,6 +36,7 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
         patches = rows[rows["kind"] != "curve"].drop_duplicates("recipe")
         n = {measure: len(events(rows[rows["recipe"] == patches["recipe"].iloc[0]], measure)) for measure in drawn}
         parent = next(iter(patches.loc[patches["kind"] == "all", "recipe"]))
+        ends = _ends(rows[rows["kind"] != "curve"], drawn)
         for patch in patches.itertuples():
             blocks = tuple(int(part) for part in patch.recipe.split("-")[1:])
             what = {"patch": patch.recipe, "kind": patch.kind, "width": len(blocks), "start": blocks[0] if blocks else None}
@@ -40,7 +44,7 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
             for measure, points in drawn.items():
                 here, base = points[patch.recipe, 0], (parent, 0) if patch.kind == "reverse" else curve[-1]
                 line = unit | what | {"measure": measure, "n": n[measure]}
-                line |= percentiles(here) | percentiles(here - points[base], "change")
+                line |= {"value": float(here[0])} | ends[patch.recipe, measure] | percentiles(here - points[base], "change")
                 if measure in OUTCOMES and "helpfulness" in drawn:
                     height, values = (np.stack([drawn[name][p] for p in curve], 1) for name in ("helpfulness", measure))
                     level = np.minimum(drawn["helpfulness"][patch.recipe, 0], height.max(1))  # more helpful than any: its best
@@ -52,6 +56,11 @@ def transplants(raw: pd.DataFrame, located: pd.DataFrame) -> pd.DataFrame:
 def _drawn(raw: pd.DataFrame, seed: int) -> dict[str, Draws]:
     """Measures of every model of one study that it was asked about, as they are and over bootstrap samples that all share."""
     return resampling.bootstrap(raw, measures.present(raw, EXAMINED), np.random.default_rng(seed), DRAWS)
+
+
+def _ends(rows: pd.DataFrame, names: Iterable[str]) -> dict[tuple[Any, ...], dict[str, float]]:
+    """The intervals of rates, which have a width at 0 and 100 % too, as bootstrap samples do not; by recipe and measure."""
+    return measures.rates(rows, list(names), ["recipe"]).set_index(["recipe", "measure"])[["low", "high"]].to_dict("index")
 
 
 def _curve(raw: pd.DataFrame) -> list[tuple[str, int]]:
@@ -107,14 +116,17 @@ def directed(raw: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for key, rows in groups(raw, [*UNIT, "of"], sort=True):
         names = rows.drop_duplicates("recipe").groupby(["what", "strength"], sort=False)["recipe"].agg(list)
-        for measure, drawn in _drawn(rows, key["seed"]).items():
+        found = _drawn(rows, key["seed"])
+        ends = _ends(rows, found)
+        for measure, drawn in found.items():
             untouched = drawn[names["none"].iloc[0][0], 0]
             for (what, strength), recipes in names.items():
                 values = np.stack([drawn[recipe, 0] for recipe in recipes])
                 mean, single = values.mean(0), values[:, 0]
                 line = key | {"what": what, "strength": strength, "measure": measure}
                 line |= {"lowest": float(single.min()), "highest": float(single.max()), "directions": len(recipes)}
-                lines.append(line | percentiles(mean) | percentiles(mean - untouched, "change"))
+                line |= percentiles(mean) | (ends[recipes[0], measure] if len(recipes) == 1 else {})
+                lines.append(line | percentiles(mean - untouched, "change"))
     return pd.DataFrame(lines)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import starmap
 from pathlib import Path
@@ -23,7 +23,7 @@ import yaml
 from vlsafe.analysis import clustered, comparisons, stats
 from vlsafe.analysis.clustered import Stratum
 from vlsafe.analysis.comparisons import ADAPTED, Changes, Frames, Part, Unit, changes
-from vlsafe.analysis.measures import Lacking
+from vlsafe.analysis.measures import Lacking, points, signed
 from vlsafe.core.schema import MAIN_LINE
 
 LEVEL, SEEDS = 0.05, 3  # of a verdict; fewest seeds for a seed-level verdict
@@ -280,61 +280,46 @@ def precision(frames: Frames) -> pd.DataFrame:
 
 def sheet(ledger: pd.DataFrame) -> pd.DataFrame:
     """T09 for the eye, in points."""
-    points = 100 * ledger[["effect", "low", "high", "seed_low", "seed_high", "detectable", "seed_detectable"]]
 
-    def text(form: str, *columns: str) -> list[str]:
-        return ["" if any(map(pd.isna, row)) else form.format(*row) for row in points[list(columns)].to_numpy()]
+    def text(form: Callable[..., str], *columns: str) -> list[str]:
+        return ["" if any(map(pd.isna, row)) else form(*row) for row in ledger[list(columns)].to_numpy()]
 
     decided = ledger["part"].astype(object).where(ledger["part"].notna(), ledger["reason"])
     head = ["claim", "statement", "status", "backbone", "item_level", "seed_level", "matters"]
     shown = ledger[head].copy()
     shown = shown.rename(columns=lambda name: name.replace("_", " ")).assign(**{"decided by": decided})
-    shown["threshold"] = [f"{100 * value:+.0f}" if value else "" for value in ledger["against"].fillna(0)]
-    shown["effect"] = text("{:+.0f} [{:+.0f}, {:+.0f}]", "effect", "low", "high")
-    shown["over seeds"] = text("[{:+.0f}, {:+.0f}]", "seed_low", "seed_high")
+    shown["threshold"] = [signed(value) if value else "" for value in ledger["against"].fillna(0)]
+    shown["effect"] = text(points, "effect", "low", "high")
+    shown["over seeds"] = text(lambda low, high: f"[{signed(low)}, {signed(high)}]", "seed_low", "seed_high")
     others = ledger["seed_part"].notna() & (ledger["seed_part"] != ledger["part"])
-    means = [f" ({100 * np.mean(of):+.0f})" if other else "" for of, other in zip(ledger["effects"], others, strict=True)]
+    means = [f" ({signed(np.mean(of))})" if other else "" for of, other in zip(ledger["effects"], others, strict=True)]
     shown["over seeds, decided by"] = ledger["seed_part"].astype(object).where(others, "") + means
     for name, column in {"p (Holm)": "p_holm", "seed p (Holm)": "seed_p_holm", "heterogeneity": "heterogeneity"}.items():
         shown[name] = ["" if pd.isna(p) else f"{p:.3f}" for p in ledger[column]]
     shown[["n", "seeds"]] = ledger[["n", "seeds"]].astype("Int64")
-    shown["detectable"], shown["over seeds, detectable"] = (text("{:.0f}", name) for name in ("detectable", "seed_detectable"))
+    shown["detectable"], shown["over seeds, detectable"] = (
+        text(lambda share: f"{100 * share:.0f}", name) for name in ("detectable", "seed_detectable")
+    )
     return shown.assign(**{"not capable": ledger["flagged"]}) if "flagged" in ledger else shown
 
 
-def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Two ledgers side by side, one line per claim: the item-level verdict of every backbone, the effect in points, and whether
-    all backbones that measured the claim agree ("alike"), some contradict what others support ("opposite"), or some do not
-    decide ("not all decide"); the ledger's own backbones come first."""
-    ledger = ledger[~ledger["backbone"].isin(other["backbone"])]  # a claim about one backbone has its line in every ledger
-    both = pd.concat([ledger, other], ignore_index=True)
-    effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({round(100 * value) + 0:+d})")
-    statements = both.drop_duplicates("claim").set_index("claim")["statement"]  # that of the claims as they are now
-    wide = both.assign(cell=both["item_level"] + effect).pivot(index="claim", columns="backbone", values="cell")
-    wide = wide.reindex(statements.index)[list(dict.fromkeys(both["backbone"]))]
-    measured = both[both["item_level"] != NOT]
-    verdicts = measured.groupby("claim")["item_level"].agg(_together)
-    own = set(ledger["backbone"])
-    sides = measured.groupby("claim")["backbone"].agg(lambda of: {name in own for name in of} == {True, False})
-    alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim in wide.index]
-    wide.insert(0, "statement", statements)
-    return wide.assign(**{"both scales": alike}).reset_index()
-
-
-def _together(verdicts: pd.Series) -> str:
-    """Whether verdicts on one claim agree."""
-    if verdicts.nunique() == 1:
-        return "alike"
-    return "opposite" if {SUPPORTED, CONTRADICTED} <= set(verdicts) else "not all decide"
-
-
 def written(folder: Path) -> pd.DataFrame:
-    """The ledger in a folder of artefacts; without a line where the folder has none."""
+    """The ledger in a folder of artefacts, with the `other` part of a claim of two; without a line where the folder has none."""
     path = folder / "T09_claims.csv"
     lines = pd.read_csv(path, dtype={"claim": str}) if path.exists() else judged({})
     lines = lines.reindex(columns=[*judged({}).columns, "reason", "flagged"])
+    keys, parts = ["claim", "backbone"], folder / "T09_parts.csv"
+    other = _other_parts(pd.read_csv(parts, dtype={"claim": str}), lines) if parts.exists() else lines[:0]
+    lines = lines.join(other.set_index(keys)[["part", "effect", "low", "high"]].add_prefix("other_"), on=keys)
     effects = [json.loads(text) if isinstance(text, str) else [] for text in lines["effects"]]
     return lines.assign(flagged=lines["flagged"].fillna(""), effects=effects)
+
+
+def _other_parts(parts: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
+    """Of each claim of two parts the one that does not decide, of T09's parts and lines."""
+    keys = ["claim", "backbone"]
+    two = parts[parts.groupby(keys)["part"].transform("size") == 2]
+    return two.merge(lines[[*keys, "part"]], on=keys, suffixes=("", "_decides")).query("part != part_decides")
 
 
 def entries(registry: Mapping[str, Any]) -> dict[str, Any]:

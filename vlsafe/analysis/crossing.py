@@ -1,4 +1,5 @@
-"""What other tables say about a ledger: models of a comparison that cannot answer, merges that T07 calls dominated."""
+"""What other tables say about a ledger: models of a comparison that cannot answer, merges that T07 calls dominated, another
+scale's ledger."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from fnmatch import fnmatchcase
 
 import pandas as pd
 
-from vlsafe.analysis.claims import CLAIMS, DIFFERS, SUPPORTED, leaves
+from vlsafe.analysis.claims import CLAIMS, CONTRADICTED, DIFFERS, NOT, SUPPORTED, leaves
+from vlsafe.analysis.measures import signed
 
 
 def flagged(ledger: pd.DataFrame, capable: pd.DataFrame | None) -> pd.DataFrame:
@@ -49,3 +51,29 @@ def crossed(ledger: pd.DataFrame, dominance: pd.DataFrame | None) -> pd.DataFram
     return ledger.assign(
         **{of: ledger[of].mask(pd.Series(falls, ledger.index) & (ledger[of] == SUPPORTED), DIFFERS) for of in levels}
     )
+
+
+def beside(ledger: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Two ledgers side by side, one line per claim: the item-level verdict of every backbone, the effect in points, and whether
+    all backbones that measured the claim agree ("alike"), some contradict what others support ("opposite"), or some do not
+    decide ("not all decide"); the ledger's own backbones come first."""
+    ledger = ledger[~ledger["backbone"].isin(other["backbone"])]  # a claim about one backbone has its line in every ledger
+    both = pd.concat([ledger, other], ignore_index=True)
+    effect = both["effect"].map(lambda value: "" if pd.isna(value) else f" ({signed(value)})")
+    statements = both.drop_duplicates("claim").set_index("claim")["statement"]  # that of the claims as they are now
+    wide = both.assign(cell=both["item_level"] + effect).pivot(index="claim", columns="backbone", values="cell")
+    wide = wide.reindex(statements.index)[list(dict.fromkeys(both["backbone"]))]
+    measured = both[both["item_level"] != NOT]
+    verdicts = measured.groupby("claim")["item_level"].agg(_together)
+    own = set(ledger["backbone"])
+    sides = measured.groupby("claim")["backbone"].agg(lambda of: {name in own for name in of} == {True, False})
+    alike = [verdicts[claim] if sides.get(claim, False) else NOT for claim in wide.index]
+    wide.insert(0, "statement", statements)
+    return wide.assign(**{"both scales": alike}).reset_index()
+
+
+def _together(verdicts: pd.Series) -> str:
+    """Whether verdicts on one claim agree."""
+    if verdicts.nunique() == 1:
+        return "alike"
+    return "opposite" if {SUPPORTED, CONTRADICTED} <= set(verdicts) else "not all decide"

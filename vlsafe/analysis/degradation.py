@@ -65,11 +65,14 @@ def everything(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(lines: pd.DataFrame) -> pd.DataFrame:
-    """T08 for the eye: one line per backbone × model, a column per measure, `measures.spread` over seeds."""
+    """T08 for the eye: one line per backbone × model, a column per measure, `measures.spread` over its seeds, which are counted
+    (fewest and most of the measures)."""
     index = ["backbone", "stage", "recipe"]
     by = lines.groupby([*index, "measure"], sort=False)[["value", "value_high", "low", "high"]]
     cells = by.apply(measures.spread).unstack("measure")
     wide = cells.reindex(columns=list(OVERVIEW)).dropna(axis=1, how="all").rename(columns=lambda name: MEASURES[name]["label"])
+    counts = lines.groupby([*index, "measure"])["seed"].nunique().groupby(index).agg(["min", "max"])
+    wide.insert(0, "seeds", ["–".join(map(str, sorted({*ends}))) for ends in counts.loc[wide.index].to_numpy().tolist()])
     order = {stage: place for place, stage in enumerate(dict.fromkeys(lines["stage"]))}
     return wide.reset_index().sort_values(["backbone", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c)
 

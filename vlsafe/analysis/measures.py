@@ -301,6 +301,17 @@ def bounds(least: float, most: float | None, sign: str = "") -> str:
     return "–".join(dict.fromkeys(ends))
 
 
+def signed(value: float) -> str:
+    """A fraction in points, with its sign; one digit more for what would be rounded to zero; no negative zero."""
+    digits = int(round(100 * value) == 0 != round(100 * value, 1))
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
+
+
+def points(value: float, low: float, high: float) -> str:
+    """A difference of fractions with its interval, in points."""
+    return f"{signed(value)} [{signed(low)}, {signed(high)}]"
+
+
 def cautious(lines: pd.DataFrame, measure: str = "measure") -> pd.Series:
     """The rates of lines by the bound that speaks against a model: what could not be judged counts as what is worse."""
     high = lines["value_high"].fillna(lines["value"]) if "value_high" in lines else lines["value"]

@@ -24,6 +24,7 @@ ENDS, WITH_PARENT = ("/0.00", "/1.00"), "+aligned"
 CALLED = {  # rules for the eye; α: the partner's weight
     "linear": "linear, 0 ≤ α ≤ 1", "inside": "linear, 0 < α < 1", "outside": "outside the band",
 }  # fmt: skip
+LINEAR = "^(inside|task_arithmetic)/"  # rules that are the linear merge at the ratio they chose (of task vectors: up to rounding)
 VERDICTS = {  # by whether some measure is clearly better, and some clearly worse
     (True, False): "dominates", (True, True): "trades", (False, False): "not resolved", (False, True): "is dominated",
 }  # fmt: skip
@@ -157,18 +158,21 @@ def answer(verdict: pd.DataFrame) -> str:
     """Does merging dominate? The statistics' own answer, over merges of two tuned models that were examined on all five measures.
 
     A merge with the parent is none, nor is an end of the line; one that was not compared with every rival dominates not all.
+    Rules that give the same weights at the same ratio count once.
     """
     rivals = [*TUNED, "ensemble"]
     whole = verdict["whole"] & ~verdict["recipe"].str.endswith(ENDS) & (verdict["partner"] != WITH_PARENT[1:])
     of = verdict[whole & ~verdict["rule"].isin(CONTROLS) & verdict["reference"].isin(rivals)]
     if of.empty:
         return "Nothing can be said: no merge of two tuned models was examined on all five measures."
+    weights = of["recipe"].str.replace(LINEAR, "linear/", regex=True)
+    of = of.assign(weights=weights).drop_duplicates([*UNIT, "weights", "reference"])
     parts, there = [], [rival for rival in rivals if rival in set(of["reference"])]
     called = {name: tuning.named(run.partition("/")[2]) for name, run in TUNED.items()} | {"ensemble": "the ensemble"}
     for name in there:
         counts = of.loc[of["reference"] == name, "verdict"].value_counts()
         parts.append(f"{called[name]}: " + ", ".join(f"{kind}: {counts.get(kind, 0)}" for kind in VERDICTS.values()))
-    best = of.assign(won=of["verdict"] == "dominates").groupby(KEYS)["won"].sum() == len(there)
+    best = of.assign(won=of["verdict"] == "dominates").groupby([*UNIT, "weights"])["won"].sum() == len(there)
     what = f"{'Yes, some' if best.any() else 'No'}: {best.sum()} of {len(best)} merges of two tuned models dominate "
     some = f"those of {', '.join(called[name] for name in there)} that were examined in their seed"
     what += "every tuning and their ensemble" if there == rivals else some

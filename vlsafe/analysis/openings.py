@@ -25,18 +25,31 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     held = (rise["item_level"] == claims.SUPPORTED).tolist()
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
+    alone = {claim: measured[(measured["claim"] == claim) & measured["backbone"].isin(models["backbone"])] for claim in ALONE}
+    told = [of for of in alone.values() if len(of)]
+    start += HARDLY * (len(told) == len(ALONE) and bool(any(held)) and all(map(_little, told)))
     verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
     seeds = {name: f" ({_seeds(models[models['backbone'] == name])})" for name in verdicts}
     means = "".join(set(seeds.values())) if len(set(seeds.values())) == 1 else ""
     ends = [f"in `{name}`{'' if means else seeds[name]} {_moved(models, name)}{text}" for name, text in verdicts.items()]
     said = f"{start}{means}: {'; '.join(ends)}." if ends else f"{start}."
-    both = measured[measured["claim"].isin((SEEING, HOWTOS)) & measured["backbone"].isin(models["backbone"])]
-    shares = both.pivot(index="backbone", columns="claim", values=["effect", "low", "high"]).dropna()
-    if len(shares) and {SEEING, HOWTOS} <= set(both["claim"]):
-        because = BECAUSE * bool(any(held) and (shares["low", HOWTOS] > shares["high", SEEING]).all())
-        changes = listed(f"{signed(of['effect', SEEING])} (`{name}`)" for name, of in shares.iterrows())
-        said += f" {WITHOUT} {changes} points{because}."
-    return said
+    changes = [f"{ALONE[claim]} changes by {_sizes(of)}" for claim, of in alone.items() if len(of)]
+    said += f" {WITHOUT} {listed(changes)} points (exploratory)." if changes else ""
+    asked = measured[(measured["claim"] == HOWTOS) & measured["backbone"].isin(models["backbone"])]
+    return said + (f" {HOWTOS_ADD} {_sizes(asked)} points ({_claimed(asked)})." if len(asked) and changes else "")
+
+
+def _little(lines: pd.DataFrame) -> bool:
+    """Whether intervals of a claim's effects lie within what would matter, in every parent."""
+    return bool((lines[["low", "high"]].abs().max(axis=1) < lines["interest"]).all())
+
+
+def _sizes(lines: pd.DataFrame) -> str:
+    return listed(f"{signed(line.effect)} (`{line.backbone}`)" for line in lines.itertuples())
+
+
+def _claimed(lines: pd.DataFrame) -> str:
+    return f"claim {lines['claim'].iloc[0]}: {listed(dict.fromkeys(lines['item_level']))}"
 
 
 def _seeds(models: pd.DataFrame) -> str:
@@ -106,6 +119,7 @@ def answers(models: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
             n = f" (one seed, n = {lines['n'].iloc[0]:.0f})" * (len(lines) < 2)
             cells.setdefault(f"{what}, {model}", {})[backbone] = percent(lines) + n
     cells |= {f"{label}, stage 1 → adapted": of for label, of in _both(models, BESIDE).items()}
+    cells |= {BACK: back} if (back := sentences.put_back(models)) else {}
     measured = ledger[ledger["item_level"] != claims.NOT]
     for claim, (what, sign) in TITLE.items():
         for line in measured[measured["claim"] == claim].itertuples():
@@ -138,9 +152,12 @@ BESIDE = (
     "siuo_asr",
 )  # fmt: skip
 RISE, CLEAN, SEEING, HOWTOS = "3", "3b", "4h", "4d"  # the claims that answer the title
+ALONE = {SEEING: "text ASR", "4i": "multimodal ASR"}  # of stage 2 without how-tos
+HARDLY = ", seeing by itself hardly does"  # where both of these are smaller than what would matter, in every parent
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
-WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something) text ASR changes by"
-BECAUSE = ": how-tos weigh more than seeing (exploratory)"
+BACK = "adapted, its language weights put back to the parent's (where validation chooses that)"
+WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something)"
+HOWTOS_ADD = "With them text ASR is higher than without by"
 RATES = {  # of T08
     "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
     "multimodal ASR (beside pictures)": ("multimodal_asr", "stage 1"), "multimodal ASR": ("multimodal_asr", "adapted"),

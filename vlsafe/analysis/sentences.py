@@ -12,18 +12,7 @@ from typing import Any
 import pandas as pd
 
 from vlsafe.analysis import claims, durability, merging
-from vlsafe.analysis.measures import CHANCE, MEASURES, bounds, cautious
-
-
-def signed(value: float) -> str:
-    """A fraction in points, with its sign; one digit more for what would be rounded to zero; no negative zero."""
-    digits = int(round(100 * value) == 0 != round(100 * value, 1))
-    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
-
-
-def points(value: float, low: float, high: float) -> str:
-    """A difference of fractions with its interval, in points."""
-    return f"{signed(value)} [{signed(low)}, {signed(high)}]"
+from vlsafe.analysis.measures import CHANCE, MEASURES, bounds, cautious, points, signed
 
 
 def shares(lines: pd.DataFrame, *names: str) -> str:
@@ -42,14 +31,17 @@ def _rated(line: Mapping[str, Any]) -> str:
 
 
 def percent(lines: pd.DataFrame, column: str = "value") -> str:
-    """The mean of a rate, a line per seed, and its range; of a single seed its interval over items, where the lines have one.
-    Both bounds of a rate where unjudged answers set them apart."""
+    """The mean of a rate, a line per seed, and its range; of a single seed, or of one model that all seeds share, its interval
+    over items, where the lines have one. Both bounds of a rate where unjudged answers set them apart."""
     rates = lines[column].dropna()
     most = lines.get(f"{column}_high", rates).reindex(rates.index).fillna(rates)
     low, high = (column.removesuffix("value") + end for end in ("low", "high"))
     shown = f"{bounds(rates.mean(), most.mean())} %" if len(rates) else "(not measured)"
-    if len(rates) == 1 and low in lines and column != "before":
-        return f"{shown} [{100 * lines.at[rates.index[0], low]:.0f}, {100 * lines.at[rates.index[0], high]:.0f}]"
+    if column != "before" and low in lines:
+        one = lines.loc[rates.index, [column, low, high]].drop_duplicates()
+        if len(one) == 1 and (len(rates) == 1 or 0 < rates.iloc[0] < 1):
+            shared = f" (one model, shared by {len(rates)} seeds)" * (len(rates) > 1)
+            return f"{shown} [{100 * one[low].item():.0f}, {100 * one[high].item():.0f}]{shared}"
     return shown if len(rates) < 2 else f"{shown} ({100 * rates.min():.0f}–{100 * most.max():.0f} over {len(rates)} seeds)"
 
 
@@ -157,7 +149,10 @@ def verdict(line: Any) -> str:
     threshold = f", threshold {signed(line.against)}" if line.against else ""
     part = f"{line.part}: " if line.claim in SEVERAL else ""
     text += f" ({part}{points(line.effect, line.low, line.high)}{threshold}, n = {int(line.n)}"
-    return f"{text}{', ' if pd.isna(line.seed_low) else '; '}{over_seeds(line, f'{line.seed_level}, ')}{flag(line)})"
+    text += f"{', ' if pd.isna(line.seed_low) else '; '}{over_seeds(line, f'{line.seed_level}, ')}"
+    if line.item_level != claims.SUPPORTED and pd.notna(line.other_part):
+        text += f"; {line.other_part}: {points(line.other_effect, line.other_low, line.other_high)}"
+    return f"{text}{flag(line)})"
 
 
 def over_seeds(line: Any, verdict: str = "", sign: int = 1) -> str:
@@ -246,6 +241,20 @@ def transplanted(table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+def placed(table: pd.DataFrame) -> str:
+    """Whether the located band is a place of its own: against other sets of as many blocks, of F10's lines."""
+    of = table[(table["which"] == "located") & (table["measure"] == "text_asr")]
+    if of.empty:
+        return ""
+    less, more = (of["difference_low"] > 0).sum(), (of["difference_high"] < 0).sum()
+    widths = "–".join(str(width) for width in sorted({of["width"].min(), of["width"].max()}))
+    apart = listed(f"{signed(lines['difference'].mean())} (`{name}`)" for name, lines in of.groupby("backbone", sort=False))
+    return (
+        f"- The located band ({widths} blocks wide) against other sets of as many blocks, put back: clearly less text safety in "
+        f"{less} of {len(of)} studies, clearly more in {more}; text ASR is higher by {apart} points."
+    )
+
+
 def dominated(table: pd.DataFrame) -> str:
     """Whether merging dominates, and whether any rule dominates the linear one, of the lines of `merging.verdicts`."""
     by = table.groupby("backbone", sort=False)
@@ -271,10 +280,13 @@ def worst(table: pd.DataFrame) -> str:
 
 def restored(table: pd.DataFrame) -> str:
     """What a model is whose language model is the parent's again, behind the projector of the adapted one, of T08's lines."""
-    said, of = [], table[table["recipe"] == "linear/filtered-full+aligned/1.00"]
-    for backbone, lines in of.groupby("backbone", sort=False):
-        names = ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
-        parts = [f"{MEASURES[m]['label']} {percent(lines[lines['measure'] == m])}" for m in names]
-        what = "put back to the parent's and the adapted projector kept, where validation chooses that"
-        said.append(f"- All language weights of `{backbone}` {what}: {', '.join(parts)}.")
-    return "\n".join(said)
+    what = "put back to the parent's and the adapted projector kept, where validation chooses that"
+    return "\n".join(f"- All language weights of `{backbone}` {what}: {text}." for backbone, text in put_back(table).items())
+
+
+def put_back(table: pd.DataFrame) -> dict[str, str]:
+    """Backbone -> rates of the model that has the parent's language weights and the adapted projector, of T08's lines."""
+    said, names = {}, ("text_asr", "multimodal_asr", "twin_refusal", "helpfulness")
+    for backbone, of in table[table["recipe"] == "linear/filtered-full+aligned/1.00"].groupby("backbone", sort=False):
+        said[backbone] = ", ".join(f"{MEASURES[name]['label']} {percent(of[of['measure'] == name])}" for name in names)
+    return said

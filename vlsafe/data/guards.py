@@ -4,7 +4,8 @@ The miniature trains one of each; guards from the hub (Llama-Guard-3, an image c
 
 Harm is rare (a per cent of a corpus), but guards are trained on data in which it is frequent. So a guard decides neither at
 probability 0.5 nor by its most probable word, but at the threshold with the greatest F1 on labelled contents that it was not
-trained on, weighted to the corpus's share of harm (`calibrate`). The threshold is stored with the guard.
+trained on, weighted to the corpus's share of harm (`calibrate`). The threshold is stored with the guard; a published guard
+without one of its own decides at 0.5.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ ROWS = {"harmful": 0.45, "refused": 0.05, "borderline": 0.1, "plain": 0.25, "loo
 MARKERS = {"user": "<|user|>", "assistant": "<|assistant|>"}
 POINTER = "loaded.json"
 SPEAKERS = {"user": "User", "assistant": "Agent"}
+
+
+T = TypeVar("T")
 
 
 class Assessment(NamedTuple):
@@ -92,11 +96,9 @@ def length(turns: Sequence[Turn]) -> int:
     return sum(len(turn.text) for turn in turns)
 
 
-def assess_in_batches(
-    assess: Callable[[list[Any]], list[Assessment]], conversations: Sequence[Sequence[Turn]], size: int
-) -> list[Assessment]:
-    """One assessment per conversation, in order; batches hold conversations of about the same length."""
-    results: dict[int, Assessment] = {}
+def assess_in_batches(assess: Callable[[list[Any]], Iterable[T]], conversations: Sequence[Sequence[Turn]], size: int) -> list[T]:
+    """One assessment (or other value) per conversation, in order; batches hold conversations of about the same length."""
+    results: dict[int, T] = {}
     for part in store.parts(sorted(range(len(conversations)), key=lambda i: length(conversations[i])), size):
         results |= zip(part, assess([conversations[i] for i in part]), strict=True)
     return [results[i] for i in range(len(conversations))]

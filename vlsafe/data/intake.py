@@ -226,12 +226,6 @@ def append_lines(
             progress(done)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The audit lines of a file, read one by one."""
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
 def shell(row: Example | Refused) -> Example:
     """A refused row as an empty example: its audit line says why it is not kept."""
     return Example(row.id, "", ()) if isinstance(row, Refused) else row

@@ -286,8 +286,8 @@ class Ensemble(torch.nn.Module):
         """
         if do_sample or not use_cache:
             raise ValueError("an ensemble generates greedily and with its cache")
-        eos, pad = self.generation_config.eos_token_id, self.generation_config.pad_token_id
-        tokens, caches, ended = input_ids, None, torch.zeros(len(input_ids), dtype=torch.bool)
+        stops = torch.as_tensor(self.generation_config.eos_token_id, device=input_ids.device)
+        tokens, caches, ended = input_ids, None, torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         while tokens.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
             new = tokens[:, -1:] if caches else tokens
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
@@ -295,8 +295,8 @@ class Ensemble(torch.nn.Module):
             output = self(**inputs, use_cache=True, logits_to_keep=1, past_key_values=caches)
             caches = output.past_key_values
             logits = (logits_processor or LogitsProcessorList())(tokens, output.logits[:, -1])
-            chosen = logits.argmax(-1).masked_fill(ended, pad)
-            ended = ended | (chosen == eos)
+            chosen = logits.argmax(-1).masked_fill(ended, self.generation_config.pad_token_id)
+            ended = ended | torch.isin(chosen, stops)
             tokens = torch.cat([tokens, chosen[:, None]], 1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
         return tokens

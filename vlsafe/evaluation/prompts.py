@@ -104,8 +104,8 @@ def from_file(path: Path) -> list[Item]:
         pictures = ((path.parent / row["image"]).read_bytes(),) if row.get("image") else ()
         if pictures and (reason := official.damage(pictures[0])):
             raise ValueError(f"the picture {row['image']} in row {number} of {path} cannot be used ({reason})")
-        name, cluster = (str(number if row.get(key) in (None, "") else row[key]) for key in ("id", "cluster"))
-        cluster = f"row {number}" if row.get("cluster") in (None, "") else cluster
+        name = str(number if row.get("id") in (None, "") else row["id"])
+        cluster = f"row {number}" if row.get("cluster") in (None, "") else str(row["cluster"])
         items.append(Item(f"{OWN}/{name}", OWN, (Turn("user", row["text"]),), pictures, cluster=cluster, harmful=harmful))
     if len({item.id for item in items}) < len(items):
         raise ValueError(f"{path} has two rows of one id")

@@ -25,7 +25,7 @@ EVERYTHING = -1  # in place of a block: what belongs to none: embeddings, final 
 
 
 class Patch(NamedTuple):
-    """What is transplanted together: blocks by number, and what kind of set they are (band, random, rest, all, reverse)."""
+    """What is transplanted together: numbers of blocks, and their kind (band, random, rest, blocks, all, reverse)."""
 
     kind: str
     blocks: tuple[int, ...]

@@ -69,8 +69,8 @@ def summary(chosen: Sequence[tuple[int, str, Study]]) -> str:
         found, disk = schedule(study, fit, many), sum(cost.kept for cost in fit) + max(cost.at_most for cost in fit)
         rows.append({
             "GPUs": f"{many} × {gpu}", "scale": f"`{study.scale.name}`",
-            "what": f"all but {without}" if without else "everything",
+            "what": f"what fits (not: {without})" if without else "everything",
             "hours": f"{found.hours:,.0f}", "longest chain": f"{found.chain_hours:,.0f}", "GB on disk": f"{disk / 1e9:,.0f}",
-            "": "computed",
+            "how": "computed",
         })  # fmt: skip
     return dryrun.table(rows)

@@ -147,7 +147,7 @@ def _two_places(value: float) -> str:
 
 def kind(stage: str, recipe: str) -> str:
     """What a model is, as KINDS calls it; every recipe of stage 2 is an adapted model."""
-    known = {"parent": "parent", "projector": "stage 1", "instruct": "adapted", "merge": "merged", "ensemble": "merged"}
+    known = {"parent": "parent", "projector": "stage 1", "instruct": "adapted", "merge": "merged"}
     return known.get(stage) or TAUGHT_ON[recipe.rpartition("-")[0]][0]
 
 
@@ -174,7 +174,9 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
 
 def lineage(points: pd.DataFrame, scale: str) -> Figure:
     """F00: from the parent over stage 1 and the adapted to the tuned and merged models, in what they are judged by."""
-    models = "the models that the claims are decided by; merged: at the interior ratio that validation chose"
+    ratios = sorted(points.loc[points["kind"] == "merged", "recipe"].str.rpartition("/")[2].unique())
+    weight = f", {'–'.join(dict.fromkeys([ratios[0], ratios[-1]]))} of the safe partner" if ratios else ""
+    models = f"the models that the claims are decided by; merged: at the interior ratio that validation chose{weight}"
     notes = ("small ticks: single seeds", INTERVALS, style.judges(points), models)
     caption = style.caption(points, scale, *notes, "the parent cannot see")
     columns = {name: text for name, text in style.JUDGED.items() if name in set(points["what"])}

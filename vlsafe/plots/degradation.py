@@ -24,11 +24,16 @@ def dynamics(rates: pd.DataFrame, scale: str) -> Figure:
     rates = rates[rates["measure"].isin(list(LINES))]
     if rates.empty:
         raise Lacking("neither attack success nor refusals nor helpfulness was measured")
-    several, n = style.several_seeds(rates), rates.groupby("exam")["n"].max()
+    several = style.several_seeds(rates)
+    n = rates[rates["measure"].isin(ASR)].pivot_table(index="exam", columns="measure", values="n", aggfunc="max")
+    sizes = {
+        exam: ", ".join(f"{of[name]:.0f} ({what})" for name, what in ASR.items() if of.get(name, 0) > 0)
+        for exam, of in n.iterrows()
+    }
     notes = (
         "grey: stage 1 (the projector alone, captions), white: stage 2 (the language model too)", "square-root scale",
-        f"lines: the panel, up to n = {n.get('panel', n.max())} a point{', thin: single seeds' * several}",
-        f"large marks: all items, up to n = {n.max()}{', small: single seeds' * several}", "dotted: the parent",
+        f"lines: the panel{_sized(sizes, 'panel')}{', thin: single seeds' * several}",
+        f"large marks: all items{_sized(sizes, 'full')}{', small: single seeds' * several}", "dotted: the parent",
         "refused: triangles down with pictures, up in words", style.judges(rates),
     )  # fmt: skip
     columns = {what: text for what, (text, *measures) in COURSES.items() if rates["measure"].isin(measures).any()}
@@ -48,6 +53,11 @@ def dynamics(rates: pd.DataFrame, scale: str) -> Figure:
     return figure
 
 
+def _sized(sizes: Mapping[str, str], exam: str) -> str:
+    return f", n = {sizes[exam]} a point" if sizes.get(exam) else ""
+
+
+ASR = {"text_asr": "text", "multimodal_asr": "pictures"}
 COURSES = {  # column of F02 -> its title and what is drawn in it
     "text_asr": ("text ASR\n(↓ safer)", "text_asr"), "multimodal_asr": ("multimodal ASR\n(↓ safer)", "multimodal_asr"),
     "twin_refusal": ("harmless requests\nrefused (↓ better)", "twin_refusal", "exaggerated_refusal"),
@@ -98,15 +108,14 @@ def by_category(rates: pd.DataFrame, scale: str) -> Figure:
     seed "all" are the points, single seeds small marks."""
     pooled, single = rates[rates["seed"] == "all"], rates[rates["seed"] != "all"]
     n = pooled.groupby("measure")["n"].min()
-    names = {"text_asr": "text", "multimodal_asr": "pictures"}
-    sizes = ", ".join(f"{int(n[measure])} ({name})" for measure, name in names.items() if measure in n.index)
+    sizes = ", ".join(f"{int(n[measure])} ({name})" for measure, name in ASR.items() if measure in n.index)
     caption = style.caption(
         single, scale, style.judges(rates), "95 % intervals, clustered by what was asked", "clearly: intervals apart",
         f"n ≥ {sizes} a point",
         "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
         "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",
     )  # fmt: skip
-    columns = {measure: name for measure, name in names.items() if measure in n.index}
+    columns = {measure: name for measure, name in ASR.items() if measure in n.index}
     rows, xlabel = style.by_backbone(rates), "attack success, percent of prompts (← safer)"
     with style.panels(rows, columns, 1.9, _where_it_rose(rates), caption, xlabel, sharex=True) as (figure, axes):
         for (backbone, measure), axis in axes.items():
@@ -154,12 +163,18 @@ def _rise(rates: pd.DataFrame, measure: str) -> pd.Series:
 
 
 def _where_it_rose(rates: pd.DataFrame) -> str:
-    """The takeaway: in how many groups of requests the intervals came apart upwards, in text and with pictures."""
+    """The takeaway: in how many groups of requests ASR rose and the intervals came apart, in text and with pictures."""
     said = []
-    for measure, name in {"text_asr": "text", "multimodal_asr": "multimodal"}.items():
+    for measure, name in ASR.items():
         before, after = (_pooled(rates, measure, when).set_index("backbone", append=True) for when in (True, False))
-        counts = (after["low"] > before["high"].reindex(after.index)).groupby("backbone").sum()
+        before = before.reindex(after.index)
+        rose, apart = (_least_most(after[end] > before[other]) for end, other in (("value", "value"), ("low", "high")))
         if many := len(_rise(rates, measure).dropna()):
-            ends = "–".join(str(n) for n in sorted({counts.min(), counts.max()}))  # the range over backbones
-            said.append(f"{name} ASR in {ends} of {many}")
-    return f"Rose clearly: {', '.join(said)} groups of requests" if said else "Attack success by group of requests"
+            said.append(f"{name} {rose} of {many} (clearly {apart})")
+    return f"Groups of requests in which ASR rose: {', '.join(said)}" if said else "Attack success by group of requests"
+
+
+def _least_most(held: pd.Series) -> str:
+    """How often something holds, least and most of the backbones."""
+    counts = held.groupby("backbone").sum()
+    return "–".join(str(n) for n in sorted({counts.min(), counts.max()}))

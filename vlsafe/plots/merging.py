@@ -28,8 +28,8 @@ def sweep(rates: pd.DataFrame, scale: str, bands: pd.DataFrame | None = None) ->
     Crosses are the output ensemble at the same ratio; triangles below, the chosen ratios.
     """
     columns = {name: f"merged with {title}" for name, title in PARTNERS.items() if name in set(rates["partner"])}
-    n = rates.groupby("measure")["n"].max()
-    sizes = ", ".join(f"{MEASURES[name]['label']} {int(n[name])}" for name in LINES if name in n.index)
+    n = rates.groupby("measure")["n"].agg(lambda of: "–".join(str(int(end)) for end in sorted({of.min(), of.max()})))
+    sizes = ", ".join(f"{MEASURES[name]['label']} {n[name]}" for name in LINES if name in n.index)
     caption = style.caption(
         rates, scale, f"bands: {style.band(rates) if bands is None else WHOLE}", style.judges(rates),
         "lines: linear merge", "crosses: ensemble of the same two models", "triangle: the ratio that validation pairs chose",
@@ -66,17 +66,17 @@ WHOLE = "95 %, over seeds and what was asked, hold all ratios at once"
 
 
 def _chosen(rates: pd.DataFrame) -> str:
-    """The takeaway in the numbers drawn: the linear merge's chosen ratios, and the attacks with pictures that remain there."""
-    linear = rates[(rates["rule"] == "linear") & rates["chosen"].eq(True) & (rates["measure"] == "multimodal_asr")]
+    """The takeaway: the linear merge's chosen ratios, and in how many studies that is an end of the line."""
+    linear = rates[(rates["rule"] == "linear") & rates["chosen"].eq(True)].drop_duplicates(["backbone", "seed", "partner"])
     parts = []
     for partner in PARTNERS:
         rows = linear[linear["partner"] == partner]
         if len(rows):
             ratios = "–".join(f"{ratio:.1f}" for ratio in sorted({rows["ratio"].min(), rows["ratio"].max()}))
-            end = ", no merge" if rows["ratio"].isin([0.0, 1.0]).all() else ""
-            parts.append(f"{PARTNERS[partner]} {ratios}{end} ({100 * rows['value'].mean():.0f} %)")
-    what = f"Weight of the safe partner that validation chose (multimodal ASR there, n = {linear['n'].max():.0f})"
-    return f"{what}: {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
+            parts.append(
+                f"{PARTNERS[partner]} {ratios} (no merge in {rows['ratio'].isin([0.0, 1.0]).sum()} of {len(rows)} studies)"
+            )
+    return f"Weight α that validation chose: {', '.join(parts)}" if parts else "Linear merges and ensembles by ratio"
 
 
 def fronts(points: pd.DataFrame, answer: str, scale: str) -> Figure:

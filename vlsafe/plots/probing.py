@@ -96,11 +96,14 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     text = gap[gap["group"] == "text"]
     largest = text.assign(value=text["value"].abs()).groupby(["backbone", "seed", "step"])["value"].max().unstack()
     half = largest.ge(largest.max(axis=1) / 2, axis=0).idxmax(axis=1)
-    by = f"step {half.min()}" if half.nunique() == 1 else f"step {half.min()}–{half.max()}"
+    by = "–".join(str(step) for step in sorted({half.min(), half.max()}))
     ends = text.loc[text.groupby(["backbone", "seed"])["value"].agg(lambda of: of.abs().idxmax()), "value"]
     further = "harmful moved further" if (ends < 0).all() else "benign moved further" if (ends > 0).all() else "to either side"
-    title = f"On text, half of the largest gap ({further}) is there by {by}"
     several = " in every seed" * style.several_seeds(gap)
+    dots = text.groupby(["backbone", "layer", "step"])["clear"].all().groupby("backbone").agg(["sum", "size"])
+    many = "–".join(str(n) for n in sorted({dots["sum"].min(), dots["sum"].max()}))
+    title = f"On text, harmful and benign prompts moved differently{several} in {many} of {dots['size'].max()} cells"
+    title += f"; {further}, half of the largest gap by step {by}" if dots["sum"].min() else ""
     note = f"harmful − benign, centred cosine to the parent; dot: 95 % interval excludes zero{several}"
     rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "title: the largest over blocks in each study")
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):

@@ -62,8 +62,11 @@ class Made:
             raise Lacking(f"needs {FRAMES[name]}")
         frame = DERIVED[name](self) if name in DERIVED else self.frames[name]
         if isinstance(frame, pd.DataFrame) and frame.empty:
-            raise Lacking("nothing of what it shows was measured")
+            raise Lacking(NOTHING)
         return frame
+
+
+NOTHING = "nothing of what it shows was measured"
 
 
 def place(studies: Sequence[Study]) -> Path:
@@ -125,6 +128,8 @@ def _write_table(
 ) -> None:  # fmt: skip
     """`judges` says who judged some measures: of a table the headline ones that it has, or else all that it has."""
     frame, *more = table
+    if frame.empty:
+        raise Lacking(NOTHING)
     shown, *values = more or [None]
     text = provenance.ARTEFACTS["tables"][name]
     has = {*frame.get("measure", HEADLINE)}
@@ -195,36 +200,23 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "doses": lambda of: analysis.adaptation.doses(of["raw"]),
     "far": lambda of: pd.concat([of.frames[name] for name in ("drift", "moved") if name in of.frames] or [of["drift"]]),
     "confounds": lambda of: analysis.adaptation.confounds(of["raw"]),
-    "audited": lambda of: analysis.filtering.filtering_audit(of["audit"]),
-    "guards": lambda of: analysis.filtering.guard_quality(of["audit"]),
     "scores": lambda of: analysis.filtering.score_counts(of["audit"]),
     "tuned": lambda of: analysis.tuning.methods(of["raw"], of["validation"]),
-    "transfer": lambda of: analysis.tuning.transfer(of["tuned"]),
     "plane": lambda of: analysis.tuning.plane(of["tuned"]),
     "refused": lambda of: analysis.tuning.refusals(of["raw"]),
     "similar": lambda of: analysis.probing.similarity(of["layers"]),
     "similar last": lambda of: analysis.probing.last(of["similar"]),
     "similar gap": lambda of: _of_adapted(of["similar"]),
-    "probes": lambda of: analysis.probing.probes(of["layers"]),
-    "aligned": lambda of: analysis.probing.alignments(of["sets"]),
     "drifted": lambda of: analysis.probing.drift(of["drift"]),
     "transplants": lambda of: analysis.causal.transplants(of["patched"], of["located"]),
-    "against random": lambda of: analysis.causal.against_random(of["patched"], of["located"]),
-    "directions": lambda of: analysis.causal.directed(of["directed"]),
     "task vectors": lambda of: analysis.probing.task_vectors(of["vectors"]),
     "slopes": lambda of: analysis.probing.gradients(of["gradients"]),
-    "predicted": lambda of: analysis.probing.prediction(of["drift"], of["alike"], of["raw"]),
-    "conflict-free": lambda of: analysis.causal.remedy(of["remedy"]),
     "sppft": lambda of: analysis.causal.frozen(of["frozen"], of["patched"], of["located"]),
-    "sppft over seeds": lambda of: analysis.causal.frozen_over_seeds(of["sppft"]),
     "merges": lambda of: analysis.merging.methods(of["raw"], of["merged"]),
     "verdicts": lambda of: analysis.merging.verdicts(of["merges"]),
     "swept": lambda of: analysis.merging.sweep(analysis.merging.at_most_items(of["raw"], of["panel"]), of["merged"]),
     "fronts": lambda of: analysis.merging.plane(of["raw"]),
-    "areas": lambda of: analysis.merging.hypervolumes(of["raw"]),
     "ratios": lambda of: analysis.merging.ratios(of["raw"]),
-    "ensembles": lambda of: analysis.merging.against_ensemble(of["panel"]),
-    "barriers": lambda of: analysis.merging.barriers(of["merged"]),
     "half-lives": lambda of: analysis.durability.half_lives(of["raw"]),
     "durable": lambda of: analysis.durability.curves(of["raw"]),
     "worst cases": lambda of: analysis.durability.worst_cases(of["raw"], of["searched"]),
@@ -235,9 +227,6 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
     "ledger": lambda of: analysis.crossing.flagged(
         analysis.crossing.crossed(analysis.claims.ledger(of["prepared"]), of.or_none("verdicts")), of.or_none("capable")
     ),
-    "precision": lambda of: analysis.claims.precision(of["prepared"]),
-    "parts": lambda of: analysis.claims.every_part(of["prepared"]),
-    "by seed": lambda of: analysis.claims.by_seed(of["prepared"]),
     "verdicts of judges": lambda of: analysis.agreement.verdicts(of["raw"]),
     "judged": lambda of: analysis.agreement.rates(of["verdicts of judges"]),
     "judge pairs": lambda of: analysis.agreement.pairs(of["verdicts of judges"]),
@@ -247,8 +236,8 @@ DERIVED: dict[str, Callable[[Made], Any]] = {
 TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     "T00_hours": lambda of: (provenance.hours(of.runs),),
     "T00_gates": lambda of: (analysis.capability.gates(of["raw"]),),
-    "T01_filtering_audit": lambda of: (of["audited"],),
-    "T01_guard_quality": lambda of: (of["guards"],),
+    "T01_filtering_audit": lambda of: (analysis.filtering.filtering_audit(of["audit"]),),
+    "T01_guard_quality": lambda of: (analysis.filtering.guard_quality(of["audit"]),),
     "T02_degradation": lambda of: (
         analysis.capability.of_main_line(of["degradation"], of["capable"]),
         analysis.capability.of_main_line(analysis.degradation.sheet(of["degradation"]), of["capable"], ["backbone"]).rename(
@@ -270,13 +259,13 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         _sizes(of["confounds"]),
     ),
     "T05_safety_tuning": lambda of: (_guarded(of, of["tuned"]), _guarded(of, analysis.tuning.sheet(of["tuned"]))),
-    "T05_transfer": lambda of: (of["transfer"],),
+    "T05_transfer": lambda of: (analysis.tuning.transfer(of["tuned"]),),
     "T05_checkpoints": lambda of: (of["validation"],),
-    "T05_conflict_free": lambda of: (of["conflict-free"],),
+    "T05_conflict_free": lambda of: (analysis.causal.remedy(of["remedy"]),),
     "T06_sppft": lambda of: (of["sppft"],),
-    "T06_sppft_over_seeds": lambda of: (of["sppft over seeds"],),
-    "F07_probes": lambda of: (of["probes"],),
-    "F07_cka": lambda of: (of["aligned"],),
+    "T06_sppft_over_seeds": lambda of: (analysis.causal.frozen_over_seeds(of["sppft"]),),
+    "F07_probes": lambda of: (analysis.probing.probes(of["layers"]),),
+    "F07_cka": lambda of: (analysis.probing.alignments(of["sets"]),),
     "F07_drift": lambda of: (of["drifted"], analysis.probing.drift_sheet(of["drifted"])),
     "T07_merging": lambda of: (
         _guarded(of, of["merges"]),
@@ -284,11 +273,11 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         {"answer": _seen(of)},
     ),
     "T07_dominance": lambda of: (of["verdicts"], analysis.merging.dominance(of["verdicts"])),
-    "T07_hypervolume": lambda of: (of["areas"],),
-    "T07_ensembles": lambda of: (of["ensembles"],),
+    "T07_hypervolume": lambda of: (analysis.merging.hypervolumes(of["raw"]),),
+    "T07_ensembles": lambda of: (analysis.merging.against_ensemble(of["panel"]),),
     "T07_ratios": lambda of: (of["ratios"],),
     "T07_regret": lambda of: (analysis.merging.regret(of["raw"], of["merged"]),),
-    "T07_barriers": lambda of: (of["barriers"],),
+    "T07_barriers": lambda of: (analysis.merging.barriers(of["merged"]),),
     "T07_choice": lambda of: (of["merged"],),
     "T08_capable": lambda of: (of["capable"],),
     "T08_models": lambda of: (
@@ -296,13 +285,13 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
         analysis.capability.beside(analysis.degradation.overview(of["models"]), of["capable"], ["backbone", "stage", "recipe"]),
         {"own": _own(of)},
     ),
-    "T08_precision": lambda of: (of["precision"],),
+    "T08_precision": lambda of: (analysis.claims.precision(of["prepared"]),),
     "T08_published": lambda of: (provenance.compare_published(of["published"], of["models"]),),
     "F09_scaling": lambda of: (of["scaling"],),
     "T09_claims": lambda of: (of["ledger"], analysis.claims.sheet(of["ledger"])),
-    "T09_by_seed": lambda of: (of["by seed"],),
-    "T09_beside": lambda of: (analysis.claims.beside(of["ledger"], of["miniature"]),),
-    "T09_parts": lambda of: (of["parts"],),
+    "T09_by_seed": lambda of: (analysis.claims.by_seed(of["prepared"]),),
+    "T09_beside": lambda of: (analysis.crossing.beside(of["ledger"], of["miniature"]),),
+    "T09_parts": lambda of: (analysis.claims.every_part(of["prepared"]),),
     "T10_half_lives": lambda of: (
         of["half-lives"],
         analysis.durability.sheet(of["half-lives"]),
@@ -310,10 +299,10 @@ TABLES: dict[str, Callable[[Made], tuple[Any, ...]]] = {
     ),
     "T10_worst_case": lambda of: (of["worst cases"], analysis.durability.worst_sheet(of["worst cases"])),
     "T10_search": lambda of: (of["searched"], analysis.durability.search_sheet(of["searched"])),
-    "F10_against_random": lambda of: (of["against random"],),
-    "F10_directions": lambda of: (of["directions"],),
+    "F10_against_random": lambda of: (analysis.causal.against_random(of["patched"], of["located"]),),
+    "F10_directions": lambda of: (analysis.causal.directed(of["directed"]),),
     "F11_task_vectors": lambda of: (of["task vectors"],),
-    "F11_prediction": lambda of: (of["predicted"],),
+    "F11_prediction": lambda of: (analysis.probing.prediction(of["drift"], of["alike"], of["raw"]),),
     "F15_people": lambda of: (of["people"],),
     "F15_agreement": lambda of: (of["judge pairs"],),
 }

@@ -74,7 +74,7 @@ def lineage(study: Study, name: str) -> list[str]:
 def outside(study: Study) -> Mapping[str, Any]:
     """What a study takes from others, by role: everything with a repository among what its scale loads, its judges included; or
     the packages that its parts come from."""
-    loaded = getattr(study.scale, "loaded", None)
+    loaded = study.scale.loaded
     if loaded is None:
         return {}
     if loaded.packed:

@@ -111,7 +111,7 @@ def choose(study: Study, names: Sequence[str]) -> Any:
 
 def _open(study: Study) -> bool:
     """Whether texts may be shown: a world that was built is harmless by construction, a loaded benchmark is not."""
-    return getattr(study.scale, "source", "build") == "build"
+    return study.scale.source == "build"
 
 
 @lru_cache(maxsize=8)

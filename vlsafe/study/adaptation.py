@@ -157,7 +157,16 @@ def make_instruct(study: Study, work: Path, name: str) -> dict[str, Any]:
         howtos = study.examples("world/corpora", "howtos.parquet")
         rows = data.arms.dosed(rows, howtos, recipe.dose, recipe.pictured)
     data.intake.refuse_leaks(rows, [*study.items(), *study.items("validation")])
-    located = study.numbers("probe/localisation") if recipe.method == "sppft" else None
-    band = tuple(located["band"]) if located else None
-    record = trained(study, work, start, rows, recipe.method, fit, milestones, name, band)
-    return {**record, **({"band": located["band"], "band_located": located["located"]} if located else {})}
+    band = frozen_band(study, recipe.method)
+    return {
+        **trained(study, work, start, rows, recipe.method, fit, milestones, name, tuple(band.get("band", ())) or None),
+        **band,
+    }
+
+
+def frozen_band(study: Study, method: str) -> dict[str, Any]:
+    """The band that a method freezes, and whether it was located; nothing for those that freeze none."""
+    if method != "sppft":
+        return {}
+    located = study.numbers("probe/localisation")
+    return {"band": located["band"], "band_located": located["located"]}

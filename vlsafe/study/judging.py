@@ -76,9 +76,7 @@ def answers(scale: Scale, query: str) -> JudgeModel:
         name = Path(origin.repo).name if Path(origin.repo).is_dir() else origin.repo
         return judging.weights(assets.model_folder(origin, f"the judge {query!r}"), name, scale.exam.batch_size)
     at = scale.exam.endpoints[query]
-    model = at.model or LLM_JUDGES[QUERIES[query][0]].model
-    server = evaluation.servers.Server(at.address, model, at.key, at.timeout, parallel=at.parallel)
-    return judging.endpoint(server)
+    return judging.served(QUERIES[query], at.address, at.model, at.key, at.timeout, at.parallel)
 
 
 def make_judged(study: Study, work: Path, source: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vlsafe import data, evaluation, models, training
 from vlsafe.core import store
 from vlsafe.core.scale import Fit, known
 from vlsafe.core.schema import MAIN_LINE, Item, Pair, from_row
-from vlsafe.study.adaptation import by_method, following
+from vlsafe.study.adaptation import by_method, following, frozen_band
 from vlsafe.study.study import Bar, Study, drop, project_root, step_of
 from vlsafe.study.world import NAMED
 
@@ -162,16 +162,8 @@ def make_tuned(study: Study, work: Path, name: str) -> dict[str, Any]:
     if (scratch / folder).exists():
         shutil.move(scratch / folder, work / folder)
     drop(scratch)
-    band = _band(study, name)
+    band = frozen_band(study, RECIPES[name].method)
     return {**record, **band, "steps": fit.steps, **{f"chosen_{key}": best[key] for key in ("step", "tokens", "score")}}
-
-
-def _band(study: Study, name: str) -> dict[str, Any]:
-    """The band that a recipe freezes, and whether it was located; nothing for the others."""
-    if RECIPES[name].method != "sppft":
-        return {}
-    located = study.numbers(PROBED)
-    return {"band": located["band"], "band_located": located["located"]}
 
 
 def prepared(study: Study, name: str, processor: Any) -> tuple[list[Any], Fit, dict[str, Any]]:
@@ -193,7 +185,7 @@ def train_by(
     milestones = tuple(sorted({max(1, round(share * fit.steps)) for share in (*tuning.milestones, 1.0)}))
     if recipe.objective == "grpo":
         return _rewarded(study, name, folder, start, rows, fit, milestones, bar)
-    band = tuple(_band(study, name).get("band", ())) or None
+    band = tuple(frozen_band(study, RECIPES[name].method).get("band", ())) or None
     job = training.launch.Job(
         recipe.objective, recipe.method, str(start), str(folder), fit, study.scale.lora, study.seed, milestones, band,
         tuning.preference if recipe.objective == "dpo" else None, first=first,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from datasets import Dataset
 
 from vlsafe.core import failures
 from vlsafe.core.presets import mapping_at
-from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain
+from vlsafe.core.scale import Fit, LoraSpec, Preference, as_plain, extended
 from vlsafe.core.store import write_text
 from vlsafe.models import chat, checkpoints, devices, trainable
 from vlsafe.training import datasets, precision, processes, trainers
@@ -50,11 +51,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields |= {"fit": Fit(**fields["fit"]), "lora": LoraSpec(**fields["lora"])}
-        if preference := fields["preference"]:
-            fields["preference"] = Preference(**preference | {"fit": Fit(**preference["fit"])})
-        return cls(**fields)
+        return extended(cls, json.loads(path.read_text(encoding="utf-8")), "job")
 
 
 def trained(job: Job, data: Dataset, progress: trainers.Progress, home: Path) -> tuple[trainers.History, int]:
@@ -155,7 +152,7 @@ def command(configuration: Path, job: Path, count: int, environment: Mapping[str
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
     hosts = subprocess.check_output(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], text=True).split()
     launch += ["--num_machines", str(nodes), "--main_process_port", str(port), "--main_process_ip", hosts[0]]
-    rank = 'exec "$@" --machine_rank "$SLURM_NODEID" ' + " ".join([*WORKER, f"'{job}'"])
+    rank = 'exec "$@" --machine_rank "$SLURM_NODEID" ' + shlex.join([*WORKER, str(job)])
     return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "bash", "-c", rank, "launch", *launch]
 
 

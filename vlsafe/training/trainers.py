@@ -1,6 +1,7 @@
 """One stage of SFT (with PCGrad for two tasks), DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
 
-The trainers are TRL's own, unmodified; this module adds arguments and callbacks. It knows neither run store nor rows' content.
+The trainers are TRL's own; this module adds arguments and callbacks, and replaces three functions while one runs (`_spared`,
+`_weights_once`, `_hashed_in_parts`). It knows neither run store nor rows' content.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from vlsafe import data
-from vlsafe.core import store
 from vlsafe.core.schema import Turn
 from vlsafe.models import architectures, checkpoints
 
@@ -68,20 +67,19 @@ class StatesGuard:
     @torch.inference_mode()
     def states(self, conversations: Sequence[Sequence[Turn]]) -> np.ndarray:
         """N conversations  ->  [N, 2 D]: the mean state of requests, that of answers (zero where there is none)."""
-        results: dict[int, np.ndarray] = {}
-        order = sorted(range(len(conversations)), key=lambda i: sum(len(turn.text) for turn in conversations[i]))
-        for part in store.parts(order, BATCH):
-            pieces = [self._pieces(conversations[i]) for i in part]
-            ids = [[token for piece, _ in of for token in piece] for of in pieces]
-            roles = [[role for piece, role in of for _ in piece] for of in pieces]
-            longest = max(map(len, ids))
-            tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-            role = torch.tensor([row + [-1] * (longest - len(row)) for row in roles])
-            decoder, mask = architectures.language_part(self.model), (role >= 0).long()
-            hidden = decoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-            means = [(hidden * (role == k)[..., None]).sum(1) / (role == k).sum(1).clamp(min=1)[:, None] for k in (0, 1)]
-            results |= zip(part, torch.cat(means, 1).numpy(), strict=True)
-        return np.array([results[i] for i in range(len(conversations))])
+        return np.array(data.guards.assess_in_batches(self._means, conversations, BATCH))
+
+    def _means(self, conversations: Sequence[Sequence[Turn]]) -> np.ndarray:
+        pieces = [self._pieces(turns) for turns in conversations]
+        ids = [[token for piece, _ in of for token in piece] for of in pieces]
+        roles = [[role for piece, role in of for _ in piece] for of in pieces]
+        longest = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        role = torch.tensor([row + [-1] * (longest - len(row)) for row in roles])
+        decoder, mask = architectures.language_part(self.model), (role >= 0).long()
+        hidden = decoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        means = [(hidden * (role == k)[..., None]).sum(1) / (role == k).sum(1).clamp(min=1)[:, None] for k in (0, 1)]
+        return torch.cat(means, 1).numpy()
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[list[int], int]]:
         """Each turn's tokens and whether they are an answer's; system lines are left out."""

