@@ -17,11 +17,11 @@ def test_half_of_the_gap_is_that_of_the_block_where_it_is_largest(sign):
     )  # fmt: skip
     figure = probing.similarity_over_steps(lines, "mini")
     side = "harmful" if sign > 0 else "benign"
-    said = "On text, harmful and benign prompts moved differently in 5 of 6 cells"
+    said = "Cells in which harmful and benign text prompts moved differently: 5 of 6"
     title = " ".join(figure.get_suptitle().split())
     assert title == f"{said}; {side} moved further, half of the largest gap by step 20"
     wide = probing.similarity_over_steps(lines.assign(low=-1.0, high=1.0), "mini")
-    assert wide.get_suptitle() == "On text, harmful and benign prompts moved differently in 0 of 6 cells"
+    assert wide.get_suptitle() == "Cells in which harmful and benign text prompts moved differently: 0 of 6"
 
 
 def test_studies_that_open_at_other_steps_are_not_said_to_open_at_one():

@@ -113,7 +113,7 @@ def by_category(rates: pd.DataFrame, scale: str) -> Figure:
         single, scale, style.judges(rates), "95 % intervals, clustered by what was asked", "clearly: intervals apart",
         f"n ≥ {sizes} a point",
         "small marks: single seeds" if style.several_seeds(single) else "", "stage 1: the parent with a trained projector",
-        "title: mean over backbones" if rates["backbone"].nunique() > 1 else "",
+        "title: least and most of the backbones" if rates["backbone"].nunique() > 1 else "",
     )  # fmt: skip
     columns = {measure: name for measure, name in ASR.items() if measure in n.index}
     rows, xlabel = style.by_backbone(rates), "attack success, percent of prompts (← safer)"

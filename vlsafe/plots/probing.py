@@ -102,10 +102,11 @@ def similarity_over_steps(lines: pd.DataFrame, scale: str) -> Figure:
     several = " in every seed" * style.several_seeds(gap)
     dots = text.groupby(["backbone", "layer", "step"])["clear"].all().groupby("backbone").agg(["sum", "size"])
     many = "–".join(str(n) for n in sorted({dots["sum"].min(), dots["sum"].max()}))
-    title = f"On text, harmful and benign prompts moved differently{several} in {many} of {dots['size'].max()} cells"
-    title += f"; {further}, half of the largest gap by step {by}" if dots["sum"].min() else ""
+    title = f"Cells in which harmful and benign text prompts moved differently{several}: {many} of {dots['size'].max()}"
+    opened = bool(dots["sum"].min())
+    title += f"; {further}, half of the largest gap by step {by}" if opened else ""
     note = f"harmful − benign, centred cosine to the parent; dot: 95 % interval excludes zero{several}"
-    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "title: the largest over blocks in each study")
+    rows, caption = style.by_backbone(gap, "block"), _caption(gap, scale, note, "largest over blocks in each study" * opened)
     with style.panels(rows, _modalities(gap), 2.2, title, caption, "step of stage 2") as (figure, axes):
         for _, axis, cells in style.facets(axes, gap, "group"):
             shade = cells.pivot_table(index="layer", columns="step", values="value")
