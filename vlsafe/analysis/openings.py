@@ -218,7 +218,8 @@ OPENINGS: dict[str, tuple[Part, ...]] = {
     ),
     "04_safety_tuning": (_claims("5", "5p", "5h", "5r", "5b", "5br", "6", "6p", "6h", "6r"), _by(without_pictures, "T08_models")),
     "05_probing": (
-        _by(sentences.transplanted, "F10_transplants"), _by(sentences.across, "F10_directions", *ABLATED),
+        _by(sentences.transplanted, "F10_transplants"), _by(sentences.placed, "F10_against_random"),
+        _by(sentences.across, "F10_directions", *ABLATED),
         _claims("7", "7b", "8", "8b", "9", "9b"),
     ),
     "06_merging": (
