@@ -45,7 +45,7 @@ def _little(lines: pd.DataFrame) -> bool:
 
 
 def _sizes(lines: pd.DataFrame) -> str:
-    return listed(f"{signed(line.effect)} (`{line.backbone}`)" for line in lines.itertuples())
+    return listed(f"{signed(line.effect)} (`{line.backbone}`{', one seed' * (line.seeds == 1)})" for line in lines.itertuples())
 
 
 def _claimed(lines: pd.DataFrame) -> str:
@@ -156,7 +156,7 @@ ALONE = {SEEING: "text ASR", "4i": "multimodal ASR"}  # of stage 2 without how-t
 HARDLY = ", seeing by itself hardly does"  # where both of these are smaller than what would matter, in every parent
 UNDECIDED = "Not decided for text and pictures together"  # which claim 3 asks for
 BACK = "adapted, its language weights put back to the parent's (where validation chooses that)"
-WITHOUT = "Trained to see without how-tos (harmless rows that ask how to do something)"
+WITHOUT = "Trained on rows that only ask what a picture shows, without how-tos (harmless requests for help),"
 HOWTOS_ADD = "With them text ASR is higher than without by"
 RATES = {  # of T08
     "text ASR (harmful requests in words that are answered)": ("text_asr", "parent"), "text ASR": ("text_asr", "adapted"),
