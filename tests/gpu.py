@@ -234,9 +234,10 @@ def answered() -> None:
                 f"peak {torch.cuda.max_memory_allocated() / 1e9:.0f} GB",
                 f"plan {(dryrun.CAST * shapes.all + 2 * cache) / 1e9:.0f} GB")  # fmt: skip
     with line("an ensemble"), torch.inference_mode():
+        model.generation_config.update(eos_token_id=-1, pad_token_id=0)
         both = Ensemble(model, model, 0.5)
         tokens = both.generate(**prompts(processor, 4), max_new_tokens=8, do_sample=False, use_cache=True)
-        say("an ensemble's prompts and answers", " × ".join(map(str, tokens.shape)))
+        say("an ensemble", f"{len(tokens)} prompts with their answers, {tokens.shape[1]} tokens each")
 
 
 def guarded() -> None:

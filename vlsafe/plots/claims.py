@@ -174,7 +174,7 @@ def lineage_points(lines: pd.DataFrame) -> pd.DataFrame:
 
 def lineage(points: pd.DataFrame, scale: str) -> Figure:
     """F00: from the parent over stage 1 and the adapted to the tuned and merged models, in what they are judged by."""
-    ratios = sorted(points.loc[points["kind"] == "merged", "recipe"].str.rpartition("/")[2].unique())
+    ratios = sorted(points.loc[points["kind"] == "merged", "recipe"].str.split("/").str[-1].unique())
     weight = f", {'–'.join(dict.fromkeys([ratios[0], ratios[-1]]))} of the safe partner" if ratios else ""
     models = f"the models that the claims are decided by; merged: at the interior ratio that validation chose{weight}"
     notes = ("small ticks: single seeds", INTERVALS, style.judges(points), models)
