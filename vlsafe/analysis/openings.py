@@ -26,8 +26,8 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     start = "Adaptation does" if held and all(held) else "Adaptation does in part" if any(held) else UNDECIDED
     start = "Adaptation does not" if set(rise["item_level"]) == {claims.CONTRADICTED} else start
     alone = {claim: measured[(measured["claim"] == claim) & measured["backbone"].isin(models["backbone"])] for claim in ALONE}
-    told = [of for of in alone.values() if len(of)]
-    start += HARDLY * (len(told) == len(ALONE) and bool(any(held)) and all(map(_little, told)))
+    both = [of for of in alone.values() if len(of)]
+    start += HARDLY * (len(both) == len(ALONE) and bool(any(held)) and all(map(_little, both)))
     verdicts = {line.backbone: "" if all(held) else f": {verdict(line)}" for line in rise.itertuples()}
     seeds = {name: f" ({_seeds(models[models['backbone'] == name])})" for name in verdicts}
     means = "".join(set(seeds.values())) if len(set(seeds.values())) == 1 else ""
@@ -35,8 +35,8 @@ def title(models: pd.DataFrame, ledger: pd.DataFrame) -> str:
     said = f"{start}{means}: {'; '.join(ends)}." if ends else f"{start}."
     changes = [f"{ALONE[claim]} changes by {_sizes(of)}" for claim, of in alone.items() if len(of)]
     said += f" {WITHOUT} {listed(changes)} points (exploratory)." if changes else ""
-    asked = measured[(measured["claim"] == HOWTOS) & measured["backbone"].isin(models["backbone"])]
-    return said + (f" {HOWTOS_ADD} {_sizes(asked)} points ({_claimed(asked)})." if len(asked) and changes else "")
+    more = measured[(measured["claim"] == HOWTOS) & measured["backbone"].isin(models["backbone"])]
+    return said + (f" {HOWTOS_ADD} {_sizes(more)} points ({_claimed(more)})." if len(more) and changes else "")
 
 
 def _little(lines: pd.DataFrame) -> bool:

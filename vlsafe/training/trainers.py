@@ -1,7 +1,6 @@
 """One stage of SFT (with PCGrad for two tasks), DPO or GRPO on TRL, with checkpoints at chosen steps and exact resumption.
 
-The trainers are TRL's own; this module adds arguments and callbacks, and replaces three functions while one runs (`_spared`,
-`_weights_once`, `_hashed_in_parts`). It knows neither run store nor rows' content.
+TRL's trainers with arguments and callbacks, and three functions replaced while they run; it knows no run store and no content.
 """
 
 from __future__ import annotations
