@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from vlsafe import data, models, training
-from vlsafe.core import store, texts
+from vlsafe.core import store
 from vlsafe.core.schema import Example, to_row
 from vlsafe.study.study import Bar, Stage, Study, drop
 from vlsafe.study.world import COLUMNS, SCREENED, identity, read_from
@@ -144,13 +144,13 @@ def screen_loaded(study: Study, work: Path) -> dict[str, Any]:
         data.intake.append_lines(lines, data.sources.examples(name, corpus), audit_of, bar)
         for file, unfiltered in {name: False, **({"unfiltered": True} if name == "instructions" else {})}.items():
             corpus_rows = map(data.intake.shell, data.sources.examples(name, corpus))
-            passed = data.intake.passing(corpus_rows, texts.read_lines(lines), unfiltered)
+            passed = data.intake.passing(corpus_rows, data.files.json_lines(lines), unfiltered)
             kept[file] = store.write_stream(work / f"{file}.parquet", map(to_row, passed), COLUMNS[Example])
         if not kept[name]:
             raise ValueError(
-                f"no row of {name} is left; the audit's first reason is {next(texts.read_lines(lines))['reasons']!r}"
+                f"no row of {name} is left; the audit's first reason is {next(data.files.json_lines(lines))['reasons']!r}"
             )
-    audit = ({"corpus": name, **line} for name in SCREENED for line in texts.read_lines(work / f"{name}.jsonl"))
+    audit = ({"corpus": name, **line} for name in SCREENED for line in data.files.json_lines(work / f"{name}.jsonl"))
     screened = store.write_stream(work / "audit.parquet", audit, AUDIT)
     counts = pd.read_parquet(work / "audit.parquet", columns=["skipped", "converted"]).sum().map(int).to_dict()
     for name in SCREENED:
